@@ -1,0 +1,136 @@
+"""The losses: pure functions of log-probabilities. This is the file to change.
+
+A loss of your own is a function, one line in LOSSES below, and `python train_dpo.py --loss mine`:
+
+    def mine(policy, reference, beta, delta):                              # -> (B,), one value a pair
+        margin = (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+        return (1 - beta * margin).clamp(min=0)                            # a hinge, not a log-sigmoid
+
+What it does not read is not computed: without `image_rejected` the model never sees the second image. Names
+joined by + are summed (`--loss dpo+mine`), and an argument named `anchors` receives what `--anchors` says.
+
+    here              papers    what it is
+    chosen            y_w       the preferred response
+    rejected          y_l       the other one
+    image             m_w       the image that the question q is about
+    image_rejected    m_l       another image. The FIELD of this name is log π(y_w | m_l, q): the chosen
+                                response's log-probability where that image stands in its place
+    policy            π_θ       the model in training
+    reference         π_ref     the same model with its adapter switched off
+    beta, delta       β, δ      strength of the reward, height of the anchor
+    reward            r         beta * (policy - reference)
+
+Log-probabilities are SUMS over a response's tokens, its end-of-sequence token included, in float32.
+DPO is arXiv 2305.18290; mDPO, the sum of DPO, CoPO and AncPO, is arXiv 2406.11839.
+Where this departs from the papers and from the official mDPO code:
+1. AncPO has the paper's delta; the official code has none (delta 0, the default here, is the same).
+2. AncPO can anchor y_l and m_l too, as in the paper's ablation (`anchors="wl"`, `"wlm"`); the official code
+   anchors y_w alone, which is the default.
+3. Each term is a function of its own, and any sum of them can be trained on (`dpo+copo`).
+4. `sft` is in neither paper: it is the plainest baseline, imitating the chosen response.
+"""
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import logsigmoid
+
+
+class Logps(NamedTuple):
+    """What a loss sees of one model, each (B,). A field that the loss does not read is None."""
+    chosen: torch.Tensor | None = None              # log π(y_w | m_w, q)
+    rejected: torch.Tensor | None = None            # log π(y_l | m_w, q)
+    image_rejected: torch.Tensor | None = None      # log π(y_w | m_l, q)
+    chosen_tokens: torch.Tensor | None = None       # |y_w|, tokens that were summed
+    rejected_tokens: torch.Tensor | None = None     # |y_l|
+
+
+def response_logps(logits, labels):
+    """Each row's log-probability of its labels, summed: (R, T, V), (R, T) -> (R,). Label -100 is no label."""
+    logits, labels = logits[:, :-1], labels[:, 1:]                         # position t predicts token t + 1
+    mask = labels != -100                                                  # (R, T - 1)
+    logits, tokens = logits[mask], labels[mask]                            # (N, V), (N,): of responses only
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays float64
+    logps = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)               # (N,)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps).sum(-1)                      # (R,)
+
+
+def dpo(policy, reference, beta, delta=0.0):
+    """Prefer the chosen to the rejected response."""
+    margin = (policy.chosen - policy.rejected) - (reference.chosen - reference.rejected)
+    return -logsigmoid(beta * margin)                                      # arXiv 2305.18290, Eq. 7
+
+
+def copo(policy, reference, beta, delta=0.0):
+    """Prefer the chosen response with its own image to the same response with the rejected image."""
+    margin = (policy.chosen - policy.image_rejected) - (reference.chosen - reference.image_rejected)
+    return -logsigmoid(beta * margin)                                      # arXiv 2406.11839, CoPO
+
+
+def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
+    """Hold the reward of y_w above delta and, where asked, those of y_l ("l") and of m_l ("m") below it."""
+    if not anchors or set(anchors) - set("wlm"):
+        raise ValueError(f"anchors {anchors!r} is not made of the letters w, l and m: give w, wl or wlm.")
+    loss = 0.0
+    if "w" in anchors:
+        loss = loss - logsigmoid(beta * (policy.chosen - reference.chosen) - delta)      # 2406.11839, AncPO
+    if "l" in anchors:
+        loss = loss - logsigmoid(delta - beta * (policy.rejected - reference.rejected))
+    if "m" in anchors:
+        loss = loss - logsigmoid(delta - beta * (policy.image_rejected - reference.image_rejected))
+    return loss
+
+
+def mdpo(policy, reference, beta, delta=0.0, anchors="w"):                 # arXiv 2406.11839, their sum
+    return (dpo(policy, reference, beta, delta) + copo(policy, reference, beta, delta)
+            + ancpo(policy, reference, beta, delta, anchors))
+
+
+def sft(policy, reference, beta, delta=0.0):
+    """Imitate the chosen response: minus its mean log-probability per token."""
+    return -policy.chosen / policy.chosen_tokens
+
+
+LOSSES = {"dpo": dpo, "copo": copo, "ancpo": ancpo, "mdpo": mdpo, "sft": sft}
+
+
+def resolve(name, anchors="w"):
+    """The sum that `dpo+copo` names, f(policy, reference, beta, delta); binds `anchors` where it is taken."""
+    terms = []
+    for part in name.split("+"):
+        if part not in LOSSES:
+            raise ValueError(f"loss {part!r} is not in losses.py: give a sum (+) of {', '.join(LOSSES)}.")
+        loss = LOSSES[part]
+        terms.append((loss, {"anchors": anchors} if "anchors" in inspect.signature(loss).parameters else {}))
+
+    def total(policy, reference, beta, delta=0.0):
+        return sum(loss(policy, reference, beta, delta, **bound) for loss, bound in terms)
+    return total
+
+
+def needs(loss):
+    """The fields of Logps that a loss reads, found by calling it once on a tuple that takes notes."""
+    seen = set()
+
+    class Noting(Logps):
+        def __getattribute__(self, name):
+            seen.update({name} & set(Logps._fields))
+            return super().__getattribute__(name)
+
+        def __getitem__(self, index):
+            seen.update([Logps._fields[index]] if isinstance(index, int) else Logps._fields[index])
+            return super().__getitem__(index)
+
+        def __iter__(self):                                                # unpacking reads them all
+            seen.update(Logps._fields)
+            return super().__iter__()
+
+    example = Noting(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2.0], [4.0, 3.0]]))
+    loss(example, example, 0.1, 0.0)
+    return seen
+
+
+def rewards(policy, reference, beta):
+    """r = beta * (policy - reference) of chosen, rejected, image_rejected, each (B,) or None: for the log."""
+    return tuple(None if p is None or r is None else (beta * (p - r)).detach()
+                 for p, r in zip(policy[:3], reference[:3], strict=True))
