@@ -24,6 +24,7 @@ Ours, where a format leaves a choice:
     4. A crop that does not fit in ten tries is central and keeps the area drawn (torchvision keeps the aspect; official images are
        square and never come to it). `noise` is drawn at VCD's 336 pixels, because finer noise is lost when a model shrinks the image.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -41,12 +42,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
 
 class UserError(ValueError):
     """A user's mistake, in one sentence: what, where, and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are UserErrors too: one sentence, and exit code 1."""
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message}; see --help")
 
 
 # ---- files: what is already written is never lost ----
@@ -642,3 +650,35 @@ def truncate(pair, max_length):
                         f"max_length {max_length}; raise it or drop the record")
     cut = pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     return cut, len(pair.chosen) + len(pair.rejected) - len(cut.chosen) - len(cut.rejected)
+
+
+class Row(NamedTuple):
+    """A micro-batch packed into one row of T tokens for vlm.packed."""
+    ids: torch.Tensor                               # (T,)
+    positions: torch.Tensor                         # (T,) restarting in each segment, and for `rejected` after its prompt
+    segments: list[tuple[int, int, int, int]]       # (start, prompt, chosen, rejected): lengths in tokens
+    predict: torch.Tensor                           # (N,) the place whose hidden state predicts response token n
+    target: torch.Tensor                            # (N,) that token
+    lengths: list[int]                              # of the responses in `predict`: all chosen, all rejected, all image_rejected
+
+
+def pack(pairs, needs):
+    """Pairs -> Row: `[prompt | chosen | rejected]` each, then `[prompt_rejected | chosen]` each where it is needed.
+
+    needs: the fields of losses.Logps that the loss reads; `rejected` and `image_rejected` are left out where it does not.
+    """
+    segments = [(p.prompt, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
+    if "image_rejected" in needs:
+        segments += [(p.prompt_rejected, p.chosen, []) for p in pairs]
+    ids, positions, shapes, first, second = [], [], [], [], []
+    for prompt, chosen, rejected in segments:
+        start, fork = len(ids), len(ids) + len(prompt)
+        middle = fork + len(chosen)
+        ids += prompt + chosen + rejected
+        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        shapes.append((start, len(prompt), len(chosen), len(rejected)))
+        first.append(([fork - 1, *range(fork, middle - 1)], chosen))       # the prompt's end predicts both first tokens
+        second.append(([fork - 1, *range(middle, middle + len(rejected) - 1)], rejected))
+    order = first[:len(pairs)] + (second[:len(pairs)] if "rejected" in needs else []) + first[len(pairs):]
+    return Row(torch.tensor(ids), torch.tensor(positions), shapes, torch.tensor([i for at, _ in order for i in at]),
+               torch.tensor([t for _, response in order for t in response]), [len(response) for _, response in order])
