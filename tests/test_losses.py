@@ -133,8 +133,9 @@ def test_needs_names_what_a_loss_reads():
 
 
 @pytest.mark.parametrize("read", [
-    lambda p: [*p][0], lambda p: torch.stack(list(p))[0], lambda p: p._asdict()["chosen"],
-    lambda p: (lambda a, b, c, d, e: a)(*p), lambda p: p._replace(rejected=0).chosen])
+    lambda p: [*p][0], lambda p: torch.stack(list(p))[0], lambda p: torch.stack(p)[0],
+    lambda p: (lambda a, b, c, d, e: a)(*p), lambda p: p._asdict()["chosen"],
+    lambda p: p._replace(rejected=0).chosen])
 def test_a_loss_that_unpacks_the_tuple_needs_all_of_it(read):
     assert needs(lambda policy, reference, beta, delta: read(policy)) == set(Logps._fields)
 
