@@ -97,10 +97,10 @@ def judge(item):
         present, absent = ({w.lower() for w in truth[key]} for key in ("present", "absent"))
         said = [word for word, _ in mentions(item["answer"], present | absent, plural=True)]
         misses = sum(word in absent for word in said)
-        return {"chair_s": (misses > 0, 1), "chair_i": (misses, len(said)),
+        return {"chair_s": (int(misses > 0), 1), "chair_i": (misses, len(said)),
                 "cover": (len(present & set(said)), len(present))}, True
     said = {word for word, _ in mentions(item["answer"], truth["choices"])}
-    right = said == {truth["answer"].lower()}
+    right = int(said == {truth["answer"].lower()})
     counts = {kind: (right, 1)}
     if kind == "existence":
         yes, true = said == {"yes"}, truth["answer"] == "yes"

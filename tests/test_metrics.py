@@ -25,7 +25,7 @@ def question(id, answer, true, kind="existence", choices=("yes", "no"), set="ran
 
 def test_chair_and_cover_of_three_captions_by_hand():
     got = metrics.classroom([
-        caption("a", "there is a dog , a cat .", ["dog", "cup"]),  # 1 miss of 2 mentions, 1 of 2 present named
+        caption("a", "there is a dog , a cat .", ["dog", "cup"]),  # 1 miss of 2 mentions, 1 of 2 present
         caption("b", "there is a bus , a bus .", ["bus"]),        # 0 of 2, 1 of 1: named twice, covered once
         caption("c", "a dog , a dog , a cup .", ["cup"])])        # 2 of 3, 1 of 1: each mention is a miss
     assert got["chair_s"] == pytest.approx(100 * 2 / 3)
