@@ -12,7 +12,7 @@ Formats, told by their keys, in JSON lines, a JSON array or parquet, and where e
     rlhf-v      text (object or string of: question chosen rejected) image       openbmb/RLHF-V-Dataset
     rlaif-v     question chosen rejected ds_name image (path or {bytes path})    openbmb/RLAIF-V-Dataset
     vlfeedback  prompt img_path completions (of: annotations response)           MMInstruction/VLFeedback
-    llava-rlhf  conversations output_1 output_2 preference image                 zhiqings/LLaVA-Human-Preference
+    llava-rlhf  conversations output_1 output_2 preference image               zhiqings/LLaVA-Human-Preference
     ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
 Ours, where a format leaves a choice:
@@ -109,8 +109,10 @@ def _parse(text, place):
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:       # ValueError covers bytes that are not UTF-8, too
-        line = getattr(error, "lineno", 1)
-        raise UserError(f"{place(line)}: broken JSON ({error}); mend or delete the record") from error
+        line, why = 1, error
+        if isinstance(error, json.JSONDecodeError):     # its own line number counts from the start of `text`
+            line, why = error.lineno, f"{error.msg} at column {error.colno}"
+        raise UserError(f"{place(line)}: broken JSON ({why}); mend or delete the record") from error
     if not isinstance(record, dict):
         raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; mend or delete it")
     return record
@@ -197,7 +199,7 @@ def index_array(path):
     starts, ends, lines = (np.concatenate(parts) for parts in zip(*found, strict=True))
     with open(path, "rb") as file:
         file.seek(ends[-1] if len(ends) else 0)
-        if depth or quoted or file.read().strip() not in (b"]", b"}", b"[]"):
+        if depth or quoted or file.read().split() not in ([b"]"], [b"}"], [b"[]"], [b"[", b"]"]):
             file.seek(0)
             _parse(file.read(), lambda at: f"{path}, line {at}")    # slow, but it names the line that breaks
     return starts, ends, lines
