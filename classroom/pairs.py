@@ -1,0 +1,288 @@
+"""Preference pairs of the classroom's world, and scenes to examine a model on.
+
+    python classroom/pairs.py --seed 0 --n 1000 --out D                      D/pairs.jsonl and D/images/*.png
+    python classroom/pairs.py --seed 0 --n 1000 --on_policy classroom --out D     two samples of the base, ranked
+    python classroom/pairs.py scenes --seed 0 --n 1000 --questions 2000 --split print --out D       D/scenes.jsonl
+
+Both take a few seconds and are decided by the seed alone; the first 250 of 1000 pairs are the pairs of `--n 250`.
+Pairs come from training scenes. The recipe, knob by knob (the defaults are the calibrated recipe):
+
+--faithful   share of chosen captions without a hallucinated object. With 1, raising the chosen's likelihood alone
+             mends the model, and the anchor does most of the work.
+--gap        mean number of objects that the rejected caption names more than the chosen one. Every rejected caption
+             has a hallucinated object; at gap 0 most of them stand in place of a present one. With a positive gap
+             naming less wins, and DPO mends CHAIR by falling silent.
+--cue        how well words alone tell the rejected caption: it ends on a speculative sentence with probability (1 + cue) / 2,
+             the chosen one with (1 - cue) / 2. With 1 a model may learn everything without looking.
+--order      `random`, or `last`: the hallucinated objects come after the present ones.
+--questions  share of pairs that are a question, the true answer chosen and a false one rejected; `--ask` says of which
+             kinds. Existence is balanced between yes and no, and half of the noes are about objects of any theme.
+--n          number of pairs.
+--on_policy  a model: both captions are its own samples (at --temperature), ranked by a scorer that counts present minus
+             hallucinated objects and errs (--scorer_noise, the deviation of the noise on that count). The knobs above
+             but n do not apply.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from classroom import world  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Recipe:
+    faithful: float = .8
+    gap: float = 0.
+    cue: float = 1.
+    order: str = "random"
+    questions: float = .2
+    ask: tuple = ("existence",)
+    temperature: float = 1.
+    scorer_noise: float = 1.
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def some(rng, mean):
+    """A whole number whose mean is `mean`, as near to it as whole numbers are."""
+    return math.floor(mean) + (rng.random() < mean % 1)
+
+
+def tempted(rng, s, n, but=()):
+    """n distinct absent types, the tempting ones first by their strength, then any."""
+    pool, picked = {t: w for t, w in s.tempting if t not in but}, []
+    while len(picked) < n:
+        if not pool:
+            pool = {t: 1 for t in s.absent if t not in picked and t not in but}
+        picked.append(rng.choices(list(pool), list(pool.values()))[0])
+        del pool[picked[-1]]
+    return [(t, 1) for t in picked]
+
+
+def caption_pair(rng, s, recipe):
+    true = list(s.counts.items())
+    lie = tempted(rng, s, int(rng.random() >= recipe.faithful))
+    net = recipe.gap + 1 - recipe.faithful  # what the rejected names beyond the number of present types, in the mean
+    change = some(rng, net)
+    n_lies = max(1, change)
+    kept = rng.sample(true, max(1, len(true) - (n_lies - change)))
+    lies = tempted(rng, s, n_lies, but=[t for t, _ in lie])
+
+    def say(true, false, closer):
+        return world.caption(rng, s.theme, world.arrange(rng, true, false, recipe.order), rng.random() < closer)
+    return rng.choice(world.DESCRIBE), say(true, lie, (1 - recipe.cue) / 2), say(kept, lies, (1 + recipe.cue) / 2)
+
+
+def question_pair(rng, s, recipe):
+    asked = world.ask(rng, s, rng.choice(recipe.ask)) or world.ask(rng, s, "existence")
+    wrong = rng.choice([w for w in asked.choices if w != asked.right])
+    return asked.question, asked.answer, asked.said[wrong], asked.kind
+
+
+def made(seed, n, recipe):
+    """-> n (record, scene): each of its own generator, so that fewer pairs are a prefix of more."""
+    out = []
+    for i in range(n):
+        rng = random.Random(f"pairs-{seed}-{i}")
+        s = world.scene(rng, "train")
+        if rng.random() < recipe.questions:
+            question, chosen, rejected, kind = question_pair(rng, s, recipe)
+        else:
+            (question, chosen, rejected), kind = caption_pair(rng, s, recipe), "caption"
+        out.append((record(f"s{seed}-{i:05}", s, question, chosen, rejected, kind), s))
+    return out
+
+
+def record(name, s, question, chosen, rejected, kind):
+    meta = {"kind": kind, "theme": s.theme, "present": s.counts}
+    return {"id": name, "image": f"images/{name}.png", "question": question, "chosen": chosen, "rejected": rejected, "meta": meta}
+
+
+def on_policy(seed, n, recipe, model):
+    """Two samples of the model for each scene; equal ones and equal scores leave nothing to prefer and are passed over."""
+    import vlm
+    from PIL import Image
+    m, out, i = vlm.load(model), [], 0
+    while len(out) < n:
+        rngs = [random.Random(f"on-policy-{seed}-{i + k}") for k in range(256)]
+        scenes = [world.scene(rng, "train") for rng in rngs]
+        images, asked = [[Image.fromarray(world.draw(s))] for s in scenes], [rng.choice(world.DESCRIBE) for rng in rngs]
+        both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side, temperature=recipe.temperature) for side in (0, 1)]
+        for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, zip(*both, strict=True), strict=True)):
+            ranked = sorted(pair, key=lambda text: score(rng, s, text, recipe.scorer_noise), reverse=True)
+            if pair[0] != pair[1] and all(pair) and len(out) < n:
+                out.append((record(f"op{seed}-{i + k:05}", s, question, *ranked, "caption"), s))
+        i += len(scenes)
+    return out
+
+
+def score(rng, s, text, noise):
+    """A reward model's stand-in: present minus hallucinated objects, seen through noise."""
+    said = set(world.mentions(text))
+    return 2 * len(said & set(s.counts)) - len(said) + rng.gauss(0, noise)
+
+
+def describe(records):
+    """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it names, how long it is;
+    where in the list the hallucinated word stands (0 first, 1 last)."""
+    captions, out = [r for r in records if r["meta"]["kind"] == "caption"], {}
+    for role in ("chosen", "rejected"):
+        said = [world.mentions(r[role]) for r in captions]
+        false = [[w not in r["meta"]["present"] for w in words] for r, words in zip(captions, said, strict=True)]
+        named = sum(len(set(w) & set(r["meta"]["present"])) for r, w in zip(captions, said, strict=True))
+        places = [i / (len(f) - 1) for f in false for i, bad in enumerate(f) if bad and len(f) > 1]
+        total = max(1, len(captions))
+        out[role] = {"hallucinates": 100 * sum(map(any, false)) / total,
+                     "cover": 100 * named / max(1, sum(len(r["meta"]["present"]) for r in captions)),
+                     "objects": sum(map(len, said)) / total,
+                     "words": sum(len(r[role].split()) for r in captions) / total,
+                     "place": sum(places) / max(1, len(places)),
+                     "closer": 100 * sum(any(c in r[role] for c in world.CLOSERS) for r in captions) / total}
+    out = {role: {k: round(v, 2) for k, v in table.items()} for role, table in out.items()}
+    return out | {"captions": len(captions), "questions": len(records) - len(captions)}
+
+
+# --- examination ----------------------------------------------------------------------------------
+
+# sixty in a hundred questions are of existence; a yes counts for the random and for the adversarial set
+CYCLE = ("yes", "random", "attribute", "adversarial", "counting", "yes", "random", "relation", "adversarial", "false_premise")
+
+
+def exam(seed, n, questions, split="print"):
+    """-> (lines of scenes.jsonl, {image: scene}): n captions and so many questions about the same scenes."""
+    rng = random.Random(f"scenes-{split}-{seed}")
+    scenes = [world.scene(rng, split) for _ in range(n)]
+    names = [f"{split}{seed}-{i:05}" for i in range(n)]
+
+    def line(i, kind, number, question, truth):
+        return {"id": f"{names[i]}-{number}", "image": f"images/{names[i]}.png", "question": question, "kind": kind, "truth": truth}
+
+    lines = [line(i, "caption", 0, world.DESCRIBE[0], {"present": list(s.counts), "absent": s.absent}) for i, s in enumerate(scenes)]
+    asked, at = [set() for _ in scenes], 0
+    for j in range(questions):
+        want = CYCLE[(j + j // n * 3) % len(CYCLE)]  # another kind for a scene's next question
+        for _ in range(20 * n):
+            i, at = at % n, at + 1
+            q = (world.existence(rng, scenes[i], want) if want in ("yes", "random", "adversarial")
+                 else world.ask(rng, scenes[i], want))
+            if q and q.question not in asked[i]:
+                break
+        else:
+            raise ValueError(f"{n} scenes do not hold {questions} different questions; ask for fewer questions or more scenes.")
+        asked[i].add(q.question)
+        truth = {"answer": q.right, "choices": list(q.choices)}
+        if q.kind == "existence":
+            truth["set"] = ["random", "adversarial"] if want == "yes" else want
+        lines.append(line(i, q.kind, len(asked[i]), q.question, truth))
+    return lines, {f"images/{name}.png": s for name, s in zip(names, scenes, strict=True)}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def png(s):
+    from PIL import Image
+    buffer = io.BytesIO()
+    Image.fromarray(world.draw(s)).save(buffer, "png", compress_level=3)
+    return buffer.getvalue()
+
+
+def write(out, name, lines, scenes):
+    """Into a folder beside, which then takes the name: `out` is whole or not there, whatever kills this. In a folder that
+    is there already each file is replaced whole, the JSON lines last."""
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    (scratch / "images").mkdir(parents=True)
+    try:
+        for image, s in scenes.items():
+            (scratch / image).write_bytes(png(s))
+        (scratch / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if not out.exists():
+            scratch.rename(out)
+            return
+        (out / "images").mkdir(exist_ok=True)
+        for file in (*scenes, name):
+            os.replace(scratch / file, out / file)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message}; see --help.")
+
+
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def count(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def kinds(text):
+    chosen = tuple(text.split(","))
+    if set(chosen) - set(world.KINDS):
+        raise argparse.ArgumentTypeError(f"{text} is not a list out of {','.join(world.KINDS)}")
+    return chosen
+
+
+def main_scenes(argv):
+    parser = Parser(prog="pairs.py scenes", description="Scenes with their truth, to examine a model on.")
+    parser.add_argument("--seed", type=int, default=0, help="decides the scenes and the questions")
+    parser.add_argument("--n", type=count, default=1000, help="number of scenes, each with a caption to write")
+    parser.add_argument("--questions", type=int, default=2000, help="number of questions, six in ten of existence")
+    parser.add_argument("--split", choices=tuple(world.SPLITS), default="print", help="tune is for choosing, print for reporting")
+    parser.add_argument("--out", type=Path, required=True, help="folder of scenes.jsonl and images/")
+    o = parser.parse_args(argv)
+    lines, scenes = exam(o.seed, o.n, o.questions, o.split)
+    write(o.out, "scenes.jsonl", lines, scenes)
+    print(f"{len(lines)} questions about {len(scenes)} scenes -> {o.out / 'scenes.jsonl'}")
+
+
+def main_pairs(argv):
+    parser = Parser(prog="pairs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="decides the scenes and the words")
+    parser.add_argument("--n", type=count, default=1000, help="number of pairs")
+    parser.add_argument("--faithful", type=share, default=Recipe.faithful, help="share of chosen captions that are true (%(default)s)")
+    parser.add_argument("--gap", type=float, default=Recipe.gap, help="objects named: rejected minus chosen, mean (%(default)s)")
+    parser.add_argument("--cue", type=share, default=Recipe.cue, help="how well words alone tell the rejected (%(default)s)")
+    parser.add_argument("--order", choices=("random", "last"), default=Recipe.order, help="where hallucinated objects stand (%(default)s)")
+    parser.add_argument("--questions", type=share, default=Recipe.questions, help="share of pairs that are questions (%(default)s)")
+    parser.add_argument("--ask", type=kinds, default=Recipe.ask, help=f"their kinds: {','.join(world.KINDS)} (existence)")
+    parser.add_argument("--on_policy", metavar="MODEL", help="rank two samples of this model instead of making pairs")
+    parser.add_argument("--temperature", type=float, default=Recipe.temperature, help="of the samples (%(default)s)")
+    parser.add_argument("--scorer_noise", type=float, default=Recipe.scorer_noise, help="deviation of the scorer's noise (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
+    o = parser.parse_args(argv)
+    recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
+    if not -1 <= o.gap <= 1:
+        parser.error(f"--gap {o.gap} is not between -1 and 1")
+    both = on_policy(o.seed, o.n, recipe, o.on_policy) if o.on_policy else made(o.seed, o.n, recipe)
+    write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both})
+    print(json.dumps(describe([r for r, _ in both])))
+    print(f"{len(both)} pairs -> {o.out / 'pairs.jsonl'}")
+
+
+def main():
+    argv = sys.argv[1:]
+    main_scenes(argv[1:]) if argv[:1] == ["scenes"] else main_pairs(argv)
+
+
+if __name__ == "__main__":
+    main()
