@@ -232,9 +232,9 @@ def _dialogue(turns):
 
 def _rated(raw):
     """(mean rating, answer) of the completions, worst first; "N/A" or null counts as not rated."""
-    answers, rated = raw["completions"], []
+    answers, rated = raw.get("completions") or [], []
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
-        answers = [dict(zip(answers, row, strict=True)) for row in zip(*answers.values(), strict=True)]
+        answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
@@ -292,10 +292,12 @@ def _fields(kind, raw, genome):
 def _parquet(path, group=None):
     try:
         import pyarrow.parquet as pq
+        file = pq.ParquetFile(path, memory_map=True)    # without threads: this may be a forked worker
+        return file.metadata if group is None else file.read_row_group(group, use_threads=False)
     except ImportError as error:
         raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-    file = pq.ParquetFile(path, memory_map=True)        # without threads: this may be a forked worker
-    return file.metadata if group is None else file.read_row_group(group, use_threads=False)
+    except ValueError as error:                         # pyarrow's ArrowInvalid
+        raise UserError(f"{path} is no readable parquet ({error}); fetch it again") from error
 
 
 class Records:
@@ -343,10 +345,13 @@ class Records:
 
     def _select(self):
         """Leave out what the papers leave out."""
-        if os.path.exists(meta := os.path.join(self.root, "image_data.json")):
-            with open(meta, "rb") as file:
+        meta = os.path.join(self.root, "image_data.json")
+        try:
+            with contextlib.suppress(FileNotFoundError), open(meta, "rb") as file:
                 self.genome = {row["image_id"]: "/".join(row["url"].split("/")[-2:])
                                for row in json.load(file)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{meta} is not Visual Genome's ({error!r}); fetch it again") from error
         ids, reasons = [], []
         for raw in map(self._raw, range(len(self))):
             ids.append(str(raw.get("id")))
@@ -487,7 +492,7 @@ def _check_some(indices):
     return faults, hashes, [(image, stat) for image, stat in stats.items() if isinstance(image, str)]
 
 
-def _full_check(records, needs, workers, progress, memory):
+def _full_check(records, needs, workers, progress, notes):
     n, faults, hashes = len(records), [], []
     jobs = [range(start, min(start + 128, n)) for start in range(0, n, 128)]
     workers = min(os.cpu_count() or 1, 16) if workers is None else workers
@@ -501,7 +506,7 @@ def _full_check(records, needs, workers, progress, memory):
                                         disable=not progress or len(jobs) < 5):
             faults += found
             hashes += some
-            memory.writelines(json.dumps(entry) + "\n" for entry in images)
+            notes.writelines(json.dumps(entry).encode() + b"\n" for entry in images)
     hashes = np.array(hashes, np.uint64)
     order = np.argsort(hashes, kind="stable")
     for k in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]):
@@ -527,15 +532,12 @@ def check(records, needs_rejected=True, needs_image=False, workers=None, skip_ba
             elif _stat(entry[0]) != entry[1]:
                 break
     if faults is None:
-        notes = io.StringIO()
-        with contextlib.suppress(OSError):              # a read-only home: check, and remember nothing
+        notes = io.BytesIO()
+        faults = _full_check(records, (needs_rejected, needs_image), workers, progress, notes)
+        notes.write(json.dumps({"faults": faults}).encode() + b"\n")
+        with contextlib.suppress(OSError, UserError):   # a read-only home or a full disk: remember nothing
             cache.mkdir(parents=True, exist_ok=True)
-            notes = open(f"{memory}.{os.getpid()}", "w", encoding="utf-8")
-        with notes:
-            faults = _full_check(records, (needs_rejected, needs_image), workers, progress, notes)
-            notes.write(json.dumps({"faults": faults}) + "\n")
-        with contextlib.suppress(OSError):
-            os.replace(f"{memory}.{os.getpid()}", memory)
+            atomic_write(memory, notes.getbuffer())
     for _, _, sentence in faults:
         print(sentence, file=sys.stderr)
     bad = {i for i, _, _ in faults}

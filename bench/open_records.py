@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?")
@@ -24,14 +23,12 @@ def main():
         records = data.Records(o.file)
         seconds, peak = time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         size = Path(o.file).stat().st_size >> 20
-        print(f"{o.file}: {len(records)} records, {size} MiB, opened in {seconds:.1f} s, peak {peak} MiB")
-        return
+        return print(f"{o.file}: {len(records)} records, {size} MiB, {seconds:.1f} s, peak {peak} MiB")
     with tempfile.TemporaryDirectory() as folder:
         for name, opening, between, closing in (("a.jsonl", "", "\n", "\n"), ("a.json", "[", ",\n", "]\n")):
             with open(Path(folder) / name, "w") as file:
-                file.write(opening)
                 for i in range(o.n):
-                    file.write((between if i else "") + json.dumps(
+                    file.write((between if i else opening) + json.dumps(
                         {"id": f"pair-{i}", "image": f"{i}.png", "question": 'What is on the sign? "[...]"',
                          "chosen": "A dog lies on the grass, " * 10, "rejected": "A cat sits here, " * 10}))
                 file.write(closing)

@@ -409,6 +409,16 @@ def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
         Records(folder / "d.parquet")
 
 
+def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
+    pytest.importorskip("pyarrow")
+    (folder / "d.parquet").write_bytes(b"PAR1....")
+    with pytest.raises(UserError, match="d.parquet is no readable parquet .*; fetch it again"):
+        Records(folder / "d.parquet")
+    (folder / "image_data.json").write_text("[1")
+    with pytest.raises(UserError, match="image_data.json is not Visual Genome's"):
+        Records(lines(folder / "d.jsonl", [PUBLISHED["ha-dpo"]]))
+
+
 # ---- the index ----
 
 def test_the_array_index_is_not_misled_by_strings(folder, monkeypatch):
@@ -610,6 +620,15 @@ def test_a_cache_that_cannot_be_written_or_was_torn_is_done_without(folder):
     memory, = (folder / "cache").iterdir()
     memory.write_bytes(memory.read_bytes()[:-9])
     assert check(records, cache_dir=folder / "cache") == [0]
+
+
+def test_a_disk_that_fills_while_checking_costs_only_the_memory(folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    records = Records(lines(folder / "d.jsonl", [pair()]))
+    monkeypatch.setattr(os, "write", full)
+    assert check(records, cache_dir=folder / "cache") == [0] and os.listdir(folder / "cache") == []
 
 
 def test_workers_find_what_one_process_finds(folder, capsys):
