@@ -24,10 +24,6 @@ from tqdm import tqdm
 import data
 import metrics
 
-NAMES = {"chair_s": "CHAIR_s, lower is better", "chair_i": "CHAIR_i, lower is better", "cover": "Cover",
-         "pope_random_acc": "POPE random, accuracy", "pope_random_f1": "POPE random, F1",
-         "pope_adversarial_acc": "POPE adversarial, accuracy", "pope_adversarial_f1": "POPE adversarial, F1"}
-
 
 # ---------------------------------------------------------------------------------------------- answers
 def read_scenes(path):
@@ -184,7 +180,8 @@ def items_classroom(answers):
 
 def table(scores):
     """The measures with their intervals as lines of text."""
-    rows = [(NAMES[key], scores[key], scores["intervals"][key]) for key in NAMES if scores[key] is not None]
+    rows = [(name, scores[key], scores["intervals"][key]) for key, name in metrics.CLASSROOM.items()
+            if scores[key] is not None]
     rows += [(f"{kind}, accuracy of {v['n']}", v["acc"], v["interval"])
              for kind, v in scores["by_kind"].items()]
     lines = [f"{name:32}{value:7.1f}   {low:5.1f} to {high:5.1f}" for name, value, (low, high) in rows]

@@ -1,0 +1,251 @@
+"""A run's report: one HTML file that needs nothing else, bright or dark, wide or narrow.
+
+    python report.py runs/NAME      writes runs/NAME/report.html, in a second; train_dpo.py does it by itself
+
+It shows what the folder holds: the table before and after (summary.json), curves (log.jsonl), the reward of
+each word with its own and another image (words.json), and the first dozen images with both answers (before.jsonl,
+after.jsonl). Text is escaped, images are encoded anew, scripts are forbidden.
+"""
+import base64
+import io
+import json
+import math
+import os
+import re
+import sys
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+
+import data
+import metrics
+
+CURVES = (                                                 # title, what it says, {key of a log line: label}
+    ("Loss", "", {"loss": "loss"}),
+    ("Margins", "reward of chosen minus rejected; of the true image minus the other",
+     {"rewards/margins": "answers", "rewards/image_margins": "images"}),
+    ("Accuracies", "share of pairs with a positive margin",
+     {"rewards/accuracies": "answers", "rewards/image_accuracies": "images"}),
+    ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
+     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
+    ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
+    ("Learning rate", "", {"lr": "rate"}),
+    ("Speed", "tokens a second", {"tokens_per_second": "tokens/s"}))
+CSS = """
+:root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
+--c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e;--pos:31,108,176;--neg:200,96,30}
+@media(prefers-color-scheme:dark){:root{--bg:#16181b;--card:#1d2024;--ink:#e4e2dd;--soft:#a3a6ac;
+--line:#363a41;--c0:#74b2ee;--c1:#eda06a;--c2:#86c99a;--bad:#ff8b80;--pos:70,140,210;--neg:205,105,45}}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.55 Charter,"Iowan Old Style",Georgia,serif}p{max-width:72ch;margin:.3em 0 .9em}
+main{max-width:1120px;margin:auto;padding:28px clamp(14px,3vw,36px) 60px}h1{font-size:1.7rem;line-height:1.2}
+h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}table,small,.key,.w i,dl,text{
+font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
+small,.key,.soft,th,dt{color:var(--soft)}text{fill:var(--soft);font-size:11px}small,.key{font-size:.8rem}
+table{border-collapse:collapse;width:100%;max-width:760px;font-size:.92rem}th{font-weight:500}
+th,td{text-align:right;padding:.4em 0 .4em .7em;border-bottom:1px solid var(--line);vertical-align:top}
+td:first-child{text-align:left;padding-left:0}td small,.key span{display:block}.clear{font-weight:700}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px;margin:0;min-width:0}
+.grid{display:grid;gap:18px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,310px)),1fr))}
+.row{display:flex;gap:16px;flex-wrap:wrap}.row figure{margin:0;width:112px}.row>div{flex:1 1 220px}
+svg{display:block;width:100%;margin:.3em 0}path{fill:none;stroke-width:2}.rule{stroke:var(--line)}
+.s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:7 3}.s2{stroke:var(--c2);stroke-dasharray:2 3}
+.raw{stroke-width:1;opacity:.3;stroke-dasharray:none}.key svg{width:26px;display:inline;margin:0 .5em 3px 0}
+img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
+dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
+.w{display:inline-block;min-width:46px;margin:0 5px 9px 0;text-align:center;font-size:.92rem}.w i{
+display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
+mark{background:none;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}
+.ask{grid-column:1/3}pre{font-size:.8rem;white-space:pre-wrap}
+"""
+
+
+def num(x, form=None):
+    """A number for reading, with the digits that matter unless told otherwise; "–" for what is none."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        return "–"
+    short = ",.0f" if abs(x) >= 100 or x == int(x) else ".1f" if abs(x) >= 10 else ".2g"
+    return f"{x:{form or short}}".replace("-", "−")
+
+
+def figure(title, says, series):
+    """Lines over the steps, {label: [(step, value)]}: faint as logged, strong as a running mean."""
+    steps, values = zip(*sum(series.values(), []), strict=True)
+    left, right, low, high = min(steps), max(steps), min(values), max(values)
+
+    def path(points, kind):
+        at = ((290 * (x - left) / (right - left or 1), 130 - 120 * (y - low) / (high - low or 1))
+              for x, y in points[::max(1, len(points) // 600)])
+        return f'<path class="{kind}" d="M{" ".join(f"{x:.1f} {y:.1f}" for x, y in at)}"/>'
+
+    keys, body = "", "".join(path([(left, y), (right, y)], "rule") for y in [low] + [0] * (low < 0 < high))
+    for place, value in (('x="-6" y="134" text-anchor="end"', low), ('x="-6" y="14" text-anchor="end"', high),
+                         ('y="147"', left), ('x="290" y="147" text-anchor="end"', right)):
+        body += f"<text {place}>{num(value)}</text>"
+    for k, (label, points) in enumerate(series.items()):
+        if points:
+            n, total = len(points), [0, *accumulate(y for _, y in points)]
+            ends = [(max(0, i - n // 40), min(n, i + n // 40 + 1)) for i in range(n)]
+            means = [(p[0], (total[j] - total[i]) / (j - i)) for p, (i, j) in zip(points, ends, strict=True)]
+            body += path(points, f"s{k} raw") + path(means, f"s{k}")
+            keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
+                     f'{num(means[0][1])} → {num(means[-1][1])}</span>')
+    return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" aria-label='
+            f'"{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
+
+
+def curves(steps):
+    figures = ""
+    for title, says, keys in CURVES:
+        series = {label: [(s["step"], s[key]) for s in steps if num(s.get(key)) != "–"]
+                  for key, label in keys.items()}
+        figures += figure(title, says, series) if any(series.values()) else ""
+    note = "Faint: each step on its own batch. Strong: a running mean, whose ends stand below it."
+    return section("Training", note, figures and f'<div class="grid">{figures}</div>')
+
+
+def flat(side):
+    """{measure: (value, interval)} of a part of a summary, the kinds of questions among them."""
+    spread, kinds = side.get("intervals", {}), side.get("by_kind", {})
+    out = {key: (value, spread.get(key)) for key, value in side.items() if num(value) != "–"}
+    return out | {key: (part.get("acc", part.get("change")), part["interval"])
+                  for key, part in {**side, **kinds}.items() if isinstance(part, dict) and "interval" in part}
+
+
+def table(summary):
+    """A row for each measure that both sides have, with intervals where they are known."""
+    before, after, change = (flat(summary.get(part) or {}) for part in ("before", "after", "difference"))
+    form = "z.1f" if "images" in after else "z.4g"
+
+    def cell(value, interval, sign=""):
+        spread = " to ".join(num(x, sign + form) for x in interval or ())
+        kind = "clear" if sign and interval and (interval[0] > 0 or interval[1] < 0) else ""
+        return f'<td class="{kind}">{num(value, sign + form)}<small>{spread}</small></td>'
+
+    body, note = "", "On held-out pairs."
+    if "images" in after:
+        note = (f"Percent, on {num(after['images'][0])} images apart from the pairs, with 95% intervals. "
+                "The change is paired by image, and bold where its interval leaves out 0.")
+    for key in (key for key in after if key in before and key not in ("n", "images", "unparsed")):
+        moved = change.get(key, (after[key][0] - before[key][0], None))
+        body += (f"<tr><td>{escape(metrics.CLASSROOM.get(key, key))}</td>"
+                 f'{cell(*before[key])}{cell(*after[key])}{cell(*moved, "+")}</tr>')
+    head = "<table><tr><th></th><th>before</th><th>after</th><th>change</th></tr>"
+    return section("Before and after", note, body and f"{head}{body}</table>")
+
+
+def picture(root, image, says=""):
+    """A figure that holds its picture: decoded, made small, encoded anew. Nothing outside `root` is read."""
+    root, path = os.path.realpath(root), os.path.realpath(os.path.join(root, image))
+    try:
+        if os.path.commonpath([root, path]) != root:
+            raise data.UserError(f"image {image} leaves its folder")
+        pixels = data.read_image(path)
+    except data.UserError as error:
+        return f"<figure><small>{escape(str(error))}</small></figure>"
+    small, buffer = max(pixels.size) <= 160, io.BytesIO()                # then its pixels are shown
+    pixels.thumbnail((320, 320))
+    pixels.save(buffer, kind := "png" if small else "jpeg")
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    img = f'<img class="{"pixel" * small}" alt="{escape(says)}" src="{source}">'
+    return f"<figure>{img}<small>{escape(says)}</small></figure>"
+
+
+def marked(text, truth):
+    """Escaped text in which the words that the image denies stand out."""
+    words = "|".join(map(re.escape, metrics.hallucinated(text, truth)))
+    parts = re.split(rf"(?<!\w)({words})(?!\w)", text, flags=re.I) if words else [text]
+    return "".join(f'<mark title="not in the image">{escape(part)}</mark>' if k % 2 else escape(part)
+                   for k, part in enumerate(parts)) or "–"
+
+
+def answers(run, images=12):
+    """The first images, each with the answers to its first three questions before and after."""
+    if not ((run / "summary.json").exists() and (run / "after.jsonl").exists()):
+        return ""
+    (first, *before), (_, *after) = (data.read_jsonl(run / f"{name}.jsonl") for name in ("before", "after"))
+    root, shown, body = (run / first["settings"]["scenes"]).parent, {}, ""
+    for old, new in zip(before, after, strict=False):
+        if new["image"] in shown or len(shown) < images:
+            shown.setdefault(new["image"], []).append((old, new))
+    for image, pairs in shown.items():
+        there = ", ".join(pairs[0][1]["truth"].get("present", ()))
+        body += f'<div class="card row">{picture(root, image, there)}<div>'
+        for old, new in pairs[:3]:
+            body += (f'<dl><dt class="ask">{escape(new["question"])}</dt><dt>before</dt><dd>'
+                     f'{marked(old["answer"], new["truth"])}</dd><dt>after</dt><dd>'
+                     f'{marked(new["answer"], new["truth"])}</dd></dl>')
+        body += "</div></div>"
+    note = ("The first images examined, in their order: nothing is picked. Below each, what is in it. "
+            "<mark>Underlined in red</mark>: words that the image denies.")
+    return section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+
+
+def looks(run):
+    """The reward of each word of an answer, with the true image and with another."""
+    entries = json.loads((run / "words.json").read_text()) if (run / "words.json").exists() else []
+    most = max((abs(w[k]) for e in entries for w in e["words"] for k in ("true", "other")), default=0) or 1
+    body = ""
+    for e in entries:
+        words, sums = "", {"true": 0, "other": 0}
+        for w in e["words"]:
+            words += f'<div class="w">{marked(w["word"], e["truth"])}'
+            for k in sums:
+                sums[k] += w[k]
+                shade = f"rgba(var(--{'pos' if w[k] > 0 else 'neg'}),{.6 * abs(w[k]) / most:.2f})"
+                words += f'<i style="background:{shade}" title="{k}: {w[k]:+.4f}">{num(w[k], "+z.2f")}</i>'
+            words += "</div>"
+        body += '<div class="card row">' + "".join(
+            picture(run, e[key], f"{k} image: {num(sums[k], '+z.2f')}")
+            for key, k in (("image", "true"), ("other_image", "other")) if key in e)
+        body += f'<div><div class="w soft">word<i>true</i><i>other</i></div>{words}</div></div>'
+    note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
+            "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
+            "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")
+    return section("Does the model look?", note, body and f'<div class="grid" style="--w:100%">{body}</div>')
+
+
+def section(title, note, body):
+    return f'<h2>{title}</h2><p class="soft">{note}</p>{body}' if body else ""
+
+
+def page(title, body):
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{CSS}</style></head>
+<body><main><h1>{escape(title)}</h1>{body}</main></body></html>
+"""
+
+
+def write(run_folder):
+    """Write run_folder/report.html in one move; returns its path. Raises UserError where there is no run."""
+    run = Path(run_folder)
+    if not (run / "log.jsonl").exists():
+        raise data.UserError(f"{run} holds no log.jsonl; give the folder of a run")
+    first, *steps = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+    done = {"options": {}, **first, **(steps[-1] if steps else {}), **summary}
+    said = [f"{(o := done['options']).get('loss', 'a loss')} on {num(done.get('pairs'))} pairs",
+            f"{num(summary.get('steps', done.get('step')))} steps in {num(done.get('seconds'))} seconds",
+            *(f"{k} {o[k]}" for k in ("beta", "image_rejected", "model", "lora_r", "lr", "seed") if k in o),
+            f"commit {first.get('commit', '–')}", *([] if summary else ["not finished"])]
+    told = json.dumps({k: v for k, v in first.items() if k != "losses_source"}, indent=1, ensure_ascii=False)
+    body = f"<p>{escape(', '.join(said))}.</p>" + table(summary) + curves(steps) + looks(run) + answers(run)
+    body += f"<details><summary>All that this run was told</summary><pre>{escape(told)}</pre></details>"
+    data.atomic_write(run / "report.html", page(run.resolve().name, body))
+    return run / "report.html"
+
+
+def main():
+    parser = data.Parser(prog="report.py", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    try:
+        print(write(parser.parse_args().run))
+    except data.UserError as error:
+        sys.exit(f"report.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

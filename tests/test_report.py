@@ -1,0 +1,176 @@
+"""report.py: one page that needs nothing else, whatever the run holds."""
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+import data
+import metrics
+import report
+
+EVIL = "<script>alert('1')</script>\"'&"
+LOG = {"loss": 2., "lr": 1e-4, "grad_norm": 1., "rewards/chosen": .1, "rewards/rejected": -.2,
+       "rewards/margins": .3, "rewards/accuracies": .5,
+       "rewards/image_rejected": -.1, "rewards/image_accuracies": .6,
+       "rewards/image_margins": .2, "logps/chosen": -9., "logps/rejected": -11., "tokens_per_second": 9000}
+
+
+def lines(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def make_run(run, evil="x", images=14, steps=30):
+    """A finished run of the classroom: a caption and a question an image; training mends the captions."""
+    (run / "scenes" / "images").mkdir(parents=True)
+    options = {"loss": "mdpo", "beta": .1, "model": evil, "lr": 1e-4, "seed": 0}
+    lines(run / "log.jsonl", [{"options": options, "commit": evil, "losses_source": "def dpo(): ..."}]
+          + [{"step": s, **LOG, "loss": 2 - s / 30, "seconds": s} for s in range(1, steps + 1)])
+    sides = {"before": [], "after": []}
+    for i in range(images):
+        Image.new("RGB", (80, 80), (i * 15, 90, 90)).save(run / "scenes" / "images" / f"{i}.png")
+        for name, side in sides.items():
+            caption = "a dog , a cat" if name == "before" else "a dog"
+            base = {"id": f"{i}{evil}", "image": f"images/{i}.png"}
+            side.append(base | {"question": f"describe {evil}", "kind": "caption",
+                                "answer": f"{caption} {evil}",
+                                "truth": {"present": ["dog"], "absent": ["cat"]}})
+            side.append(base | {"question": "is there a cat ?", "kind": "existence",
+                                "answer": "yes" + evil,
+                                "truth": {"answer": "no", "choices": ["yes", "no"], "set": "random"}})
+    for name, side in sides.items():
+        lines(run / f"{name}.jsonl", [{"settings": {"scenes": "scenes/scenes.jsonl"}}, *side])
+    summary = {name: metrics.classroom(side) for name, side in sides.items()}
+    summary |= {"difference": metrics.difference(*sides.values()), "pairs": 1000, "steps": steps,
+                "seconds": 90.5, "options": options}
+    (run / "summary.json").write_text(json.dumps(summary))
+    words = [{"word": "dog", "true": 1.25, "other": -.5}, {"word": "cat" + evil, "true": .001, "other": .001}]
+    (run / "words.json").write_text(json.dumps([
+        {"id": evil, "image": "scenes/images/0.png", "other_image": "scenes/images/1.png", "question": evil,
+         "answer_before": evil, "answer_after": "dog cat", "truth": {"present": ["dog"], "absent": ["cat"]},
+         "words": words}]))
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, attributes, text."""
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.open += [tag] if tag not in ("meta", "img", "path") else []
+
+    def handle_endtag(self, tag):
+        if tag != "path":
+            assert self.open.pop() == tag                             # every element is closed, in order
+
+    def handle_data(self, text):
+        self.text += text if self.open and self.open[-1] != "style" else ""
+
+
+def read(run):
+    assert report.write(run) == run / "report.html"
+    return (run / "report.html").read_text()
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    html = read(make_run(tmp_path / "run"))
+    page = Page(html)
+    assert page.open == [] and not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
+    sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    assert sources and all(value.startswith("data:image/png;base64,") for value in sources)
+    assert "prefers-color-scheme:dark" in html and "width=device-width" in html
+
+
+def test_the_table_has_both_sides_the_change_and_intervals(tmp_path):
+    text = Page(read(make_run(tmp_path / "run"))).text
+    assert re.search(r"CHAIR_s, lower is better100\.0100\.0 to 100\.00\.00\.0 to 0\.0−100\.0−100\.0 to", text)
+    assert "mdpo on 1,000 pairs, 30 steps in 90.5 seconds, beta 0.1" in text
+    assert "existence0.0" in text
+
+
+def test_every_curve_is_drawn_with_its_ends(tmp_path):
+    html = read(make_run(tmp_path / "run"))
+    assert all(f"<h3>{title}</h3>" in html for title, *_ in report.CURVES)
+    assert 'aria-label="Loss"' in html and "loss 2 → 1" in Page(html).text
+    assert "nan" not in html and "inf" not in html
+
+
+def test_a_dozen_images_with_hallucinated_words_marked(tmp_path):
+    html = read(make_run(tmp_path / "run"))
+    answers = html[html.index("<h2>Answers"):]
+    assert answers.count("<img") == 12
+    assert '<dt>before</dt><dd>a dog , a <mark title="not in the image">cat</mark> x</dd>' in answers
+    assert "<dt>after</dt><dd>a dog x</dd>" in answers
+    wrong = report.marked("yes .", {"answer": "no", "choices": ["yes", "no"]})
+    assert wrong == '<mark title="not in the image">yes</mark> .'
+
+
+def test_rewards_of_words_with_both_images(tmp_path):
+    html = read(make_run(tmp_path / "run"))
+    looks = html[html.index("<h2>Does the model look"):html.index("<h2>Answers")]
+    assert looks.count("<img") == 2
+    assert 'title="true: +1.2500">+1.25</i>' in looks and 'title="other: -0.5000">−0.50</i>' in looks
+    assert "true image: +1.25" in looks and "other image: −0.50" in looks
+
+
+def test_hostile_text_is_escaped_everywhere(tmp_path):
+    html = read(make_run(tmp_path / "run", evil=EVIL))
+    page = Page(html)
+    assert "<script" not in html and "script" not in page.tags and page.open == []
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert page.text.count(EVIL) >= 2 + 2 * 12                        # it stands there, as text
+
+
+def test_an_image_outside_the_run_is_not_read(tmp_path):
+    run = make_run(tmp_path / "run")
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    words = json.loads((run / "words.json").read_text())
+    words[0]["image"] = "../secret.png"
+    (run / "words.json").write_text(json.dumps(words))
+    html = read(run)
+    assert "../secret.png leaves its folder" in html
+    (run / "scenes" / "images" / "0.png").unlink()
+    assert "0.png is missing" in read(run)                            # a sentence in its place, not an error
+
+
+def test_large_images_are_made_small(tmp_path):
+    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "big.png")
+    figure = report.picture(tmp_path, "big.png")
+    assert "image/jpeg" in figure and 'class=""' in figure and len(figure) < 120_000
+
+
+def test_a_run_without_a_classroom_has_its_loss_and_no_answers(tmp_path):
+    run = make_run(tmp_path / "run")
+    for name in ("before.jsonl", "after.jsonl", "words.json"):
+        (run / name).unlink()
+    sides = {"before": {"loss": .6931, "margin": 0, "n": 9}, "after": {"loss": .5, "margin": .75, "n": 9}}
+    (run / "summary.json").write_text(json.dumps({**sides, "pairs": 10, "steps": 2, "seconds": 1}))
+    page = Page(read(run))
+    assert "loss0.69310.5−0.1931" in page.text and "held-out pairs" in page.text
+    assert "Answers" not in page.text
+    (run / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
+    assert "Before and after" not in read(run) and "Training" in read(run)
+
+
+def test_a_run_that_is_under_way_or_diverged(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(data.UserError, match="no log.jsonl"):
+        report.write(run)
+    lines(run / "log.jsonl", [{"options": {"loss": "sft"}}, {"step": 1, "loss": 1.5},
+                              {"step": 2, "loss": float("nan")}])
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')                                  # killed while writing
+    page = Page(read(run))
+    assert "not finished" in page.text and "loss 1.5 → 1.5" in page.text
+
+
+def test_long_runs_stay_small(tmp_path):
+    assert len(read(make_run(tmp_path / "run", steps=20_000))) < 600_000
