@@ -31,9 +31,10 @@ from functools import lru_cache
 import numpy as np
 
 POPE_SETS = ("random", "adversarial")
-CLASSROOM = {"chair_s": "CHAIR_s, lower is better", "chair_i": "CHAIR_i, lower is better",
-             "cover": "Cover", "pope_random_acc": "POPE random, accuracy", "pope_random_f1": "POPE random, F1",
-             "pope_adversarial_acc": "POPE adversarial, accuracy", "pope_adversarial_f1": "POPE adversarial, F1"}
+CLASSROOM = {
+    "chair_s": "CHAIR_s, lower is better", "chair_i": "CHAIR_i, lower is better", "cover": "Cover",
+    "pope_random_acc": "POPE random, accuracy", "pope_random_f1": "POPE random, F1",
+    "pope_adversarial_acc": "POPE adversarial, accuracy", "pope_adversarial_f1": "POPE adversarial, F1"}
 
 
 class AnswerError(ValueError):

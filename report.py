@@ -3,8 +3,8 @@
     python report.py runs/NAME      writes runs/NAME/report.html, in a second; train_dpo.py does it by itself
 
 It shows what the folder holds: the table before and after (summary.json), curves (log.jsonl), the reward of
-each word with its own and another image (words.json), and the first dozen images with both answers (before.jsonl,
-after.jsonl). Text is escaped, images are encoded anew, scripts are forbidden.
+words with their own and another image (words.json), and the first dozen images with both answers
+(before.jsonl, after.jsonl). Text is escaped, images are encoded anew, scripts are forbidden.
 """
 import base64
 import io
@@ -98,8 +98,7 @@ def figure(title, says, series):
 def curves(steps):
     figures = ""
     for title, says, keys in CURVES:
-        series = {label: [(s["step"], s[key]) for s in steps if num(s.get(key)) != "–"]
-                  for key, label in keys.items()}
+        series = {name: [(s["step"], s[k]) for s in steps if num(s.get(k)) != "–"] for k, name in keys.items()}
         figures += figure(title, says, series) if any(series.values()) else ""
     note = "Faint: each step on its own batch. Strong: a running mean, whose ends stand below it."
     return section("Training", note, figures and f'<div class="grid">{figures}</div>')
