@@ -92,7 +92,7 @@ def _short(value):
     return text if len(text) < 40 else text[:37] + "..."
 
 
-def answer(m, lines, file, out_path, settings, batch_size, progress=True, desc="answering"):
+def answer(m, lines, file, out_path, settings, batch_size, progress, description):
     """The loop of every benchmark: lines with "image" (a path beside `file`) and "question" -> out_path."""
     import vlm
     out_path = Path(out_path)
@@ -101,7 +101,7 @@ def answer(m, lines, file, out_path, settings, batch_size, progress=True, desc="
     if done == len(lines):
         return
     with (open(out_path, "ab") as out,
-          tqdm(total=len(lines), initial=done, desc=desc, unit="answer", disable=not progress) as bar):
+          tqdm(total=len(lines), initial=done, desc=description, unit="answer", disable=not progress) as bar):
         for start in range(done // batch_size * batch_size, len(lines), batch_size):
             batch = lines[start:start + batch_size]
             images = [[data.read_image(image_path(file, line["image"]))] for line in batch]
@@ -113,14 +113,14 @@ def answer(m, lines, file, out_path, settings, batch_size, progress=True, desc="
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, progress=True,
-                  desc="answering"):
+                  description="answering"):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
     scenes, file = read_scenes(scenes_path)
     out_path = Path(out_path)
     settings = describe(m, benchmark="classroom", max_new_tokens=max_new_tokens, questions=len(scenes),
                         scenes=os.path.relpath(file, out_path.parent),
                         scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-    answer(m, scenes, file, out_path, settings, batch_size, progress, desc)
+    answer(m, scenes, file, out_path, settings, batch_size, progress, description)
 
 
 def word_rewards(m, run_folder, beta, images=12, n=4):
@@ -169,6 +169,11 @@ def read_answers(path):
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
     return metrics.classroom(read_answers(answers_path)[1])
+
+
+def difference(before_path, after_path):
+    """-> metrics.difference of two answers files."""
+    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
 
 
 def items_classroom(answers):

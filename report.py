@@ -30,7 +30,6 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
     ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
-    ("Learning rate", "", {"lr": "rate"}),
     ("Speed", "tokens a second", {"tokens_per_second": "tokens/s"}))
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
@@ -56,8 +55,7 @@ img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
 .w{display:inline-block;min-width:46px;margin:0 5px 9px 0;text-align:center;font-size:.92rem}.w i{
 display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
-mark{background:none;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}
-.ask{grid-column:1/3}pre{font-size:.8rem;white-space:pre-wrap}
+mark{background:none;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
 """
 
 
@@ -98,38 +96,47 @@ def figure(title, says, series):
 def curves(steps):
     figures = ""
     for title, says, keys in CURVES:
-        series = {name: [(s["step"], s[k]) for s in steps if num(s.get(k)) != "–"] for k, name in keys.items()}
+        series = {v: [(s["step"], s[k]) for s in steps if num(s.get(k)) != "–"] for k, v in keys.items()}
         figures += figure(title, says, series) if any(series.values()) else ""
     note = "Faint: each step on its own batch. Strong: a running mean, whose ends stand below it."
     return section("Training", note, figures and f'<div class="grid">{figures}</div>')
 
 
-def flat(side):
-    """{measure: (value, interval)} of a part of a summary, the kinds of questions among them."""
-    spread, kinds = side.get("intervals", {}), side.get("by_kind", {})
-    out = {key: (value, spread.get(key)) for key, value in side.items() if num(value) != "–"}
-    return out | {key: (part.get("acc", part.get("change")), part["interval"])
-                  for key, part in {**side, **kinds}.items() if isinstance(part, dict) and "interval" in part}
+def rows(summary):
+    """[(measure, before, after, change)], each a (value, interval or None), for what both sides have."""
+    def flat(part):
+        side = summary.get(part) or {}
+        out = {k: (v, side.get("intervals", {}).get(k)) for k, v in side.items() if num(v) != "–"}
+        return out | {k: (v.get("acc", v.get("change")), v["interval"]) for k, v in
+                      {**side, **side.get("by_kind", {})}.items() if isinstance(v, dict) and "interval" in v}
+    before, after, change = map(flat, ("before", "after", "difference"))
+    return [(metrics.CLASSROOM.get(k, k), before[k], after[k],
+             change.get(k, (after[k][0] - before[k][0], None)))
+            for k in after if k in before and k not in ("n", "images", "unparsed")]
 
 
 def table(summary):
-    """A row for each measure that both sides have, with intervals where they are known."""
-    before, after, change = (flat(summary.get(part) or {}) for part in ("before", "after", "difference"))
-    form = "z.1f" if "images" in after else "z.4g"
+    """Before and after as lines of text, for the terminal."""
+    lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
+    for measure, (old, _), (new, _), (change, interval) in rows(summary):
+        form, spread = ("9.1f", "{:10.1f} to {:.1f}".format(*interval)) if interval else ("9.4f", "")
+        lines.append(f"{measure:30}{old:{form}}{new:{form}}{change:+{form}}{spread}")
+    return lines
 
-    def cell(value, interval, sign=""):
-        spread = " to ".join(num(x, sign + form) for x in interval or ())
-        kind = "clear" if sign and interval and (interval[0] > 0 or interval[1] < 0) else ""
-        return f'<td class="{kind}">{num(value, sign + form)}<small>{spread}</small></td>'
 
-    body, note = "", "On held-out pairs."
-    if "images" in after:
-        note = (f"Percent, on {num(after['images'][0])} images apart from the pairs, with 95% intervals. "
+def before_and_after(summary):
+    images, body, note = (summary.get("after") or {}).get("images"), "", "On held-out pairs."
+    if images:
+        note = (f"Percent, on {num(images)} images apart from the pairs, with 95% intervals. "
                 "The change is paired by image, and bold where its interval leaves out 0.")
-    for key in (key for key in after if key in before and key not in ("n", "images", "unparsed")):
-        moved = change.get(key, (after[key][0] - before[key][0], None))
-        body += (f"<tr><td>{escape(metrics.CLASSROOM.get(key, key))}</td>"
-                 f'{cell(*before[key])}{cell(*after[key])}{cell(*moved, "+")}</tr>')
+    for measure, *cells in rows(summary):
+        body += f"<tr><td>{escape(measure)}</td>"
+        for (value, interval), form in zip(cells, ("z", "z", "+z"), strict=True):
+            form += ".1f" if images else ".4g"
+            clear = form[0] == "+" and interval and (interval[0] > 0 or interval[1] < 0)
+            body += (f'<td class="{"clear" if clear else ""}">{num(value, form)}'
+                     f'<small>{" to ".join(num(x, form) for x in interval or ())}</small></td>')
+        body += "</tr>"
     head = "<table><tr><th></th><th>before</th><th>after</th><th>change</th></tr>"
     return section("Before and after", note, body and f"{head}{body}</table>")
 
@@ -161,8 +168,6 @@ def marked(text, truth):
 
 def answers(run, images=12):
     """The first images, each with the answers to its first three questions before and after."""
-    if not ((run / "summary.json").exists() and (run / "after.jsonl").exists()):
-        return ""
     (first, *before), (_, *after) = (data.read_jsonl(run / f"{name}.jsonl") for name in ("before", "after"))
     root, shown, body = (run / first["settings"]["scenes"]).parent, {}, ""
     for old, new in zip(before, after, strict=False):
@@ -187,16 +192,15 @@ def looks(run):
     most = max((abs(w[k]) for e in entries for w in e["words"] for k in ("true", "other")), default=0) or 1
     body = ""
     for e in entries:
-        words, sums = "", {"true": 0, "other": 0}
+        words = ""
         for w in e["words"]:
             words += f'<div class="w">{marked(w["word"], e["truth"])}'
-            for k in sums:
-                sums[k] += w[k]
+            for k in ("true", "other"):
                 shade = f"rgba(var(--{'pos' if w[k] > 0 else 'neg'}),{.6 * abs(w[k]) / most:.2f})"
                 words += f'<i style="background:{shade}" title="{k}: {w[k]:+.4f}">{num(w[k], "+z.2f")}</i>'
             words += "</div>"
         body += '<div class="card row">' + "".join(
-            picture(run, e[key], f"{k} image: {num(sums[k], '+z.2f')}")
+            picture(run, e[key], f"{k} image: {num(sum(w[k] for w in e['words']), '+z.2f')}")
             for key, k in (("image", "true"), ("other_image", "other")) if key in e)
         body += f'<div><div class="w soft">word<i>true</i><i>other</i></div>{words}</div></div>'
     note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
@@ -219,10 +223,8 @@ content="default-src 'none';img-src data:;style-src 'unsafe-inline'"><style>{CSS
 
 
 def write(run_folder):
-    """Write run_folder/report.html in one move; returns its path. Raises UserError where there is no run."""
+    """Write run_folder/report.html in one move; returns its path. Raises UserError where no run is."""
     run = Path(run_folder)
-    if not (run / "log.jsonl").exists():
-        raise data.UserError(f"{run} holds no log.jsonl; give the folder of a run")
     first, *steps = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
     summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
     done = {"options": {}, **first, **(steps[-1] if steps else {}), **summary}
@@ -230,9 +232,8 @@ def write(run_folder):
             f"{num(summary.get('steps', done.get('step')))} steps in {num(done.get('seconds'))} seconds",
             *(f"{k} {o[k]}" for k in ("beta", "image_rejected", "model", "lora_r", "lr", "seed") if k in o),
             f"commit {first.get('commit', '–')}", *([] if summary else ["not finished"])]
-    told = json.dumps({k: v for k, v in first.items() if k != "losses_source"}, indent=1, ensure_ascii=False)
-    body = f"<p>{escape(', '.join(said))}.</p>" + table(summary) + curves(steps) + looks(run) + answers(run)
-    body += f"<details><summary>All that this run was told</summary><pre>{escape(told)}</pre></details>"
+    body = curves(steps) + looks(run) + (answers(run) if "difference" in summary else "")
+    body = f"<p>{escape(', '.join(said))}.</p>{before_and_after(summary)}{body}"
     data.atomic_write(run / "report.html", page(run.resolve().name, body))
     return run / "report.html"
 

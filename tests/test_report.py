@@ -95,6 +95,16 @@ def test_the_table_has_both_sides_the_change_and_intervals(tmp_path):
     assert "existence0.0" in text
 
 
+def test_the_table_as_text(tmp_path):
+    run = make_run(tmp_path / "run")
+    head, first, *_ = report.table(json.loads((run / "summary.json").read_text()))
+    assert head.split()[:3] == ["before", "after", "change"]
+    assert first.split()[4:] == ["100.0", "0.0", "-100.0", "-100.0", "to", "-100.0"]
+    loss = report.table({"before": {"loss": .5}, "after": {"loss": .25}})[1]
+    assert loss.split() == ["loss", "0.5000", "0.2500", "-0.2500"]
+    assert len(report.table({"before": {}, "after": {}})) == 1
+
+
 def test_every_curve_is_drawn_with_its_ends(tmp_path):
     html = read(make_run(tmp_path / "run"))
     assert all(f"<h3>{title}</h3>" in html for title, *_ in report.CURVES)
@@ -162,7 +172,7 @@ def test_a_run_without_a_classroom_has_its_loss_and_no_answers(tmp_path):
 def test_a_run_that_is_under_way_or_diverged(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    with pytest.raises(data.UserError, match="no log.jsonl"):
+    with pytest.raises(data.UserError, match="log.jsonl could not be read"):
         report.write(run)
     lines(run / "log.jsonl", [{"options": {"loss": "sft"}}, {"step": 1, "loss": 1.5},
                               {"step": 2, "loss": float("nan")}])
