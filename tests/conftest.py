@@ -10,8 +10,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 GOLDEN = Path(os.environ.get("GOLDEN", SHARED / "golden"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models: threads cost more than they bring, and sums stay the same
-os.environ["HF_HUB_OFFLINE"] = "1"                  # nothing here may reach for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # tiny models: threads only cost, and sums stay the same
+os.environ["HF_HUB_OFFLINE"] = "1"               # nothing here may reach for a hub
 
 
 def need(path):
@@ -21,7 +21,8 @@ def need(path):
     return Path(path)
 
 
-WORDS = "<unk> <pad> <s> </s> <image> USER: ASSISTANT: what is this ? a red blue cat dog and there two one no yes , . on".split()
+WORDS = ("<unk> <pad> <s> </s> <image> USER: ASSISTANT: "
+         "what is this ? a red blue cat dog and there two one no yes , . on").split()
 
 
 def word_tokenizer():
@@ -30,8 +31,9 @@ def word_tokenizer():
     from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
-                                        eos_token="</s>", additional_special_tokens=["<image>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"])
     tokenizer.chat_template = (
         "<s> {% for m in messages %}{% if m['role'] == 'user' %}USER: {% for part in m['content'] %}"
         "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}"
@@ -40,9 +42,9 @@ def word_tokenizer():
     return tokenizer
 
 
-def write_llava(folder, tokenizer=None, image_size=28, patch=14, hidden=32, layers=2, kv_heads=2, seed=0, tied=False,
-                dtype="float32"):
-    """Write a llava-hf folder with random weights: LLaVA-1.5's classes and shape, any size. Returns the folder."""
+def write_llava(folder, tokenizer=None, image_size=28, patch=14, hidden=32, layers=2, kv_heads=2, seed=0,
+                tied=False, dtype="float32"):
+    """Write a llava-hf folder with random weights: LLaVA-1.5's classes, any size. Returns the folder."""
     import torch
     from transformers import (
         CLIPImageProcessorPil,
@@ -57,16 +59,17 @@ def write_llava(folder, tokenizer=None, image_size=28, patch=14, hidden=32, laye
         vision_config=CLIPVisionConfig(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
                                        num_attention_heads=2, image_size=image_size, patch_size=patch),
         text_config=LlamaConfig(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                                num_attention_heads=4, num_key_value_heads=kv_heads, vocab_size=len(tokenizer),
-                                tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id,
-                                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
+                                num_attention_heads=4, num_key_value_heads=kv_heads,
+                                vocab_size=len(tokenizer), tie_word_embeddings=tied,
+                                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                                pad_token_id=tokenizer.pad_token_id),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=tied)
     model = LlavaForConditionalGeneration(config).to(getattr(torch, dtype))
-    for name, weight in model.named_parameters():             # louder than the default initialisation: attention matters
+    for name, weight in model.named_parameters():    # louder than the default: attention shall matter
         if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.3 / hidden ** 0.5 if "vision" in name else 1.5 / hidden ** 0.5)
+            torch.nn.init.normal_(weight, std=(0.3 if "vision" in name else 1.5) / hidden ** 0.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-                          ).save_pretrained(folder)
+    crop = {"height": image_size, "width": image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop).save_pretrained(folder)
     return folder

@@ -1,11 +1,11 @@
 """vlm.py as specification: one naive forward, one packed forward, the same numbers; templates; generation."""
-import data
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED, need, write_llava
 from PIL import Image
 
+import data
 import losses
 import vlm
 
@@ -27,13 +27,16 @@ def picture(seed, size=(40, 30)):
 
 
 def ragged(m):
-    """Four ragged pairs: one image, two images, none, an empty-ish rejected; and the features of true and damaged images."""
-    rows = [("what is this ?", 1, "a red cat", "a blue dog and two cat on a dog ."), ("is there a dog ?", 2, "yes , there is", "no"),
-            ("what is a cat ?", 0, "one", "two , two , two , two"), ("is this red ?", 1, "no , no , no , a blue dog .", "yes")]
+    """Four ragged pairs of one, two, no and one image; the features of the true and the damaged images."""
+    rows = [("what is this ?", 1, "a red cat", "a blue dog and two cat on a dog ."),
+            ("is there a dog ?", 2, "yes , there is", "no"),
+            ("what is a cat ?", 0, "one", "two , two , two , two"),
+            ("is this red ?", 1, "no , no , no , a blue dog .", "yes")]
     pairs = []
     for i, (question, n, chosen, rejected) in enumerate(rows):
         prompt = vlm.prompt_ids(m, question, n)
-        pairs.append(data.Pair(str(i), prompt, prompt, vlm.response_ids(m, chosen), vlm.response_ids(m, rejected)))
+        pairs.append(data.Pair(str(i), prompt, prompt,
+                               vlm.response_ids(m, chosen), vlm.response_ids(m, rejected)))
     images = [picture(i) for i in range(8)]                          # four true, four damaged
     return pairs, vlm.encode_images(m, vlm.prepare(m, images).double())
 
@@ -48,7 +51,8 @@ def with_lora(folder, seed=0):
     return m
 
 
-@pytest.mark.parametrize("needs", [EVERYTHING, {"chosen", "rejected"}, {"chosen", "image_rejected"}, {"chosen"}])
+@pytest.mark.parametrize("needs", [EVERYTHING, {"chosen", "rejected"},
+                                   {"chosen", "image_rejected"}, {"chosen"}])
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
     """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64."""
     import lora
@@ -62,7 +66,8 @@ def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs
         logps = forward(m, pairs, features, needs)
         got = torch.stack([x for x in logps[:3] if x is not None])
         (got * torch.linspace(0.5, 2, got.numel(), dtype=got.dtype).view_as(got)).sum().backward()
-        results.append((got.detach(), torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()])))
+        gradient = torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()])
+        results.append((got.detach(), gradient))
     (naive, naive_grad), (packed, packed_grad) = results
     assert len(naive) == len(needs)
     torch.testing.assert_close(packed, naive, rtol=1e-9, atol=0)
@@ -76,7 +81,7 @@ def test_packed_equals_naive_with_gradient_checkpointing(folder):
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            m.model.model.language_model.train()          # transformers checkpoints in train mode only; there is no dropout
+            m.model.model.language_model.train()      # transformers checkpoints in train mode only
             m.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         m.model.zero_grad()
         vlm.packed(m, pairs, features, EVERYTHING).chosen.sum().backward()
@@ -88,7 +93,8 @@ def test_rejected_sees_its_prompt_and_not_the_chosen(model):
     """Changing `chosen` must leave the log-prob of `rejected` as it was; changing the prompt must not."""
     pairs, features = ragged(model)
     other = [p._replace(chosen=vlm.response_ids(model, "dog dog dog dog dog")) for p in pairs]
-    before, after = (vlm.packed(model, x, features[:4], {"chosen", "rejected"}).rejected for x in (pairs, other))
+    before, after = (vlm.packed(model, x, features[:4], {"chosen", "rejected"}).rejected
+                     for x in (pairs, other))
     torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
     blind = vlm.packed(model, pairs, features[:4] * 0, {"chosen", "rejected"}).rejected
     assert (blind - before).abs().max() > 1e-3
@@ -147,7 +153,8 @@ def test_history_keeps_earlier_turns_and_puts_the_image_first(model):
 
 
 def test_a_response_ends_in_one_eos_and_holds_no_image_marker(model):
-    assert vlm.response_ids(model, "a cat </s>")[-2:] == [model.tokenizer.convert_tokens_to_ids("cat"), model.eos_id]
+    cat = model.tokenizer.convert_tokens_to_ids("cat")
+    assert vlm.response_ids(model, "a cat </s>")[-2:] == [cat, model.eos_id]
     with pytest.raises(data.UserError, match="holds <image>"):
         vlm.response_ids(model, "a <image> cat")
     with pytest.raises(data.UserError, match="no token"):
@@ -166,7 +173,7 @@ def llama_tokenizer():
 @pytest.mark.parametrize("template", ["vicuna", "plain"])
 @pytest.mark.parametrize("response", ["The car is red.", "Yes, \"two\" of them.", "2 dogs", "the"])
 def test_the_boundary_between_assistant_and_response_is_that_of_the_joint_text(tmp_path, template, response):
-    """Tokenised apart (prompt, response) equals `ASSISTANT: response` tokenised at once with the real Llama tokenizer."""
+    """With the real Llama tokenizer, prompt and response apart are the tokens of `ASSISTANT: response`."""
     m = vlm.load(write_llava(tmp_path, tokenizer=llama_tokenizer()), template=template)
     prompt = vlm.prompt_ids(m, "What is this?")
     text = m.tokenizer.decode(prompt[1:]).split("<image>")[-1]
@@ -182,7 +189,8 @@ def test_the_boundary_between_assistant_and_response_is_that_of_the_joint_text(t
 def test_generation_is_the_same_alone_and_in_a_batch(folder):
     m = vlm.load(folder)
     images = [[picture(i)] for i in range(5)] + [[]]
-    questions = ["what is this ?", "is there a dog ?", "a cat ?", "what is a red cat and a blue dog ?", "is this one ?", "what ?"]
+    questions = ["what is this ?", "is there a dog ?", "a cat ?",
+                 "what is a red cat and a blue dog ?", "is this one ?", "what ?"]
     together = vlm.generate(m, images, questions, max_new_tokens=8, batch_size=6)
     alone = [vlm.generate(m, [i], [q], max_new_tokens=8)[0] for i, q in zip(images, questions, strict=True)]
     assert together == alone and any(together)
@@ -191,7 +199,8 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
-    draw = [vlm.generate(m, [[picture(1)]] * 4, ["what is this ?"] * 4, max_new_tokens=8, sample_seed=s) for s in (1, 1, 2)]
+    asked = [[picture(1)]] * 4, ["what is this ?"] * 4
+    draw = [vlm.generate(m, *asked, max_new_tokens=8, sample_seed=seed) for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2] and len(set(draw[0])) > 1
     assert torch.equal(state, torch.get_rng_state())
 
@@ -211,6 +220,9 @@ def test_word_logps_join_the_pieces_of_a_word(tmp_path):
     features = vlm.encode_images(m, vlm.prepare(m, [picture(2)]))
     words = vlm.word_logps(m, features, "What is this?", "An extraordinarily red  car, isn't it?")
     assert [w for w, _ in words] == ["An", "extraordinarily", "red", "car,", "isn't", "it?"]
+    words = vlm.word_logps(m, features, "What is this?", " A \n\n 🦤  car. \n")  # 🦤: 4 byte tokens
+    assert [w for w, _ in words] == ["A", "🦤", "car."]
+    assert vlm.word_logps(m, features, "What is this?", " ") == []
 
 
 def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
@@ -218,7 +230,8 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
         vlm.load(tmp_path / "absent")
     with pytest.raises(data.UserError, match="config.json is missing"):
         vlm.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}')
+    original = '{"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}'
+    (tmp_path / "config.json").write_text(original)
     with pytest.raises(data.UserError, match="only llava-hf folders"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -226,6 +239,29 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
         vlm.load(tmp_path)
 
 
+def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
+    weights = write_llava(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
+        vlm.load(tmp_path)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*: copy its files"):
+        vlm.load(tmp_path)
+
+
 def test_info_says_what_a_folder_is(folder):
     lines = "\n".join(vlm.info(folder))
-    assert "clip_vision_model + llama" in lines and "28 pixels, 4 tokens" in lines and "missing         nothing" in lines
+    assert "clip_vision_model + llama" in lines and "28 pixels, 4 tokens" in lines
+    assert "missing         nothing" in lines
+
+
+def test_identity_changes_when_a_weight_changes(tmp_path):
+    from safetensors.torch import load_file, save_file
+    m = vlm.load(write_llava(tmp_path))
+    before = vlm.identity(m)
+    assert vlm.identity(m) == before == vlm.identity(vlm.load(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert vlm.identity(m) != before
