@@ -1,7 +1,7 @@
 """Measure hallucination in two steps with a file between: a model answers, then the answers are scored.
 
     python eval_hallu.py answers classroom --model M --data scenes.jsonl --out answers.jsonl
-        1000 captions and 2000 questions: a minute on two CPU cores; killed and called again it goes on
+        1000 captions and 2000 questions: ten seconds on a CPU; killed and called again it goes on
     python eval_hallu.py answers classroom --model M --adapter runs/NAME/adapter --data ... --out ...
         the same with a run's adapter on top; on a GPU where there is one
     python eval_hallu.py score classroom --answers answers.jsonl --out scores.json

@@ -55,7 +55,7 @@ img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
 .w{display:inline-block;min-width:46px;margin:0 5px 9px 0;text-align:center;font-size:.92rem}.w i{
 display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
-mark{background:none;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
+mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
 """
 
 
@@ -63,7 +63,7 @@ def num(x, form=None):
     """A number for reading, with the digits that matter unless told otherwise; "–" for what is none."""
     if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
         return "–"
-    short = ",.0f" if abs(x) >= 100 or x == int(x) else ".1f" if abs(x) >= 10 else ".2g"
+    short = ",.0f" if abs(x) >= 100 or x == int(x) else ".1f" if abs(x) >= 10 else ".3g"
     return f"{x:{form or short}}".replace("-", "−")
 
 
@@ -190,19 +190,19 @@ def looks(run):
     """The reward of each word of an answer, with the true image and with another."""
     entries = json.loads((run / "words.json").read_text()) if (run / "words.json").exists() else []
     most = max((abs(w[k]) for e in entries for w in e["words"] for k in ("true", "other")), default=0) or 1
-    body = ""
+    body, form = "", "+z.2f" if most >= .2 else "+z.3f"
     for e in entries:
-        words = ""
+        pictures, words = "", '<div class="w soft">image<i>true</i><i>other</i></div>'
         for w in e["words"]:
             words += f'<div class="w">{marked(w["word"], e["truth"])}'
             for k in ("true", "other"):
                 shade = f"rgba(var(--{'pos' if w[k] > 0 else 'neg'}),{.6 * abs(w[k]) / most:.2f})"
-                words += f'<i style="background:{shade}" title="{k}: {w[k]:+.4f}">{num(w[k], "+z.2f")}</i>'
+                words += f'<i style="background:{shade}" title="{k}: {w[k]:+.4f}">{num(w[k], form)}</i>'
             words += "</div>"
-        body += '<div class="card row">' + "".join(
-            picture(run, e[key], f"{k} image: {num(sum(w[k] for w in e['words']), '+z.2f')}")
-            for key, k in (("image", "true"), ("other_image", "other")) if key in e)
-        body += f'<div><div class="w soft">word<i>true</i><i>other</i></div>{words}</div></div>'
+        for image, k in (("image", "true"), ("other_image", "other")):
+            total = num(sum(w[k] for w in e["words"]), form)
+            pictures += picture(run, e[image], f"{k}: {total}") if image in e else ""
+        body += f'<div class="card row">{pictures}<div>{words}</div></div>'
     note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
             "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
             "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")

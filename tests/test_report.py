@@ -127,7 +127,7 @@ def test_rewards_of_words_with_both_images(tmp_path):
     looks = html[html.index("<h2>Does the model look"):html.index("<h2>Answers")]
     assert looks.count("<img") == 2
     assert 'title="true: +1.2500">+1.25</i>' in looks and 'title="other: -0.5000">−0.50</i>' in looks
-    assert "true image: +1.25" in looks and "other image: −0.50" in looks
+    assert ">true: +1.25</small>" in looks and ">other: −0.50</small>" in looks
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):
