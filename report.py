@@ -29,7 +29,7 @@ CURVES = (                                                 # title, what it says
     ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
     ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    ("Gradient norm", "before clipping", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
+    ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
 --c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e;--pos:31,108,176;--neg:200,96,30}
