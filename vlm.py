@@ -135,7 +135,7 @@ def _part(folder, kind, what, mend, **options):
     from safetensors import SafetensorError
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:      # the last: a torn file
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:    # the last: a torn file
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise data.UserError(f"{folder}: the {what} cannot be read ({reason}): {mend}") from None
 
