@@ -137,7 +137,7 @@ def test_score_refuses_an_unfinished_file(m, tmp_path):
     scenes, _ = write_scenes(tmp_path / "scenes")
     out = tmp_path / "answers.jsonl"
     answer(m, scenes, out)
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
+    out.write_text(out.read_text()[:-5])                                       # killed within the last line
     code, _, err = run("score", "classroom", "--answers", out, "--out", tmp_path / "scores.json")
     assert code == 1 and "19 of 20" in err and err.count("\n") == 1
     assert not (tmp_path / "scores.json").exists()
