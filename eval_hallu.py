@@ -159,7 +159,7 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
 def read_answers(path):
     """-> (settings or {}, answers). Raises AnswerError for a file that its run has not finished."""
     settings = next(data.read_jsonl(path, torn_ok=True), {}).get("settings") or {}
-    lines = list(data.read_jsonl(path, torn_ok=bool(settings)))[bool(settings):]     # the count tells what is torn
+    lines = list(data.read_jsonl(path, torn_ok=bool(settings)))[bool(settings):]
     if len(lines) != settings.get("questions", len(lines)):
         raise metrics.AnswerError(f"{path} answers {len(lines)} of {settings['questions']} questions; run "
                                   "the same `answers` command again, it goes on where it stopped")
