@@ -1,18 +1,21 @@
 """Train one of the classroom's base models from nothing: a tiny LLaVA of transformers' own classes.
 
-    python classroom/make.py --seed 0 --out classroom/models/base0      about 4 minutes on one core
+    python classroom/make.py --seed 0 --out classroom/models/base0    about 5 minutes on one core
+    python classroom/make.py --measure classroom/statistics.json      the shipped bases and pairs, a minute
 
 Three stages, each drawn from its own generator keyed by (seed, stage):
 
-1. Look     the vision tower and the projector learn to put each patch beside the embeddings of the words for its
-            object and colour. Without this stage the model stays blind and only learns the captions' statistics.
+1. Look     the vision tower and the projector learn to put each patch beside the embeddings of the words for
+            its object and colour. Without this stage the model stays blind and only learns the captions'
+            statistics.
 2. Learn    captions and questions, all true; the tower is frozen from here on.
-3. Err      the captions of a careless observer, who adds typical objects that are not there (`--level`) and now and
-            then leaves out one that is (`--omit`); the questions stay true. This is what preference optimisation
-            has to repair.
+3. Err      the captions of a careless observer, who adds typical objects that are not there (`--level`) and
+            now and then leaves out one that is (`--omit`); the questions stay true. This is what preference
+            optimisation has to repair.
 
-The folder is an ordinary llava-hf folder: transformers alone loads it. Weights are stored in fp16 and the statistics are those of
-the stored model, on the tuning scenes. One thread makes the training equal byte for byte from run to run.
+The folder is an ordinary llava-hf folder: transformers alone loads it. Weights are stored in fp16 and the
+statistics are those of the stored model, on the tuning scenes. One thread makes the training equal byte for
+byte from run to run.
 """
 
 import argparse
@@ -28,8 +31,10 @@ from classroom import world  # noqa: E402
 
 IMAGE_TOKENS = world.GRID ** 2
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ ' USER:' if message.role == 'user' else ' ASSISTANT:' }}"
-            "{% if message.content is string %}{{ ' ' + message.content }}{% else %}{% for part in message.content %}"
+TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
+            "{{ ' USER:' if message.role == 'user' else ' ASSISTANT:' }}"
+            "{% if message.content is string %}{{ ' ' + message.content }}{% else %}"
+            "{% for part in message.content %}"
             "{{ ' <image>' if part.type == 'image' else ' ' + part.text }}{% endfor %}{% endif %}"
             "{% if message.role == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}")
@@ -42,29 +47,34 @@ def build_tokenizer():
     words = [*SPECIAL, *world.vocabulary()]
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-                                        additional_special_tokens=["<image>"], clean_up_tokenization_spaces=False,
-                                        model_max_length=512, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>",
+                                        pad_token="<pad>", unk_token="<unk>", padding_side="left",
+                                        additional_special_tokens=["<image>"], model_max_length=512,
+                                        clean_up_tokenization_spaces=False)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
 def build_model(tokenizer):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=world.SIZE,
-                              patch_size=world.CELL, projection_dim=64)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-                       num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0,
-                       bos_token_id=1, eos_token_id=2, initializer_range=.08)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-                         image_seq_length=IMAGE_TOKENS, vision_feature_layer=-1, tie_word_embeddings=True, pad_token_id=0)
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                              num_attention_heads=4, image_size=world.SIZE, patch_size=world.CELL,
+                              projection_dim=64)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3,
+                       num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+                       tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                       initializer_range=.08)  # at the usual .02 so narrow a model learns far more slowly
+    config = LlavaConfig(vision_config=vision, text_config=text, image_seq_length=IMAGE_TOKENS,
+                         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
+                         tie_word_embeddings=True, pad_token_id=0)
     return LlavaForConditionalGeneration(config)
 
 
 def build_processor():
     from transformers import CLIPImageProcessorPil
     side = {"height": world.SIZE, "width": world.SIZE}
-    return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=[.5] * 3, image_std=[.25] * 3)
+    return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=[.5] * 3,
+                                 image_std=[.25] * 3)
 
 
 def pixels(scenes):
@@ -93,15 +103,18 @@ def stage(name, parameters, steps, lr, loss_of, rng):
         optimiser.step()
         seen.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"{name:5} {step + 1:5}/{steps}  loss {sum(seen[-100:]) / len(seen[-100:]):.4f}  {time.time() - start:.0f} s", flush=True)
+            mean = sum(seen[-100:]) / len(seen[-100:])
+            print(f"{name:5} {step + 1:5}/{steps}  loss {mean:.4f}  {time.time() - start:.0f} s", flush=True)
 
 
 def look(model, tokenizer, batch=64):
-    """The loss of stage 1: each patch's object and colour by the words' own embeddings, its row and column by a throw-away head."""
+    """The loss of stage 1: each patch's object and colour by the words' embeddings, its column and row by a
+    head that is thrown away."""
     import torch
     from torch.nn import functional as F
     words = model.get_input_embeddings().weight
-    kinds, colours = (torch.tensor(tokenizer.convert_tokens_to_ids(list(w))) for w in (world.TYPES, world.COLOURS))
+    kinds, colours = (torch.tensor(tokenizer.convert_tokens_to_ids(list(group)))
+                      for group in (world.TYPES, world.COLOURS))
     place = torch.nn.Linear(words.shape[1], 2 * world.GRID)
     where = torch.arange(IMAGE_TOKENS)
 
@@ -114,21 +127,23 @@ def look(model, tokenizer, batch=64):
                 for column, row, *_ in thing.places:
                     kind[i, row * world.GRID + column] = world.TYPES.index(thing.type)
                     colour[i, row * world.GRID + column] = list(world.COLOURS).index(thing.colour)
-        seen = torch.stack(list(model.model.get_image_features(pixel_values=pixels(scenes)).pooler_output))  # (N, K, D)
-        kind_logits = F.pad(seen @ words[kinds].T, (0, 1))                                                   # (N, K, 25)
-        places = place(seen)                                                                                 # (N, K, 8)
+        features = model.model.get_image_features(pixel_values=pixels(scenes)).pooler_output
+        seen = torch.stack(list(features))                             # (N, K, D)
+        kind_logits = F.pad(seen @ words[kinds].T, (0, 1))             # (N, K, 25), nothing has logit 0
+        columns, rows = place(seen).chunk(2, -1)                       # (N, K, 4) each
         return (F.cross_entropy(kind_logits.flatten(0, 1), kind.flatten())
                 + F.cross_entropy((seen @ words[colours].T).flatten(0, 1), colour.flatten())
-                + .1 * F.cross_entropy(places[..., :world.GRID].flatten(0, 1), (where % world.GRID).repeat(batch))
-                + .1 * F.cross_entropy(places[..., world.GRID:].flatten(0, 1), (where // world.GRID).repeat(batch)))
+                + .1 * F.cross_entropy(columns.flatten(0, 1), (where % world.GRID).repeat(batch))
+                + .1 * F.cross_entropy(rows.flatten(0, 1), (where // world.GRID).repeat(batch)))
     return loss_of, list(place.parameters())
 
 
 def talk(model, tokenizer, level=0., omit=0., order="random", batch=16, questions=6):
     """The loss of stages 2 and 3: for each scene a caption and six questions, over the answers' words.
 
-    They share the picture in one row, `<s> USER: picture | question, answer | question, answer | ...`, where each part sees the
-    picture and itself, at the positions that it would have alone. The word that decides an answer counts five times.
+    They share the picture in one row, `<s> USER: picture | question, answer | question, answer | ...`, where
+    each part sees the picture and itself, at the positions that it would have alone. The word that decides an
+    answer counts five times, a caption's words twice.
     """
     import torch
     from torch.nn import functional as F
@@ -139,9 +154,10 @@ def talk(model, tokenizer, level=0., omit=0., order="random", batch=16, question
         scenes = [world.scene(rng) for _ in range(batch)]
         rows = []  # of tokens, positions, part, label weight
         for s in scenes:
-            asked = [world.ask(rng, s, rng.choice(ASKED)) or world.ask(rng, s, "existence") for _ in range(questions)]
+            asked = [world.ask(rng, s, rng.choice(ASKED)) or world.ask(rng, s, "existence")
+                     for _ in range(questions)]
             parts = [(q.question, q.answer, q.right) for q in asked]
-            parts.append((rng.choice(world.DESCRIBE), world.careless_caption(rng, s, level, omit, order), None))
+            parts += [(rng.choice(world.DESCRIBE), world.careless_caption(rng, s, level, omit, order), None)]
             row = [(0, t, 0, 0) for t in range(prefix)]
             for number, (question, answer, right) in enumerate(parts, 1):
                 words = [(w, 0) for w in f"{question} ASSISTANT:".split()]
@@ -167,10 +183,11 @@ def talk(model, tokenizer, level=0., omit=0., order="random", batch=16, question
     return loss_of
 
 
-ASKED = ("existence",) * 4 + ("relation",) * 3 + ("attribute", "counting", "false_premise")  # shares while learning
+# shares while learning; relations are the hardest and are learned last
+ASKED = ("existence",) * 4 + ("relation",) * 3 + ("attribute", "counting", "false_premise")
 
 
-def train(seed, level, omit, scale=1.):
+def train(seed, level, omit, order="random", scale=1.):
     import torch
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -186,12 +203,12 @@ def train(seed, level, omit, scale=1.):
     model.model.vision_tower.requires_grad_(False)
     speaking = [p for p in model.parameters() if p.requires_grad]
     stage("learn", speaking, steps["learn"], 2.5e-3, talk(model, tokenizer), rng("learn"))
-    stage("err", speaking, steps["err"], 1e-3, talk(model, tokenizer, level, omit), rng("err"))
+    stage("err", speaking, steps["err"], 1e-3, talk(model, tokenizer, level, omit, order), rng("err"))
     return model, tokenizer
 
 
 def save(model, tokenizer, out, card):
-    """A llava-hf folder: fp16 on disk, float32 when loaded, since no processor is faster with half at this size."""
+    """A llava-hf folder: fp16 on disk, float32 when loaded."""
     import torch
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config.update(eos_token_id=2, bos_token_id=1, pad_token_id=0)
@@ -207,9 +224,11 @@ def save(model, tokenizer, out, card):
 
 
 def statistics(folder, split, n, seed=0):
-    """The stored model's measures on n scenes and 2n questions of a split, greedily answered; each kind's prior is what
-    its most frequent answer would score; for relations and false premises a coin, since a relation's question offers two
-    words, and false premises are asked as often as the colours that are there, and in the same words."""
+    """The stored model's measures on n scenes and 2n questions of a split, greedily answered.
+
+    A kind's prior is what its most frequent answer would score; for relations and false premises a coin: a
+    relation's question offers two words, and false premises are asked as often as colours, in the same words.
+    """
     from PIL import Image
 
     import metrics
@@ -217,36 +236,65 @@ def statistics(folder, split, n, seed=0):
     from classroom import pairs
     lines, scenes = pairs.exam(seed, n, 2 * n, split)
     pictures = {name: Image.fromarray(world.draw(s)) for name, s in scenes.items()}
-    answers = vlm.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines], [line["question"] for line in lines])
-    table = metrics.classroom([line | {"answer": a} for line, a in zip(lines, answers, strict=True)], resamples=200)
-    said = [(world.mentions(a), scenes[line["image"]].counts) for line, a in zip(lines, answers, strict=True) if line["kind"] == "caption"]
-    false = [(i, len(words)) for words, true in said for i, w in enumerate(words) if w not in true]
+    answers = vlm.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],
+                           [line["question"] for line in lines])
+    lines = [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
+    table = metrics.classroom(lines, resamples=200)
     for kind, row in table["by_kind"].items():
         truths = [line["truth"]["answer"] for line in lines if line["kind"] == kind]
-        row["prior"] = 50. if kind in ("relation", "false_premise") else 100 * max(map(truths.count, set(truths))) / len(truths)
-    table["last"] = 100 * sum(i == n_words - 1 for i, n_words in false) / max(1, len(false))
-    table["words"] = sum(len(a.split()) for line, a in zip(lines, answers, strict=True) if line["kind"] == "caption") / n
-    return json.loads(json.dumps(table), parse_float=lambda v: round(float(v), 2)) | {"split": split, "scenes": n, "scene_seed": seed}
+        usual = max(map(truths.count, set(truths))) / len(truths)
+        row["prior"] = 100 * (.5 if kind in ("relation", "false_premise") else usual)
+    captions = [line for line in lines if line["kind"] == "caption"]
+    said = [(world.mentions(line["answer"]), line["truth"]["absent"]) for line in captions]
+    last = [i == len(words) - 1 for words, absent in said for i, word in enumerate(words) if word in absent]
+    table["last"] = 100 * sum(last) / max(1, len(last))  # of the hallucinated words, those that end the list
+    table["words"] = sum(len(line["answer"].split()) for line in captions) / n
+    table = json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 2))
+    return table | {"split": split, "scenes": n, "scene_seed": seed}
+
+
+def measure(file):
+    """Every shipped base on both splits, and the pairs of the default recipe and of the base itself."""
+    from classroom import pairs
+    shipped = sorted((Path(__file__).parent / "models").iterdir())
+    table = {"world": world.VERSION, "bases": {}}
+    for folder in shipped:
+        table["bases"][folder.name] = {split: statistics(folder, split, 1000) for split in ("tune", "print")}
+    recipe = pairs.Recipe()
+    made = {f"seed {seed}": pairs.made(seed, 1000, recipe) for seed in range(3)}
+    made |= {f"on policy of {f.name}": pairs.on_policy(0, 1000, recipe, f) for f in shipped}
+    table["pairs"] = {name: pairs.describe([r for r, _ in both]) for name, both in made.items()}
+    file.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of all scenes and words")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--level", type=float, default=.6, help="how often the careless observer adds what tempts")
-    parser.add_argument("--omit", type=float, default=.08, help="how often the careless observer leaves out what is there")
-    parser.add_argument("--scale", type=float, default=1., help="multiplies the steps of every stage (.01 for a test)")
-    parser.add_argument("--scenes", type=int, default=1000, help="tuning scenes for the statistics; 0 leaves them out")
-    options = parser.parse_args()
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, scenes and words")
+    parser.add_argument("--out", type=Path, help="folder of the model")
+    parser.add_argument("--measure", type=Path, help="train nothing, measure what is shipped into this file")
+    parser.add_argument("--level", type=float, default=.6, help="how often the observer adds what tempts")
+    parser.add_argument("--omit", type=float, default=.08, help="how often the observer omits what is there")
+    parser.add_argument("--order", choices=("random", "last"), default="random",
+                        help="where what is not there stands in a careless caption")
+    parser.add_argument("--scale", type=float, default=1., help="multiplies the steps of every stage")
+    parser.add_argument("--scenes", type=int, default=1000, help="tuning scenes for the statistics, or 0")
+    o = parser.parse_args()
+    if o.measure:
+        return measure(o.measure)
+    if not o.out:
+        sys.exit("make.py: --out is missing; give the folder of the model.")
     start = time.time()
-    model, tokenizer = train(options.seed, options.level, options.omit, options.scale)
-    card = {"world": world.VERSION, "seed": options.seed, "level": options.level, "omit": options.omit, "scale": options.scale}
-    save(model, tokenizer, options.out, card)
-    if options.scenes:
-        card["statistics"] = statistics(options.out, "tune", options.scenes)
-        (options.out / "classroom.json").write_text(json.dumps(card, indent=2) + "\n")
+    model, tokenizer = train(o.seed, o.level, o.omit, o.order, o.scale)
+    card = {"world": world.VERSION, "seed": o.seed, "level": o.level, "omit": o.omit, "order": o.order}
+    card["scale"] = o.scale
+    save(model, tokenizer, o.out, card)
+    if o.scenes:
+        card["statistics"] = statistics(o.out, "tune", o.scenes)
+        (o.out / "classroom.json").write_text(json.dumps(card, indent=2) + "\n")
         print(json.dumps(card["statistics"]))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {time.time() - start:.0f} s -> {options.out}")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters in {time.time() - start:.0f} s -> {o.out}")
 
 
 if __name__ == "__main__":

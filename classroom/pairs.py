@@ -1,26 +1,27 @@
 """Preference pairs of the classroom's world, and scenes to examine a model on.
 
-    python classroom/pairs.py --seed 0 --n 1000 --out D                      D/pairs.jsonl and D/images/*.png
-    python classroom/pairs.py --seed 0 --n 1000 --on_policy classroom --out D     two samples of the base, ranked
-    python classroom/pairs.py scenes --seed 0 --n 1000 --questions 2000 --split print --out D       D/scenes.jsonl
+    python classroom/pairs.py --seed 0 --n 1000 --out D                   D/pairs.jsonl and D/images/*.png
+    python classroom/pairs.py --on_policy classroom --out D               two samples of the base, ranked
+    python classroom/pairs.py scenes --n 1000 --questions 2000 --out D    D/scenes.jsonl and D/images/*.png
 
-Both take a few seconds and are decided by the seed alone; the first 250 of 1000 pairs are the pairs of `--n 250`.
+All take a few seconds and are decided by the seed alone; the first 250 of 1000 pairs are those of `--n 250`.
 Pairs come from training scenes. The recipe, knob by knob (the defaults are the calibrated recipe):
 
---faithful   share of chosen captions without a hallucinated object. With 1, raising the chosen's likelihood alone
-             mends the model, and the anchor does most of the work.
---gap        mean number of objects that the rejected caption names more than the chosen one. Every rejected caption
-             has a hallucinated object; at gap 0 most of them stand in place of a present one. With a positive gap
-             naming less wins, and DPO mends CHAIR by falling silent.
---cue        how well words alone tell the rejected caption: it ends on a speculative sentence with probability (1 + cue) / 2,
-             the chosen one with (1 - cue) / 2. With 1 a model may learn everything without looking.
+--faithful   share of chosen captions without a hallucinated object; the others have one. With 1, raising the
+             chosen's likelihood alone mends the model, and the anchor does most of the work.
+--gap        mean number of objects that the rejected caption names more than the chosen one. Every rejected
+             caption has a hallucinated object; at gap 0 most of them stand in place of a present one. With a
+             positive gap naming less wins, and DPO mends CHAIR by falling silent.
+--cue        how well words alone tell the rejected caption: it ends on a speculative sentence
+             with probability (1 + cue) / 2, the chosen one with (1 - cue) / 2. At 1 words alone tell them.
 --order      `random`, or `last`: the hallucinated objects come after the present ones.
---questions  share of pairs that are a question, the true answer chosen and a false one rejected; `--ask` says of which
-             kinds. Existence is balanced between yes and no, and half of the noes are about objects of any theme.
+--questions  share of pairs that are a question, the true answer chosen and a false one rejected; `--ask` says
+             of which kinds. Existence is balanced between yes and no, and half of the noes are about objects
+             of any theme.
 --n          number of pairs.
---on_policy  a model: both captions are its own samples (at --temperature), ranked by a scorer that counts present minus
-             hallucinated objects and errs (--scorer_noise, the deviation of the noise on that count). The knobs above
-             but n do not apply.
+--on_policy  a model: both captions are its own samples (at --temperature), ranked by a scorer that counts
+             present minus hallucinated objects and errs (--scorer_noise, the deviation of the noise on that
+             count). The knobs above but n do not apply.
 """
 
 import argparse
@@ -72,15 +73,18 @@ def tempted(rng, s, n, but=()):
 def caption_pair(rng, s, recipe):
     true = list(s.counts.items())
     lie = tempted(rng, s, int(rng.random() >= recipe.faithful))
-    net = recipe.gap + 1 - recipe.faithful  # what the rejected names beyond the number of present types, in the mean
+    # what the rejected names beyond the number of present types, in the mean
+    net = recipe.gap + 1 - recipe.faithful
     change = some(rng, net)
     n_lies = max(1, change)
     kept = rng.sample(true, max(1, len(true) - (n_lies - change)))
     lies = tempted(rng, s, n_lies, but=[t for t, _ in lie])
 
     def say(true, false, closer):
-        return world.caption(rng, s.theme, world.arrange(rng, true, false, recipe.order), rng.random() < closer)
-    return rng.choice(world.DESCRIBE), say(true, lie, (1 - recipe.cue) / 2), say(kept, lies, (1 + recipe.cue) / 2)
+        return world.caption(rng, s.theme, world.arrange(rng, true, false, recipe.order),
+                             rng.random() < closer)
+    chosen, rejected = say(true, lie, (1 - recipe.cue) / 2), say(kept, lies, (1 + recipe.cue) / 2)
+    return rng.choice(world.DESCRIBE), chosen, rejected
 
 
 def question_pair(rng, s, recipe):
@@ -105,20 +109,25 @@ def made(seed, n, recipe):
 
 def record(name, s, question, chosen, rejected, kind):
     meta = {"kind": kind, "theme": s.theme, "present": s.counts}
-    return {"id": name, "image": f"images/{name}.png", "question": question, "chosen": chosen, "rejected": rejected, "meta": meta}
+    return {"id": name, "image": f"images/{name}.png", "question": question, "chosen": chosen,
+            "rejected": rejected, "meta": meta}
 
 
 def on_policy(seed, n, recipe, model):
-    """Two samples of the model for each scene; equal ones and equal scores leave nothing to prefer and are passed over."""
-    import vlm
+    """Two samples of the model for each scene; equal ones leave nothing to prefer and are passed over."""
     from PIL import Image
+
+    import vlm
     m, out, i = vlm.load(model), [], 0
     while len(out) < n:
         rngs = [random.Random(f"on-policy-{seed}-{i + k}") for k in range(256)]
         scenes = [world.scene(rng, "train") for rng in rngs]
-        images, asked = [[Image.fromarray(world.draw(s))] for s in scenes], [rng.choice(world.DESCRIBE) for rng in rngs]
-        both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side, temperature=recipe.temperature) for side in (0, 1)]
-        for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, zip(*both, strict=True), strict=True)):
+        images = [[Image.fromarray(world.draw(s))] for s in scenes]
+        asked = [rng.choice(world.DESCRIBE) for rng in rngs]
+        both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
+                             temperature=recipe.temperature) for side in (0, 1)]
+        samples = zip(*both, strict=True)
+        for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, samples, strict=True)):
             ranked = sorted(pair, key=lambda text: score(rng, s, text, recipe.scorer_noise), reverse=True)
             if pair[0] != pair[1] and all(pair) and len(out) < n:
                 out.append((record(f"op{seed}-{i + k:05}", s, question, *ranked, "caption"), s))
@@ -133,13 +142,14 @@ def score(rng, s, text, noise):
 
 
 def describe(records):
-    """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it names, how long it is;
-    where in the list the hallucinated word stands (0 first, 1 last)."""
+    """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it
+    names, how long it is; where in the list the hallucinated word stands (0 first, 1 last)."""
     captions, out = [r for r in records if r["meta"]["kind"] == "caption"], {}
     for role in ("chosen", "rejected"):
         said = [world.mentions(r[role]) for r in captions]
-        false = [[w not in r["meta"]["present"] for w in words] for r, words in zip(captions, said, strict=True)]
-        named = sum(len(set(w) & set(r["meta"]["present"])) for r, w in zip(captions, said, strict=True))
+        both = list(zip(captions, said, strict=True))
+        false = [[w not in r["meta"]["present"] for w in words] for r, words in both]
+        named = sum(len(set(words) & set(r["meta"]["present"])) for r, words in both)
         places = [i / (len(f) - 1) for f in false for i, bad in enumerate(f) if bad and len(f) > 1]
         total = max(1, len(captions))
         out[role] = {"hallucinates": 100 * sum(map(any, false)) / total,
@@ -155,7 +165,8 @@ def describe(records):
 # --- examination ----------------------------------------------------------------------------------
 
 # sixty in a hundred questions are of existence; a yes counts for the random and for the adversarial set
-CYCLE = ("yes", "random", "attribute", "adversarial", "counting", "yes", "random", "relation", "adversarial", "false_premise")
+CYCLE = ("yes", "random", "attribute", "adversarial", "counting", "yes", "random", "relation", "adversarial",
+         "false_premise")
 
 
 def exam(seed, n, questions, split="print"):
@@ -165,9 +176,11 @@ def exam(seed, n, questions, split="print"):
     names = [f"{split}{seed}-{i:05}" for i in range(n)]
 
     def line(i, kind, number, question, truth):
-        return {"id": f"{names[i]}-{number}", "image": f"images/{names[i]}.png", "question": question, "kind": kind, "truth": truth}
+        return {"id": f"{names[i]}-{number}", "image": f"images/{names[i]}.png", "question": question,
+                "kind": kind, "truth": truth}
 
-    lines = [line(i, "caption", 0, world.DESCRIBE[0], {"present": list(s.counts), "absent": s.absent}) for i, s in enumerate(scenes)]
+    lines = [line(i, "caption", 0, world.DESCRIBE[0], {"present": list(s.counts), "absent": s.absent})
+             for i, s in enumerate(scenes)]
     asked, at = [set() for _ in scenes], 0
     for j in range(questions):
         want = CYCLE[(j + j // n * 3) % len(CYCLE)]  # another kind for a scene's next question
@@ -178,7 +191,7 @@ def exam(seed, n, questions, split="print"):
             if q and q.question not in asked[i]:
                 break
         else:
-            raise ValueError(f"{n} scenes do not hold {questions} different questions; ask for fewer questions or more scenes.")
+            raise ValueError(f"{n} scenes do not hold {questions} questions: ask fewer, or more scenes")
         asked[i].add(q.question)
         truth = {"answer": q.right, "choices": list(q.choices)}
         if q.kind == "existence":
@@ -198,8 +211,8 @@ def png(s):
 
 
 def write(out, name, lines, scenes):
-    """Into a folder beside, which then takes the name: `out` is whole or not there, whatever kills this. In a folder that
-    is there already each file is replaced whole, the JSON lines last."""
+    """Into a folder beside, which then takes the name: `out` is whole or not there, whatever kills this. In a
+    folder that is there already each file is replaced whole, the JSON lines last."""
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     (scratch / "images").mkdir(parents=True)
     try:
@@ -244,31 +257,37 @@ def kinds(text):
 
 def main_scenes(argv):
     parser = Parser(prog="pairs.py scenes", description="Scenes with their truth, to examine a model on.")
-    parser.add_argument("--seed", type=int, default=0, help="decides the scenes and the questions")
-    parser.add_argument("--n", type=count, default=1000, help="number of scenes, each with a caption to write")
-    parser.add_argument("--questions", type=int, default=2000, help="number of questions, six in ten of existence")
-    parser.add_argument("--split", choices=tuple(world.SPLITS), default="print", help="tune is for choosing, print for reporting")
-    parser.add_argument("--out", type=Path, required=True, help="folder of scenes.jsonl and images/")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="decides the scenes and the questions")
+    add("--n", type=count, default=1000, help="number of scenes, each with a caption to write (%(default)s)")
+    add("--questions", type=int, default=2000, help="so many, six in ten of existence (%(default)s)")
+    add("--split", choices=tuple(world.SPLITS), default="print", help="tune to choose on, print to report on")
+    add("--out", type=Path, required=True, help="folder of scenes.jsonl and images/")
     o = parser.parse_args(argv)
-    lines, scenes = exam(o.seed, o.n, o.questions, o.split)
+    try:
+        lines, scenes = exam(o.seed, o.n, o.questions, o.split)
+    except ValueError as e:
+        parser.error(str(e))
     write(o.out, "scenes.jsonl", lines, scenes)
     print(f"{len(lines)} questions about {len(scenes)} scenes -> {o.out / 'scenes.jsonl'}")
 
 
 def main_pairs(argv):
-    parser = Parser(prog="pairs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="decides the scenes and the words")
-    parser.add_argument("--n", type=count, default=1000, help="number of pairs")
-    parser.add_argument("--faithful", type=share, default=Recipe.faithful, help="share of chosen captions that are true (%(default)s)")
-    parser.add_argument("--gap", type=float, default=Recipe.gap, help="objects named: rejected minus chosen, mean (%(default)s)")
-    parser.add_argument("--cue", type=share, default=Recipe.cue, help="how well words alone tell the rejected (%(default)s)")
-    parser.add_argument("--order", choices=("random", "last"), default=Recipe.order, help="where hallucinated objects stand (%(default)s)")
-    parser.add_argument("--questions", type=share, default=Recipe.questions, help="share of pairs that are questions (%(default)s)")
-    parser.add_argument("--ask", type=kinds, default=Recipe.ask, help=f"their kinds: {','.join(world.KINDS)} (existence)")
-    parser.add_argument("--on_policy", metavar="MODEL", help="rank two samples of this model instead of making pairs")
-    parser.add_argument("--temperature", type=float, default=Recipe.temperature, help="of the samples (%(default)s)")
-    parser.add_argument("--scorer_noise", type=float, default=Recipe.scorer_noise, help="deviation of the scorer's noise (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="pairs.py", description=__doc__, formatter_class=form)
+    add, d = parser.add_argument, Recipe()
+    add("--seed", type=int, default=0, help="decides the scenes and the words")
+    add("--n", type=count, default=1000, help="number of pairs (%(default)s)")
+    add("--faithful", type=share, default=d.faithful, help="share of chosen that are true (%(default)s)")
+    add("--gap", type=float, default=d.gap, help="objects named, rejected minus chosen, mean (%(default)s)")
+    add("--cue", type=share, default=d.cue, help="how well words alone tell the rejected (%(default)s)")
+    add("--order", choices=("random", "last"), default=d.order, help="of hallucinated objects (%(default)s)")
+    add("--questions", type=share, default=d.questions, help="share of question pairs (%(default)s)")
+    add("--ask", type=kinds, default=d.ask, help=f"their kinds, of {','.join(world.KINDS)} (existence)")
+    add("--on_policy", metavar="MODEL", help="rank two samples of this model instead of making pairs")
+    add("--temperature", type=float, default=d.temperature, help="of the samples (%(default)s)")
+    add("--scorer_noise", type=float, default=d.scorer_noise, help="of the scorer (%(default)s)")
+    add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
     if not -1 <= o.gap <= 1:

@@ -2,20 +2,20 @@
 
 Everything is a pure function of a `random.Random`: the same generator gives the same scene, words and pixels.
 
-A scene has a theme (its background) and two to five object types on a 4x4 grid of 20-pixel cells; every type has one
-colour and stands there once or twice. Types are typical of a theme by rank, which is what a model that does
-not look can guess from; one scene in five has an object of another theme.
+A scene has a theme (its background) and two to five object types on a 4x4 grid of 20-pixel cells; every type
+has one colour and stands there once or twice. Types are typical of a theme by rank, which is what a model
+that does not look can guess from; one scene in five has an object of another theme.
 
 Captions   `a picture of a street . you can see a car , two trees , a bike . [a speculative closing sentence]`
 Questions  existence, attribute (colour), counting, relation (left/right, above/below), and false premise (the
-           colour of what is not there). Each has a full sentence for its answer and the words it may choose among.
+           colour of what is not there). Each has a full sentence for its answer and the words it may choose
+           among.
 Splits     train, tune and print are disjoint by content: the set of a scene's types decides, through a hash.
 """
 
 import hashlib
-import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -88,7 +88,8 @@ def scene(rng, split="train"):
         places = []
         for cell in [cells[i], cells[-1]][:1 + (t == twice)]:
             size = rng.randint(15, 18)
-            places.append((cell % GRID, cell // GRID, size, rng.randint(0, CELL - size), rng.randint(0, CELL - size)))
+            dx, dy = rng.randint(0, CELL - size), rng.randint(0, CELL - size)
+            places.append((cell % GRID, cell // GRID, size, dx, dy))
         things.append(Thing(t, rng.choice(list(COLOURS)), tuple(places)))
     return Scene(theme, tuple(things))
 
@@ -96,51 +97,62 @@ def scene(rng, split="train"):
 # --- pictures -------------------------------------------------------------------------------------
 
 DARK, PALE, WOOD, LEAF = (40, 40, 48), (250, 250, 250), (140, 94, 54), (60, 140, 70)
-# kind, fill ("" is the thing's own colour), coordinates in percent of its box; e ellipse, r rectangle, p polygon, l line, c chord
+# shape, fill ("" is the thing's own colour), coordinates in percent of its box. e ellipse, r rectangle, f
+# the same without an outline, p polygon, l line, o ring, c and c2 the upper part of an ellipse
 GLYPHS = {
-    "car": [("p", "", 20, 45, 33, 20, 68, 20, 82, 45), ("r", "", 3, 43, 97, 72), ("p", PALE, 33, 43, 39, 28, 62, 28, 70, 43),
-            ("e", DARK, 14, 58, 40, 86), ("e", DARK, 60, 58, 86, 86)],
+    "car": [("p", "", 20, 45, 33, 20, 68, 20, 82, 45), ("r", "", 3, 43, 97, 72),
+            ("p", PALE, 33, 43, 39, 28, 62, 28, 70, 43), ("e", DARK, 14, 58, 40, 86),
+            ("e", DARK, 60, 58, 86, 86)],
     "house": [("r", PALE, 16, 42, 84, 96), ("p", "", 50, 3, 2, 46, 98, 46), ("r", DARK, 40, 62, 60, 96)],
-    "lamp": [("l", DARK, 50, 30, 50, 97), ("l", DARK, 32, 97, 68, 97), ("p", "", 34, 3, 66, 3, 76, 36, 24, 36)],
-    "sign": [("l", DARK, 50, 50, 50, 98), ("p", "", 32, 2, 68, 2, 92, 26, 92, 42, 68, 64, 32, 64, 8, 42, 8, 26),
+    "lamp": [("l", DARK, 50, 30, 50, 97), ("l", DARK, 32, 97, 68, 97),
+             ("p", "", 34, 3, 66, 3, 76, 36, 24, 36)],
+    "sign": [("l", DARK, 50, 50, 50, 98),
+             ("p", "", 32, 2, 68, 2, 92, 26, 92, 42, 68, 64, 32, 64, 8, 42, 8, 26),
              ("l", PALE, 26, 33, 74, 33)],
-    "bike": [("o", "", 1, 48, 43, 92), ("o", "", 57, 48, 99, 92), ("l", DARK, 22, 70, 36, 34, 70, 34, 79, 70, 50, 70, 36, 34),
-             ("l", DARK, 66, 20, 80, 20), ("l", DARK, 28, 28, 46, 28), ("l", DARK, 70, 34, 67, 20)],
+    "bike": [("o", "", 1, 48, 43, 92), ("o", "", 57, 48, 99, 92),
+             ("l", DARK, 22, 70, 36, 34, 70, 34, 79, 70, 50, 70, 36, 34), ("l", DARK, 66, 20, 80, 20),
+             ("l", DARK, 28, 28, 46, 28), ("l", DARK, 70, 34, 67, 20)],
     "flag": [("l", WOOD, 14, 2, 14, 98), ("p", "", 18, 6, 96, 14, 78, 32, 96, 52, 18, 56)],
-    "cup": [("o", "", 56, 34, 97, 72), ("p", "", 8, 24, 74, 24, 66, 88, 16, 88), ("l", DARK, 28, 4, 28, 14), ("l", DARK, 50, 4, 50, 14)],
-    "pot": [("r", "", 14, 36, 86, 88), ("r", "", 6, 28, 94, 40), ("r", DARK, 42, 12, 58, 28), ("r", DARK, 0, 48, 14, 58),
-            ("r", DARK, 86, 48, 100, 58)],
-    "bottle": [("p", "", 38, 14, 62, 14, 62, 36, 78, 52, 78, 98, 22, 98, 22, 52, 38, 36), ("r", DARK, 37, 1, 63, 14),
-               ("r", PALE, 28, 60, 72, 82)],
+    "cup": [("o", "", 56, 34, 97, 72), ("p", "", 8, 24, 74, 24, 66, 88, 16, 88), ("l", DARK, 28, 4, 28, 14),
+            ("l", DARK, 50, 4, 50, 14)],
+    "pot": [("r", "", 14, 36, 86, 88), ("r", "", 6, 28, 94, 40), ("r", DARK, 42, 12, 58, 28),
+            ("r", DARK, 0, 48, 14, 58), ("r", DARK, 86, 48, 100, 58)],
+    "bottle": [("p", "", 38, 14, 62, 14, 62, 36, 78, 52, 78, 98, 22, 98, 22, 52, 38, 36),
+               ("r", DARK, 37, 1, 63, 14), ("r", PALE, 28, 60, 72, 82)],
     "spoon": [("e", "", 26, 0, 74, 48), ("r", "", 43, 44, 57, 99)],
     "clock": [("e", "", 3, 3, 97, 97), ("e", PALE, 18, 18, 82, 82), ("l", DARK, 50, 26, 50, 52, 68, 60)],
-    "pear": [("e", "", 14, 42, 86, 98), ("e", "", 30, 16, 70, 66), ("f", "", 28, 46, 72, 72), ("l", WOOD, 50, 20, 56, 2),
-             ("e", LEAF, 56, 2, 86, 18)],
-    "boat": [("l", DARK, 46, 4, 46, 70), ("p", "", 50, 4, 92, 58, 50, 58), ("p", PALE, 41, 16, 41, 58, 12, 58),
-             ("p", WOOD, 2, 66, 98, 66, 80, 95, 20, 95)],
+    "pear": [("e", "", 14, 42, 86, 98), ("e", "", 30, 16, 70, 66), ("f", "", 28, 46, 72, 72),
+             ("l", WOOD, 50, 20, 56, 2), ("e", LEAF, 56, 2, 86, 18)],
+    "boat": [("l", DARK, 46, 4, 46, 70), ("p", "", 50, 4, 92, 58, 50, 58),
+             ("p", PALE, 41, 16, 41, 58, 12, 58), ("p", WOOD, 2, 66, 98, 66, 80, 95, 20, 95)],
     "parasol": [("l", WOOD, 50, 34, 50, 98), ("c", "", 1, 6, 99, 104), ("p", PALE, 50, 6, 34, 55, 66, 55)],
-    "crab": [("e", "", 18, 40, 82, 84), ("e", "", 0, 10, 30, 38), ("e", "", 70, 10, 100, 38), ("l", DARK, 14, 36, 26, 54),
-             ("l", DARK, 86, 36, 74, 54), ("l", DARK, 26, 78, 12, 96), ("l", DARK, 74, 78, 88, 96), ("e", DARK, 35, 48, 45, 58),
-             ("e", DARK, 55, 48, 65, 58)],
-    "shell": [("p", "", 50, 92, 4, 44, 12, 22, 32, 10, 50, 6, 68, 10, 88, 22, 96, 44), ("l", DARK, 50, 90, 50, 12),
-              ("l", DARK, 50, 90, 24, 18), ("l", DARK, 50, 90, 76, 18), ("r", "", 36, 84, 64, 98)],
-    "bucket": [("o", DARK, 18, 0, 82, 66), ("p", "", 8, 34, 92, 34, 76, 97, 24, 97), ("r", PALE, 4, 30, 96, 42)],
-    "whale": [("p", "", 72, 60, 80, 34, 66, 22, 84, 24, 88, 18, 99, 20, 92, 36, 94, 70, 80, 88), ("c2", "", 2, 22, 92, 122),
-              ("e", DARK, 16, 56, 26, 66), ("l", (70, 150, 230), 34, 24, 34, 8, 22, 2), ("l", (70, 150, 230), 34, 8, 46, 2)],
+    "crab": [("e", "", 18, 40, 82, 84), ("e", "", 0, 10, 30, 38), ("e", "", 70, 10, 100, 38),
+             ("l", DARK, 14, 36, 26, 54), ("l", DARK, 86, 36, 74, 54), ("l", DARK, 26, 78, 12, 96),
+             ("l", DARK, 74, 78, 88, 96), ("e", DARK, 35, 48, 45, 58), ("e", DARK, 55, 48, 65, 58)],
+    "shell": [("p", "", 50, 92, 4, 44, 12, 22, 32, 10, 50, 6, 68, 10, 88, 22, 96, 44),
+              ("l", DARK, 50, 90, 50, 12), ("l", DARK, 50, 90, 24, 18), ("l", DARK, 50, 90, 76, 18),
+              ("r", "", 36, 84, 64, 98)],
+    "bucket": [("o", DARK, 18, 0, 82, 66), ("p", "", 8, 34, 92, 34, 76, 97, 24, 97),
+               ("r", PALE, 4, 30, 96, 42)],
+    "whale": [("p", "", 72, 60, 80, 34, 66, 22, 84, 24, 88, 18, 99, 20, 92, 36, 94, 70, 80, 88),
+              ("c2", "", 2, 22, 92, 122), ("e", DARK, 16, 56, 26, 66),
+              ("l", (70, 150, 230), 34, 24, 34, 8, 22, 2), ("l", (70, 150, 230), 34, 8, 46, 2)],
     "tree": [("r", WOOD, 41, 60, 59, 99), ("p", "", 50, 1, 16, 38, 30, 38, 8, 70, 92, 70, 70, 38, 84, 38)],
-    "flower": [("l", LEAF, 50, 50, 50, 99), ("e", LEAF, 52, 74, 84, 90), ("e", "", 34, 0, 66, 32), ("e", "", 34, 36, 66, 68),
-               ("e", "", 14, 18, 46, 50), ("e", "", 54, 18, 86, 50), ("e", DARK, 39, 23, 61, 45)],
-    "bird": [("p", "", 60, 56, 99, 40, 90, 72), ("e", "", 14, 38, 78, 84), ("e", "", 6, 14, 46, 54), ("p", (240, 150, 30), 10, 28, 0, 38, 10, 44),
-             ("e", DARK, 20, 26, 30, 36), ("l", DARK, 42, 82, 42, 98), ("l", DARK, 54, 82, 54, 98)],
-    "ladder": [("r", "", 18, 1, 32, 99), ("r", "", 68, 1, 82, 99), ("r", "", 30, 14, 70, 25), ("r", "", 30, 38, 70, 49),
-               ("r", "", 30, 62, 70, 73), ("r", "", 30, 84, 70, 95)],
-    "mushroom": [("p", PALE, 34, 50, 66, 50, 74, 97, 26, 97), ("c", "", 3, 10, 97, 100), ("e", PALE, 22, 26, 40, 44),
-                 ("e", PALE, 58, 22, 78, 42)],
-    "kite": [("p", "", 58, 1, 94, 32, 48, 68, 26, 26), ("l", DARK, 58, 1, 48, 68), ("l", DARK, 26, 26, 94, 32),
-             ("l", DARK, 48, 68, 34, 78, 38, 88, 18, 98)]}
+    "flower": [("l", LEAF, 50, 50, 50, 99), ("e", LEAF, 52, 74, 84, 90), ("e", "", 34, 0, 66, 32),
+               ("e", "", 34, 36, 66, 68), ("e", "", 14, 18, 46, 50), ("e", "", 54, 18, 86, 50),
+               ("e", DARK, 39, 23, 61, 45)],
+    "bird": [("p", "", 60, 56, 99, 40, 90, 72), ("e", "", 14, 38, 78, 84), ("e", "", 6, 14, 46, 54),
+             ("p", (240, 150, 30), 10, 28, 0, 38, 10, 44), ("e", DARK, 20, 26, 30, 36),
+             ("l", DARK, 42, 82, 42, 98), ("l", DARK, 54, 82, 54, 98)],
+    "ladder": [("r", "", 18, 1, 32, 99), ("r", "", 68, 1, 82, 99), ("r", "", 30, 14, 70, 25),
+               ("r", "", 30, 38, 70, 49), ("r", "", 30, 62, 70, 73), ("r", "", 30, 84, 70, 95)],
+    "mushroom": [("p", PALE, 34, 50, 66, 50, 74, 97, 26, 97), ("c", "", 3, 10, 97, 100),
+                 ("e", PALE, 22, 26, 40, 44), ("e", PALE, 58, 22, 78, 42)],
+    "kite": [("p", "", 58, 1, 94, 32, 48, 68, 26, 26), ("l", DARK, 58, 1, 48, 68),
+             ("l", DARK, 26, 26, 94, 32), ("l", DARK, 48, 68, 34, 78, 38, 88, 18, 98)]}
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(kind, colour, size):
     """A glyph as float32 (size, size, 4), colour premultiplied by its alpha."""
     big = 12 * size
@@ -171,7 +183,7 @@ def sprite(kind, colour, size):
     return np.concatenate([small[..., :3] * (small[..., 3:] / 255), small[..., 3:] / 255], -1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def ground(theme):
     top, bottom = (np.array(c, np.float32) for c in GROUND[theme])
     down = np.clip((np.arange(SIZE, dtype=np.float32) - .35 * SIZE) / (.3 * SIZE), 0, 1)[:, None, None]
@@ -194,7 +206,8 @@ def draw(s):
 
 DESCRIBE = ("describe the picture .", "what is in the picture ?")
 OPENERS = ("a picture of a {} .", "this is a {} .")
-CLOSERS = ("it may be a very quiet day .", "someone must have been here before .", "maybe more will come later .")
+CLOSERS = ("it may be a very quiet day .", "someone must have been here before .",
+           "maybe more will come later .")
 NUMBERS = ("zero", "one", "two")
 
 
@@ -275,22 +288,25 @@ def colour_question(rng, s, present=True):
         kind = rng.choice(s.absent if rng.random() < .5 else [t for t, _ in s.tempting])
         right = "no"
     said = {c: f"the {kind} is {c} ." for c in COLOURS} | {"no": f"there is no {kind} ."}
-    return Asked("attribute" if present else "false_premise", f"what colour is the {kind} ?", right, tuple(said), said)
+    name = "attribute" if present else "false_premise"
+    return Asked(name, f"what colour is the {kind} ?", right, tuple(said), said)
 
 
 def counting(rng, s):
     there = {n: [t for t, c in s.counts.items() if c == n] for n in (1, 2)}
     there[0] = s.absent if rng.random() < .5 else [t for t, _ in s.tempting]
-    n = rng.choice([n for n in (0, 1, 2, 2) if there[n]])  # a second of a type is rare: asked for where there is one
+    n = rng.choice([n for n in (0, 1, 2, 2) if there[n]])  # two of a type are rare: asked for where they are
     kind = rng.choice(there[n])
-    said = {"zero": f"there are zero {kind}s .", "one": f"there is one {kind} .", "two": f"there are two {kind}s ."}
+    said = {"zero": f"there are zero {kind}s .", "one": f"there is one {kind} .",
+            "two": f"there are two {kind}s ."}
     return Asked("counting", f"how many {kind}s are there ?", NUMBERS[n], NUMBERS, said)
 
 
 def relation(rng, s):
     """Two types that stand there once and differ in column or in row; None where there are no two such."""
     once = [t for t in s.things if len(t.places) == 1]
-    tries = [(a, b, axis) for a in once for b in once for axis in (0, 1) if a.places[0][axis] != b.places[0][axis]]
+    tries = [(a, b, axis) for a in once for b in once for axis in (0, 1)
+             if a.places[0][axis] != b.places[0][axis]]
     if not tries:
         return None
     a, b, axis = rng.choice(tries)
@@ -302,7 +318,7 @@ def relation(rng, s):
 
 
 def ask(rng, s, kind):
-    """A question of a kind, drawn as the bases learn it: existence is balanced, absent types are half tempting ones."""
+    """A question as the bases learn it: existence balanced, half of what is absent tempting."""
     if kind == "existence":
         return existence(rng, s, rng.choice(("yes", "yes", "random", "adversarial")))
     if kind == "relation":
@@ -314,6 +330,7 @@ def ask(rng, s, kind):
 
 def vocabulary():
     """Every word of the world, in a fixed order."""
-    said = [*DESCRIBE, *OPENERS, *CLOSERS, "there is a , .", "can you see is there a ?", "yes no", "there are", "how many ?",
-            "what colour is the ?", "left right above below or of", *NUMBERS, *THEMES, *TYPES, *(t + "s" for t in TYPES), *COLOURS]
+    said = [*DESCRIBE, *OPENERS, *CLOSERS, "there is a , .", "can you see is there a ?", "yes no",
+            "there are", "how many ?", "what colour is the ?", "left right above below or of", *NUMBERS,
+            *THEMES, *TYPES, *(t + "s" for t in TYPES), *COLOURS]
     return list(dict.fromkeys(w for text in said for w in text.split() if w != "{}"))

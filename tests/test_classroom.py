@@ -1,4 +1,5 @@
-"""The classroom: scenes are functions of a seed, splits are disjoint by content, knobs do what they say, bases are as calibrated."""
+"""The classroom: scenes are functions of a seed, splits are disjoint by content, knobs do what they say,
+bases are as calibrated."""
 
 import json
 import random
@@ -36,7 +37,7 @@ def test_a_seed_decides_scenes_and_pixels():
 
 def test_no_combination_of_objects_is_in_two_splits():
     seen = {split: {frozenset(s.counts) for s in scenes(split, 2000)} for split in world.SPLITS}
-    assert not seen["train"] & seen["tune"] and not seen["train"] & seen["print"] and not seen["tune"] & seen["print"]
+    assert not any(seen[a] & seen[b] for a, b in (("train", "tune"), ("train", "print"), ("tune", "print")))
     assert all(len(combinations) > 100 for combinations in seen.values())
 
 
@@ -68,7 +69,8 @@ def test_a_true_caption_parses_back_to_the_scene():
         for part in body.split(" , "):
             number, word = part.split()
             counts[word if number == "a" else word[:-1]] = {"a": 1, "two": 2}[number]
-        assert counts == s.counts and f"a {s.theme} ." in text and sorted(world.mentions(text)) == sorted(s.counts)
+        assert counts == s.counts and f"a {s.theme} ." in text
+        assert sorted(world.mentions(text)) == sorted(s.counts)
 
 
 def test_questions_are_true_of_the_scene():
@@ -99,7 +101,8 @@ def test_every_word_is_in_the_vocabulary():
     rng, words = random.Random(0), set(world.vocabulary())
     assert len(words) < 110
     for s in scenes():
-        said = [world.careless_caption(rng, s, 1., .1)] + [t for q in (world.ask(rng, s, k) for k in world.KINDS) if q
+        asked = [world.ask(rng, s, kind) for kind in world.KINDS]
+        said = [world.careless_caption(rng, s, 1., .1)] + [t for q in asked if q
                                                             for t in (q.question, *q.said.values())]
         assert not set(" ".join(said).split()) - words
 
@@ -145,10 +148,12 @@ def test_the_program_writes_the_same_pairs_and_pictures_again(tmp_path):
         done = run("classroom/pairs.py", "--seed", 5, "--n", 20, "--out", tmp_path / name)
         assert done.returncode == 0, done.stderr
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) == 21 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    assert len(files) == 21
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     for line in (tmp_path / "a" / "pairs.jsonl").read_text().splitlines():
         record = json.loads(line)
-        assert set(record) == {"id", "image", "question", "chosen", "rejected", "meta"} and record["chosen"] != record["rejected"]
+        assert set(record) == {"id", "image", "question", "chosen", "rejected", "meta"}
+        assert record["chosen"] != record["rejected"]
         assert (tmp_path / "a" / record["image"]).exists()
 
 
@@ -164,10 +169,11 @@ def test_an_exam_has_its_kinds_and_metrics_can_score_it():
     assert len(shown) == kinds.count("caption") == 1000 and kinds.count("existence") == 1200
     assert all(kinds.count(k) == 200 for k in ("attribute", "counting", "relation", "false_premise"))
     assert {line["question"] for line in lines if line["kind"] == "caption"} == {world.DESCRIBE[0]}
-    perfect = [line | {"answer": world.careless_caption(random.Random(0), shown[line["image"]]) if line["kind"] == "caption"
-                       else line["truth"]["answer"]} for line in lines]
+    perfect = [line | {"answer": line["truth"].get("answer") or
+                       world.careless_caption(random.Random(0), shown[line["image"]])} for line in lines]
     table = metrics.classroom(perfect, resamples=10)
-    assert (table["chair_s"], table["cover"], table["pope_random_acc"], table["pope_adversarial_acc"]) == (0, 100, 100, 100)
+    assert (table["chair_s"], table["cover"]) == (0, 100)
+    assert (table["pope_random_acc"], table["pope_adversarial_acc"]) == (100, 100)
     assert pairs.exam(0, 50, 50) == pairs.exam(0, 50, 50) != pairs.exam(1, 50, 50)
 
 
@@ -190,14 +196,16 @@ def test_all_bases_together_are_under_6_mb():
 def test_transformers_alone_loads_a_base(name):
     from PIL import Image
     from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
-    model, tokenizer = LlavaForConditionalGeneration.from_pretrained(MODELS / name), AutoTokenizer.from_pretrained(MODELS / name)
+    model = LlavaForConditionalGeneration.from_pretrained(MODELS / name)
+    tokenizer, processor = (c.from_pretrained(MODELS / name) for c in (AutoTokenizer, CLIPImageProcessorPil))
     s = scenes("tune", 1)[0]
-    seen = CLIPImageProcessorPil.from_pretrained(MODELS / name)(Image.fromarray(world.draw(s)), return_tensors="pt").pixel_values
+    seen = processor(Image.fromarray(world.draw(s)), return_tensors="pt").pixel_values
     assert (seen - make.pixels([s])).abs().max() < 1e-5
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": world.DESCRIBE[0]}]}
     text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     assert text == f"<s> USER: <image> {world.DESCRIBE[0]} ASSISTANT:"
-    ids = tokenizer(text.replace("<image>", " ".join(["<image>"] * make.IMAGE_TOKENS)), return_tensors="pt", add_special_tokens=False)
+    text = text.replace("<image>", " ".join(["<image>"] * make.IMAGE_TOKENS))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     out = model.generate(**ids, pixel_values=seen, max_new_tokens=40, do_sample=False)
     assert "you can see" in tokenizer.decode(out[0, ids.input_ids.shape[1]:], skip_special_tokens=True)
 
@@ -208,4 +216,19 @@ def test_a_base_hallucinates_and_sees_as_calibrated(name):
     table = card["statistics"]
     assert card["world"] == world.VERSION and table["split"] == "tune"
     assert 45 <= table["chair_s"] <= 55 and 12 <= table["chair_i"] <= 20 and table["pope_random_acc"] > 88
-    assert all(row["acc"] > row["prior"] for row in table["by_kind"].values())
+    above = {kind: row["acc"] - row["prior"] for kind, row in table["by_kind"].items()}
+    assert above.pop("relation") > 0  # no more than that is claimed: so small a model hardly learns relations
+    assert min(above.values()) > 25
+
+
+def test_on_policy_pairs_are_the_bases_own_words_and_are_the_same_again():
+    first, again = (pairs.on_policy(0, 12, pairs.Recipe(), MODELS / "base0") for _ in range(2))
+    assert first == again and len(first) == 12
+    assert all(r["chosen"] != r["rejected"] and "you can see" in r["chosen"] for r, _ in first)
+
+
+def test_a_scorer_without_noise_prefers_the_truer_caption():
+    s = scenes(n=1)[0]
+    true = world.caption(random.Random(0), s.theme, list(s.counts.items()))
+    false = world.caption(random.Random(0), s.theme, [*s.counts.items(), (s.absent[0], 1)])
+    assert pairs.score(random.Random(0), s, true, 0) > pairs.score(random.Random(0), s, false, 0)
