@@ -24,6 +24,7 @@ Ours, where a format leaves a choice:
  4. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect; the official
     square images never come to it). `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -47,6 +48,12 @@ from tqdm import tqdm
 
 class UserError(ValueError):
     """A user's mistake, in one sentence: what, where, and the mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose refusals are one sentence and exit code 1, like every other mistake."""
+    def error(self, message):
+        sys.exit(f"{self.prog}: {message}; see --help")
 
 
 # ---- files: what is already written is never lost ----
@@ -663,3 +670,37 @@ def truncate(pair, max_length):
                         f"an answer in max_length {max_length}; raise it or drop the record")
     cut = pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
     return cut, len(pair.chosen) + len(pair.rejected) - len(cut.chosen) - len(cut.rejected)
+
+
+class Row(NamedTuple):
+    """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
+    ids: object           # (T,)
+    positions: object     # (T,): they restart in each segment, and `rejected` goes on from its prompt's end
+    segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
+    predict: object       # (N,) the place whose hidden state predicts response token n
+    target: object        # (N,) that token
+    lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
+
+
+def pack(pairs, needs):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
+
+    needs: the fields of losses.Logps that the loss reads; `rejected` and `image_rejected` are packed only then.
+    """
+    import torch
+    segments = [(p.prompt, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
+    if "image_rejected" in needs:
+        segments += [(p.prompt_rejected, p.chosen, []) for p in pairs]
+    ids, positions, shapes, first, second = [], [], [], [], []
+    for prompt, chosen, rejected in segments:
+        start, fork = len(ids), len(ids) + len(prompt)
+        middle = fork + len(chosen)
+        ids += prompt + chosen + rejected
+        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        shapes.append((start, len(prompt), len(chosen), len(rejected)))
+        # the prompt's last place predicts the first token of both responses
+        first.append(([fork - 1, *range(fork, middle - 1)], chosen))
+        second.append(([fork - 1, *range(middle, middle + len(rejected) - 1)], rejected))
+    order = first[:len(pairs)] + (second[:len(pairs)] if "rejected" in needs else []) + first[len(pairs):]
+    return Row(torch.tensor(ids), torch.tensor(positions), shapes, torch.tensor([i for at, _ in order for i in at]),
+               torch.tensor([t for _, response in order for t in response]), [len(response) for _, response in order])

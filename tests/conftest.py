@@ -73,3 +73,19 @@ def write_llava(folder, tokenizer=None, image_size=28, patch=14, hidden=32, laye
     crop = {"height": image_size, "width": image_size}
     CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop).save_pretrained(folder)
     return folder
+
+
+def picture(seed, size=(40, 30)):
+    """A seeded picture of noise: (width, height) pixels, RGB."""
+    import numpy as np
+    from PIL import Image
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def llama_tokenizer():
+    """The published Llama tokenizer with LLaVA's two extra tokens, as llava-hf ships it."""
+    from transformers import LlamaTokenizer
+    path = need(SHARED / "official" / "llama_tokenizer")
+    tokenizer = LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    return tokenizer

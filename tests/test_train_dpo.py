@@ -1,0 +1,403 @@
+"""train_dpo.py as specification: it starts at ln 2, resumes bit for bit, scales over ranks, refuses in one sentence."""
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import data
+import losses
+import options
+import pytest
+import torch
+import train_dpo
+import vlm
+from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_llava
+from safetensors.torch import load_file
+
+
+def write_pairs(folder, n=12, seed=0):
+    """n random pairs over n random pictures, in the native format."""
+    draw = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with open(folder / "pairs.jsonl", "w") as f:
+        for i in range(n):
+            picture(i).save(folder / "images" / f"{i}.png")
+            chosen, rejected = (" ".join(draw.choices(WORDS[8:], k=draw.randint(2, 6))) for _ in range(2))
+            f.write(json.dumps({"id": f"pair-{i}", "image": f"images/{i}.png", "question": "what is this ?",
+                                "chosen": chosen, "rejected": rejected}) + "\n")
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(model folder, pairs): a tiny random LLaVA and twelve pairs; 9 steps of 4 pairs in 3 epochs."""
+    folder = tmp_path_factory.mktemp("world")
+    return write_llava(folder / "model"), write_pairs(folder)
+
+
+def arguments(world, out, *more):
+    model, pairs = world
+    return ["--model", str(model), "--data", str(pairs), "--out", str(out), "--batch", "4", "--micro_batch", "2",
+            "--lr", "1e-3", *more]
+
+
+def run(argv, before=None):
+    """train_dpo.py in a process of its own: (exit code, stderr). `before` runs in it first: what makes it fail."""
+    def child(log):
+        with open(log, "w") as f:
+            os.dup2(f.fileno(), 1)
+            os.dup2(f.fileno(), 2)
+        sys.argv = ["train_dpo.py", *argv]
+        if before:
+            before()
+        train_dpo.main()
+    log = Path(os.environ.get("PYTEST_CURRENT_TEST", "x").split("::")[-1].split(" ")[0].replace("/", "_"))
+    log = Path(multiprocessing.util.get_temp_dir()) / log.name
+    process = multiprocessing.get_context("fork").Process(target=child, args=(log,))
+    process.start()
+    process.join(240)
+    return process.exitcode, log.read_text().replace("\r", "\n")
+
+
+def trained(argv, before=None):
+    code, text = run(argv, before)
+    assert code == 0, text
+    return text
+
+
+def log_of(out):
+    first, *steps = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    return first, steps
+
+
+def adapter(out):
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("loss, start", [("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None)])
+def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, loss, start):
+    trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1"))
+    first, steps = log_of(tmp_path / "run")
+    assert first["options"]["loss"] == loss and len(steps) == 3
+    if start:
+        assert steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-6)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert ("rewards/image_margins" in steps[0]) == ("copo" in loss or loss == "mdpo")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_dpo_without_images_takes_the_image_out_of_the_prompt(world, tmp_path):
+    trained(arguments(world, tmp_path / "none", "--loss", "dpo", "--image_rejected", "none", "--epochs", "1"))
+    trained(arguments(world, tmp_path / "with", "--loss", "dpo", "--epochs", "1"))
+    tokens = [log_of(tmp_path / name)[1][0]["logps/chosen"] for name in ("none", "with")]
+    assert tokens[0] != pytest.approx(tokens[1], rel=1e-3)
+
+
+def test_naive_and_packed_train_to_the_same_adapter(world, tmp_path):
+    for forward in ("naive", "packed"):
+        trained(arguments(world, tmp_path / forward, "--forward", forward, "--dtype", "float64"))
+    one, two = (load_file(tmp_path / f / "adapter" / "adapter_model.safetensors") for f in ("naive", "packed"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
+
+
+def kill_at(step, where="step"):
+    """SIGKILL in the given optimiser step, or in the middle of writing that step's checkpoint."""
+    def arm():
+        count, original, write = [0], train_dpo.ShardedAdamW.step, os.replace
+        def counted(self, lr):
+            count[0] += 1
+            if count[0] == step and where == "step":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, lr)
+        def torn(source, target):
+            if count[0] == step and where == "checkpoint" and "checkpoint" in str(target):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(source, target)
+        train_dpo.ShardedAdamW.step, os.replace = counted, torn
+    return arm
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    trained(arguments(world, out, "--set", "save_every=2"))
+    return out
+
+
+@pytest.mark.parametrize("step, where", [(1, "step"), (2, "checkpoint"), (3, "step"), (4, "step"), (6, "checkpoint"),
+                                         (8, "step"), (9, "checkpoint")])
+def test_a_killed_run_called_again_ends_with_the_same_bytes(world, tmp_path, uninterrupted, step, where):
+    """Also after the first epoch (3 steps), when the reference comes from the cache, and inside a checkpoint's write."""
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    code, _ = run(argv, kill_at(step, where))
+    assert code == -signal.SIGKILL
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(uninterrupted)
+    steps, wanted = (log_of(x)[1] for x in (tmp_path / "run", uninterrupted))
+    assert [x["step"] for x in steps] == list(range(1, 10))
+    assert [x["loss"] for x in steps] == [x["loss"] for x in wanted]
+
+
+def test_a_run_killed_twice_ends_with_the_same_bytes(world, tmp_path, uninterrupted):
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    for step in (5, 3):
+        assert run(argv, kill_at(step))[0] == -signal.SIGKILL
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_next_call_goes_on(world, tmp_path, uninterrupted, number):
+    def arm():
+        original, count = train_dpo.ShardedAdamW.step, [0]
+        def counted(self, lr):
+            count[0] += 1
+            if count[0] == 5:
+                os.kill(os.getpid(), number)
+            return original(self, lr)
+        train_dpo.ShardedAdamW.step = counted
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    code, text = run(argv, arm)
+    assert code == 1 and "the same command goes on" in text and len(log_of(tmp_path / "run")[1]) == 5
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(uninterrupted)
+
+
+def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_path):
+    argv = arguments(world, tmp_path / "run", "--epochs", "1", "--val_data", str(world[1]))
+    first = trained(argv)
+    stamp = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    again = trained(argv)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
+
+
+def test_two_ranks_equal_one(world, tmp_path):
+    """Twenty steps under torchrun with gloo, gradients and Adam's moments sharded: 1e-6 relative."""
+    more = ("--epochs", "7", "--max_steps", "20")
+    trained(arguments(world, tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "train_dpo.py"), *arguments(world, tmp_path / "two", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.cat([x.flatten() for _, x in sorted(load_file(tmp_path / r / "adapter/adapter_model.safetensors").items())])
+                for r in ("one", "two"))
+    assert ((one - two).norm() / one.norm()).item() < 1e-6
+    lines = [log_of(tmp_path / r)[1] for r in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 20
+    for a, b in zip(*lines, strict=True):
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], rel=1e-3, abs=1e-6)
+    assert log_of(tmp_path / "two")[0]["ranks"] == 2
+
+
+def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninterrupted):
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    assert run(argv, kill_at(5))[0] == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(ROOT / "train_dpo.py"), *argv], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(x / "adapter/adapter_model.safetensors") for x in (tmp_path / "run", uninterrupted))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+
+
+def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world, monkeypatch):
+    """One draw per pair and run: what read_pair gives is what both forwards get, in every epoch and process."""
+    model, pairs = world
+    m, records = vlm.load(model), data.Records(pairs)
+    def crop(epoch, **more):
+        o = options.Options(model=str(model), data=str(pairs), **more)
+        return train_dpo.read_pair(m, records, range(12), 3, o, {"chosen", "image_rejected"}, epoch)[2]
+    assert torch.equal(crop(0), crop(2)) and not torch.equal(crop(0), crop(0, seed=1))
+    assert not torch.equal(crop(0, redraw=True), crop(1, redraw=True))
+    seen = []
+    def forward(m, pairs, features, needs):
+        seen.append(features.clone())
+        return vlm.packed(m, pairs, features, needs)
+    import lora
+    lora.add_lora(m.model, 4, 8)
+    o = options.Options(model=str(model), data=str(pairs))
+    needs = {"chosen", "rejected", "image_rejected"}
+    batch = [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (0, 1)]
+    features = train_dpo.encode(m, batch)
+    reference = train_dpo.Reference(12, 1)(m, [0, 1], batch, features, forward, needs, False)
+    policy = forward(m, [b[0] for b in batch], features, needs)
+    assert torch.equal(seen[0], seen[1])
+    for field in needs:                                   # LoRA starts at zero: policy is the reference, crops included
+        torch.testing.assert_close(getattr(policy, field), getattr(reference, field).to(policy.chosen.dtype))
+
+
+def test_the_cached_reference_is_what_scoring_again_gives_and_notices_a_change(world):
+    import lora
+    model, pairs = world
+    m, records, needs = vlm.load(model), data.Records(pairs), {"chosen", "rejected", "image_rejected"}
+    lora.add_lora(m.model, 4, 8)
+    o = options.Options(model=str(model), data=str(pairs))
+    calls = []
+    def forward(*args):
+        calls.append(1)
+        return vlm.packed(*args)
+    cache, batch = train_dpo.Reference(12, 1), [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (4, 5)]
+    first, again = (cache(m, [4, 5], batch, train_dpo.encode(m, batch), forward, needs, False) for _ in range(2))
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = [batch[0], train_dpo.read_pair(m, records, range(12), 6, o, needs, 0)]      # another pair at the same place
+    changed = cache(m, [4, 5], other, train_dpo.encode(m, other), forward, needs, False)
+    assert len(calls) == 2 and changed.chosen[1] != first.chosen[1]
+
+
+def test_redraw_keeps_the_true_images_terms_and_scores_the_rejected_image_anew(world, tmp_path):
+    for name, more in (("redraw", ["--set", "redraw=true"]), ("once", [])):
+        trained(arguments(world, tmp_path / name, "--epochs", "2", *more))
+    redraw, once = (log_of(tmp_path / n)[1] for n in ("redraw", "once"))
+    assert redraw[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
+    assert redraw[-1]["rewards/image_rejected"] != once[-1]["rewards/image_rejected"]
+
+
+def test_a_non_finite_loss_stops_with_the_ids_of_its_pairs_and_keeps_the_checkpoint(world, tmp_path):
+    def arm():
+        original, count = losses.LOSSES["mdpo"], [0]
+        def broken(policy, reference, beta, delta):
+            count[0] += 1
+            loss = original(policy, reference, beta, delta)
+            return loss * math.nan if count[0] > 12 else loss
+        losses.LOSSES["mdpo"] = broken
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    code, text = run(argv, arm)
+    assert code == 1 and "not finite" in text and "pair-" in text and "Traceback" not in text
+    assert (tmp_path / "run" / "last" / "checkpoint.safetensors").exists()
+
+
+def test_a_warning_when_the_chosen_reward_keeps_falling_below_zero():
+    assert train_dpo.falling([-0.01 * i for i in range(40)])
+    assert not train_dpo.falling([0.01 * i for i in range(40)])
+    assert not train_dpo.falling([-1.0 + 0.02 * i for i in range(40)])       # below zero, and rising
+    assert not train_dpo.falling([-0.1] * 39)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    from transformers import get_cosine_schedule_with_warmup
+    o = options.Options(lr=1.0, warmup=0.1)
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(adam, 5, 50)
+    for step in range(50):
+        assert train_dpo.learning_rate(step, 50, o) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        schedule.step()
+
+
+def test_the_flat_adamw_is_torch_adamw_with_clipping():
+    o = options.Options(lr=0.01, weight_decay=0.05, adam_beta2=0.98, clip=1.0)
+    ours, theirs = ({n: torch.nn.Parameter(torch.arange(6.0).reshape(2, 3) * k) for k, n in ((1, "a"), (-2, "b"))}
+                    for _ in range(2))
+    flat, adam = train_dpo.ShardedAdamW(ours, o, 0, 1), torch.optim.AdamW(theirs.values(), 0.01, (0.9, 0.98), weight_decay=0.05)
+    for step in range(5):
+        for parameters in (ours, theirs):
+            sum((p.sin() * (step + 1)).sum() for p in parameters.values()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        assert flat.step(0.01) == pytest.approx(norm.item(), rel=1e-6)
+        adam.step()
+        adam.zero_grad()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------- real input
+def real_model(folder):
+    """LLaVA-1.5's shape (CLIP 336/14: 576 image tokens, the real Llama tokenizer) with small random weights."""
+    return write_llava(folder, tokenizer=llama_tokenizer(), image_size=336, hidden=64, layers=2, kv_heads=4)
+
+
+def test_real_pairs_two_empty_responses_are_named_and_the_rest_trains(tmp_path):
+    """The ten PDS-DPO pairs: art-2 and art-3 have empty rejected responses; two epochs of the others raise the margin."""
+    pairs = need(SHARED / "real" / "pds10" / "step3_sanity.json")
+    model = real_model(tmp_path / "model")
+    argv = ["--model", str(model), "--data", str(pairs), "--val_data", str(pairs), "--batch", "4", "--micro_batch", "2",
+            "--epochs", "2", "--lr", "3e-3", "--set", "template=vicuna"]
+    code, text = run([*argv, "--out", str(tmp_path / "refused")])
+    faults = [x for x in text.splitlines() if "step3_sanity.json, line" in x]
+    assert code == 1 and len(faults) == 2 and "art-2" in faults[0] and "art-3" in faults[1]
+    assert "Traceback" not in text
+    trained([*argv, "--out", str(tmp_path / "run"), "--skip_bad"])
+    first, steps = log_of(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert first["pairs"] == 8 and first["template"] == "vicuna" and len(steps) == 4
+    assert summary["before"]["margin"] == pytest.approx(0, abs=1e-5) and summary["after"]["margin"] > 0.05
+    peft = pytest.importorskip("peft", reason="peft is in requirements-dev.txt")
+    from transformers import LlavaForConditionalGeneration
+    base = LlavaForConditionalGeneration.from_pretrained(model)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    ours = vlm.load(model, adapter=tmp_path / "run" / "adapter")
+    ids = torch.tensor([vlm.prompt_ids(ours, "What is this?", 0)])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, ours.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world, tmp_path):
+    pairs = need(SHARED / "real" / "mdpo" / "sample_data.json")
+    code, text = run(["--model", str(world[0]), "--data", str(pairs), "--out", str(tmp_path / "run")])
+    assert code == 1 and "llava-reasoning-3730.jpg" in text and "llava-reasoning-5951.jpg" in text
+    assert len([x for x in text.splitlines() if "missing" in x]) == 2 and "Traceback" not in text
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize("argv, words", [
+    (["--lose", "dpo"], "--lose"), (["--epochs", "three"], "three"), (["--set", "warmpu=1"], "warmpu"),
+    (["--set", "clip=high"], "not of type float"), (["--set", "redraw=maybe"], "not of type bool"),
+    (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
+    (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
+    (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"), (["--lr", "-1"], "above 0"), (["--lr", "nan"], "above 0"),
+    (["--dtype", "float8"], "float8"), (["--model", "/nowhere"], "no such folder"), (["--data", "/nowhere.jsonl"], "nowhere"),
+])
+def test_a_mistake_is_refused_in_one_sentence(tmp_path, argv, words):
+    code, text = run([*argv, *([] if "--out" in argv else ["--out", str(tmp_path / "run")])])
+    last = text.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("train_dpo.py: ") and words in last and "Traceback" not in text
+
+
+def test_broken_json_is_named_with_its_line(world, tmp_path):
+    lines = world[1].read_text().splitlines()
+    (world[1].parent / "broken.jsonl").write_text("\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
+    code, text = run(["--model", str(world[0]), "--data", str(world[1].parent / "broken.jsonl"), "--out", str(tmp_path / "run")])
+    assert code == 1 and "broken.jsonl, line 4" in text and "Traceback" not in text
+
+
+def test_an_out_of_other_options_is_refused_and_the_options_named(world, tmp_path):
+    trained(arguments(world, tmp_path / "run", "--epochs", "1"))
+    code, text = run(arguments(world, tmp_path / "run", "--epochs", "1", "--beta", "0.2"))
+    assert code == 1 and "beta 0.1 there, 0.2 here" in text
+
+
+def test_the_second_of_two_runs_on_one_folder_is_refused(world, tmp_path):
+    lock = options.claim(tmp_path / "run", options.Options())
+    code, text = run(arguments(world, tmp_path / "run"))
+    lock.close()
+    assert code == 1 and "in use by another run" in text
+
+
+def test_a_full_disk_is_said_and_what_was_written_is_kept(world, tmp_path, uninterrupted):
+    """The checkpoint of step 4 finds no room: the run says so, and goes on from step 2 once there is room."""
+    def arm():
+        import errno
+        original, count = os.write, [0]
+        def full(fd, content):
+            if len(content) > 20_000:                     # checkpoints are; log lines are not
+                count[0] += 1
+                if count[0] > 1:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(fd, content)
+        os.write = full
+    argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
+    code, text = run(argv, arm)
+    assert code == 1 and "No space left" in text and "Traceback" not in text
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(uninterrupted)
+
+
+def test_help_lists_every_option():
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--image_rejected" in done.stdout and "max_length=2048" in done.stdout
