@@ -1,0 +1,198 @@
+"""The README and the house rules as specification: what the documents say of the code holds."""
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+# Who may import whom; below this line nobody.
+IMPORTS = {"losses": "", "lora": "", "data": "", "metrics": "",
+           "records": "data", "options": "data losses", "report": "data metrics", "vlm": "data lora losses",
+           "eval_hallu": "data lora metrics report vlm",
+           "train_dpo": "data eval_hallu lora losses metrics options records report vlm"}
+PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
+HEAVY = {"transformers", "diffusers", "peft", "trl"}
+
+
+def imports(nodes):
+    """Top names of all modules that these nodes and what is inside them import."""
+    for node in (inner for outer in nodes for inner in ast.walk(outer)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def section(title):
+    """The text under a heading of the README."""
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
+    assert found, f"README.md has no section {title!r}"
+    return found[1]
+
+
+def block(kind, text):
+    """The first fenced block of a kind."""
+    return re.search(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+
+
+# --- the house ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_go_one_way(name):
+    """Also inside functions; nobody imports classroom/, tools/ or bench/."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    ours = {*SCRIPTS, "classroom", "tools", "bench", "tests"}
+    assert set(imports(tree.body)) & ours <= set(IMPORTS[name].split())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_runs_nothing_and_loads_nothing_heavy(name):
+    """Top level: light imports, definitions, and the guard of main()."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    *rest, last = tree.body[1:]
+    assert isinstance(tree.body[0], ast.Expr) and ast.get_docstring(tree), "a script opens with a docstring"
+    if isinstance(last, ast.If):
+        assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
+    else:
+        rest.append(last)
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    assert [ast.unparse(node)[:60] for node in rest if not isinstance(node, kinds)] == []
+    top = set(imports([node for node in rest if isinstance(node, ast.Import | ast.ImportFrom)]))
+    assert top <= {*sys.stdlib_module_names, *SCRIPTS, *PACKAGES} - HEAVY
+
+
+def test_all_scripts_import_in_silence_and_metrics_without_torch():
+    code = (f"import sys; import metrics; assert 'torch' not in sys.modules; import {', '.join(SCRIPTS)}; "
+            f"print(sorted({HEAVY} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+
+
+def test_requirements_are_pinned():
+    product = (ROOT / "requirements.txt").read_text().splitlines()
+    first, *more = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert first == "-r requirements.txt" and "torch==2.13.0" in product
+    names = {"pillow" if package == "PIL" else package for package in PACKAGES}
+    assert {line.partition("==")[0] for line in product} == names
+    assert [line for line in product + more if not re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line)] == []
+
+
+def test_the_repository_speaks_of_itself_alone():
+    """No path of the machine that a text was written on."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: there is no list of what belongs to the repository")
+    paths = re.compile("/(" + "|".join(["work", "tmp", "home", "root", "Users"]) + ")/")
+    texts = {name: (ROOT / name).read_text(errors="replace") for name in listed.stdout.split()
+             if (ROOT / name).exists() and not name.endswith((".safetensors", ".png"))}
+    assert [f"{name}: {found[0]}" for name, text in texts.items() if (found := paths.search(text))] == []
+
+
+# --- the README ---------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_no_gap_left():
+    assert re.findall(r"RESULTS-TABLE|RESULTS-TEXT|MAIN-OUTPUT|TODO|FIXME", README) == []
+
+
+def test_the_file_map_names_every_script_and_nothing_else():
+    named = re.findall(r"^(\S+)  ", block("", section("Files")), re.MULTILINE)
+    assert {f"{name}.py" for name in SCRIPTS} <= set(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("file", ["README.md", "classroom/README.md", "bench/RESULTS.md"])
+def test_links_within_the_repository_lead_somewhere(file):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / file).read_text())
+    assert [link for link in links if not (ROOT / file).parent.joinpath(link).exists()] == []
+
+
+def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
+    """Every --flag and every --set key that it mentions; torchrun's and Hugging Face's apart."""
+    helps = ""
+    for command in ("train_dpo.py", "eval_hallu.py answers", "eval_hallu.py score", "vlm.py info", "lora.py",
+                    "classroom/pairs.py", "classroom/pairs.py scenes", "classroom/make.py"):
+        script, *words = command.split()
+        monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
+        monkeypatch.setenv("COLUMNS", "200")
+        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert not stop.value.code, command
+        helps += said.getvalue()
+    others = {"--nproc_per_node", "--local-dir"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - others
+    assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
+    assert [key for key in re.findall(r"--set ([a-z_]+)=", README) if f"  {key}=" not in helps] == []
+    scripts = re.findall(r"(?:python3?|torchrun [^`\n]*?) ([\w/]+\.py)\b", README)
+    assert len(scripts) > 10 and [name for name in scripts if not (ROOT / name).exists()] == []
+
+
+def test_the_loss_in_the_readme_is_the_loss_in_the_code():
+    code = (ROOT / "losses.py").read_text().splitlines()
+    assert [line for line in block("python", section("The loss")).splitlines() if line not in code] == []
+
+
+def test_the_native_record_in_the_readme_is_one(tmp_path):
+    import records
+    (tmp_path / "pairs.jsonl").write_text(block("json", section("Data")))
+    read = records.Records(tmp_path / "pairs.jsonl")
+    assert (len(read), read.format) == (1, "native")
+    assert read[0]["chosen"] and read[0]["rejected"] and read[0]["images"]
+
+
+def test_the_presets_in_the_readme_are_those_of_the_code():
+    """A row is `field`, mDPO's `value` (tag), PDS-DPO's `value` (tag)."""
+    import options
+    row = re.compile(r"^\| `(\w+)` \| `([^`]*)` [^|]*\| `([^`]*)` [^|]*\|$", re.MULTILINE)
+    rows = row.findall(section("Presets"))
+    code = [vars(options.Options(**options.PRESETS[name])) for name in ("mdpo-llava", "pds-llava")]
+    assert options.PRESETS["mdpo-bunny"] == options.PRESETS["mdpo-llava"]
+    assert {name for name, *_ in rows} == {k for p in options.PRESETS.values() for k in p}
+    assert [name for name, *said in rows for o, text in zip(code, said, strict=True)
+            if type(o[name])(text) != o[name]] == []
+
+
+def test_the_three_lines_of_change_the_loss_train(tmp_path):
+    """The README's diff, applied to a copy, and `--loss mine` for three steps."""
+    for script in SCRIPTS:
+        shutil.copy(ROOT / f"{script}.py", tmp_path)
+    (tmp_path / "classroom").symlink_to(ROOT / "classroom")
+    diff = block("diff", section("Change the loss"))
+    assert len(re.findall(r"^\+(?!\+)", diff, re.MULTILINE)) == 3
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    command = ("train_dpo.py --loss mine --max_steps 3 --out run "
+               "--set pairs=48 --set scenes=8 --set questions=20 --set max_new_tokens=8")
+    done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *steps = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert "def mine" in first["losses_source"] and len(steps) == 3
+    assert steps[0]["loss"] == pytest.approx(1, abs=1e-5)                   # a hinge of margin 0
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    for ending in ("python train_dpo.py", "python -m pytest"):
+        line = re.compile(rf"^python3 -m venv .* && {re.escape(ending)}$", re.MULTILINE)
+        assert len(line.findall(README)) == len(line.findall(section("Quick start"))) == 1
+
+
+def test_the_main_command_reached_its_target():
+    """CI's main command: CHAIR_s at most 0.6 of the base's, Cover at most 6 points less, in 180 s."""
+    if "NANOVPO_RUN" not in os.environ:
+        pytest.skip("NANOVPO_RUN names no run: .ci/run makes one and sets it")
+    summary = json.loads((Path(os.environ["NANOVPO_RUN"]) / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert after["chair_s"] <= 0.6 * before["chair_s"]
+    assert after["cover"] >= before["cover"] - 6
+    assert float(os.environ["NANOVPO_SECONDS"]) <= 180
