@@ -1,7 +1,7 @@
-"""What a run can be told: the 24 options, the fields behind --set, the presets, and what a run's folder is called.
+"""What a run can be told: the options, the fields behind --set, the presets; and what its folder is called.
 
-Every value of a preset is tagged: p = the paper, c = its official code, o = ours. Sources: mDPO, arXiv 2406.11839,
-section 3.1 and appendix A, and luka-group/mDPO (run_mdpo_bunny.sh); PDS-DPO, arXiv 2412.17417, section 4, and its repository.
+Every value of a preset is tagged: p = the paper, c = its official code, o = ours. Sources: mDPO, arXiv
+2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
 """
 import argparse
 import dataclasses
@@ -29,14 +29,14 @@ class Options:
     """The options, then the fields behind --set. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
     model: str = option("classroom", "a llava-hf folder, or classroom")
-    data: str = option("classroom", "preference pairs in any format that data.py reads; classroom makes its own")
-    val_data: str = option("", "held-out pairs: their loss and margin before and after, for models of your own")
+    data: str = option("classroom", "preference pairs in any format of records.py; classroom makes its own")
+    val_data: str = option("", "held-out pairs: loss and margin before and after, for your own models")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
     beta: float = option(0.1, "how strongly the policy is held to the reference")
     delta: float = option(0.0, "the reward that AncPO holds the chosen above")
-    anchors: str = option("w", "what AncPO anchors: w (chosen), wl (and rejected), wlm (and the rejected image)")
+    anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
     image_rejected: str = option("crop", f"the rejected image: {DAMAGED}; or none at all")
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers")
     epochs: int = option(3, "passes over the pairs")
@@ -66,7 +66,7 @@ class Options:
     pair_options: str = ""            # more options of classroom/pairs.py
     scenes: int = 1000                # of the classroom, in the printed table
     questions: int = 2000
-    split: str = "print"              # of the classroom's scenes: tune to choose settings on, print to report on
+    split: str = "print"              # scenes to report on; tune: to choose settings on
     max_new_tokens: int = 64
     device: str = ""                  # "": cuda, else mps, else cpu
 
@@ -89,13 +89,16 @@ PRESETS = {
 
 
 def parse(argv, description):
-    """Options from the command line. Raises UserError for an unknown field, a wrong type or a value out of range."""
-    parser = data.Parser(prog="train_dpo.py", description=description, formatter_class=argparse.RawTextHelpFormatter)
+    """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
+    parser = data.Parser(prog="train_dpo.py", description=description,
+                         formatter_class=argparse.RawTextHelpFormatter)
     behind = {f.name: f for f in dataclasses.fields(Options) if not f.metadata}
     for f in dataclasses.fields(Options):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        kind = {"type": f.type, "metavar": f.type.__name__}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         if f.metadata:
-            parser.add_argument(f"--{f.name}", default=None, help=f"{f.metadata['help']} [{f.default!r}]", **kind)
+            parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default!r}]", **kind)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="behind",
                         help="one of\n" + "\n".join(f"  {f.name}={f.default}" for f in behind.values()))
     given = vars(parser.parse_args(argv))
@@ -115,7 +118,7 @@ def parse(argv, description):
         raise data.UserError(f"--preset {preset}: give one of {', '.join(PRESETS)}")
     for name in ("model", "data"):
         if preset != "classroom" and name not in chosen:
-            raise data.UserError(f"--preset {preset} needs --{name}: the papers' models and pairs are not built in")
+            raise data.UserError(f"--preset {preset} needs --{name}: the papers' own are not built in")
     o = Options(**{**PRESETS[preset], **chosen})
     check(o)
     return o
@@ -128,26 +131,29 @@ def check(o):
     except ValueError as e:
         raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
     choices = {"image_rejected": (*data.REJECTED, "none"), "forward": ("packed", "naive"),
-               "dtype": ("auto", "float32", "bfloat16", "float64"), "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune")}
+               "dtype": ("auto", "float32", "bfloat16", "float64"), 
+               "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune")}
     for name, values in choices.items():
         if getattr(o, name) not in values:
-            raise data.UserError(f"{name} is {getattr(o, name)!r}: give one of {', '.join(v for v in values if v)}")
+            known = ", ".join(v for v in values if v)
+            raise data.UserError(f"{name} is {getattr(o, name)!r}: give one of {known}")
     if o.image_rejected == "none" and "image_rejected" in needs:
-        raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: use --loss dpo")
-    for name in ("epochs", "batch", "micro_batch", "lora_r", "lora_alpha", "save_every", "max_length", "pairs", "scenes",
-                 "questions", "max_new_tokens", "beta", "lr"):
+        raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
+                             "use --loss dpo")
+    for name in ("epochs", "batch", "micro_batch", "lora_r", "lora_alpha", "save_every", "max_length",
+                 "pairs", "scenes", "questions", "max_new_tokens", "beta", "lr"):
         if not 0 < getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must be a number above 0")
     for name in ("max_steps", "eval_every", "warmup", "clip", "weight_decay"):
         if not 0 <= getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
     if o.batch % o.micro_batch:
-        raise data.UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one of them")
+        raise data.UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
 
 
-# ---------------------------------------------------------------------------------------------- the run's folder
+# ---------------------------------------------------------------------------------------- the run's folder
 def run_folder(o):
-    """The run's folder. Its default name holds a hash of the options and of losses.py: after an edit it is a new run."""
+    """The run's folder. Its default name holds a hash of the options and of losses.py: an edit, a new run."""
     if o.out:
         return Path(o.out)
     text = repr(sorted(dataclasses.asdict(o).items())) + Path(losses.__file__).read_text()
@@ -155,16 +161,16 @@ def run_folder(o):
 
 
 def claim(out, o):
-    """Lock the folder, and refuse one that another run uses or that holds a run of other options. Returns the lock."""
+    """Lock the folder; returns the lock. Raises UserError where another run uses it, or has other options."""
     import fcntl
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)              # let go by the system however the run ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
     except BlockingIOError:
-        raise data.UserError(f"--out {out} is in use by another run: wait for it, or give another folder") from None
+        raise data.UserError(f"--out {out} is in use by another run: wait for it or give another") from None
     except OSError as e:
-        raise data.UserError(f"--out {out} cannot be written ({e.strerror}): give a folder of your own") from None
+        raise data.UserError(f"--out {out} cannot be written ({e.strerror}): give another folder") from None
     log = out / "log.jsonl"
     first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
     if first:
@@ -174,7 +180,8 @@ def claim(out, o):
         if first.get("losses_source") != Path(losses.__file__).read_text():
             differ.append("losses.py was edited since")
         if differ:
-            raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): give another folder")
+            raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
+                                 "give another folder")
     return lock
 
 
@@ -182,7 +189,8 @@ def provenance():
     """What a run depends on besides its options, for the first line of its log."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+        commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout
     except OSError:
         commit = ""
     packages = ("torch", "transformers", "safetensors", "numpy", "pillow")

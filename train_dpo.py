@@ -1,19 +1,19 @@
-"""Train a vision-language model on preference pairs: DPO, CoPO, AncPO, mDPO, SFT, or a loss of your own, with LoRA.
+"""Train a vision-language model on preference pairs with LoRA: DPO, CoPO, AncPO, mDPO, SFT, or your own loss.
 
-    python train_dpo.py                                              the built-in world: two CPU cores, 2 minutes
-    python train_dpo.py --loss dpo --image_rejected none             another loss, the same pairs
-    python train_dpo.py --preset mdpo-llava --model DIR --data F     LLaVA-1.5-7B on one GPU
-    torchrun --nproc_per_node 2 train_dpo.py --preset ...            the same run on two
+    python train_dpo.py                                           the built-in world: two CPU cores, 2 minutes
+    python train_dpo.py --loss dpo --image_rejected none          another loss, the same pairs
+    python train_dpo.py --preset mdpo-llava --model DIR --data F  LLaVA-1.5-7B on one GPU
+    torchrun --nproc_per_node 2 train_dpo.py --preset ...         the same run on two
 
 A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out): log.jsonl, summary.json, adapter/ (PEFT's format),
-report.html, last/ (the checkpoint). The same command again goes on where a killed run stopped, on a CPU bit for bit;
-a finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+report.html, last/ (the checkpoint). The same command again goes on where a killed run stopped, bit for bit on
+a CPU; a finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
- 1. The rejected image is drawn once per pair and run (`--set redraw=true`: once per epoch). The official mDPO code
-    draws it anew in every forward, so that policy and reference score different crops.
+ 1. The rejected image is drawn once per pair and run (`--set redraw=true`: once per epoch). The official mDPO
+    code draws it anew in every forward, so that policy and reference score different crops.
  2. The reference is the policy with LoRA switched off; its log-probs are kept from the first epoch on.
- 3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare: vlm.py).
+ 3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare).
  4. Gradients and Adam's moments are sharded over the ranks by hand: ZeRO-2's saving without DeepSpeed.
 """
 import errno
@@ -39,116 +39,24 @@ from tqdm import tqdm
 import data
 import lora
 import losses
+import metrics
 import options
 import vlm
+from ranks import ShardedAdamW, distributed, from_rank_0
+from records import Records, check
 
 
-# ---------------------------------------------------------------------------------------------- ranks
-def distributed(o):
-    """(rank, world, device) under torchrun, (0, 1, device) without. Ranks that share a GPU, or have none, use gloo."""
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    kind = o.device or ("cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone = device.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    dist.init_process_group("nccl" if alone else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def from_rank_0(work, rank, world):
-    """work() on rank 0, its result on every rank; a user's mistake there ends them all."""
-    result = [None, None]
-    if rank == 0:
-        try:
-            result[0] = work()
-        except (data.UserError, lora.AdapterError) as e:
-            result[1] = str(e)
-            if world == 1:
-                raise
-    if world > 1:
-        dist.broadcast_object_list(result)
-    if result[1] is not None:
-        raise data.UserError(result[1])
-    return result[0]
-
-
-class ShardedAdamW:
-    """AdamW over one flat vector of all LoRA weights; each rank owns a shard of its gradient and of both moments.
-
-    reduce-scatter the gradient, step the shard, all-gather the weights: ZeRO-2 (arXiv 1910.02054, section 5).
-    """
-    def __init__(self, parameters, o, rank, world):
-        self.world, self.clip, self.place, at = world, o.clip, {}, 0
-        first, per_rank = next(iter(parameters.values())), -(-sum(p.numel() for p in parameters.values()) // world)
-        self.flat, self.grad = (torch.zeros(per_rank * world, device=first.device, dtype=first.dtype) for _ in range(2))
-        for name, p in parameters.items():
-            self.place[name], at = (slice(at, at + p.numel()), p.shape), at + p.numel()
-            self.flat[self.place[name][0]] = p.data.flatten()
-            p.data, p.grad = (x[self.place[name][0]].view(p.shape) for x in (self.flat, self.grad))
-        self.mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.shard = torch.nn.Parameter(self.flat[self.mine])                      # the same memory
-        self.shard.grad = torch.zeros_like(self.shard)
-        self.adam = torch.optim.AdamW([self.shard], o.lr, (o.adam_beta1, o.adam_beta2), weight_decay=o.weight_decay)
-        self.adam.state[self.shard] = self.moments = {
-            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(self.flat[self.mine]),
-            "exp_avg_sq": torch.zeros_like(self.flat[self.mine])}
-
-    def gather(self, shard):
-        """The shards of all ranks as one flat vector."""
-        whole = [torch.empty_like(shard) for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(whole, shard)
-        return torch.cat(whole) if self.world > 1 else shard
-
-    def step(self, lr):
-        """One update from the gradient summed over ranks, which is cleared; returns its norm before clipping."""
-        if self.world > 1:
-            dist.reduce_scatter(self.shard.grad, list(self.grad.chunk(self.world)))
-        else:
-            self.shard.grad.copy_(self.grad)
-        self.grad.zero_()
-        square = self.shard.grad.double().square().sum()
-        if self.world > 1:
-            dist.all_reduce(square)
-        norm = square.sqrt().item()
-        if math.isfinite(norm):
-            self.shard.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            if self.world > 1:
-                self.flat.copy_(self.gather(self.shard.detach()))
-        return norm
-
-    def state(self):
-        """{kind/name: tensor}, unsharded and named: weights and both moments. Every rank must call it."""
-        whole = {"lora": self.flat, **{k: self.gather(self.moments[k]) for k in ("exp_avg", "exp_avg_sq")}}
-        return {f"{kind}/{name}": vector[at].view(shape).cpu().clone()
-                for kind, vector in whole.items() for name, (at, shape) in self.place.items()}
-
-    def load(self, tensors, step):
-        """Take up state() of any number of ranks."""
-        for kind in ("lora", "exp_avg", "exp_avg_sq"):
-            whole = torch.zeros_like(self.flat)
-            for name, (at, _) in self.place.items():
-                whole[at] = tensors[f"{kind}/{name}"].flatten().to(whole.device)
-            (self.flat if kind == "lora" else self.moments[kind]).copy_(whole if kind == "lora" else whole[self.mine])
-        self.moments["step"].fill_(step)
-
-
-# ---------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------- pairs
 def tokenise(m, record, o):
     """A record -> (data.Pair, number of response tokens cut off). Raises UserError."""
     images = 0 if o.image_rejected == "none" else len(record["images"])
     prompt = vlm.prompt_ids(m, record["question"], images, record["history"])
-    pair = data.Pair(record["id"], prompt, prompt, *(vlm.response_ids(m, record[k]) for k in ("chosen", "rejected")))
-    return data.truncate(pair, o.max_length)
+    chosen, rejected = (vlm.response_ids(m, record[role]) for role in ("chosen", "rejected"))
+    return data.truncate(data.Pair(record["id"], prompt, prompt, chosen, rejected), o.max_length)
 
 
 def usable(m, records, good, o):
-    """The indices whose responses have tokens and whose prompt fits; faults as data.check lists them, cuts counted."""
+    """The indices whose responses have tokens and whose prompts fit; faults one a line, cuts counted."""
     kept, cut = [], 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
@@ -157,15 +65,15 @@ def usable(m, records, good, o):
         except data.UserError as e:
             print(f"{records.where(i)}: {e}", file=sys.stderr)
     if len(kept) < len(good) and not (o.skip_bad and kept):
-        raise data.UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be used: "
-                             "mend them, or pass --skip_bad")
+        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
+        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
     if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut to fit {o.max_length} tokens (--set max_length)")
+        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
     return kept
 
 
 def read_pair(m, records, good, place, o, needs, epoch):
-    """The pair at a place of `good`: (Pair, pixels of its images, pixels of its rejected images, key of all that)."""
+    """The pair at a place of `good`: (Pair, pixels of its images, of the rejected ones, a key of it all)."""
     record = records[good[place]]
     pair, _ = tokenise(m, record, o)
     images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
@@ -175,8 +83,8 @@ def read_pair(m, records, good, place, o, needs, epoch):
         if o.image_rejected == "random":
             another = records[good[data.other_index(seed, pair.id, place, len(good))]]
             other = data.read_image(another["images"][0])
-        damaged = [data.rejected_image(o.image_rejected, image, seed, f"{pair.id}/{n}" if n else pair.id, other)
-                   for n, image in enumerate(images)]
+        damaged = [data.rejected_image(o.image_rejected, image, seed, f"{pair.id}/{n}" if n else pair.id,
+                                       other) for n, image in enumerate(images)]
     pixels, pixels_damaged = (vlm.prepare(m, x) if x else torch.zeros(0) for x in (images, damaged))
     key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
     for x in (pixels,) if o.redraw else (pixels, pixels_damaged):
@@ -187,14 +95,14 @@ def read_pair(m, records, good, place, o, needs, epoch):
 class Reference:
     """Log-probs of the frozen reference, kept per pair beside the key of the inputs that they were made from.
 
-    The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw); the
-    base's identity is checked when a run resumes. What does not match is scored anew.
+    The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw);
+    the base's identity is checked when a run resumes. What does not match is scored anew.
     """
     FIELDS = ("chosen", "rejected", "image_rejected")
 
     def __init__(self, n, world):
         self.logps, self.key = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
-        self.world, self.new = world, []                              # new: places this rank added since the last sync
+        self.world, self.new = world, []                    # new: places this rank added since the last sync
 
     def __call__(self, m, places, batch, features, forward, needs, redraw):
         """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
@@ -204,8 +112,9 @@ class Reference:
         with torch.no_grad(), lora.lora_disabled(m.model):
             if not torch.equal(self.key[places], keys):
                 logps = forward(m, pairs, true if redraw else features, kept)
-                self.logps[places] = torch.stack([(getattr(logps, f) if f in kept else logps.chosen).double().cpu()
-                                                  for f in self.FIELDS], 1)
+                for i, field in enumerate(self.FIELDS):
+                    if field in kept:
+                        self.logps[places, i] = getattr(logps, field).double().cpu()
                 self.key[places], self.new = keys, self.new + places
             exact = torch.promote_types(features.dtype, torch.float32)
             values = [self.logps[places, i].to(features.device, exact) if f in kept else None
@@ -230,21 +139,22 @@ class Reference:
 
 
 def encode(m, batch):
-    """Features of a micro-batch's images, all true ones, then all rejected ones: what the forwards of vlm.py expect."""
+    """Features of a micro-batch's images, all true ones, then all rejected ones, as vlm's forwards expect."""
     pixels = [b[kind] for kind in (1, 2) for b in batch if len(b[kind])]
     return vlm.encode_images(m, torch.cat(pixels) if pixels else torch.zeros(0))
 
 
-# ---------------------------------------------------------------------------------------------- before and after
+# ---------------------------------------------------------------------------------------- before and after
 def classroom_files(o, out):
-    """The built-in scenes and pairs, made by classroom/pairs.py as a program. Returns the path of the pairs."""
+    """The built-in scenes and pairs, made by classroom/pairs.py as a program. Returns the pairs' path."""
     def make(folder, *arguments):
         program = Path(__file__).parent / "classroom" / "pairs.py"
         command = [sys.executable, str(program), *arguments, "--out", str(folder)]
         if not folder.exists():
             done = subprocess.run(command, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
             if done.returncode:
-                raise data.UserError(f"{program} failed: {(done.stderr.strip() or 'no word why').splitlines()[-1]}")
+                why = (done.stderr.strip() or "no word why").splitlines()[-1]
+                raise data.UserError(f"{program} failed: {why}")
     if (vlm.resolve(o.model) / "classroom.json").exists():
         make(out / "scenes", "scenes", "--seed", str(o.eval_seed), "--split", o.split,
              "--n", str(o.scenes), "--questions", str(o.questions))
@@ -254,7 +164,7 @@ def classroom_files(o, out):
 
 
 def evaluate(m, o, out, name, val):
-    """Metrics of the model as it stands: the classroom's where the model is, else loss, margin, accuracy on val_data."""
+    """Metrics of the model as it stands: the classroom's, or else loss, margin and accuracy on val_data."""
     if m.is_classroom:
         import eval_hallu
         eval_hallu.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
@@ -262,7 +172,8 @@ def evaluate(m, o, out, name, val):
         return eval_hallu.score_classroom(out / f"{name}.jsonl")
     if val is None:
         return {}
-    (records, good), loss_of, forward = val, losses.resolve(o.loss, anchors=o.anchors), vlm.FORWARDS[o.forward]
+    (records, good), forward = val, vlm.FORWARDS[o.forward]
+    loss_of = losses.resolve(o.loss, anchors=o.anchors)
     needs, rows = losses.needs(loss_of) | {"chosen", "rejected"}, []
     for at in tqdm(range(0, len(good), o.micro_batch), f"{name}: validation pairs"):
         places = range(at, min(at + o.micro_batch, len(good)))
@@ -273,15 +184,16 @@ def evaluate(m, o, out, name, val):
             with lora.lora_disabled(m.model):
                 reference = forward(m, pairs, features, needs)
         chosen, rejected, _ = losses.rewards(policy, reference, o.beta)
-        rows += zip(loss_of(policy, reference, o.beta, o.delta).tolist(), (chosen - rejected).tolist(), strict=True)
+        loss = loss_of(policy, reference, o.beta, o.delta)
+        rows += zip(loss.tolist(), (chosen - rejected).tolist(), strict=True)
     n = len(rows)
     return {"loss": sum(x for x, _ in rows) / n, "margin": sum(x for _, x in rows) / n,
             "accuracy": 100 * sum(x > 0 for _, x in rows) / n, "n": n}
 
 
-# ---------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------------------- the loop
 class Stop:
-    """SIGTERM and Ctrl-C, heard at the end of a step: save and leave. A second one, or one elsewhere, acts at once."""
+    """SIGTERM and Ctrl-C, heard at the end of a step: save and leave. A second one acts at once."""
     asked, armed = False, False
 
     def __call__(self, number, frame):
@@ -300,14 +212,14 @@ def learning_rate(step, steps, o):
 
 @functools.lru_cache(2)
 def order(n, seed, epoch):
-    """The places of n pairs in the order of an epoch: the same for every number of ranks, and after a resume."""
+    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
     places = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(places)
     return places
 
 
 def measures(policy, reference, loss, beta):
-    """What is logged, summed over a micro-batch, under TRL's names; what a loss does not read is not there."""
+    """What is logged, summed over a micro-batch, under TRL's names; what a loss does not read is left out."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
     got = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
     if rejected is not None:
@@ -329,19 +241,22 @@ def train(o, rank, world, device):
     # Pairs are checked before the model loads, and again as tokens after.
     loss_of, forward = losses.resolve(o.loss, anchors=o.anchors), vlm.FORWARDS[o.forward]
     needs = losses.needs(loss_of) | {"chosen"}
+    redraw = o.redraw and "image_rejected" in needs
 
-    def checked(path, cache):
-        records = data.Records(path, o.image_root or None)
-        return records, from_rank_0(lambda: data.check(records, needs_image="image_rejected" in needs,
-                                                       skip_bad=o.skip_bad, cache_dir=out / cache), rank, world)
-    records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world), "checked")
-    val = checked(o.val_data, "checked_val") if o.val_data else None
+    def checked(path):
+        records, image = Records(path, o.image_root or None), "image_rejected" in needs
+        cache = out / "checked" if o.data == "classroom" else None        # a user's files: remembered for all runs
+        good = from_rank_0(lambda: check(records, needs_image=image, skip_bad=o.skip_bad, cache_dir=cache),
+                      rank, world)
+        return records, good
+    records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
+    val = checked(o.val_data) if o.val_data else None
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     m = vlm.load(o.model, dtype=getattr(torch, dtype), device=device, template=o.template or None)
     good = from_rank_0(lambda: usable(m, records, good, o), rank, world)
     lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
     if o.checkpointing:
-        m.model.model.language_model.train()                          # transformers recomputes in train mode only
+        m.model.model.language_model.train()                # transformers recomputes in train mode only
         m.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def evaluated(name):
@@ -355,25 +270,29 @@ def train(o, rank, world, device):
 
     per_epoch = math.ceil(len(good) / o.batch)
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
-    optimiser, reference = ShardedAdamW(lora.lora_parameters(m.model), o, rank, world), Reference(len(good), world)
-    base = vlm.identity(m)
-    state = restore(out, optimiser, reference, base) or {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
+    optimiser = ShardedAdamW(lora.lora_parameters(m.model), o, rank, world)
+    reference, base = Reference(len(good), world), vlm.identity(m)
+    state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
+    state |= restore(out, optimiser, reference, base)
     log = Log(out / "log.jsonl", state["log_bytes"], rank)
     if state["step"] == 0:
-        log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype, "pairs": len(good),
-                   "steps": steps, "template": m.template_name, "base": base, **options.provenance()})
+        log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
+                   "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
+                   **options.provenance()})
     stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop.armed = True
 
     def fetch(step):
-        """(pairs in the step, this rank's micro-batches as (places, future)): read by a thread while the last step runs."""
+        """(pairs in the step, this rank's micro-batches as (places, future)), read by a thread meanwhile."""
         epoch, at = divmod(step, per_epoch)
         places = order(len(good), o.seed, epoch)[at * o.batch:(at + 1) * o.batch]
         micros = [places[k:k + o.micro_batch] for k in range(0, len(places), o.micro_batch)][rank::world]
-        return len(places), [(micro, pool.submit(lambda micro: [read_pair(m, records, good, p, o, needs, epoch)
-                                                                for p in micro], micro)) for micro in micros]
+
+        def read(micro):
+            return [read_pair(m, records, good, place, o, needs, epoch) for place in micro]
+        return len(places), [(micro, pool.submit(read, micro)) for micro in micros]
 
     ahead = fetch(state["step"]) if state["step"] < steps else None
     bar = tqdm(range(state["step"], steps), "training", initial=state["step"], total=steps, disable=rank > 0)
@@ -384,7 +303,7 @@ def train(o, rank, world, device):
         for places, future in micros:
             batch = future.result()
             pairs, features = [b[0] for b in batch], encode(m, batch)
-            frozen = reference(m, places, batch, features, forward, needs, o.redraw and "image_rejected" in needs)
+            frozen = reference(m, places, batch, features, forward, needs, redraw)
             policy = forward(m, pairs, features, needs)
             loss = loss_of(policy, frozen, o.beta, o.delta)            # (B,)
             (loss.sum() / size).backward()
@@ -402,18 +321,19 @@ def train(o, rank, world, device):
         norm = math.nan if bad else optimiser.step(rate)
         if not math.isfinite(norm):
             bad = bad or [records[good[p]]["id"] for places, _ in micros for p in places]
-            raise data.UserError(f"loss or gradient of step {step + 1} is not finite; the pairs are {', '.join(bad)}: "
-                                 f"look at them or lower --lr; {out} keeps its last checkpoint")
+            raise data.UserError(f"loss or gradient of step {step + 1} is not finite; the pairs are "
+                                 f"{', '.join(bad)}: look at them or lower --lr; {out} keeps its checkpoint")
 
         now = time.monotonic()
         mean = {k: sum(each[0].get(k, 0.0) for each in everyone) / size for k in everyone[0][0]}
-        line = {"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "lr": rate, "grad_norm": norm, **mean,
-                "tokens_per_second": round(sum(each[1] for each in everyone) / (now - tick)),
+        line = {"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "lr": rate, "grad_norm": norm,
+                **mean, "tokens_per_second": round(sum(each[1] for each in everyone) / (now - tick)),
                 "seconds": round(now - began, 2), "memory_gib": round(memory(device), 3)}
         state["chosen"] = [*state["chosen"], mean["rewards/chosen"]][-40:]
         if falling(state["chosen"]) and not state.get("warned"):
             state["warned"] = True
-            line["warning"] = "the chosen reward keeps falling below zero: add ancpo to --loss, lower --lr or raise --beta"
+            line["warning"] = ("the chosen reward keeps falling below zero: add ancpo to --loss, lower --lr, "
+                               "or raise --beta")
             bar.write(f"warning: {line['warning']}", file=sys.stderr)
         if o.eval_every and (step + 1) % o.eval_every == 0 and step + 1 < steps:
             line["eval"] = evaluated(f"step-{step + 1}")
@@ -428,41 +348,43 @@ def train(o, rank, world, device):
     stop.armed = False
     pool.shutdown()
     after = evaluated("after")
-    summary = {"before": before, "after": after, "pairs": len(good), "steps": steps, "seconds": round(state["seconds"], 1),
-               "options": asdict(o)}
+    summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
+               "seconds": round(state["seconds"], 1), "options": asdict(o)}
 
     def finish():
         lora.save(m.model, out / "adapter", str(m.folder))
         if m.is_classroom:
             import eval_hallu
             summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
-            data.atomic_write(out / "words.json", json.dumps(eval_hallu.word_rewards(m, out, o.beta), indent=1))
+            words = eval_hallu.word_rewards(m, out, o.beta)
+            data.atomic_write(out / "words.json", json.dumps(words, indent=1))
         data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
         return summary
     return from_rank_0(finish, rank, world), out
 
 
-# ---------------------------------------------------------------------------------------------- checkpoint and log
+# ---------------------------------------------------------------------------------------- checkpoint and log
 def save(out, optimiser, reference, base, state, rank):
-    """last/checkpoint.safetensors, replaced in one move: weights, moments, reference log-probs, and the rest as JSON."""
+    """last/checkpoint.safetensors in one move: weights, moments, reference log-probs, the rest as JSON."""
     from safetensors.torch import save as to_bytes
     reference.sync()
     tensors = {**optimiser.state(), "reference/logps": reference.logps, "reference/key": reference.key}
     if rank == 0:
         (out / "last").mkdir(exist_ok=True)
-        data.atomic_write(out / "last" / "checkpoint.safetensors", to_bytes(tensors, {"state": json.dumps(state), "base": base}))
+        data.atomic_write(out / "last" / "checkpoint.safetensors",
+                          to_bytes(tensors, {"state": json.dumps(state), "base": base}))
 
 
 def restore(out, optimiser, reference, base):
-    """Load the last checkpoint and return its state; None where there is none. Raises UserError if the inputs changed."""
+    """Load the last checkpoint; returns its state, {} if there is none. Raises UserError for other inputs."""
     from safetensors import safe_open
     file = out / "last" / "checkpoint.safetensors"
     if not file.exists():
-        return None
+        return {}
     with safe_open(file, "pt") as f:
-        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()      # noqa: SIM118 (it is no dict)
+        tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     if about["base"] != base or len(tensors["reference/key"]) != len(reference.key):
-        raise data.UserError(f"{file} was made with another base or another number of pairs than --model and --data "
+        raise data.UserError(f"{file} was made with another base or number of pairs than --model and --data "
                              "give now: give another --out")
     state = json.loads(about["state"])
     optimiser.load(tensors, state["step"])
@@ -494,7 +416,7 @@ def memory(device):
 
 
 def falling(chosen):
-    """Whether the chosen reward keeps falling below zero: 20 steps' mean is negative and under that of the 20 before."""
+    """Whether the chosen reward keeps falling below zero: negative over 20 steps, and under the 20 before."""
     return len(chosen) == 40 and sum(chosen[20:]) < min(0, sum(chosen[:20]))
 
 
@@ -510,17 +432,17 @@ def main():
             if not page.exists():
                 report.write(out)
             print("\n".join(report.table(summary)))
-            print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s of training: {page}")
+            print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
         if world > 1:
             dist.barrier()
-    except (data.UserError, lora.AdapterError) as e:
+    except (data.UserError, lora.AdapterError, metrics.AnswerError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 else 1)
     except KeyboardInterrupt:
-        sys.exit("train_dpo.py: stopped; the same command goes on from the last checkpoint" if rank == 0 else 1)
+        sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"train_dpo.py: the disk is full ({e.filename or 'writing the run'}): make room and call it again")
+        sys.exit(f"train_dpo.py: the disk is full ({e.filename or 'in the run'}): make room, call it again")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -25,11 +25,38 @@ METHODS = {"mDPO": "--loss mdpo", "DPO": "--loss dpo", "DPO, no image": "--loss 
 
 
 def tuning():
-    """What was looked at on tuning scenes, in this order: learning rate and epochs, then the share of question pairs."""
-    tune = "--set split=tune --eval_seed 50 --set scenes=600 --set questions=1200"
-    for base, lr, epochs in product(BASES[:2], ("1e-4", "2e-4", "4e-4", "8e-4"), ("3",)):
-        yield {"study": "lr", "base": base, "seed": 100, "lr": lr, "epochs": epochs,
-               "options": f"--loss mdpo {tune} --lr {lr} --epochs {epochs}"}
+    """What was looked at, on tuning scenes and in this order."""
+    def cell(study, base, options, scenes="scenes=600 --set questions=1200"):
+        return {"study": study, "base": base, "seed": 100,
+                "options": f"--loss mdpo --set split=tune --eval_seed 50 --set {scenes} {options}"}
+    for base, lr in product(BASES[:2], ("1e-4", "2e-4", "4e-4", "8e-4")):
+        yield cell(f"lr {lr}", base, f"--lr {lr} --epochs 3")
+    for name, options in {
+            "more epochs": "--lr 4e-4 --epochs 9", "more pairs": "--lr 4e-4 --set pairs=4000 --epochs 2",
+            "beta .03": "--lr 4e-4 --beta .03", "beta .3": "--lr 4e-4 --beta .3", "rank 64": "--lr 4e-4 --lora_r 64 --set lora_alpha=128",
+            "smaller batch": "--lr 4e-4 --batch 4 --micro_batch 4"}.items():
+        yield cell(name, "base0", options)
+    for name, options in {
+            "rank 64, lr 8e-4": "--lr 8e-4 --lora_r 64 --set lora_alpha=128", "rank 64, lr 2e-3": "--lr 2e-3 --lora_r 64 --set lora_alpha=128",
+            "rank 64, copo alone": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --loss copo",
+            "rank 64, 3000 pairs": "--lr 8e-4 --lora_r 64 --set lora_alpha=128 --set pairs=3000 --epochs 2",
+            "rank 64, dpo + ancpo": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --loss dpo+ancpo",
+            "rank 64, no questions": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --set pair_options=--questions=0",
+            "rank 64, faithful 1": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --set pair_options=--faithful=1",
+            "rank 64, cue 0": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --set pair_options=--cue=0",
+            "rank 64, sft": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --loss sft",
+            "rank 64, delta 3": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --delta 3",
+            "rank 64, delta 3, 3000 pairs": "--lr 8e-4 --lora_r 64 --set lora_alpha=128 --delta 3 --set pairs=3000 --epochs 2",
+            "rank 64, 6000 pairs once": "--lr 8e-4 --lora_r 64 --set lora_alpha=128 --set pairs=6000 --epochs 1",
+            "rank 64, 4000 pairs 4 times": "--lr 8e-4 --lora_r 64 --set lora_alpha=128 --set pairs=4000 --epochs 4",
+            "rank 64, anchors wlm": "--lr 4e-4 --lora_r 64 --set lora_alpha=128 --anchors wlm",
+            }.items():
+        yield cell(name, "base0", options)
+    many = "--lora_r 64 --set lora_alpha=128 --epochs 1"
+    yield cell("rank 64, 12000 pairs once", "base0", f"--lr 8e-4 {many} --set pairs=12000")
+    yield cell("rank 64, 12000 pairs once, batch 32", "base0", f"--lr 8e-4 {many} --set pairs=12000 --batch 32")
+    yield cell("rank 64, 12000 pairs once", "base1", f"--lr 8e-4 {many} --set pairs=12000")
+    yield cell("rank 64, 12000 pairs once", "base2", f"--lr 8e-4 {many} --set pairs=12000")
 
 
 def printed():
@@ -72,7 +99,7 @@ def table(path):
     rows = [json.loads(x) for x in Path(path).read_text().splitlines()]
     groups = {}
     for row in rows:
-        group = ", ".join(str(v) for k, v in row.items() if k in ("method", "study", "lr", "epochs", "questions"))
+        group = ", ".join(str(v) for k, v in row.items() if k in ("method", "study", "split"))
         groups.setdefault(group, []).append(row)
     lines = ["| | runs | CHAIR_s | CHAIR_i | Cover | POPE random | POPE adversarial | worst CHAIR_s, share of base | "
              "worst Cover change |", "|---|---|---|---|---|---|---|---|---|"]

@@ -1,0 +1,111 @@
+"""Several processes as one run: who is who under torchrun, and AdamW whose gradient and moments are sharded.
+
+Gradients are summed over ranks once per optimiser step, by hand: no DDP wrapper. One process goes the same way.
+"""
+import math
+import os
+
+import torch
+import torch.distributed as dist
+
+import data
+import lora
+
+
+def distributed(o):
+    """(rank, world, device), (0, 1, device) without torchrun. Ranks sharing a GPU, or without, use gloo."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    kind = o.device or ("cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    alone = device.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dist.init_process_group("nccl" if alone else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def from_rank_0(work, rank, world):
+    """work() on rank 0, its result on every rank; a user's mistake there ends them all."""
+    result = [None, None]
+    if rank == 0:
+        try:
+            result[0] = work()
+        except (data.UserError, lora.AdapterError) as e:
+            result[1] = str(e)
+            if world == 1:
+                raise
+    if world > 1:
+        dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise data.UserError(result[1])
+    return result[0]
+
+
+class ShardedAdamW:
+    """AdamW over one flat vector of all LoRA weights; a rank owns a shard of its gradient and moments.
+
+    reduce-scatter the gradient, step the shard, all-gather the weights: ZeRO-2 (arXiv 1910.02054, section 5).
+    """
+    def __init__(self, parameters, o, rank, world):
+        self.world, self.clip, self.place, at = world, o.clip, {}, 0
+        first = next(iter(parameters.values()))
+        per_rank = -(-sum(p.numel() for p in parameters.values()) // world)           # rounded up
+        self.flat, self.grad = (first.new_zeros(per_rank * world) for _ in range(2))
+        for name, p in parameters.items():
+            self.place[name], at = (slice(at, at + p.numel()), p.shape), at + p.numel()
+            self.flat[self.place[name][0]] = p.data.flatten()
+            p.data, p.grad = (x[self.place[name][0]].view(p.shape) for x in (self.flat, self.grad))
+        self.mine = slice(rank * per_rank, (rank + 1) * per_rank)
+        self.shard = torch.nn.Parameter(self.flat[self.mine])                      # the same memory
+        self.shard.grad = torch.zeros_like(self.shard)
+        self.adam = torch.optim.AdamW([self.shard], o.lr, (o.adam_beta1, o.adam_beta2),
+                                      weight_decay=o.weight_decay)
+        self.adam.state[self.shard] = self.moments = {
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(self.flat[self.mine]),
+            "exp_avg_sq": torch.zeros_like(self.flat[self.mine])}
+
+    def gather(self, shard):
+        """The shards of all ranks as one flat vector."""
+        whole = [torch.empty_like(shard) for _ in range(self.world)]
+        if self.world > 1:
+            dist.all_gather(whole, shard)
+        return torch.cat(whole) if self.world > 1 else shard
+
+    def step(self, lr):
+        """One update from the gradient summed over ranks, then cleared; returns its norm before clipping."""
+        if self.world > 1:
+            dist.reduce_scatter(self.shard.grad, list(self.grad.chunk(self.world)))
+        else:
+            self.shard.grad.copy_(self.grad)
+        self.grad.zero_()
+        square = self.shard.grad.double().square().sum()
+        if self.world > 1:
+            dist.all_reduce(square)
+        norm = square.sqrt().item()
+        if math.isfinite(norm):
+            self.shard.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
+            self.adam.param_groups[0]["lr"] = lr
+            self.adam.step()
+            if self.world > 1:
+                self.flat.copy_(self.gather(self.shard.detach()))
+        return norm
+
+    def state(self):
+        """{kind/name: tensor}, unsharded and named: weights and both moments. Every rank must call it."""
+        whole = {"lora": self.flat, **{k: self.gather(self.moments[k]) for k in ("exp_avg", "exp_avg_sq")}}
+        return {f"{kind}/{name}": vector[at].view(shape).cpu().clone()
+                for kind, vector in whole.items() for name, (at, shape) in self.place.items()}
+
+    def load(self, tensors, step):
+        """Take up state() of any number of ranks."""
+        for kind in ("lora", "exp_avg", "exp_avg_sq"):
+            whole = torch.zeros_like(self.flat)
+            for name, (at, _) in self.place.items():
+                whole[at] = tensors[f"{kind}/{name}"].flatten().to(whole.device)
+            if kind == "lora":
+                self.flat.copy_(whole)
+            else:
+                self.moments[kind].copy_(whole[self.mine])
+        self.moments["step"].fill_(step)
