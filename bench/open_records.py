@@ -18,9 +18,9 @@ def main():
     parser.add_argument("--n", type=int, default=1_000_000)
     o = parser.parse_args()
     if o.file:
-        import data
+        from records import Records
         start = time.time()
-        records = data.Records(o.file)
+        records = Records(o.file)
         seconds, peak = time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         size = Path(o.file).stat().st_size >> 20
         return print(f"{o.file}: {len(records)} records, {size} MiB, {seconds:.1f} s, peak {peak} MiB")
