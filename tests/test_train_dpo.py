@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_llava
 from safetensors.torch import load_file
 
-import data
 import losses
 import options
 import train_dpo
 import vlm
+from records import Records
 
 
 def write_pairs(folder, n=12, seed=0):
@@ -221,7 +221,7 @@ def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninter
 def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world, monkeypatch):
     """One draw per pair and run: what read_pair gives is what both forwards get, in every epoch and process."""
     model, pairs = world
-    m, records = vlm.load(model), data.Records(pairs)
+    m, records = vlm.load(model), Records(pairs)
     def crop(epoch, **more):
         o = options.Options(model=str(model), data=str(pairs), **more)
         return train_dpo.read_pair(m, records, range(12), 3, o, {"chosen", "image_rejected"}, epoch)[2]
@@ -247,7 +247,7 @@ def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_wit
 def test_the_cached_reference_is_what_scoring_again_gives_and_notices_a_change(world):
     import lora
     model, pairs = world
-    m, records, needs = vlm.load(model), data.Records(pairs), {"chosen", "rejected", "image_rejected"}
+    m, records, needs = vlm.load(model), Records(pairs), {"chosen", "rejected", "image_rejected"}
     lora.add_lora(m.model, 4, 8)
     o = options.Options(model=str(model), data=str(pairs))
     calls = []
