@@ -43,15 +43,15 @@ class Options:
     max_steps: int = option(0, "stop after so many steps (0: all)")
     batch: int = option(16, "pairs per optimiser step, over all ranks")
     micro_batch: int = option(8, "pairs per forward")
-    lr: float = option(1e-4, "peak learning rate")
-    lora_r: int = option(16, "LoRA rank")
+    lr: float = option(4e-4, "peak learning rate")
+    lora_r: int = option(64, "LoRA rank")
     seed: int = option(0, "pairs, LoRA, order and draws")
-    eval_seed: int = option(0, "the scenes of the printed table")
+    eval_seed: int = option(1, "the scenes of the printed table")
     eval_every: int = option(0, "evaluate every N steps too (0: before and after only)")
     skip_bad: bool = option(False, "drop faulty records, with counts, in place of stopping")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU")
     # behind --set
-    lora_alpha: int = 32
+    lora_alpha: int = 128
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

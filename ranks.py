@@ -1,6 +1,6 @@
 """Several processes as one run: who is who under torchrun, and AdamW whose gradient and moments are sharded.
 
-Gradients are summed over ranks once per optimiser step, by hand: no DDP wrapper. One process goes the same way.
+Gradients are summed over ranks once per optimiser step, by hand, without a DDP wrapper; so it is for one.
 """
 import math
 import os
