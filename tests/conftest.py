@@ -1,6 +1,8 @@
 """What every test shares: the repository on the path, one thread, and where the published data lies."""
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,12 @@ SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 GOLDEN = Path(os.environ.get("GOLDEN", SHARED / "golden"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # tiny models: threads only cost, and sums stay the same
 os.environ["HF_HUB_OFFLINE"] = "1"               # nothing here may reach for a hub
+CACHE = tempfile.mkdtemp(prefix="nanovpo-tests-")
+os.environ.setdefault("XDG_CACHE_HOME", CACHE)   # nothing here may write into the user's ~/.cache
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def need(path):

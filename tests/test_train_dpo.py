@@ -1,4 +1,7 @@
-"""train_dpo.py as specification: it starts at ln 2, resumes bit for bit, scales over ranks, refuses in one sentence."""
+"""train_dpo.py as specification.
+
+It starts at ln 2, resumes bit for bit, scales over ranks, and refuses in one sentence.
+"""
 import json
 import math
 import multiprocessing
@@ -20,6 +23,7 @@ import losses
 import options
 import train_dpo
 import vlm
+from ranks import ShardedAdamW
 from records import Records
 
 
@@ -45,12 +49,15 @@ def world(tmp_path_factory):
 
 def arguments(world, out, *more):
     model, pairs = world
-    return ["--model", str(model), "--data", str(pairs), "--out", str(out), "--batch", "4", "--micro_batch", "2",
-            "--lr", "1e-3", *more]
+    return ["--model", str(model), "--data", str(pairs), "--out", str(out),
+            "--batch", "4", "--micro_batch", "2", "--lr", "1e-3", *more]
 
 
 def run(argv, before=None):
-    """train_dpo.py in a process of its own: (exit code, what it printed). `before` runs there first, to break things."""
+    """train_dpo.py in a process of its own: (exit code, what it printed).
+
+    `before` runs there first, to break things.
+    """
     def child():
         with open(log, "w", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
@@ -88,7 +95,8 @@ def adapter(out):
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("loss, start", [("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None)])
+@pytest.mark.parametrize("loss, start", [
+    ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None)])
 def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, loss, start):
     trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1])))
     first, steps = log_of(tmp_path / "run")
@@ -111,7 +119,7 @@ def test_dpo_without_images_takes_the_image_out_of_the_prompt(world, tmp_path):
 def test_naive_and_packed_train_to_the_same_adapter(world, tmp_path):
     for forward in ("naive", "packed"):
         trained(arguments(world, tmp_path / forward, "--forward", forward, "--dtype", "float64"))
-    one, two = (load_file(tmp_path / f / "adapter" / "adapter_model.safetensors") for f in ("naive", "packed"))
+    one, two = (load_file(tmp_path / f / "adapter/adapter_model.safetensors") for f in ("naive", "packed"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
 
@@ -119,7 +127,7 @@ def test_naive_and_packed_train_to_the_same_adapter(world, tmp_path):
 def kill_at(step, where="step"):
     """SIGKILL in the given optimiser step, or in the middle of writing that step's checkpoint."""
     def arm():
-        count, original, write = [0], train_dpo.ShardedAdamW.step, os.replace
+        count, original, write = [0], ShardedAdamW.step, os.replace
         def counted(self, lr):
             count[0] += 1
             if count[0] == step and where == "step":
@@ -129,7 +137,7 @@ def kill_at(step, where="step"):
             if count[0] == step and where == "checkpoint" and "checkpoint" in str(target):
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(source, target)
-        train_dpo.ShardedAdamW.step, os.replace = counted, torn
+        ShardedAdamW.step, os.replace = counted, torn
     return arm
 
 
@@ -140,10 +148,12 @@ def uninterrupted(world, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("step, where", [(1, "step"), (2, "checkpoint"), (3, "step"), (4, "step"), (6, "checkpoint"),
-                                         (8, "step"), (9, "checkpoint")])
+@pytest.mark.parametrize("step, where", [
+    (1, "step"), (2, "checkpoint"), (3, "step"), (4, "step"),
+    (6, "checkpoint"), (8, "step"), (9, "checkpoint")])
 def test_a_killed_run_called_again_ends_with_the_same_bytes(world, tmp_path, uninterrupted, step, where):
-    """Also after the first epoch (3 steps), when the reference comes from the cache, and inside a checkpoint's write."""
+    """Also after the first epoch (3 steps), when the reference comes from the cache,
+    and inside a checkpoint's write."""
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     code, _ = run(argv, kill_at(step, where))
     assert code == -signal.SIGKILL
@@ -165,17 +175,17 @@ def test_a_run_killed_twice_ends_with_the_same_bytes(world, tmp_path, uninterrup
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_next_call_goes_on(world, tmp_path, uninterrupted, number):
     def arm():
-        original, count = train_dpo.ShardedAdamW.step, [0]
+        original, count = ShardedAdamW.step, [0]
         def counted(self, lr):
             count[0] += 1
             if count[0] == 5:
                 os.kill(os.getpid(), number)
             return original(self, lr)
-        train_dpo.ShardedAdamW.step = counted
+        ShardedAdamW.step = counted
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     code, text = run(argv, arm)
     assert code == 1 and "the same command goes on" in text
-    assert len(log_of(tmp_path / "run")[1]) in (5, 6)                  # this step or, if it was asking already, the next
+    assert len(log_of(tmp_path / "run")[1]) in (5, 6)     # this step or, if it was asking already, the next
     trained(argv)
     assert adapter(tmp_path / "run") == adapter(uninterrupted)
 
@@ -197,8 +207,8 @@ def test_two_ranks_equal_one(world, tmp_path):
                str(ROOT / "train_dpo.py"), *arguments(world, tmp_path / "two", *more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.cat([x.flatten() for _, x in sorted(load_file(tmp_path / r / "adapter/adapter_model.safetensors").items())])
-                for r in ("one", "two"))
+    adapters = (load_file(tmp_path / r / "adapter/adapter_model.safetensors") for r in ("one", "two"))
+    one, two = (torch.cat([x.flatten() for _, x in sorted(weights.items())]) for weights in adapters)
     assert ((one - two).norm() / one.norm()).item() < 1e-6
     lines = [log_of(tmp_path / r)[1] for r in ("one", "two")]
     assert len(lines[0]) == len(lines[1]) == 20
@@ -210,8 +220,9 @@ def test_two_ranks_equal_one(world, tmp_path):
 def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninterrupted):
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     assert run(argv, kill_at(5))[0] == -signal.SIGKILL
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(ROOT / "train_dpo.py"), *argv], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "train_dpo.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_file(x / "adapter/adapter_model.safetensors") for x in (tmp_path / "run", uninterrupted))
     for name in one:
@@ -219,7 +230,7 @@ def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninter
 
 
 def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world, monkeypatch):
-    """One draw per pair and run: what read_pair gives is what both forwards get, in every epoch and process."""
+    """One draw per pair and run: both forwards get what read_pair gives, in every epoch and process."""
     model, pairs = world
     m, records = vlm.load(model), Records(pairs)
     def crop(epoch, **more):
@@ -240,7 +251,7 @@ def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_wit
     reference = train_dpo.Reference(12, 1)(m, [0, 1], batch, features, forward, needs, False)
     policy = forward(m, [b[0] for b in batch], features, needs)
     assert torch.equal(seen[0], seen[1])
-    for field in needs:                                   # LoRA starts at zero: policy is the reference, crops included
+    for field in needs:                     # LoRA starts at zero: policy is the reference, crops included
         torch.testing.assert_close(getattr(policy, field), getattr(reference, field).to(policy.chosen.dtype))
 
 
@@ -254,11 +265,14 @@ def test_the_cached_reference_is_what_scoring_again_gives_and_notices_a_change(w
     def forward(*args):
         calls.append(1)
         return vlm.packed(*args)
-    cache, batch = train_dpo.Reference(12, 1), [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (4, 5)]
-    first, again = (cache(m, [4, 5], batch, train_dpo.encode(m, batch), forward, needs, False) for _ in range(2))
+    cache = train_dpo.Reference(12, 1)
+    batch = [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (4, 5)]
+    first, again = (cache(m, [4, 5], batch, train_dpo.encode(m, batch), forward, needs, False)
+                    for _ in range(2))
     assert len(calls) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    other = [batch[0], train_dpo.read_pair(m, records, range(12), 6, o, needs, 0)]      # another pair at the same place
+    # another pair at the same place
+    other = [batch[0], train_dpo.read_pair(m, records, range(12), 6, o, needs, 0)]
     changed = cache(m, [4, 5], other, train_dpo.encode(m, other), forward, needs, False)
     assert len(calls) == 2 and changed.chosen[1] != first.chosen[1]
 
@@ -304,9 +318,10 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 
 def test_the_flat_adamw_is_torch_adamw_with_clipping():
     o = options.Options(lr=0.01, weight_decay=0.05, adam_beta2=0.98, clip=1.0)
-    ours, theirs = ({n: torch.nn.Parameter(torch.arange(6.0).reshape(2, 3) * k) for k, n in ((1, "a"), (-2, "b"))}
-                    for _ in range(2))
-    flat, adam = train_dpo.ShardedAdamW(ours, o, 0, 1), torch.optim.AdamW(theirs.values(), 0.01, (0.9, 0.98), weight_decay=0.05)
+    start = torch.arange(6.0).reshape(2, 3)
+    ours, theirs = ({n: torch.nn.Parameter(start * k) for k, n in ((1, "a"), (-2, "b"))} for _ in range(2))
+    flat = ShardedAdamW(ours, o, 0, 1)
+    adam = torch.optim.AdamW(theirs.values(), 0.01, (0.9, 0.98), weight_decay=0.05)
     for step in range(5):
         for parameters in (ours, theirs):
             sum((p.sin() * (step + 1)).sum() for p in parameters.values()).backward()
@@ -320,16 +335,19 @@ def test_the_flat_adamw_is_torch_adamw_with_clipping():
 
 # ---------------------------------------------------------------------------------------------- real input
 def real_model(folder):
-    """LLaVA-1.5's shape (CLIP 336/14: 576 image tokens, the real Llama tokenizer) with small random weights."""
+    """LLaVA-1.5's shape (CLIP 336/14: 576 image tokens, real Llama tokenizer) with small random weights."""
     return write_llava(folder, tokenizer=llama_tokenizer(), image_size=336, hidden=64, layers=2, kv_heads=4)
 
 
 def test_real_pairs_two_empty_responses_are_named_and_the_rest_trains(tmp_path):
-    """The ten PDS-DPO pairs: art-2 and art-3 have empty rejected responses; two epochs of the others raise the margin."""
+    """The ten PDS-DPO pairs: art-2 and art-3 have empty rejected responses.
+
+    Two epochs of the others raise the margin.
+    """
     pairs = need(SHARED / "real" / "pds10" / "step3_sanity.json")
     model = real_model(tmp_path / "model")
-    argv = ["--model", str(model), "--data", str(pairs), "--val_data", str(pairs), "--batch", "4", "--micro_batch", "2",
-            "--epochs", "2", "--lr", "3e-3", "--set", "template=vicuna"]
+    argv = ["--model", str(model), "--data", str(pairs), "--val_data", str(pairs),
+            "--batch", "4", "--micro_batch", "2", "--epochs", "2", "--lr", "3e-3", "--set", "template=vicuna"]
     code, text = run([*argv, "--out", str(tmp_path / "refused")])
     faults = [x for x in text.splitlines() if "step3_sanity.json, line" in x]
     assert code == 1 and len(faults) == 2 and "art-2" in faults[0] and "art-3" in faults[1]
@@ -345,7 +363,8 @@ def test_real_pairs_two_empty_responses_are_named_and_the_rest_trains(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     ours = vlm.load(model, adapter=tmp_path / "run" / "adapter")
     ids = torch.tensor([vlm.prompt_ids(ours, "What is this?", 0)])
-    torch.testing.assert_close(loaded(input_ids=ids).logits, ours.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    theirs = loaded(input_ids=ids).logits
+    torch.testing.assert_close(theirs, ours.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world, tmp_path):
@@ -361,8 +380,9 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
     (["--set", "clip=high"], "not of type float"), (["--set", "redraw=maybe"], "not of type bool"),
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
-    (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"), (["--lr", "-1"], "above 0"), (["--lr", "nan"], "above 0"),
-    (["--dtype", "float8"], "float8"), (["--model", "/nowhere"], "no such folder"), (["--data", "/nowhere.jsonl"], "nowhere"),
+    (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
+    (["--lr", "-1"], "above 0"), (["--lr", "nan"], "above 0"), (["--dtype", "float8"], "float8"),
+    (["--model", "/nowhere"], "no such folder"), (["--data", "/nowhere.jsonl"], "nowhere"),
 ])
 def test_a_mistake_is_refused_in_one_sentence(tmp_path, argv, words):
     code, text = run([*argv, *([] if "--out" in argv else ["--out", str(tmp_path / "run")])])
@@ -372,8 +392,9 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path, argv, words):
 
 def test_broken_json_is_named_with_its_line(world, tmp_path):
     lines = world[1].read_text().splitlines()
-    (world[1].parent / "broken.jsonl").write_text("\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
-    code, text = run(["--model", str(world[0]), "--data", str(world[1].parent / "broken.jsonl"), "--out", str(tmp_path / "run")])
+    broken = world[1].parent / "broken.jsonl"
+    broken.write_text("\n".join([*lines[:3], lines[3][:-9], *lines[4:]]))
+    code, text = run(["--model", str(world[0]), "--data", str(broken), "--out", str(tmp_path / "run")])
     assert code == 1 and "broken.jsonl, line 4" in text and "Traceback" not in text
 
 
