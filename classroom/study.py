@@ -104,11 +104,11 @@ def table(path):
     def line(name, members, when, *more):
         spread = [(statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0)
                   for v in ([r[when][k] for r in members] for k in KEYS)]
-        cells = [name, str(len(members)), *(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in spread), *more]
-        return f"| {' | '.join(cells)} |"
+        scores = [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in spread]
+        return f"| {' | '.join([name, str(len(members)), *scores, *more])} |"
     bases = list({r["base"]: r for r in rows}.values())
-    lines = ["| | runs | CHAIR_s | CHAIR_i | Cover | POPE random | POPE adversarial | CHAIR_s / base's (worst) | "
-             "Cover, worst change |", "|" + "---|" * 9, line("before", bases, "before", "", "")]
+    lines = ["| | runs | CHAIR_s | CHAIR_i | Cover | POPE random | POPE adversarial | CHAIR_s / base's "
+             "(worst) | Cover, worst change |", "|" + "---|" * 9, line("before", bases, "before", "", "")]
     for name in dict.fromkeys(r["name"] for r in rows):
         members = [r for r in rows if r["name"] == name]
         share = [r["after"]["chair_s"] / r["before"]["chair_s"] for r in members]

@@ -18,9 +18,10 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "metrics": "",
-           "records": "data", "options": "data losses", "report": "data metrics", "vlm": "data lora losses",
+           "records": "data", "ranks": "data lora", "options": "data losses",
+           "report": "data metrics", "vlm": "data lora losses",
            "eval_hallu": "data lora metrics report vlm",
-           "train_dpo": "data eval_hallu lora losses metrics options records report vlm"}
+           "train_dpo": "data eval_hallu lora losses metrics options ranks records report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
