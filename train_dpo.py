@@ -245,10 +245,9 @@ def train(o, rank, world, device):
 
     def checked(path):
         records, image = Records(path, o.image_root or None), "image_rejected" in needs
-        cache = out / "checked" if o.data == "classroom" else None        # a user's files: remembered for all runs
-        good = from_rank_0(lambda: check(records, needs_image=image, skip_bad=o.skip_bad, cache_dir=cache),
-                      rank, world)
-        return records, good
+        cache = out / "checked" if o.data == "classroom" else None       # a user's files: remembered for all
+        return records, from_rank_0(lambda: check(records, needs_image=image, skip_bad=o.skip_bad,
+                                                  cache_dir=cache), rank, world)
     records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
     val = checked(o.val_data) if o.val_data else None
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
@@ -263,6 +262,7 @@ def train(o, rank, world, device):
         """Scores by rank 0, kept in NAME.json so that a resumed run does not ask again."""
         def work():
             if not (out / f"{name}.json").exists():
+                (out / f"{name}.jsonl").unlink(missing_ok=True)      # of other weights, if a GPU resumed
                 data.atomic_write(out / f"{name}.json", json.dumps(evaluate(m, o, out, name, val)))
             return json.loads((out / f"{name}.json").read_text())
         return from_rank_0(work, rank, world)
