@@ -1,9 +1,11 @@
 """Several processes as one run: who is who under torchrun, and AdamW whose gradient and moments are sharded.
 
-Gradients are summed over ranks once per optimiser step, by hand, without a DDP wrapper; so it is for one.
+Gradients are summed over ranks once per optimiser step, by hand, without a DDP wrapper. Tested with two ranks
+over gloo on a CPU; NCCL, and ranks that share a GPU, have not been run.
 """
 import math
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ def distributed(o):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     alone = device.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    dist.init_process_group("nccl" if alone else "gloo")
+    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
+    dist.init_process_group("nccl" if alone else "gloo", timeout=timedelta(hours=24))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -41,6 +44,18 @@ def from_rank_0(work, rank, world):
     if result[1] is not None:
         raise data.UserError(result[1])
     return result[0]
+
+
+def wire(x):
+    """A tensor where the backend can send it from: gloo sends from the CPU, NCCL from the GPU."""
+    return x.cpu() if dist.get_backend() == "gloo" else x.cuda()
+
+
+def all_reduce(x):
+    """Sum a tensor over the ranks, in place, wherever it lies."""
+    sent = wire(x)
+    dist.all_reduce(sent)
+    x.copy_(sent)
 
 
 class ShardedAdamW:
@@ -68,21 +83,26 @@ class ShardedAdamW:
 
     def gather(self, shard):
         """The shards of all ranks as one flat vector."""
-        whole = [torch.empty_like(shard) for _ in range(self.world)]
-        if self.world > 1:
-            dist.all_gather(whole, shard)
-        return torch.cat(whole) if self.world > 1 else shard
+        if self.world == 1:
+            return shard
+        sent = wire(shard)
+        whole = [torch.empty_like(sent) for _ in range(self.world)]
+        dist.all_gather(whole, sent)
+        return torch.cat(whole).to(shard.device)
 
     def step(self, lr):
         """One update from the gradient summed over ranks, then cleared; returns its norm before clipping."""
         if self.world > 1:
-            dist.reduce_scatter(self.shard.grad, list(self.grad.chunk(self.world)))
+            received = torch.empty_like(wire(self.shard.grad))
+            dist.reduce_scatter(received, list(wire(self.grad).chunk(self.world)))
+            self.shard.grad.copy_(received)
         else:
             self.shard.grad.copy_(self.grad)
         self.grad.zero_()
-        square = self.shard.grad.double().square().sum()
+        exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
+        square = self.shard.grad.to(exact).square().sum()
         if self.world > 1:
-            dist.all_reduce(square)
+            all_reduce(square)
         norm = square.sqrt().item()
         if math.isfinite(norm):
             self.shard.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0

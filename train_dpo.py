@@ -42,7 +42,7 @@ import losses
 import metrics
 import options
 import vlm
-from ranks import ShardedAdamW, distributed, from_rank_0
+from ranks import ShardedAdamW, all_reduce, distributed, from_rank_0
 from records import Records, check
 
 
@@ -114,10 +114,10 @@ class Reference:
                 logps = forward(m, pairs, true if redraw else features, kept)
                 for i, field in enumerate(self.FIELDS):
                     if field in kept:
-                        self.logps[places, i] = getattr(logps, field).double().cpu()
+                        self.logps[places, i] = getattr(logps, field).cpu().double()
                 self.key[places], self.new = keys, self.new + places
             exact = torch.promote_types(features.dtype, torch.float32)
-            values = [self.logps[places, i].to(features.device, exact) if f in kept else None
+            values = [self.logps[places, i].to(exact).to(features.device) if f in kept else None
                       for i, f in enumerate(self.FIELDS)]
             if redraw:
                 again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
@@ -133,7 +133,7 @@ class Reference:
             added[self.new] = 1
             logps, key = self.logps * added[:, None], self.key * added
             for x in (added, logps, key):
-                dist.all_reduce(x)
+                all_reduce(x)
             self.logps[added > 0], self.key[added > 0] = logps[added > 0], key[added > 0]
         self.new = []
 
@@ -228,7 +228,7 @@ def measures(policy, reference, loss, beta):
     if image is not None:
         got |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image,
                 "rewards/image_accuracies": chosen > image}
-    return {k: v.detach().double().sum().item() for k, v in got.items()}
+    return {k: v.detach().cpu().double().sum().item() for k, v in got.items()}
 
 
 def train(o, rank, world, device):
