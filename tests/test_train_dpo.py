@@ -50,7 +50,8 @@ def world(tmp_path_factory):
 def arguments(world, out, *more):
     model, pairs = world
     return ["--model", str(model), "--data", str(pairs), "--out", str(out),
-            "--batch", "4", "--micro_batch", "2", "--lr", "1e-3", *more]
+            "--batch", "4", "--micro_batch", "2", "--lr", "1e-3",
+            "--lora_r", "16", "--set", "lora_alpha=32", *more]    # whatever the defaults are tuned to
 
 
 def run(argv, before=None):
