@@ -211,3 +211,13 @@ def test_the_main_command_lowers_hallucination_in_three_minutes(main_run):
 def test_the_main_command_reaches_the_goal_of_six_tenths(main_run):
     """CHAIR_s at most 0.6 of the base's."""
     assert main_run[0]["after"]["chair_s"] <= 0.6 * main_run[0]["before"]["chair_s"]
+
+
+@pytest.mark.parametrize("study", ["print", "tuning"])
+def test_the_tables_of_results_are_what_the_study_makes_of_its_log(study):
+    """README's table, and the sweep's in classroom/README.md, line by line from classroom/results/*.jsonl."""
+    sys.path.insert(0, str(ROOT / "classroom"))
+    import study as program
+    page = README if study == "print" else (ROOT / "classroom" / "README.md").read_text()
+    for line in program.table(ROOT / "classroom" / "results" / f"{study}.jsonl"):
+        assert line in page
