@@ -20,8 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BASES = ("base0", "base1", "base2")
 KEYS = ("chair_s", "chair_i", "cover", "pope_random_acc", "pope_adversarial_acc")
-# Each method has the learning rate with the lowest CHAIR_s on tuning scenes among those that cost at most 6 points
-# of Cover; 4e-4 is the preset's.
+# Each method has the learning rate with the lowest CHAIR_s on tuning scenes among those that cost at most 6
+# points of Cover; 4e-4 is the preset's.
 METHODS = {"mDPO": "--loss mdpo", "DPO": "--loss dpo --lr 2e-5", "SFT on the chosen": "--loss sft",
            "DPO without image": "--loss dpo --image_rejected none --lr 2e-5"}
 # What was looked at on tuning scenes, in this order: (name, base, options).
