@@ -253,7 +253,7 @@ def train(o, rank, world, device):
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     m = vlm.load(o.model, dtype=getattr(torch, dtype), device=device, template=o.template or None)
     if m.is_classroom and device.type == "cpu":
-        torch.set_num_threads(1)                            # its matrices are tiny: a second thread only waits
+        torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     good = from_rank_0(lambda: usable(m, records, good, o), rank, world)
     lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
     if o.checkpointing:
