@@ -322,6 +322,8 @@ def _check_some(indices):
         wrong = _response_faults(record, needs_rejected)
         if needs_image and not record["images"]:
             wrong.append(("missing image", "there is no image and this loss needs one; add it or choose dpo"))
+        if len(record["images_rejected"] or record["images"]) != len(record["images"]):
+            wrong.append(("rejected images", "image and image_rejected differ in number; give as many"))
         for image in record["images"] + (record["images_rejected"] or []):
             if image not in broken:
                 if isinstance(image, str):

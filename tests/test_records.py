@@ -528,3 +528,16 @@ def test_real_mdpo_names_its_two_absent_images(tmp_path, capsys):
         "How might the atmosphere of this photo appear to be, and what is one possible "
         "reason these people have gathered outside?"
     )
+
+
+def test_as_many_rejected_images_as_images(tmp_path, capsys):
+    """A prompt has one place an image: another number of rejected images would not fit."""
+    from PIL import Image
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    row = {"id": "x", "question": "q", "chosen": "yes", "rejected": "no", "image": "a.png"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row | {"image_rejected": ["b.png", "c.png"]}) + "\n"
+                    + json.dumps(row | {"id": "y", "image_rejected": "b.png"}) + "\n")
+    assert check(Records(path), skip_bad=True, cache_dir=tmp_path / "cache") == [1]
+    assert "differ in number" in capsys.readouterr().err
