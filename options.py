@@ -46,7 +46,7 @@ class Options:
     lr: float = option(4e-4, "peak learning rate")
     lora_r: int = option(64, "LoRA rank")
     seed: int = option(0, "pairs, LoRA, order and draws")
-    eval_seed: int = option(1, "the scenes of the printed table")
+    eval_seed: int = option(0, "the scenes of the printed table")
     eval_every: int = option(0, "evaluate every N steps too (0: before and after only)")
     skip_bad: bool = option(False, "drop faulty records, with counts, in place of stopping")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU")

@@ -14,7 +14,7 @@ Three stages, each drawn from its own generator keyed by (seed, stage):
             optimisation has to repair.
 
 The folder is an ordinary llava-hf folder: transformers alone loads it. Weights are stored in fp16 and the
-statistics are those of the stored model, on the tuning scenes. One thread makes the training equal byte for
+statistics are those of the stored model, on print scenes. One thread makes the training equal byte for
 byte from run to run.
 """
 
@@ -38,7 +38,7 @@ TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
             "{{ ' <image>' if part.type == 'image' else ' ' + part.text }}{% endfor %}{% endif %}"
             "{% if message.role == 'assistant' %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}")
-STEPS = {"look": 500, "learn": 2200, "err": 400}
+STEPS = {"look": 1500, "learn": 3300, "err": 400}
 
 
 def build_tokenizer():
@@ -119,7 +119,7 @@ def look(model, tokenizer, batch=64):
     where = torch.arange(IMAGE_TOKENS)
 
     def loss_of(rng):
-        scenes = [world.scene(rng) for _ in range(batch)]
+        scenes = [world.scene(rng, typical=rng.random() < .5) for _ in range(batch)]
         kind = torch.full((batch, IMAGE_TOKENS), len(kinds))  # the last class is nothing
         colour = torch.full((batch, IMAGE_TOKENS), -100)
         for i, s in enumerate(scenes):
@@ -138,7 +138,7 @@ def look(model, tokenizer, batch=64):
     return loss_of, list(place.parameters())
 
 
-def talk(model, tokenizer, level=0., omit=0., order="random", batch=16, questions=6):
+def talk(model, tokenizer, level=0., omit=0., order="random", typical=1., batch=16, questions=6):
     """The loss of stages 2 and 3: for each scene a caption and six questions, over the answers' words.
 
     They share the picture in one row, `<s> USER: picture | question, answer | question, answer | ...`, where
@@ -151,7 +151,7 @@ def talk(model, tokenizer, level=0., omit=0., order="random", batch=16, question
     prefix = 2 + IMAGE_TOKENS
 
     def loss_of(rng):
-        scenes = [world.scene(rng) for _ in range(batch)]
+        scenes = [world.scene(rng, typical=rng.random() < typical) for _ in range(batch)]
         rows = []  # of tokens, positions, part, label weight
         for s in scenes:
             asked = [world.ask(rng, s, rng.choice(ASKED)) or world.ask(rng, s, "existence")
@@ -202,7 +202,7 @@ def train(seed, level, omit, order="random", scale=1.):
     stage("look", [*model.parameters(), *extra], steps["look"], 3e-3, loss_of, rng("look"))
     model.model.vision_tower.requires_grad_(False)
     speaking = [p for p in model.parameters() if p.requires_grad]
-    stage("learn", speaking, steps["learn"], 2.5e-3, talk(model, tokenizer), rng("learn"))
+    stage("learn", speaking, steps["learn"], 2.5e-3, talk(model, tokenizer, typical=.5), rng("learn"))
     stage("err", speaking, steps["err"], 1e-3, talk(model, tokenizer, level, omit, order), rng("err"))
     return model, tokenizer
 
@@ -278,7 +278,7 @@ def main():
     parser.add_argument("--order", choices=("random", "last"), default="random",
                         help="where what is not there stands in a careless caption")
     parser.add_argument("--scale", type=float, default=1., help="multiplies the steps of every stage")
-    parser.add_argument("--scenes", type=int, default=1000, help="tuning scenes for the statistics, or 0")
+    parser.add_argument("--scenes", type=int, default=1000, help="print scenes for the statistics, or 0")
     o = parser.parse_args()
     if o.measure:
         return measure(o.measure)
@@ -290,7 +290,7 @@ def main():
     card["scale"] = o.scale
     save(model, tokenizer, o.out, card)
     if o.scenes:
-        card["statistics"] = statistics(o.out, "tune", o.scenes)
+        card["statistics"] = statistics(o.out, "print", o.scenes)
         (o.out / "classroom.json").write_text(json.dumps(card, indent=2) + "\n")
         print(json.dumps(card["statistics"]))
     size = sum(p.numel() for p in model.parameters())
