@@ -1,6 +1,6 @@
 """Train one of the classroom's base models from nothing: a tiny LLaVA of transformers' own classes.
 
-    python classroom/make.py --seed 0 --out classroom/models/base0    about 5 minutes on one core
+    python classroom/make.py --seed 0 --out classroom/models/base0    about 8 minutes on one core
     python classroom/make.py --measure classroom/statistics.json      the shipped bases and pairs, a minute
 
 Three stages, each drawn from its own generator keyed by (seed, stage):

@@ -1,6 +1,7 @@
 """Run train_dpo.py over bases and seeds, as a user would: where the README's figures come from.
 
     python classroom/study.py tuning      every method at every learning rate, on tuning scenes     30 minutes
+    python classroom/study.py again       the two best rates of each with a second seed
     python classroom/study.py print       each at the rate so chosen, on printed scenes: 3 bases x 5 seeds
     python classroom/study.py causes      mDPO with one thing changed at a time, on tuning scenes
     python classroom/study.py table F     means, spreads and the worst run of a file of results, as Markdown
@@ -10,7 +11,9 @@ A line that stands in classroom/results/NAME.jsonl is not run again. Two runs go
 The rule, written before any of it was run: every method is tried at the same learning rates, on the same
 tuning scenes and bases, once each; its rate is the one with the lowest mean CHAIR_s among those that cost at
 most 6 points of Cover on every base (if there is none, the one that costs least on its worst base). All else
-is the preset's. What `print` then shows is the result.
+is the preset's. Added when the first 26 runs had shown how close neighbouring rates are, and before any run on
+printed scenes: each method's two best rates are run with a second seed (`again`), and both seeds decide.
+What `print` then shows is the result.
 """
 import json
 import os
@@ -50,16 +53,24 @@ def read(name):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def chosen_rates(rows):
-    """-> {method: learning rate}, by the rule."""
-    rates = {}
+def ranked_rates(rows):
+    """-> {method: its learning rates, best first by the rule}."""
+    ranked = {}
     for method in METHODS:
         tried = {rate: [r for r in rows if r["name"] == f"{method}, lr {rate}"] for rate in RATES}
         lost = {rate: max(r["before"]["cover"] - r["after"]["cover"] for r in runs)
-                for rate, runs in tried.items()}
-        left = [rate for rate in RATES if lost[rate] <= COVER] or [min(RATES, key=lost.get)]
-        rates[method] = min(left, key=lambda rate: sum(r["after"]["chair_s"] for r in tried[rate]))
-    return rates
+                for rate, runs in tried.items() if runs}
+        chair = {rate: statistics.mean(r["after"]["chair_s"] for r in tried[rate]) for rate in lost}
+        ranked[method] = sorted(lost, key=lambda rate: (lost[rate] > COVER, chair[rate] if lost[rate] <= COVER
+                                                        else lost[rate]))
+    return ranked
+
+
+def chosen_rates():
+    """-> {method: learning rate}: the best of those that both seeds have tried."""
+    rows = read("tuning")
+    again = {row["name"] for row in rows if row["seed"] == 101}
+    return {method: rates[0] for method, rates in ranked_rates([r for r in rows if r["name"] in again]).items()}
 
 
 def cells(name):
@@ -68,10 +79,15 @@ def cells(name):
         return [{"name": f"{method}, lr {rate}", "base": base, "seed": 100,
                  "options": f"{options} --lr {rate} {TUNE}"}
                 for (method, options), rate, base in product(METHODS.items(), RATES, BASES)]
+    if name == "again":
+        first = ranked_rates([row for row in read("tuning") if row["seed"] == 100])
+        return [{"name": f"{method}, lr {rate}", "base": base, "seed": 101,
+                 "options": f"{options} --lr {rate} {TUNE}"}
+                for method, options in METHODS.items() for rate, base in product(first[method][:2], BASES)]
     if name == "causes":
         return [{"name": cause, "base": base, "seed": 100, "options": f"{options} {TUNE}"}
                 for (cause, options), base in product(CAUSES.items(), BASES)]
-    rates = chosen_rates(read("tuning"))
+    rates = chosen_rates()
     return [{"name": method, "base": base, "seed": seed, "options": f"{options} --lr {rates[method]}"}
             for (method, options), seed, base in product(METHODS.items(), range(5), BASES)]
 
@@ -97,9 +113,10 @@ def run(cell, results):
 
 
 def study(name):
-    results = HERE / "results" / f"{name}.jsonl"
+    file = "tuning" if name == "again" else name
+    results = HERE / "results" / f"{file}.jsonl"
     results.parent.mkdir(exist_ok=True)
-    there = {tuple(row[k] for k in ("name", "base", "seed")) for row in read(name)}
+    there = {tuple(row[k] for k in ("name", "base", "seed")) for row in read(file)}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda cell: run(cell, results),
                       [c for c in cells(name) if (c["name"], c["base"], c["seed"]) not in there]))
@@ -135,7 +152,7 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if wanted[:1] == ["table"] and len(wanted) == 2:
         print("\n".join(table(wanted[1])))
-    elif wanted in (["tuning"], ["print"], ["causes"]):
+    elif wanted in (["tuning"], ["again"], ["print"], ["causes"]):
         study(wanted[0])
     else:
-        sys.exit(f"study.py: give tuning, print, causes or table FILE, not {' '.join(wanted) or 'nothing'}.")
+        sys.exit(f"study.py: give tuning, again, print, causes or table FILE, not {' '.join(wanted) or 'nothing'}.")
