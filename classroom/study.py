@@ -11,8 +11,8 @@ A line that stands in classroom/results/NAME.jsonl is not run again. Two runs go
 The rule, written before any of it was run: every method is tried at the same learning rates, on the same
 tuning scenes and bases, once each; its rate is the one with the lowest mean CHAIR_s among those that cost at
 most 6 points of Cover on every base (if there is none, the one that costs least on its worst base). All else
-is the preset's. Added when the first 26 runs had shown how close neighbouring rates are, and before any run on
-printed scenes: each method's two best rates are run with a second seed (`again`), and both seeds decide.
+is the preset's. Added when the first 26 runs had shown how close neighbouring rates are, and before any run
+on printed scenes: each method's two best rates are run with a second seed (`again`), and both seeds decide.
 What `print` then shows is the result.
 """
 import json
@@ -70,7 +70,8 @@ def chosen_rates():
     """-> {method: learning rate}: the best of those that both seeds have tried."""
     rows = read("tuning")
     again = {row["name"] for row in rows if row["seed"] == 101}
-    return {method: rates[0] for method, rates in ranked_rates([r for r in rows if r["name"] in again]).items()}
+    ranked = ranked_rates([row for row in rows if row["name"] in again])
+    return {method: rates[0] for method, rates in ranked.items()}
 
 
 def cells(name):
@@ -152,7 +153,7 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if wanted[:1] == ["table"] and len(wanted) == 2:
         print("\n".join(table(wanted[1])))
-    elif wanted in (["tuning"], ["again"], ["print"], ["causes"]):
+    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes"):
         study(wanted[0])
     else:
-        sys.exit(f"study.py: give tuning, again, print, causes or table FILE, not {' '.join(wanted) or 'nothing'}.")
+        sys.exit(f"study.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file.")
