@@ -9,8 +9,8 @@
 A line that stands in classroom/results/NAME.jsonl is not run again. Two runs go at a time, one thread each.
 
 The rule: every method is tried at the same learning rates, on the same tuning scenes and bases; its rate is
-the one with the lowest mean CHAIR_s among those that cost at most 6 points of Cover (if there is none, the one
-that costs least). All else is the preset's. What `print` then shows is the result.
+the one with the lowest mean CHAIR_s among those that cost at most 6 points of Cover (if there is none, the
+one that costs least). All else is the preset's. What `print` then shows is the result.
 
 It was written before any of it was run, and sharpened twice before any run on printed scenes: each method's
 two best rates get a second seed (`again`), since one does not tell neighbours apart; and the cost is the mean
