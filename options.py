@@ -43,7 +43,7 @@ class Options:
     max_steps: int = option(0, "stop after so many steps (0: all)")
     batch: int = option(16, "pairs per optimiser step, over all ranks")
     micro_batch: int = option(8, "pairs per forward")
-    lr: float = option(4e-4, "peak learning rate")
+    lr: float = option(2e-4, "peak learning rate")
     lora_r: int = option(64, "LoRA rank")
     seed: int = option(0, "pairs, LoRA, order and draws")
     eval_seed: int = option(0, "the scenes of the printed table")
