@@ -196,7 +196,7 @@ class Server:
         parts = urllib.parse.urlsplit(url)
         if not parts.hostname or parts.username is not None:
             raise data.UserError(f"{parts.scheme}://{parts.hostname or ''}: give a server's URL, without "
-                                 "user and password; a key belongs in the environment variable OPENAI_API_KEY")
+                                 "user and password; a key belongs into the variable OPENAI_API_KEY")
         path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.base, self.query = f"{parts.scheme}://{parts.netloc}{path}", parts.query
         self.settings, self.timeout, self.attempts = settings, timeout, attempts

@@ -292,7 +292,8 @@ def talker(tmp_path_factory):
                                "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         vocab_size=len(tokenizer), initializer_range=0.5, eos_token_id=tokenizer.eos_token_id)
+                         vocab_size=len(tokenizer), initializer_range=0.5,
+                         eos_token_id=tokenizer.eos_token_id)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -304,7 +305,8 @@ def local_requests(n, image=None):
     def content(text):
         parts = [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]
         return parts if image else text
-    return [{"id": str(i), "messages": [{"role": "user", "content": content(words[i % 5])}]} for i in range(n)]
+    return [{"id": str(i), "messages": [{"role": "user", "content": content(words[i % 5])}]}
+            for i in range(n)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
