@@ -4,8 +4,8 @@ English and not about measures.
     nouns.nouns("A dog chases two mice.")       ["A", "dog", "mouse"]: may be nouns; for metrics.amber
     nouns.lemmas("Dogs on the BEACHES")         ["dog", "on", "the", "beach"]: for metrics.chair, scorer objhal
     nouns.singulars("Dogs on the BEACHES")      the same with the plurals that the first CHAIR understood
-    nouns.phrase("red traffic lights")          ["traffic light"]: one object out of an extractor's reply
-    nouns.nltk_nouns, nouns.nltk_lemmas         the official extraction, where NLTK and its data are installed
+    nouns.phrase("red traffic lights")          one object out of an extractor's reply: its words, its runs of nouns
+    nouns.nltk_nouns(), nouns.nltk_lemmas()     the official functions, where NLTK and its data are installed
 
 The official scorers cut text with NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and look up
 lemmas in WordNet. Here rules stand for all three. Words that no scorer's vocabulary holds need not come out right.
@@ -54,6 +54,8 @@ def tokens(text):
             if match := CLITICS.search(word):
                 word, tail = word[:match.start()], [match[0]]
             cut = GLUED.get(word.lower())
+            if word == '"':
+                word = "''" if i else "``"
             found += ([word[:cut], word[cut:]] if cut else [word] if word else []) + tail + ["."] * stop
     return found
 
@@ -156,3 +158,102 @@ def lemmas(text):
 def singulars(text):
     """The same with the first CHAIR's singulars: for its scorer `original`."""
     return [singular(word) for word in tokens(text.lower())]
+
+
+# ---------------------------------------------------------------------------------------------- which words are nouns
+MODALS = set("can could may might will would shall should must wo ca cannot 'll".split())
+SUBJECTS = set("i you he she it we they who which".split())
+STAYS_NOUN_AFTER_TO = set("next close closer adjacent due addition similar attached connected near leading leads "
+                          "belonging proximity relation contrast compared opposite".split())
+AFTER_A_VERB = set("a an the his her its their some several at on over through across along down with by".split())
+# Nouns of captions that are verbs too.
+VERBS = set("""bat bear bill board bridge brush buoy cage camp can cash clock cook cord core court cream cup curtain desert
+dock drain draw drink duck egg fan fence file fish flag floor flower fork frame glove grill ground guard hang hat hold hose
+house ice iron juice kite lamp leave light line lock lounge mask mat match milk mirror monitor mushroom net note open pack
+pad paddle paint pan paper park path pen phone pipe plant plate play plug pole pot quilt race rack rail range rest ring
+ride rock roof rope row saddle sail sandwich shampoo shelf shell shelter ship shop shore shovel sign signal sink skate ski
+sled snack snow soap sound spade spoon sponge spray stage star stone stool string support surf switch table tank tap tape
+telephone tie tire toast tour toy track train trim tub turtle tv umbrella vase view walk wall warp watch water wave wire
+worm yacht""".split())
+ANIMATE = set("man woman boy girl child person player individual someone everyone dog cat horse bird he she it who "
+              "skier surfer rider lady guy kid".split())
+SHADES = set("blue green brown gray grey pink yellow purple red orange tan colored coloured".split())
+IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water sea island
+mountain beach board line ground floor door wall sign phone telephone computer television camera coffee horse dog court
+stage glass desk ball football range path apple chair drug bank bill""".split())
+
+
+def _is_noun(words, i):
+    """Whether the i-th token is to count; the words of a vocabulary are what matters here."""
+    word, before, after = words[i], words[i - 1].lower() if i else "", words[i + 1].lower() if i + 1 < len(words) else ""
+    two_before = words[i - 2].lower() if i > 1 else ""
+    if word in ("can", "hot"):
+        return False
+    single = lemma(word)
+    if single in VERBS and word == single:
+        if before in MODALS or before in SUBJECTS:
+            return False
+        if before == "to" and two_before not in STAYS_NOUN_AFTER_TO:
+            return False
+    if single in VERBS and word != single and before in SUBJECTS | ANIMATE and after in AFTER_A_VERB:
+        return False                                                            # a man watches the sea
+    if word == "light" and after in SHADES:
+        return False
+    return not (after == "next" and before in ("a", "an", "the") and word == single and word not in IN_THE_NEWS
+                and words[i + 2:i + 3] == ["to"])
+
+
+def nouns(text):
+    """The words of a text that may be nouns, in the singular and in order, repeats included: for AMBER."""
+    words = tokens(text)
+    return [lemma(word) for i, word in enumerate(words) if _is_noun(words, i)]
+
+
+# Words that stand before the noun in an object's name, and those that the official tagger takes for such alone.
+ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short long old new
+young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot cold wet dry bright dark
+beautiful colorful various several many two three four five other different same first second third top present remote
+modern electric electronic parked white-and-black umbrellas utensils senses others""".split())
+BREAKS = set("a an the of with in on at to for from by near and or is are 's".split())
+
+
+def phrase(text):
+    """One object's name out of an extractor's reply -> its words in the singular, and its runs of nouns."""
+    runs, singles = [[]], []
+    for word in tokens(text.lower()):
+        singles.append(lemma(word))
+        leading = not runs[-1] and word in ADJECTIVES                       # a top oven, but a stove top oven
+        if leading or word in BREAKS or word.isascii() and not re.search("[a-z]", word):
+            runs.append([])
+        else:
+            runs[-1].append(singles[-1])
+    return singles, [" ".join(run) for run in runs if run]
+
+
+# ---------------------------------------------------------------------------------------------- NLTK
+def _nltk():
+    """NLTK, after a try of what is needed of it: import here, because it is slow and no dependency."""
+    try:
+        import nltk
+        nltk.pos_tag(nltk.word_tokenize("two dogs"))
+        nltk.stem.WordNetLemmatizer().lemmatize("dogs")
+    except ImportError as error:
+        raise NounError("NLTK is not installed; pip install nltk, or use the nouns `builtin`.") from error
+    except LookupError as error:
+        raise NounError("NLTK's data are not installed; python -m nltk.downloader punkt_tab "
+                        "averaged_perceptron_tagger_eng wordnet, or use the nouns `builtin`.") from error
+    return nltk
+
+
+def nltk_nouns():
+    """-> the official extraction for AMBER, a function text -> nouns. NounError where NLTK or its data are absent."""
+    nltk = _nltk()
+    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
+    return lambda text: [lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag[:2] == "NN"]
+
+
+def nltk_lemmas():
+    """-> the official words of Object HalBench, a function text -> lemmas. NounError as above."""
+    nltk = _nltk()
+    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
+    return lambda text: [lemmatize(word) for word in nltk.word_tokenize(text.lower())]
