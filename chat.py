@@ -49,13 +49,15 @@ class Failed(Exception):
 
 
 def replies(source, requests, out=None, *, model=None, max_tokens=512, temperature=0.0, seed=None, timeout=60,
-            attempts=4, workers=8, description="asking"):
+            attempts=4, workers=8, accept=None, description="asking"):
     """-> {id: reply} in the order of the requests; what got no reply is absent, counted and said on stderr.
 
     source: an http(s) URL of an OpenAI-compatible server, a file of saved replies (see `saved`), or a model
     folder. requests: [{"id": str, "messages": [{"role", "content": text or a list of {"type": "text", "text"}
     and {"type": "image", "path"}}]}]. out: JSON lines {"id", "hash", "asked", "reply"}, to go on from.
     model: the server's name for it; None where it serves one. timeout: seconds of one attempt, all of it.
+    accept: reply -> bool; a server is asked again for a reply that it turns down, and so is a later call. The
+    last attempt's is kept all the same: what cannot be read is for the caller to count.
     Raises UserError for a wrong source, and at once where the server refuses us (401, 403, 404 ...).
     """
     source, asked = str(source), {r["id"]: digest(r["messages"]) for r in requests}
@@ -70,12 +72,13 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
         settings = {"model": model if url else Path(source).resolve().name, "max_tokens": max_tokens,
                     "temperature": temperature, "seed": seed}
         keys = {i: digest([key, settings]) for i, key in asked.items()}
-        said, server = resumed(out, keys), Server(source, settings, timeout, attempts) if url else None
-        missing = [r for r in requests if r["id"] not in said]
+        said, server = resumed(out, keys), Server(
+            source, settings, timeout, attempts, accept) if url else None
+        missing = [r for r in requests if r["id"] not in said or url and accept and not accept(said[r["id"]])]
         if missing:
             found = server.ask(missing, workers) if url else ask_local(source, requests, set(said), settings)
-            with (contextlib.closing(found), tqdm(total=len(asked), initial=len(said), desc=description,
-                                                  unit="reply", disable=None) as bar):
+            with (contextlib.closing(found), tqdm(total=len(asked), initial=len(asked) - len(missing),
+                                                  desc=description, unit="reply", disable=None) as bar):
                 for i, text, more in found:
                     said[i] = text
                     if out:
@@ -152,7 +155,7 @@ def saved(path, asked):
     return said
 
 
-def read_records(path):
+def read_records(path, torn_ok=True):
     """The objects of a JSON list or of JSON lines, told apart by the first character. A last line that a
     killed run left unfinished is passed over: what it held is missing, and missing things are counted."""
     try:
@@ -163,7 +166,7 @@ def read_records(path):
     except OSError as error:
         raise data.UserError(f"{path} could not be read ({error.strerror}); check the path") from error
     if start != b"[":
-        return list(data.read_jsonl(path, torn_ok=True))
+        return list(data.read_jsonl(path, torn_ok))
     try:
         records = json.loads(whole.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -192,7 +195,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Server:
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself."""
 
-    def __init__(self, url, settings, timeout, attempts):
+    def __init__(self, url, settings, timeout, attempts, accept=None):
         parts = urllib.parse.urlsplit(url)
         if not parts.hostname or parts.username is not None:
             raise data.UserError(f"{parts.scheme}://{parts.hostname or ''}: give a server's URL, without "
@@ -200,6 +203,7 @@ class Server:
         path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.base, self.query = f"{parts.scheme}://{parts.netloc}{path}", parts.query
         self.settings, self.timeout, self.attempts = settings, timeout, attempts
+        self.accept = accept or (lambda text: True)
         self.key, self.model = os.environ.get("OPENAI_API_KEY", "").strip(), settings["model"]
         self.reason = ""                                                  # of the last failure
         self.stop = threading.Event()
@@ -253,7 +257,8 @@ class Server:
                     raise Failed(f"no text in the answer {json.dumps(answer)[:100]}")
                 more = {"model": answer.get("model", self.model),
                         "finish": answer["choices"][0].get("finish_reason")}
-                return text, {key: value for key, value in more.items() if isinstance(value, str)}
+                if attempt == self.attempts or self.accept(text) or self.stop.wait(BACKOFF):
+                    return text, {key: value for key, value in more.items() if isinstance(value, str)}
             except Failed as error:
                 wait = BACKOFF * 2 ** (attempt - 1) if error.wait is None else error.wait
                 if not error.again or attempt == self.attempts or self.stop.wait(min(wait, LONGEST_WAIT)):
