@@ -1,23 +1,22 @@
-"""The nouns of a caption without a package or a download, for CHAIR and AMBER; a file of its own because it is about
-English and not about measures.
+"""The nouns of a caption without a package or a download, for CHAIR and AMBER.
 
-    nouns.nouns("A dog chases two mice.")       ["A", "dog", "mouse"]: may be nouns; for metrics.amber
-    nouns.lemmas("Dogs on the BEACHES")         ["dog", "on", "the", "beach"]: for metrics.chair, scorer objhal
-    nouns.singulars("Dogs on the BEACHES")      the same with the plurals that the first CHAIR understood
-    nouns.phrase("red traffic lights")          one object out of an extractor's reply: its words, its runs of nouns
-    nouns.nltk_nouns(), nouns.nltk_lemmas()     the official functions, where NLTK and its data are installed
+    nouns.nouns("A dog chases two mice.")     ["A", "dog", "chase", ...]: what may be nouns, for AMBER
+    nouns.lemmas("Dogs on the BEACHES")       ["dog", "on", "the", "beach"]: for CHAIR's scorer objhal
+    nouns.singulars("Dogs on the BEACHES")    the same as the first CHAIR knew it, for its scorer original
+    nouns.phrase("red traffic lights")        an object out of an extractor's reply: words, and runs of nouns
+    nouns.nltk_nouns, nouns.nltk_lemmas       the official functions, where NLTK and its data are installed
 
-The official scorers cut text with NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and look up
-lemmas in WordNet. Here rules stand for all three. Words that no scorer's vocabulary holds need not come out right.
-
-Departures from the official extraction:
-  1. No tagger. A word counts unless its neighbours show a verb ("to drink", "a man watches the sea") or an adjective;
-     `can` and `hot` are never nouns, `cans` are. Words such as "the" are kept, since no vocabulary holds them.
-  2. The official tagger learnt from newspapers and takes many a noun that is rare there for an adjective where
-     "next to" follows ("a sofa next to a bed"). So do we, with a list of nouns that newspapers are full of.
-  3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives "vas", and
-     the plurals of words that WordNet does not know ("hairdryers", "smartphones") stay what they are.
-  4. Sentences end at a full stop that is no abbreviation's; NLTK learnt its abbreviations from text.
+A file of its own because it is about English and not about measures. The official scorers cut text with
+NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and look up lemmas in WordNet. Here rules
+stand for all three; words that no scorer's vocabulary holds need not come out right. The departures:
+  1. No tagger. A word counts unless its neighbours show a verb ("to drink", "a man watches the sea") or an
+     adjective; `can` and `hot` never count, `cans` do. Words like "the" stay, since no vocabulary holds them.
+  2. The official tagger learnt from newspapers, and takes many a noun that is rare there for an adjective
+     where "next to" follows ("a sofa next to a bed"). So do we, but for a list of nouns that fill newspapers.
+  3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives
+     "vas", and plurals of words that WordNet does not know ("hairdryers", "smartphones") stay as they are.
+  4. A sentence ends at a full stop that is no abbreviation's; NLTK learnt its abbreviations from text.
+bench/nouns.py prints how far the scores are from the official ones.
 """
 import re
 from functools import lru_cache
@@ -71,30 +70,33 @@ IRREGULAR = {
     "geese": "goose", "mice": "mouse", "lice": "louse", "dice": "die", "feet": "foot", "teeth": "tooth",
     "men": "men", "vases": "vas", "axes": "ax", "cookies": "cooky", "uses": "us", "doggies": "doggy",
     "leaves": "leaf", "quizzes": "quiz", "busses": "bus", "taxies": "taxi", "menus": "menu", "emus": "emu",
-    "zebus": "zebu", "gnus": "gnu", "less": "le", "has": "ha", "was": "wa", "as": "a", "us": "u", "pass": "pas"}
-KEEP = set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards iris yes
-pancreas pajamas tennis this his its is various famous""".split())
-VES = {"kni": "knife", "wi": "wife", "li": "life", "midwi": "midwife", "housewi": "housewife", "lea": "leaf",
-       "loa": "loaf", "shel": "shelf", "wol": "wolf", "hal": "half", "cal": "calf", "scar": "scarf", "hoo": "hoof",
-       "el": "elf", "thie": "thief", "sel": "self", "shea": "sheaf", "bookshel": "bookshelf", "dwar": "dwarf",
-       "pocketkni": "pocketknife", "penkni": "penknife", "kerchie": "kerchief", "handkerchie": "handkerchief",
-       "behal": "behalf", "whar": "wharf", "tur": "turf", "bee": "beef", "ree": "reef", "ser": "serf"}
+    "zebus": "zebu", "gnus": "gnu", "less": "le", "has": "ha", "was": "wa", "as": "a", "us": "u",
+    "pass": "pas"}
+KEEP = set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
+iris yes pancreas pajamas tennis this his its is various famous""".split())
+VES = {"kni": "knife", "wi": "wife", "li": "life", "midwi": "midwife", "housewi": "housewife", "lea":
+       "leaf", "loa": "loaf", "shel": "shelf", "wol": "wolf", "hal": "half", "cal": "calf", "scar": "scarf",
+       "hoo": "hoof", "el": "elf", "thie": "thief", "sel": "self", "shea": "sheaf", "dwar": "dwarf",
+       "bookshel": "bookshelf", "pocketkni": "pocketknife", "penkni": "penknife", "kerchie": "kerchief",
+       "handkerchie": "handkerchief", "behal": "behalf", "whar": "wharf", "tur": "turf", "bee": "beef",
+       "ree": "reef", "ser": "serf"}
 # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i.
-ONLY_S = set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies prairies birdies
-hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes toes oboes hoes foes tiptoes
-headaches mustaches moustaches avalanches niches caches quiches aches toothaches skis taxis kiwis bikinis safaris corgis
-broccolis zucchinis martinis khakis yetis paninis rabbis tsunamis saris chilis minis""".split())
+ONLY_S = set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
+prairies birdies hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes
+toes oboes hoes foes tiptoes headaches mustaches moustaches avalanches niches caches quiches aches toothaches
+skis taxis kiwis bikinis safaris corgis broccolis zucchinis martinis khakis yetis paninis rabbis tsunamis
+saris chilis minis""".split())
 # Singulars in a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes).
-TAKES_ES = re.compile(r"(?:ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|"
-                      r"bonus|chorus|circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)$")
-MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|"
-                 r"mail|fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|"
-                 r"clergy|congress|stunt|lines|trades|repair)men$")
+TAKES_ES = re.compile(r"(?:ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|"
+                      r"campus|bonus|chorus|circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)$")
+MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|"
+                 r"door|post|mail|fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|"
+                 r"boat|states|dober|clergy|congress|stunt|lines|trades|repair)men$")
 # Compounds, brands and misspellings that vocabularies hold and WordNet does not: no lemma for their plural.
-UNLISTED = set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile firetruck
-hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull riverboat rpoe
-sailboard sanitizer scoon seegull shortboard showerpuff skimboard smartphone solider stovetop streetlamp teddybear
-televison waterfont air-conditioning biker coworker brindle""".split())
+UNLISTED = set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
+firetruck hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull
+riverboat rpoe sailboard sanitizer scoon seegull shortboard showerpuff skimboard smartphone solider stovetop
+streetlamp teddybear televison waterfont air-conditioning biker coworker brindle""".split())
 
 
 @lru_cache(maxsize=65536)
@@ -104,7 +106,9 @@ def lemma(word):
         return IRREGULAR[word]
     if MEN.search(word):
         return word[:-2] + "an"
-    if not word.islower() or len(word) < 3 or not word.endswith("s") or word in KEEP or word.endswith(("ss", "us")):
+    if len(word) < 3 or not word.endswith("s") or not word.islower():
+        return word
+    if word in KEEP or word.endswith(("ss", "us")):
         return word
     if word.endswith("ves") and word[:-3] in VES:
         return VES[word[:-3]]
@@ -116,7 +120,7 @@ def lemma(word):
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
         single = word[:-2]
-    elif re.search(r"[bcdfghkmtwy]ses$", word):                      # doubled: "adultses", as WordNet undoes it
+    elif re.search(r"[bcdfghkmtwy]ses$", word):                   # doubled: "adultses"
         return lemma(word[:-2])
     else:
         single = word[:-1]
@@ -133,8 +137,9 @@ SINGULAR = [(re.compile(pattern), to) for pattern, to in (
     (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"shoes$", "shoe"),
     (r"oes$", "o"), (r"buses$", "bus"), (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"),
     (r"movies$", "movie"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
-    (r"([nlw]i)ves$", r"\1fe"), (r"erves$", "erve"), (r"([lr])ves$", r"\1f"), (r"([aeost]|ti|hi|si)ves$", r"\1ve"),
-    (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"), (r"([hdronbp]|cl)oses$", r"\1ose"),
+    (r"([nlw]i)ves$", r"\1fe"), (r"erves$", "erve"), (r"([lr])ves$", r"\1f"),
+    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
+    (r"([hdronbp]|cl)oses$", r"\1ose"),
     (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
 
 
@@ -160,60 +165,59 @@ def singulars(text):
     return [singular(word) for word in tokens(text.lower())]
 
 
-# ---------------------------------------------------------------------------------------------- which words are nouns
+# ---------------------------------------------------------------------------------------------- nouns
 MODALS = set("can could may might will would shall should must wo ca cannot 'll".split())
 SUBJECTS = set("i you he she it we they who which".split())
-STAYS_NOUN_AFTER_TO = set("next close closer adjacent due addition similar attached connected near leading leads "
-                          "belonging proximity relation contrast compared opposite".split())
-AFTER_A_VERB = set("a an the his her its their some several at on over through across along down with by".split())
+NO_INFINITIVE = set("next close closer adjacent due addition similar attached connected near leading leads "
+                    "belonging proximity relation contrast compared opposite".split())          # ... to water
+AFTER_A_VERB = set("a an the his her its their some several at on over through across along down with "
+                   "by".split())
 # Nouns of captions that are verbs too.
-VERBS = set("""bat bear bill board bridge brush buoy cage camp can cash clock cook cord core court cream cup curtain desert
-dock drain draw drink duck egg fan fence file fish flag floor flower fork frame glove grill ground guard hang hat hold hose
-house ice iron juice kite lamp leave light line lock lounge mask mat match milk mirror monitor mushroom net note open pack
-pad paddle paint pan paper park path pen phone pipe plant plate play plug pole pot quilt race rack rail range rest ring
-ride rock roof rope row saddle sail sandwich shampoo shelf shell shelter ship shop shore shovel sign signal sink skate ski
-sled snack snow soap sound spade spoon sponge spray stage star stone stool string support surf switch table tank tap tape
-telephone tie tire toast tour toy track train trim tub turtle tv umbrella vase view walk wall warp watch water wave wire
-worm yacht""".split())
-ANIMATE = set("man woman boy girl child person player individual someone everyone dog cat horse bird he she it who "
-              "skier surfer rider lady guy kid".split())
+VERBS = set("""bear board bridge brush cage camp cash cook cream cup dock drain draw drink duck fence file
+fish flag flower fork frame glove grill ground guard hang hold house ice iron ladder leave light line lock
+lounge mask match milk mirror monitor net note open pack pad paddle paint park pen phone picture pipe plant
+plate play plug pot race rack range rest ring ride rock row saddle sail shell shelter ship shop shovel sign
+signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
+tap tape telephone tie toast tour track train view walk wall watch water wave""".split())
+ANIMATE = set("man woman boy girl child person player individual someone everyone dog cat horse bird skier "
+              "surfer rider lady guy kid".split())
+# The second word is the thing, the first says which.
+OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
+               "broccoli": "toppings"}
 SHADES = set("blue green brown gray grey pink yellow purple red orange tan colored coloured".split())
-IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water sea island
-mountain beach board line ground floor door wall sign phone telephone computer television camera coffee horse dog court
-stage glass desk ball football range path apple chair drug bank bill""".split())
+IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water
+sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
+coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""".split())
 
 
-def _is_noun(words, i):
-    """Whether the i-th token is to count; the words of a vocabulary are what matters here."""
-    word, before, after = words[i], words[i - 1].lower() if i else "", words[i + 1].lower() if i + 1 < len(words) else ""
-    two_before = words[i - 2].lower() if i > 1 else ""
-    if word in ("can", "hot"):
+def _counts(word, single, two_before, before, after, two_after):
+    """Whether a word (and its lemma) is to count as a noun, by what stands around it, lower-cased."""
+    if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
         return False
-    single = lemma(word)
     if single in VERBS and word == single:
-        if before in MODALS or before in SUBJECTS:
+        if before in MODALS or before in SUBJECTS or before == "to" and two_before not in NO_INFINITIVE:
             return False
-        if before == "to" and two_before not in STAYS_NOUN_AFTER_TO:
-            return False
-    if single in VERBS and word != single and before in SUBJECTS | ANIMATE and after in AFTER_A_VERB:
-        return False                                                            # a man watches the sea
-    if word == "light" and after in SHADES:
+    elif single in VERBS and before in SUBJECTS | ANIMATE and after in AFTER_A_VERB:   # a man watches the sea
         return False
-    return not (after == "next" and before in ("a", "an", "the") and word == single and word not in IN_THE_NEWS
-                and words[i + 2:i + 3] == ["to"])
+    rare = word == single and word not in IN_THE_NEWS
+    return not (rare and before in ("a", "an", "the") and (after, two_after) == ("next", "to"))
 
 
 def nouns(text):
     """The words of a text that may be nouns, in the singular and in order, repeats included: for AMBER."""
     words = tokens(text)
-    return [lemma(word) for i, word in enumerate(words) if _is_noun(words, i)]
+    around = ["", "", *map(str.lower, words), "", ""]
+    singles = [(word, lemma(word)) for word in words]
+    return [single for i, (word, single) in enumerate(singles)
+            if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
 
 
-# Words that stand before the noun in an object's name, and those that the official tagger takes for such alone.
-ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short long old new
-young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot cold wet dry bright dark
-beautiful colorful various several many two three four five other different same first second third top present remote
-modern electric electronic parked white-and-black umbrellas utensils senses others""".split())
+# What stands before the noun in an object's name, and what the official tagger takes for that.
+ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
+long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
+cold wet dry bright dark beautiful colorful various several many two three four five other different same
+first second third top present remote modern electric electronic parked white-and-black umbrellas utensils
+senses others""".split())
 BREAKS = set("a an the of with in on at to for from by near and or is are 's".split())
 
 
@@ -231,29 +235,29 @@ def phrase(text):
 
 
 # ---------------------------------------------------------------------------------------------- NLTK
+@lru_cache(maxsize=1)
 def _nltk():
-    """NLTK, after a try of what is needed of it: import here, because it is slow and no dependency."""
+    """NLTK's tokenizer, tagger and lemmatizer; imported here, since it is slow and no dependency."""
     try:
         import nltk
+        lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
         nltk.pos_tag(nltk.word_tokenize("two dogs"))
-        nltk.stem.WordNetLemmatizer().lemmatize("dogs")
+        lemmatize("dogs")
     except ImportError as error:
-        raise NounError("NLTK is not installed; pip install nltk, or use the nouns `builtin`.") from error
+        raise NounError("NLTK is not installed; pip install nltk, or take the nouns `builtin`.") from error
     except LookupError as error:
-        raise NounError("NLTK's data are not installed; python -m nltk.downloader punkt_tab "
-                        "averaged_perceptron_tagger_eng wordnet, or use the nouns `builtin`.") from error
-    return nltk
+        raise NounError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
+                        "averaged_perceptron_tagger_eng, or take the nouns `builtin`.") from error
+    return nltk.word_tokenize, nltk.pos_tag, lemmatize
 
 
-def nltk_nouns():
-    """-> the official extraction for AMBER, a function text -> nouns. NounError where NLTK or its data are absent."""
-    nltk = _nltk()
-    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
-    return lambda text: [lemmatize(word) for word, tag in nltk.pos_tag(nltk.word_tokenize(text)) if tag[:2] == "NN"]
+def nltk_nouns(text):
+    """The official extraction for AMBER. Raises NounError where NLTK or its data are absent."""
+    tokenize, tag, lemmatize = _nltk()
+    return [lemmatize(word) for word, kind in tag(tokenize(text)) if kind.startswith("NN")]
 
 
-def nltk_lemmas():
-    """-> the official words of Object HalBench, a function text -> lemmas. NounError as above."""
-    nltk = _nltk()
-    lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
-    return lambda text: [lemmatize(word) for word in nltk.word_tokenize(text.lower())]
+def nltk_lemmas(text):
+    """The official words for Object HalBench without an extractor. Raises NounError as above."""
+    tokenize, _, lemmatize = _nltk()
+    return [lemmatize(word) for word in tokenize(text.lower())]
