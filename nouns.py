@@ -31,7 +31,7 @@ ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp n
                     "jan feb mar apr aug sept oct nov dec".split())
 CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
 GLUED = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}          # can|not
-SPLIT = re.compile(r"""(\.{2,}|--|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
+SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
 
 
 def tokens(text):
@@ -44,7 +44,7 @@ def tokens(text):
             # A stop is cut off where a sentence ends, closing quotes and brackets aside.
             closing = all(p in ")]}>\"'”’''" for p in parts[i + 1:])
             last = closing and place == len(chunks) - 1
-            stop = len(part) > 1 and part.endswith(".") and closing and (last or not _abbreviation(part))
+            stop = closing and bool(re.search(r"[^.]\.$", part)) and (last or not _abbreviation(part))
             word = part[:-1] if stop else part
             if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
                 found.append("'")                                               # 'quoted
