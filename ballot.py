@@ -37,36 +37,44 @@ def question(line):
 
 # ---------------------------------------------------------------------------------------------- the page
 STYLE = report.CSS + """
-.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.4em 0}
-.bar i{display:block;height:100%;width:0;background:var(--c0)}.two{display:grid;gap:16px;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr))}.two p,.ask{white-space:pre-wrap}
-.ask{font-weight:600}#picture{width:auto;max-width:100%;max-height:42vh;margin:0 auto 12px}
-nav{position:sticky;bottom:0;background:var(--bg);padding:10px 0;display:grid;gap:8px;margin-top:16px;
+main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
+font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
+.bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
+#picture{width:auto;max-width:100%;max-height:32vh;margin:auto}.two{display:grid;gap:14px;align-items:start;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}.two p,.ask{white-space:pre-wrap}
+.ask{font-weight:600;margin-top:0}.two p{margin:.3em 0}
+@media(min-width:900px){.see.with{grid-template-columns:minmax(0,36%) 1fr;align-items:start}
+#picture{max-height:64vh;margin:0}}
+nav{position:sticky;bottom:0;background:var(--bg);padding:10px 0;display:grid;gap:8px;margin-top:14px;
 grid-template-columns:1fr auto 1fr;border-top:1px solid var(--line)}
 button,input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);
-border-radius:8px;padding:.55em .8em;min-height:44px}button{cursor:pointer}
+border-radius:8px;padding:.45em .8em;min-height:44px}button{cursor:pointer}
 button kbd{font-size:.75rem;color:var(--soft);display:block}
 button[aria-pressed=true]{outline:3px solid var(--c0)}:focus-visible{outline:3px solid var(--c1)}
-.tools{display:flex;gap:10px;flex-wrap:wrap;align-items:center}input{flex:1 1 180px;min-width:0}
-[hidden]{display:none!important}
+.tools{display:flex;gap:10px;flex-wrap:wrap;align-items:center;margin-top:12px}
+input{flex:1 1 150px;min-width:0}[hidden]{display:none!important}
 """
 BODY = """
 <p class="soft">Look at the picture, read both answers, and choose the better one: first the one that claims
 less of what is not there, then the one that tells more of what was asked. The sides change at random.</p>
-<div class="tools"><label for="rater">Your name</label>
-<input id="rater" autocomplete="name" maxlength="60"><button id="back">Back <kbd>Backspace</kbd></button>
-<button id="save">Download votes <kbd>S</kbd></button></div>
 <div class="bar"><i id="fill"></i></div>
 <p class="soft" id="progress" role="status" aria-live="polite"></p>
-<div id="item"><img id="picture" alt="The picture that the question is about" hidden>
-<p class="ask" id="question"></p><div class="two">
+<div id="item"><div class="see" id="see">
+<img id="picture" alt="The picture that the question is about">
+<div><p class="ask" id="question"></p><div class="two">
 <section class="card" aria-labelledby="h1"><h3 id="h1">First answer</h3><p id="first"></p></section>
-<section class="card" aria-labelledby="h2"><h3 id="h2">Second answer</h3><p id="second"></p></section></div>
+<section class="card" aria-labelledby="h2"><h3 id="h2">Second answer</h3><p id="second"></p></section>
+</div></div></div>
 <nav aria-label="Your choice">
 <button data-choice="first" aria-keyshortcuts="1 ArrowLeft">First is better<kbd>1 or ←</kbd></button>
 <button data-choice="tie" aria-keyshortcuts="2 ArrowDown">Tie<kbd>2 or ↓</kbd></button>
 <button data-choice="second" aria-keyshortcuts="3 ArrowRight">Second is better<kbd>3 or →</kbd></button></nav>
-</div><noscript><p>This page needs JavaScript; it loads nothing and sends nothing.</p></noscript>
+</div>
+<div class="tools"><label for="rater">Your name</label>
+<input id="rater" autocomplete="name" maxlength="60"><button id="back">Back <kbd>Backspace</kbd></button>
+<button id="save">Download votes <kbd>S</kbd></button>
+<button id="anew">Start over <kbd>for another rater</kbd></button></div>
+<noscript><p>This page needs JavaScript; it loads nothing and sends nothing.</p></noscript>
 """
 SCRIPT = r"""
 "use strict";
@@ -87,6 +95,7 @@ function show() {
   if (over) { $("save").focus(); return; }
   const item = page.items[at];
   $("picture").hidden = !item.image;
+  $("see").classList.toggle("with", item.image > 0);
   if (item.image) $("picture").src = page.images[item.image];
   for (const part of ["question", "first", "second"]) $(part).textContent = item[part];
   for (const button of document.querySelectorAll("[data-choice]"))
@@ -113,18 +122,23 @@ function save() {
   link.download = "votes-" + state.rater.replace(/[^\p{L}\p{N}]+/gu, "-") + ".json";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  $("progress").textContent = "Downloaded " + link.download + ": " + votes.length + " of " + n + " judged";
 }
 document.addEventListener("keydown", event => {
   if (event.target.tagName === "INPUT" || event.repeat) return;
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (keys[event.key]) { event.preventDefault(); choose(keys[event.key]); }
   else if (event.key === "Backspace" && at) { event.preventDefault(); at -= 1; show(); }
-  else if (event.key === "s" || event.key === "S") save();
+  else if (event.key === "s" || event.key === "S") { event.preventDefault(); save(); }
 });
 for (const button of document.querySelectorAll("[data-choice]"))
   button.addEventListener("click", () => choose(button.dataset.choice));
 $("back").addEventListener("click", () => { if (at) { at -= 1; show(); } });
 $("save").addEventListener("click", save);
+$("anew").addEventListener("click", () => {
+  if (!confirm("Forget these votes? Download them first.")) return;
+  state = {rater: "", votes: {}}; at = 0; $("rater").value = ""; keep(); show();
+});
 $("rater").value = state.rater;
 $("rater").addEventListener("change", () => { state.rater = $("rater").value.trim(); keep(); });
 while (state.votes[at]) at += 1;
