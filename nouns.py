@@ -184,6 +184,8 @@ ANIMATE = set("man woman boy girl child person player individual someone everyon
 # The second word is the thing, the first says which.
 OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
                "broccoli": "toppings"}
+# Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
+LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
 SHADES = set("blue green brown gray grey pink yellow purple red orange tan colored coloured".split())
 IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water
 sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
@@ -193,6 +195,8 @@ coffee horse dog court stage glass desk ball football range path apple chair dru
 def _counts(word, single, two_before, before, after, two_after):
     """Whether a word (and its lemma) is to count as a noun, by what stands around it, lower-cased."""
     if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
+        return False
+    if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
         return False
     if single in VERBS and word == single:
         if before in MODALS or before in SUBJECTS or before == "to" and two_before not in NO_INFINITIVE:
