@@ -18,12 +18,13 @@ import ballot
 import chat
 import data
 import metrics
+import tally
 
 LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "hallucination_rate"}    # the less
 
 
 def pairs(a_path, b_path):
-    """[(id, line of A, line of B)] of the questions that both files answer, in A's order."""
+    """-> [(id, line of A, line of B)] of what both files answer, in A's order; how many each answers."""
     def by_id(path):
         found = {}
         for number, line in enumerate(chat.read_records(path), 1):
@@ -45,7 +46,7 @@ def pairs(a_path, b_path):
     if other := [key[1] for key in shared if ballot.question(a[key]) != ballot.question(b[key])]:
         raise data.UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
                              f"{other[0]}); compare answers to the same file")
-    return [(key, a[key], b[key]) for key in shared]
+    return [(key, a[key], b[key]) for key in shared], (len(a), len(b))
 
 
 def items_of(lines):
@@ -74,9 +75,11 @@ def sums(item):
         n = len(item["generated"])
         return {"chair_s": (item["chair_s"], 1), "chair_s_refine": (item["chair_s"], int(n > 0)),
                 "chair_i": (len(item["hallucinated"]), n)}
-    if "hallucination" in item:
-        return {"score": ((item["score"] or 0) / 100, 1), "hallucination_rate": (item["hallucination"], 1)}
-    return {"accuracy": (item["right"], 1)}
+    if "score" in item:                                               # MMHal's: shown as it is, no percent
+        n = int(item["score"] is not None)
+        score = item["score"] or 0
+        return {"score": (score / 100, n), "hallucination_rate": (n * (score < 3), n)}
+    return {"accuracy": (item["right"], 1)} if "right" in item else {}                 # {}: could not be read
 
 
 def paired(a_items, b_items, seed=0, resamples=1000):
@@ -106,7 +109,7 @@ def paired(a_items, b_items, seed=0, resamples=1000):
     for k, measure in enumerate(measures):
         change, better, worse = float(points[1, k] - points[0, k]), signs[measure][1], signs[measure][-1]
         out[measure] = {"a": float(points[0, k]), "b": float(points[1, k]), "change": change,
-                        "interval": metrics._interval(draws[1][:, k] - draws[0][:, k], change),
+                        "interval": tally.interval(draws[1][:, k] - draws[0][:, k], change),
                         "better": better, "worse": worse, "p": ballot.sign_test(better, worse),
                         "n": len(both)}
     return out
@@ -125,7 +128,7 @@ def table(found, names):
 
 
 def run_compare(o):
-    both, names = pairs(o.a, o.b), (str(o.a), str(o.b))
+    (both, sizes), names = pairs(o.a, o.b), (str(o.a), str(o.b))
     items = [chat.read_records(path) for path in o.items or ()] or [items_of([side[k] for side in both])
                                                                     for k in (1, 2)]
     shown, equal = ballot.write(both, names, o.out, o.images, o.n, o.seed)
@@ -134,6 +137,8 @@ def run_compare(o):
     else:
         print("The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
               "B.items.jsonl for the paired difference.")
+    if set(sizes) != {len(both)}:
+        print(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
     print(f"{o.out}: {shown} pairs to choose from" + f", {equal} equal pairs left out" * (equal > 0)
           + ("" if o.images else "; without pictures, for want of --images"))
 

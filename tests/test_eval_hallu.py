@@ -558,8 +558,7 @@ def test_score_amber_whole_and_in_parts(tmp_path, capsys, mode):
               tmp_path / "captions.json")
 
 
-@pytest.fixture
-def coco(tmp_path):
+def coco_files(tmp_path):
     """COCO's four files about two images: 1 with a dog, 2 with a dog and a cat; and a synonyms file."""
     folder = tmp_path / "annotations"
     folder.mkdir()
@@ -579,6 +578,11 @@ def coco(tmp_path):
         write_json(folder / f"captions_{split}2014.json", head | {"annotations": said * here}, lines=False)
     (tmp_path / "synonyms.txt").write_text("dog, puppy\ncat, kitten\nbird, gull\n")
     return ["--annotations", folder, "--synonyms", tmp_path / "synonyms.txt"]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return coco_files(tmp_path)
 
 
 CAPTIONS = [{"question_id": 0, "image_id": 1, "prompt": "Describe it.",
