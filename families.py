@@ -26,15 +26,23 @@ CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextFor
 IMAGE = "<image>"
 # Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
 # as liuhaotian trains and serves it (conversation.py, "vicuna_v1"), and Bunny (the same text, its own EOS).
-# `plain`: llava-hf's own for LLaVA-1.5, no system text.
-_TURNS = ("{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-          "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-          "{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
+# `plain`: llava-hf's own for LLaVA-1.5, no system text. `mistral`, `llama3`: LLaVA-1.6 on those models.
+_TEXT = ("{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}")
+_TURNS = ("{% for message in messages %}{% if message['role'] == 'user' %}USER: " + _TEXT + " "
           "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"
           "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 _SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
            "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS}
+_MISTRAL = ("{% for message in messages %}{% if message['role'] == 'user' %}[INST] " + _TEXT + " [/INST]"
+            "{% else %} {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}")
+_LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+           "You are able to understand the visual content that the user provides, and assist the user with a "
+           "variety of tasks using natural language.<|eot_id|>"
+           "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+           + _TEXT + "<|eot_id|>{% endfor %}"
+           "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS, "mistral": _MISTRAL, "llama3": _LLAMA3}
 PREPARATIONS = ("", "pad")
 
 
@@ -164,8 +172,11 @@ def front(folder, template=None, preparation=""):
         raise data.UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model's embedding "
                              f"only {rows} rows: one of the two is not this model's")
 
-    own = own_template(folder, tokenizer)
-    name = template if template in TEMPLATES else "given" if template else "folder" if own else "vicuna"
+    own, usual = own_template(folder, tokenizer), "vicuna"
+    if config.model_type == "llava_next":
+        usual = "llama3" if tokenizer.eos_token == "<|eot_id|>" else config.text_config.model_type
+    name = template if template in TEMPLATES else "given" if template else "folder" if own else (
+        usual if usual in TEMPLATES else "vicuna")
     vision = config.vision_config
     cls = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
     mean = getattr(processor, "image_mean", None)

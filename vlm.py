@@ -180,6 +180,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    window, longest = kwargs.get("sliding_window"), max(s[1] + max(s[2:]) for s in segments)
+    if window and longest > window:
+        raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
+                             f"{window}: pass --forward naive, or a smaller --set max_length")
     gqa = key.shape[1] != query.shape[1]
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
     out = []
