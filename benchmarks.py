@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import chat
 import data
+import nouns
 
 SPLITS = ("random", "popular", "adversarial")
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
@@ -256,6 +257,15 @@ def amber_nouns(path):
             raise data.UserError(f"{path}: id {line['id']} stands there twice; keep one of the two")
         found[line["id"]] = words
     return found
+
+
+def lemmas(path):
+    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
+    table = read_json(path, dict)
+    if not all(isinstance(word, str) for word in table.values()):
+        raise data.UserError(f"{path} is no table of words (a value is no string); give builtin, nltk or "
+                             "such a table")
+    return lambda text: [table.get(word, word) for word in nouns.tokens(text.lower())]
 
 
 def coco(folder, images):

@@ -28,6 +28,7 @@ import data
 import judge
 import metrics
 import nouns
+import objects
 from answers import answer_questions, answer_scenes, read_answers, word_rewards
 
 __all__ = ["answer_scenes", "difference", "quick", "score_classroom", "word_rewards"]     # for train_dpo.py
@@ -62,7 +63,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     questions = benchmarks.questions(kind, [path], images)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
     o = argparse.Namespace(questions=[path], annotations=annotations, synonyms=synonyms, scorer="original",
-                           extractor="none", mode="robust", partial=False)
+                           nouns="builtin", extractor="none", mode="robust", partial=False)
     scores, _ = (pope if kind == "pope" else chair)(o, chat.read_records(out_path))
     kept = ("accuracy", "f1", "yes_ratio") if kind == "pope" else ("chair_s", "chair_i", "recall")
     return {f"{'pope_' * (kind == 'pope')}{key}": 100 * scores[key] for key in kept}
@@ -87,10 +88,13 @@ def amber(o, lines):
 
 
 def chair(o, lines):
-    classes = metrics.synonyms(benchmarks.read_text(o.synonyms))
-    words = {"objhal": nouns.lemmas, "original": nouns.singulars}[o.scorer]
-    images = metrics.image_ids(lines)
-    truth = metrics.coco_truth(*benchmarks.coco(o.annotations, images), classes, words, images)
+    literal = o.scorer == "original" and o.mode == "official"      # its reader keeps blanks as they stand
+    classes = objects.synonyms(benchmarks.read_text(o.synonyms), literal)
+    words = nouns.singulars if o.scorer == "original" else nouns.lemmas
+    if o.nouns != "builtin":
+        words = nouns.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
+    images = objects.image_ids(lines)
+    truth = objects.coco_truth(*benchmarks.coco(o.annotations, images), classes, words, images)
     replies, said = None, {}
     if o.extractor != "none":
         places = ["{question}", "{answer}"]
@@ -245,8 +249,8 @@ def parse(argv=None):
     p.add_argument("--limit", type=positive, help="only the first N questions")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
                    help="of the model [bfloat16 on a GPU, float32 elsewhere]")
-    kinds = step.add_parser("score", help="score answers, without a model").add_subparsers(
-        dest="benchmark", required=True)
+    scoring = step.add_parser("score", help="score answers, without a model", formatter_class=raw)
+    kinds = scoring.add_subparsers(dest="benchmark", required=True)
     for name in SCORES:
         p = kinds.add_parser(name, help={"chair": "captions of COCO images, Object HalBench's too"}.get(name))
         p.set_defaults(run=run_score)
@@ -271,6 +275,9 @@ def parse(argv=None):
             p.add_argument("--synonyms", required=True, type=Path, help="the published list, a class a line")
             p.add_argument("--scorer", choices=("original", "objhal"), default="objhal",
                            help="CHAIR's own rules, or Object HalBench's [objhal]")
+            p.add_argument("--nouns", default="builtin",
+                           help="how words are put in the singular: builtin (no package), nltk (Object "
+                                "HalBench's official way), or a JSON file {word: singular} [builtin]")
             p.add_argument("--extractor", default="none", metavar="none|FILE|URL|MODEL",
                            help="who lists the objects: nobody, saved replies, a server, a folder [none]")
             p.add_argument("--extraction_prompt", type=Path, help="with {question} and {answer} [our own]")
@@ -281,6 +288,7 @@ def parse(argv=None):
         if name in ("chair", "mmhal"):
             p.add_argument("--chat_model", help="the server's name for the model, where it serves several")
     compare.add_votes_parser(kinds)
+    scoring.epilog = "\n".join(each.format_usage().removeprefix("usage: ") for each in kinds.choices.values())
     p = step.add_parser("export", help="answers as the official scripts read them")
     p.set_defaults(run=run_export)
     p.add_argument("benchmark", choices=("pope", "amber", "objhal", "mmhal"))

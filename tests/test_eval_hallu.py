@@ -603,6 +603,16 @@ def test_score_chair_by_hand(tmp_path, coco, capsys, scorer):
     assert "CHAIR_s, of those with an object   50.0" in capsys.readouterr().out
 
 
+def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
+    answers = write_json(tmp_path / "a.jsonl", CAPTIONS)
+    table = write_json(tmp_path / "table.json", {"grass": "cat"}, lines=False)
+    _, items = score(tmp_path, "chair", answers, *coco, "--nouns", table)
+    assert [item["hallucinated"] for item in items] == [["bird"], [], []]           # puppies is in no table
+    assert [len(item["generated"]) for item in items] == [2, 2, 1]
+    with pytest.raises(data.UserError, match="holds a list where a dict is wanted"):
+        score(tmp_path, "chair", answers, *coco, "--nouns", write_json(tmp_path / "t.json", [], lines=False))
+
+
 def test_coco_files_that_are_missing_or_of_other_images_are_named(tmp_path, coco):
     answers = write_json(tmp_path / "a.jsonl", [{**CAPTIONS[0], "image_id": 77}])
     with pytest.raises(metrics.AnswerError, match="images that the annotations do not hold"):
