@@ -43,16 +43,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from objects import (
-    amber_caption,
-    amber_vocabulary,
-    coco_objects,
-    coco_truth,  # noqa: F401  (this and the two below: for callers until they name objects)
-    image_ids,  # noqa: F401
-    joined,
-    similar_words,
-    synonyms,  # noqa: F401
-)
+from objects import amber_caption, amber_vocabulary, coco_objects, joined, similar_words
 from replies import object_list, official_yes_no, rating, strict_yes_no, yes_no
 from tally import AnswerError, add_up, few, first, image_number, interval, intervals, join, ratio, read
 
@@ -233,9 +224,10 @@ def pope(questions, answers, mode="robust", partial=False, seed=0, resamples=100
             if line.get("label") not in ("yes", "no") or "question_id" not in line:
                 raise AnswerError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
                                   "POPE's question file.")
-            if asked.setdefault((split, line["question_id"]), line) is not line:
+            if (split, line["question_id"]) in asked:
                 raise AnswerError(f"question {line['question_id']} of {split} stands there twice; give one "
                                   "split a file.")
+            asked[split, line["question_id"]] = line
     found = read(answers, "pope")
     names = [(line["split"], name) for name, _, line in found if "split" in line]
     if len(names) < len(found):

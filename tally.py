@@ -30,7 +30,9 @@ def first(record, *keys):
 
 
 def few(ids):
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    """The first of some ids, for a message; one of several parts is (part, id)."""
+    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in ids[:5]]
+    return ", ".join(names) + (", ..." if len(ids) > 5 else "")
 
 
 def benchmark_of(record):

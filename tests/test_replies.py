@@ -11,7 +11,7 @@ DOG = "Is there a dog in the image?"
 
 @pytest.mark.parametrize("text, official", [
     ("No", "no"), ("no.", "no"), ("There is no dog", "no"), ("No,there is not", "no"),
-    ("It is not there. Yes", "no"),                                         # what stands before the first stop
+    ("It is not there. Yes", "no"),                                      # what stands before the first stop
     ("", "yes"), ("NO", "yes"), ("No!", "yes"), ("\nNo", "yes"), ("Nope", "yes"), ("It isn't.", "yes"),
     ("cannot tell", "yes"), ("There is a dog. No.", "yes"), ("maybe", "yes")])
 def test_the_official_reader_takes_all_but_three_tokens_for_a_yes(text, official):
@@ -29,8 +29,9 @@ def test_ambers_reader_wants_the_word_and_nothing_else():
              "The dog is visible, yes.", "There is a dog.", "There are two dogs here", "I think so.",
              "There is a dog but no cat.", "Yes, but there is no cat.",
              "The image shows a dog. It is not clear how old it is."]),
-    ("no", ["No", "NO!", "\nno", "Nope.", "None.", "Certainly not.", "There isn't any dog.", "It isn’t there.",
-            "There is no dog.", "The image does not contain a dog.", "I do not see one.", "Not in this image.",
+    ("no", ["No", "NO!", "\nno", "Nope.", "None.", "Certainly not.", "There isn't any dog.",
+            "It isn’t there.", "There is no dog.", "The image does not contain a dog.", "I do not see one.",
+            "Not in this image.",
             "There is a cat, not a dog.", "The answer is: no", "There isn't a dog. No.",
             "I can't see any dog."]),
     (None, ["", " ", "...", "maybe", "Yes and no.", "yes, no", "yes or no", "I cannot tell.", "Not sure.",
@@ -46,7 +47,7 @@ def test_a_statement_must_be_about_all_that_was_asked():
     assert replies.yes_no("The sky is not sunny.", sunny) == "no"
     assert replies.yes_no("The sky is cloudy.", sunny) is None
     assert replies.yes_no("There are two dogs.", "Are there three dogs in this image?") is None
-    assert replies.yes_no("There is a dog.") == "yes"                   # without a question, its form has to do
+    assert replies.yes_no("There is a dog.") == "yes"                # without a question, its form must do
 
 
 @pytest.mark.golden
