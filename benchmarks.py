@@ -224,6 +224,15 @@ def read_answers(paths):
     found = []
     for path in paths:
         lines = chat.read_records(path)
+        # A `text` is a question in some files, an answer in others: questions must not be scored as answers.
+        if asked := next((n for n, line in enumerate(lines, 1) if {"image", "text"} <= line.keys() and not
+                          {"answer", "response", "question", "prompt"} & line.keys()), 0):
+            raise data.UserError(f"{path}, record {asked} is a question, not an answer; give the answers")
+        if lines and all(line.get("model_answer") == "" for line in lines):
+            raise data.UserError(f"{path} is a template that nobody has filled in: every model_answer is "
+                                 "empty; give the answers")
+        if any("caption" in line for line in lines):                                 # the first CHAIR's own form
+            lines = [{"text": line.get("caption"), **line} for line in lines]
         if len(paths) > 1:
             split = next((s for s in SPLITS if s in Path(path).name), None)
             if split is None and not all("split" in line for line in lines if "settings" not in line):

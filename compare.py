@@ -149,6 +149,12 @@ def run_votes(o):
     print(ballot.table(found))
 
 
+def positive(text):
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError
+    return int(text)
+
+
 def add_parser(steps):
     p = steps.add_parser("compare", help="two answers files: the paired difference, and a page to choose on")
     p.set_defaults(run=run_compare)
@@ -158,7 +164,7 @@ def add_parser(steps):
     p.add_argument("--images", type=Path, help="the folder of the images, to be shown [no images]")
     p.add_argument("--items", type=Path, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl"),
                    help="what `score` wrote per item, where the answers do not hold the truth themselves")
-    p.add_argument("--n", type=int, default=100, help="pairs on the page, drawn at random [100]")
+    p.add_argument("--n", type=positive, default=100, help="pairs on the page, drawn at random [100]")
     p.add_argument("--seed", type=int, default=0, help="of the pairs and of their sides [0]")
 
 

@@ -211,6 +211,9 @@ def run_score(o):
         raise data.UserError(f"--out {o.out} would write over the answers; give another name")
     lines = benchmarks.read_answers(o.answers)
     scores, items = SCORES[o.benchmark](o, lines)
+    if not scores["n"]:
+        raise data.UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to "
+                             "score; look at them, and ask another judge or extractor")
     if settings := [line["settings"] for line in lines if "settings" in line]:
         scores["settings"] = settings[0] if len(settings) == 1 else settings
     data.atomic_write(items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
@@ -221,12 +224,6 @@ def run_score(o):
 def run_export(o):
     answers = [line for line in benchmarks.read_answers([o.answers]) if "settings" not in line]
     data.atomic_write(o.out, benchmarks.export(o.benchmark, answers))
-
-
-def positive(text):
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ValueError
-    return int(text)
 
 
 def parse(argv=None):
@@ -243,16 +240,18 @@ def parse(argv=None):
     p.add_argument("--images", type=Path, help="the folder of the images [beside --data]")
     p.add_argument("--out", required=True, type=Path, help="answers.jsonl; an unfinished one is continued")
     p.add_argument("--prompt", default="{question}", help="what is asked, with {question} [{question}]")
-    p.add_argument("--batch_size", type=positive, default=16, help="questions at once [16]")
-    p.add_argument("--max_new_tokens", type=positive,
+    p.add_argument("--batch_size", type=compare.positive, default=16, help="questions at once [16]")
+    p.add_argument("--max_new_tokens", type=compare.positive,
                    help="an answer's length at most [classroom, pope: 64; others: 512]")
-    p.add_argument("--limit", type=positive, help="only the first N questions")
+    p.add_argument("--limit", type=compare.positive, help="only the first N questions")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
                    help="of the model [bfloat16 on a GPU, float32 elsewhere]")
     scoring = step.add_parser("score", help="score answers, without a model", formatter_class=raw)
     kinds = scoring.add_subparsers(dest="benchmark", required=True)
-    for name in SCORES:
-        p = kinds.add_parser(name, help={"chair": "captions of COCO images, Object HalBench's too"}.get(name))
+    for name, says in {"classroom": "the built-in world", "pope": "yes and no about objects, by split",
+                       "amber": "captions, and questions by type", "mmhal": "96 questions, by a judge",
+                       "chair": "captions of COCO images, Object HalBench's too"}.items():
+        p = kinds.add_parser(name, help=says)
         p.set_defaults(run=run_score)
         p.add_argument("--answers", required=True, type=Path, nargs="+",
                        help="what `answers` wrote, or a file as the official scripts take it")

@@ -485,6 +485,17 @@ def test_score_pope_over_three_splits(tmp_path, capsys):
               "--questions", tmp_path / "data")
 
 
+@pytest.mark.parametrize("rows, says", [
+    ([{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}], "1 is a question"),
+    ([{"question_id": 1, "image": "a.jpg", "text": "Describe this.", "category": "detail"}], "is a question"),
+    ([{"question": "what ?", "gt_answer": "a dog", "model_answer": ""}], "nobody has filled in")])
+def test_questions_are_not_scored_as_answers(tmp_path, rows, says):
+    """Some benchmarks keep questions under `text`, others answers: no number may come of a mix-up."""
+    questions, _ = pope_file(tmp_path / "data")
+    with pytest.raises(data.UserError, match=says):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", rows), "--questions", questions)
+
+
 FAULTS = {
     "missing": (lambda rows: rows[:-2], "2 of 6 questions have no answer .*5.*6"),
     "twice": (lambda rows: [*rows, rows[0]], "1 answers stand there twice .*ids .*1"),
@@ -601,6 +612,9 @@ def test_score_chair_by_hand(tmp_path, coco, capsys, scorer):
     assert (scores["n"], scores["n_with_objects"]) == (3, 2) and scores["mean_words"] == pytest.approx(16 / 3)
     assert [item["hallucinated"] for item in items] == [["bird"], [], []]
     assert "CHAIR_s, of those with an object   50.0" in capsys.readouterr().out
+    first = write_json(tmp_path / "b.json", [{"image_id": line["image_id"], "caption": line["text"]}
+                                             for line in CAPTIONS], lines=False)                  # the first CHAIR's form
+    assert score(tmp_path, "chair", first, *coco, "--scorer", scorer)[0] == scores
 
 
 def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
@@ -709,14 +723,24 @@ def test_a_judge_that_fails_is_a_counted_retry_and_never_a_number(tmp_path, caps
         assert len(calls) == 1                                                             # nothing was lost
 
 
-def test_a_judge_that_rambles_is_counted_as_unreadable(tmp_path, monkeypatch, capsys):
+def test_a_judge_that_rambles_gives_no_number(tmp_path, monkeypatch, capsys):
+    """Each is asked again, a bounded number of times; what still cannot be read is counted and left out."""
     monkeypatch.setattr(chat, "BACKOFF", 0.001)
     template, rows = mmhal_file(tmp_path / "data")
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    arguments = ["--template", template, "--judge"]
     with server(lambda body, n: reply("What a nice day")) as (url, calls):
-        scores, _ = score(tmp_path, "mmhal", answers, "--template", template, "--judge", url)
-    assert scores["unparsed"] == 8 and scores["n"] == 0 and len(calls) == 8 * 4
-    assert "8 of them unreadable" in capsys.readouterr().out
+        with pytest.raises(data.UserError, match="none of 8 replies can be read"):
+            score(tmp_path, "mmhal", answers, *arguments, url)
+    assert len(calls) == 8 * 4 and not (tmp_path / "scores.json").exists()
+
+    def respond(body, number):
+        vague = "what is this ? 3" in body["messages"][0]["content"]
+        return reply("A nice day") if vague else judged(body, number)
+    with server(respond) as (url, calls):
+        scores, _ = score(tmp_path, "mmhal", answers, *arguments, url)
+    assert (scores["unparsed"], scores["n"], len(calls)) == (1, 7, 7 + 4)
+    assert "1 of them unreadable" in capsys.readouterr().out
 
 
 def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
@@ -734,15 +758,21 @@ def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
         score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
 
 
-def test_a_local_model_judges(m, tmp_path, capsys):
-    """A random model says nothing that can be read: that is counted, and no number comes of it."""
+def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
+    """It is asked like a server; a random one says nothing that can be read, and no number comes of it."""
     template, rows = mmhal_file(tmp_path / "data", 2)
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{} {} {} {} ?")
-    scores, _ = score(tmp_path, "mmhal", answers, "--template", template, "--judge", m.folder,
-                      "--judge_prompt", prompt)
-    assert scores["unparsed"] == 2 and scores["judge_prompt"] == str(prompt)
+    arguments = ["--template", template, "--judge", m.folder, "--judge_prompt", prompt]
+    with pytest.raises(data.UserError, match="none of 2 replies can be read"):
+        score(tmp_path, "mmhal", answers, *arguments)
+    import vlm
+    generate = vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda *a, **k: [f"{text} Rating: 4" for text in generate(*a, **k)])
+    (tmp_path / "scores.judge.jsonl").unlink()
+    scores, _ = score(tmp_path, "mmhal", answers, *arguments)
+    assert scores["score"] == 4 and scores["judge_prompt"] == str(prompt)
 
 
 @pytest.mark.parametrize("benchmark", FILES)
