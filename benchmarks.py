@@ -231,7 +231,7 @@ def read_answers(paths):
         if lines and all(line.get("model_answer") == "" for line in lines):
             raise data.UserError(f"{path} is a template that nobody has filled in: every model_answer is "
                                  "empty; give the answers")
-        if any("caption" in line for line in lines):                                 # the first CHAIR's own form
+        if any("caption" in line for line in lines):                              # the first CHAIR's own form
             lines = [{"text": line.get("caption"), **line} for line in lines]
         if len(paths) > 1:
             split = next((s for s in SPLITS if s in Path(path).name), None)

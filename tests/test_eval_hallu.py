@@ -613,7 +613,7 @@ def test_score_chair_by_hand(tmp_path, coco, capsys, scorer):
     assert [item["hallucinated"] for item in items] == [["bird"], [], []]
     assert "CHAIR_s, of those with an object   50.0" in capsys.readouterr().out
     first = write_json(tmp_path / "b.json", [{"image_id": line["image_id"], "caption": line["text"]}
-                                             for line in CAPTIONS], lines=False)                  # the first CHAIR's form
+                                             for line in CAPTIONS], lines=False)      # the first CHAIR's form
     assert score(tmp_path, "chair", first, *coco, "--scorer", scorer)[0] == scores
 
 
