@@ -96,7 +96,8 @@ MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|ca
 UNLISTED = set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
 firetruck hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull
 riverboat rpoe sailboard sanitizer scoon seegull shortboard showerpuff skimboard smartphone solider stovetop
-streetlamp teddybear televison waterfont air-conditioning biker coworker brindle""".split())
+streetlamp teddybear televison waterfont air-conditioning biker coworker brindle baconic children hot potted
+rpo""".split())
 
 
 @lru_cache(maxsize=65536)
@@ -120,8 +121,8 @@ def lemma(word):
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
         single = word[:-2]
-    elif re.search(r"[bcdfghkmtwy]ses$", word):                   # doubled: "adultses"
-        return lemma(word[:-2])
+    elif word.endswith("ses") and (word[:-2] in ONLY_S | KEEP or re.search("[bcdfghkmtwy]ses$", word)):
+        return lemma(word[:-2])                                                        # doubled: "adultses"
     else:
         single = word[:-1]
     return word if single in UNLISTED else single
