@@ -927,3 +927,39 @@ def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
         assert scores["hallucination_rate"] == pytest.approx(expected["hallucination_rate"])
         assert {k: v["score"] for k,
                 v in scores["by_category"].items()} == pytest.approx(expected["per_type"])
+
+
+# ------------------------------------------------------------------------------- other people's evaluators
+def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
+    """As LMMs-Eval loads and asks a folder (AutoProcessor, its chat template, generate): the answers are
+    those of our base with the adapter."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+
+    import lora
+    import vlm
+    folder = write_llava(tmp_path / "model", seed=5)
+    policy = vlm.load(folder)
+    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), policy.tokenizer, patch_size=14,
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                   chat_template=policy.template).save_pretrained(folder)          # published folders have it
+    lora.add_lora(policy.model, 4, 8)
+    torch.manual_seed(1)
+    for weight in lora.lora_parameters(policy.model).values():
+        weight.data.normal_(std=.2)
+    lora.save(policy.model, tmp_path / "adapter", str(folder))
+    path, rows = pope_file(tmp_path / "data")
+    ours, base = ([line["answer"] for line in ask(m, "pope", path, tmp_path / f"{name}.jsonl")[1:]]
+                  for name, m in (("ours", policy), ("base", vlm.load(folder))))
+    lora.merge_folder(folder, tmp_path / "adapter", tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    theirs = []
+    for row in rows:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["text"]}]}
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        inputs = processor(images=Image.open(tmp_path / "data" / row["image"]), text=text,
+                           return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=5)
+        theirs += processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    assert [text.strip() for text in theirs] == ours != base
