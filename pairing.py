@@ -66,15 +66,15 @@ def select(prompts, responses, scores, margin=0., official=False):
                        for r, f in zip(rows, found, strict=True) if f]
             rows = [r for r, f in zip(rows, found, strict=True) if not f]
         scored = [r for r in rows if r["score"] is not None]
-        if len(rows) > 1 > len(scored):
+        if len(rows) > 1 and len(scored) < 2:
             reason = "not scored"
         elif len(scored) < 2:
             reason = "fewer than two responses without fault"
         else:
             best, worst = (pick(scored, key=lambda r: r["score"]) for pick in (max, min))  # first of equals
             reason = None if official else (
-                "identical" if best["response"].split() == worst["response"].split() else
-                "nearly tied" if best["score"] - worst["score"] <= gap else None)
+                "nearly tied" if best["score"] - worst["score"] <= gap else
+                "identical" if best["response"].split() == worst["response"].split() else None)
         if reason:
             dropped.append({"id": id, "reason": reason})
             continue

@@ -14,11 +14,13 @@ Departures from the published pipeline:
     to rounding (tests/test_synth.py: at most one step of an 8-bit pixel).
  2. Scales of 1 and less are guided as the formula says, eps(empty) + g (eps(prompt) - eps(empty)); diffusers
     leaves guidance out there and paints as for 1.
- 3. Seeds are a CPU generator's, so that every device starts from the same noise.
+ 3. A T5 tokenizer that says that it takes fewer than 256 tokens gets no more (the built-in one takes 12).
+ 4. Seeds are a CPU generator's, so that every device starts from the same noise.
 """
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -55,6 +57,9 @@ def _load(folder, device, dtype, without):
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder} cannot be loaded as Stable Diffusion 3 ({why}); copy it again") from error
     pipeline.set_progress_bar_config(disable=True)
+    if "transformer" in without and "text_encoder_3" in absent:     # zeros stand for T5's, as wide
+        config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     return pipeline.to(device)
 
 
@@ -65,9 +70,11 @@ def encode(folder, prompts, device="cpu", dtype=torch.float32):
     One at a time: its neighbours in a batch would change a prompt's last bits, and a resumed run's images.
     """
     pipeline, out = _load(folder, device, dtype, ("transformer", "vae")), {}
+    room = min(256, getattr(pipeline.tokenizer_3, "model_max_length", 256))     # 256 is diffusers' own
     for prompt in dict.fromkeys(["", *prompts]):
         words, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device=device,
-                                                     do_classifier_free_guidance=False)
+                                                     do_classifier_free_guidance=False,
+                                                     max_sequence_length=room)
         out[prompt] = words.cpu(), pooled.cpu()
     del pipeline
     free()
