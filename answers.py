@@ -14,6 +14,7 @@ answers.jsonl.rankN beside the file; rank 0 puts them in order and removes them.
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -184,8 +185,10 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
     settings = describe(m, benchmark=benchmark, prompt=prompt, max_new_tokens=max_new_tokens, seed=None,
                         questions=len(lines), questions_sha256=digest)
 
+    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
+
     def ask(place):
-        return benchmarks.read_image(questions[place]), questions[place].prompt
+        return read(questions[place].image), questions[place].prompt
     answer(m, lines, ask, out_path, settings, batch_size, progress, description, rank, world)
 
 

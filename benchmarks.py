@@ -35,14 +35,13 @@ class Question(NamedTuple):
     image: object
 
 
-def read_image(question):
+def read_image(image):
     """The image of a Question, upright and in RGB. Raises UserError where it cannot be read."""
-    image = question.image
     try:
         return data.read_image(base64.b64decode(image, validate=True) if isinstance(image, bytes) else image)
     except binascii.Error as error:
-        raise data.UserError(f"the image of question {question.line.get('question_id')} is broken base64 "
-                             f"({error}); copy the benchmark's file again") from error
+        raise data.UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
+                             f"({error}); copy the file again") from error
 
 
 # ---------------------------------------------------------------------------------------------- questions

@@ -59,6 +59,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
     answers.answer_questions, such as batch_size.
     """
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
     kind = "pope" if "label" in next(iter(chat.read_records(path)), {}) else "objhal"
     questions = benchmarks.questions(kind, [path], images)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)

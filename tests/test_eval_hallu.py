@@ -1,5 +1,6 @@
 """eval_hallu.py, answers.py, benchmarks.py, judge.py: answers that survive a kill, scores without a model."""
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -356,7 +357,8 @@ def test_pope_is_answered_from_a_folder_or_from_files(tmp_path):
 def test_images_are_found_under_their_published_names(tmp_path):
     path, _ = objhal_file(tmp_path / "objhal")
     first, second, third, fourth = benchmarks.questions("objhal", [path])
-    assert {benchmarks.read_image(q).tobytes() for q in (first, second, third)} == {picture(0).tobytes()}
+    shown = {benchmarks.read_image(question.image).tobytes() for question in (first, second, third)}
+    assert shown == {picture(0).tobytes()}
     assert fourth.image.endswith("COCO_val2014_000000000003.jpg")
     assert [q.line["question_id"] for q in (first, second, third, fourth)] == [0, 1, 2, 7]
     path, _ = mmhal_file(tmp_path / "mmhal")
@@ -395,7 +397,7 @@ def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_
         benchmarks.questions("pope", [path])
     write_json(tmp_path / "data" / "q.jsonl", [{"image_id": 1, "question": "what ?",
                                                 "image": "A" * 400 + "!"}])
-    with pytest.raises(data.UserError, match="question 0 is broken base64"):
+    with pytest.raises(data.UserError, match="AAAA..., is broken base64"):
         ask(m, "objhal", tmp_path / "data" / "q.jsonl", tmp_path / "a.jsonl")
 
 
@@ -918,6 +920,13 @@ def test_the_command_gives_object_halbenchs_official_numbers(tmp_path, path):
 def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
     expected = json.loads((path.parent / "expected.json").read_text())[path.stem.removeprefix("reviews_")]
     template = need(SHARED / "official" / "mmhal" / "mmhal-bench_answer_template.json")
+    prompt = need(SHARED / "official" / "mmhal" / "judge_prompt.txt")
+    with pytest.raises(data.UserError, match="96 prompts"):
+        score(tmp_path, "mmhal", path.parent / "answers.jsonl", "--template", template, "--judge_prompt",
+              prompt)
+    asked = [line["messages"][0]["content"] for line in chat.read_records(tmp_path / "scores.prompts.jsonl")]
+    hashes = json.loads((path.parent / "expected.json").read_text())["prompts"]["sha256"]
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in asked] == hashes
     for answers in ("answers.jsonl", "answers_merged.json"):
         scores, items = score(tmp_path, "mmhal", path.parent / answers, "--template", template, "--judge",
                               path,
