@@ -328,7 +328,7 @@ def test_one_process_with_shard_says_so_and_trains_whole(world, tmp_path, uninte
 def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninterrupted):
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     assert run(argv, kill_at(5))[0] == -signal.SIGKILL
-    torchrun(*argv)
+    trained(argv, ranks=2)
     one, two = (load_file(x / "adapter/adapter_model.safetensors") for x in (tmp_path / "run", uninterrupted))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
