@@ -68,6 +68,7 @@ def begin(o, out):
     if device == "cuda":
         device = f"cuda:{local % max(1, torch.cuda.device_count())}"
     run = Run(o, Path(out), rank, world, device)
+    identity.cache_clear()                              # another run may have come before it in this process
     try:
         (run.out / "parts").mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -89,8 +90,8 @@ def key(*parts):
 
 @cache
 def identity(source):
-    """What tells one model from another: a URL itself; of a file or folder the names, sizes and contents (of
-    large files 16 spread blocks of 64 KiB: a tuned model differs nearly everywhere). Raises UserError."""
+    """What tells one model from another: a URL itself; of a file or folder its files' names and hashes (a
+    tuned model differs nearly everywhere, so blocks of large files do). Raises UserError."""
     source = str(source)
     if source.startswith(("http://", "https://")):
         return source
@@ -99,21 +100,22 @@ def identity(source):
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
     inside = [f for f in path.rglob("*") if f.is_file() and f.suffix != ".md"] if path.is_dir() else [path]
     for file in sorted(inside):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}".encode())
-        with open(file, "rb") as stream:
-            for block in range(16 if size > 1 << 20 else 1):
-                stream.seek(size * block // 16)
-                digest.update(stream.read(1 << 16 if size > 1 << 20 else -1))
+        digest.update(f"{file.relative_to(path)} {file_hash(file)}".encode())
     return digest.hexdigest()
 
 
 def file_hash(path):
-    """Of a small file, whole."""
+    """Of a file's size and content; beyond 1 MiB of 16 spread blocks of 64 KiB."""
     try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        with open(path, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+            for block in range(16 if size > 1 << 20 else 1):
+                stream.seek(size * block // 16)
+                digest.update(stream.read(1 << 16 if size > 1 << 20 else -1))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); run the stage before again") from error
+    return digest.hexdigest()
 
 
 def done(run, name, items):

@@ -43,7 +43,7 @@ from data import UserError
 from journal import bare, begin, file_hash, free, identity, key, work
 
 HERE = Path(__file__).resolve().parent
-BUILT_IN = HERE / "classroom" / "synthesis"
+BUILT_IN, BASES = HERE / "classroom" / "synthesis", HERE / "classroom" / "models"
 
 
 @dataclass
@@ -95,7 +95,7 @@ PRESETS = {
         "imagereward": str(BUILT_IN / "imagereward"), "clip": str(BUILT_IN / "clip"),
         "armorm": str(BUILT_IN / "armorm"), "ranker": "imagereward,clip", "guidance": (1., 2., 4., 8.),
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
-        "responders": ",".join(str(BUILT_IN / f"llava{k}") for k in range(4))}}
+        "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?")) or sorted(BASES.glob("base?"))))}}
 
 
 def dtype(run, on_cuda):

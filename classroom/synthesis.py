@@ -3,6 +3,7 @@
     python classroom/synthesis.py                       all of them, in this order
     python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
     python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
+    python classroom/synthesis.py study                 DPO on the pairs of every scorer: study.jsonl
 
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
                  text models and a T5 whose tokens are words, a transformer over the 16 cells
@@ -22,6 +23,8 @@ import dataclasses
 import json
 import math
 import random
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -81,15 +84,19 @@ def pictures(scenes):
 
 
 def fit(name, parameters, loss_of, steps, lr, minutes=math.inf, after=None):
-    """AdamW with warm-up and cosine, for so many steps or, if that is sooner, minutes of processor time."""
+    """AdamW with warm-up and cosine, for so many steps or, if that is sooner, minutes of processor time. An
+    interrupt (Ctrl-C, SIGTERM) ends it with what was learned so far."""
     import torch
+    stop = []
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda *_: stop.append(1))
     parameters = [p for p in parameters if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=.01)
     start, seen = time.process_time(), []
     for step in range(steps):
         spent = (time.process_time() - start) / 60 / minutes
         share = max(step / steps, spent)
-        if share >= 1:
+        if share >= 1 or stop:
             break
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * .5 * (1 + math.cos(math.pi * share)))
@@ -104,6 +111,8 @@ def fit(name, parameters, loss_of, steps, lr, minutes=math.inf, after=None):
         if (step + 1) % 100 == 0:
             spent = time.process_time() - start
             print(f"{name} {step + 1}  loss {sum(seen[-100:]) / 100:.4f}  {spent:.0f} s", flush=True)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_DFL)
 
 
 def halved(folder):
@@ -173,7 +182,7 @@ def sd3(minutes):
         """Tokens of CLIP and of T5: (N, 2 ROOM)."""
         return torch.cat([words(tokenizer, texts), words(pieces, texts)], 1)
     with torch.no_grad():
-        for _ in range(128):                    # 16,384 scenes, encoded once
+        for _ in range(min(128, round(8 * minutes))):       # up to 16,384 scenes, encoded once
             scenes = [easy(rng) for _ in range(128)]
             z = vae.encode(pictures(scenes)).latent_dist.mean
             latents.append((z - config.shift_factor) * config.scaling_factor)
@@ -185,7 +194,7 @@ def sd3(minutes):
 
     def loss_of(step):
         """Flow matching (SD3, arXiv 2403.03206): noise minus picture, at a logit-normal time."""
-        some = torch.randint(len(latents), (128,), generator=draw)
+        some = torch.randint(len(latents), (64,), generator=draw)
         x, token = latents[some], ids[some].clone()
         token[torch.rand(len(token), generator=draw) < .1] = empty              # for guidance
         noise = torch.randn(x.shape, generator=draw)
@@ -536,24 +545,83 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
     print(json.dumps(rounded, indent=1))
 
 
+# ---------------------------------------------------------------------------- what the pairs are worth
+SCORERS = ("armorm", "clip", "length", "random", "oracle")
+
+
+def oracle(run):
+    """scores-oracle.jsonl: objects of the prompt that a response names, minus those that it makes up."""
+    asked = {r["id"]: set(world.mentions(r["prompt"])) for r in run.rows("ranked")}
+    rows = []
+    for r in run.rows("responses"):
+        said = set(world.mentions(r["response"]))
+        rows.append({"id": r["id"], "model": r["model"], "score": 2 * len(said & asked[r["id"]]) - len(said)})
+    run.write("scores-oracle", rows)
+
+
+def study(seeds=5):
+    """DPO of the default base on the pairs of each scorer, five seeds: study.jsonl, and the table."""
+    from journal import Run
+    root = OUT.parent.parent
+    run = Run(None, root / "runs" / "synth-classroom-s0")
+    train, synth = ([sys.executable, root / name, *more] for name, more in (
+        ("train_dpo.py", ["--loss", "dpo"]), ("synth.py", [])))
+    if not (run.out / "responses.jsonl").exists():
+        subprocess.run([*synth, "all", "--out", run.out], check=True)
+    oracle(run)
+    log = OUT / "study.jsonl"
+    log.unlink(missing_ok=True)
+    for scorer in SCORERS:
+        for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
+            subprocess.run([*synth, stage, "--out", run.out, "--scorer", scorer], check=True)
+        pairs = run.rows("pairs")
+        run.write(f"pairs-{scorer}", pairs)
+        for seed in range(seeds):
+            out = run.out / f"dpo-{scorer}-{seed}"
+            given = ["--data", run.out / f"pairs-{scorer}.jsonl", "--seed", str(seed), "--out", out]
+            subprocess.run([*train, *given], check=True, stdout=subprocess.DEVNULL)
+            done = json.loads((out / "summary.json").read_text())
+            with open(log, "a") as file:
+                file.write(json.dumps({"scorer": scorer, "seed": seed, "pairs": len(pairs)} | {
+                    k: {m: done[k][m] for m in ("chair_s", "cover")} for k in ("before", "after")}) + "\n")
+    table(log)
+
+
+def table(log):
+    """Means over the seeds with 95% intervals (Student's t)."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+    for scorer in SCORERS:
+        mine = [r for r in rows if r["scorer"] == scorer]
+        text = f"{scorer:8} {mine[0]['pairs'] if mine else 0:4} pairs"
+        for name in ("chair_s", "cover"):
+            values = [r["after"][name] for r in mine]
+            if len(values) > 1:
+                mean = sum(values) / len(values)
+                sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
+                half = t.get(len(values), 2) * sd / len(values) ** .5
+                text += f"   {name} {mine[0]['before'][name]:.1f} -> {mean:.1f} +- {half:.1f}"
+        print(text)
+
+
 PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2", "llava3", "sd3", "measure")
 
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), or study")
     parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
     parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
     o = parser.parse_args()
-    if wrong := set(o.parts) - set(PARTS):
+    if wrong := set(o.parts) - {*PARTS, "study"}:
         sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
     import torch
     torch.set_num_threads(1)
     for part in o.parts or PARTS:
         if part.startswith("llava"):
             llava(int(part[-1]), o.scale)
-        elif part in ("prompts", "measure"):
+        elif part in ("prompts", "measure", "study"):
             globals()[part]()
         else:
             bound = {"sd3": o.minutes, "armorm": 2 * o.scale, "imagereward": 5 * o.scale, "clip": 3 * o.scale}

@@ -570,6 +570,53 @@ def test_a_servers_failures_are_retried_then_counted(parts, whole, tmp_path, mon
     first.close()
 
 
+@pytest.mark.slow
+def test_a_real_server_answers_prompts_instruct_and_respond(parts, whole, tmp_path):
+    """`transformers serve` on loopback with a tiny LLaVA, where its packages are installed."""
+    import shutil
+    import socket
+    import subprocess
+    import urllib.request
+
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+    for name in ("fastapi", "uvicorn", "openai", "typer"):
+        pytest.importorskip(name, reason=f"`transformers serve` needs {name} (transformers[serving])")
+    model = shutil.copytree(parts / "llava0", tmp_path / "llava")
+    words = AutoTokenizer.from_pretrained(model)
+    LlavaProcessor(CLIPImageProcessorPil.from_pretrained(model), words, patch_size=14,
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                   chat_template=words.chat_template).save_pretrained(model)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
+    server = subprocess.Popen([*program, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"])
+    url, out = f"http://127.0.0.1:{port}/v1", tmp_path / "run"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(.5)
+        served = ["--set", f"model_name={model}"]
+        run("prompts", parts, out, f"--writer={url}", "--set", "topics=art,urban", "--per_topic=1", *served)
+        assert {r["topic"] for r in lines(out, "prompts")} <= {"art", "urban"} and lines(out, "prompts")
+        for name in ("prompts", "images", "ranked"):
+            (out / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+        (out / "images").symlink_to(whole / "images")
+        run("instruct", parts, out, f"--instruct={url}", *served)
+        assert lines(out, "log")[-1]["failed"] == 8 - len(lines(out, "instructions"))
+        (out / "instructions.jsonl").write_bytes((whole / "instructions.jsonl").read_bytes())
+        run("respond", parts, out, f"--responders={url}", *served)
+        assert len(lines(out, "responses")) + lines(out, "log")[-1]["failed"] == 8
+        assert any(r["response"] for r in lines(out, "responses"))
+    finally:
+        server.kill()
+        server.wait()
+
+
 # ---- responders ----
 
 def test_llava_next_answers_alike_alone_and_in_a_batch(tmp_path):
