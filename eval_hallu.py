@@ -1,171 +1,40 @@
 """Measure hallucination in two steps with a file between: a model answers, then the answers are scored.
 
-    python eval_hallu.py answers classroom --model M --data scenes.jsonl --out answers.jsonl
-        1000 captions and 2000 questions: ten seconds on a CPU; killed and called again it goes on
-    python eval_hallu.py answers classroom --model M --adapter runs/NAME/adapter --data ... --out ...
-        the same with a run's adapter on top; on a GPU where there is one
-    python eval_hallu.py score classroom --answers answers.jsonl --out scores.json
-        CHAIR, Cover, POPE, accuracy by kind, with 95% intervals: seconds, without the model
+    python eval_hallu.py answers pope --model M --adapter runs/NAME/adapter --data coco/ --images val2014/ \\
+        --out answers.jsonl
+        batched and greedy; killed and called again it goes on. Two GPUs: torchrun --nproc_per_node 2 ...
+    python eval_hallu.py score pope --answers answers.jsonl --questions coco/ --out scores.json
+        without the model, in seconds: a table, 95% intervals, scores.items.jsonl with what each answer adds
+    python eval_hallu.py score mmhal --answers answers.jsonl --template T --judge http://localhost:8000/v1 \\
+        --out scores.json
+        the judge is a server, a model folder, or a file of replies that were saved before
+    python eval_hallu.py compare a.jsonl b.jsonl --out page.html
+        the paired difference, and a page for people to choose blindly; `score votes` counts what they chose
 
-answers.jsonl: first a line {"settings": ...}, then the benchmark's lines in order, each with an "answer".
-scores.json: what metrics.classroom returns, and the settings; scores.items.jsonl: what each answer adds.
-Generation is greedy. Which answers share a batch can move a near-tie by rounding, so a continued file repeats
-the batches of the first call: it ends with the same bytes where the device is deterministic.
+Benchmarks: classroom (the built-in world: ten seconds on a CPU), and by the paths of their published files
+pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Object HalBench's among them.
+--mode official equals the official scorers to the digit; robust, the default, also reads what they misread,
+and reports what it cannot read. metrics.py defines the measures, benchmarks.py the benchmarks' files.
 """
 import argparse
-import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
+import benchmarks
+import chat
+import compare
 import data
+import judge
 import metrics
+import nouns
+import objects
+from answers import answer_questions, answer_scenes, read_answers, word_rewards
 
-
-# ---------------------------------------------------------------------------------------------- answers
-def read_scenes(path):
-    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model works in vain."""
-    file = Path(path) / "scenes.jsonl" if Path(path).is_dir() else Path(path)
-    scenes = list(data.read_jsonl(file))
-    for number, scene in enumerate(scenes, 1):
-        where = f"{file}, line {number}"
-        metrics.check_truth(scene, where)
-        if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
-            raise data.UserError(f"{where} lacks a question or an image; make the scenes again")
-        image_path(file, scene["image"])
-    if not scenes:
-        raise data.UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
-    return scenes, file
-
-
-def image_path(file, image):
-    """The path of an image named in a file, which must not lead out of that file's folder."""
-    root = os.path.realpath(Path(file).parent)
-    path = os.path.realpath(os.path.join(root, image))
-    if os.path.commonpath([root, path]) != root:
-        raise data.UserError(f"{file}: image {image} leaves the folder {root}; move it inside")
-    return path
-
-
-def describe(m, **more):
-    """The settings that decide the answers: a file that was begun with others is not continued."""
-    import lora
-    import vlm
-    digest = hashlib.sha256()
-    weights = lora.lora_parameters(m.model)
-    for name, weight in weights.items():
-        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return {"model": Path(m.folder).name, "base": vlm.identity(m), "template": m.template,
-            "decoding": "greedy", "adapter": digest.hexdigest()[:16] if weights else None,
-            "dtype": str(m.model.dtype).removeprefix("torch."), **more}
-
-
-def answered(path, settings, lines):
-    """How many of the lines an existing file answers; a line that a killed run left unfinished is cut off."""
-    try:
-        raw = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise data.UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    whole = raw[:raw.rfind(b"\n") + 1]
-    if whole != raw:
-        data.atomic_write(path, whole)
-    if not whole:
-        data.append_jsonl(path, {"settings": settings})
-        return 0
-    first, *rest = data.read_jsonl(path)
-    begun = first.get("settings")
-    if not isinstance(begun, dict):
-        raise data.UserError(f"{path} is no answers file (no settings in its first line); give another --out")
-    if differ := [k for k in {**begun, **settings} if begun.get(k) != settings.get(k)]:
-        was = ", ".join(f"{k} ({_short(begun.get(k))}, now {_short(settings.get(k))})" for k in differ)
-        raise data.UserError(f"{path} was begun with other settings: {was}; give another --out or delete it")
-    if [{**line, "answer": old.get("answer")} for line, old in zip(lines, rest, strict=False)] != rest:
-        raise data.UserError(f"{path} holds answers to other questions; give another --out or delete it")
-    return len(rest)
-
-
-def _short(value):
-    text = str(value)
-    return text if len(text) < 40 else text[:37] + "..."
-
-
-def answer(m, lines, file, out_path, settings, batch_size, progress, description):
-    """The loop of every benchmark: lines with "image" (a path beside `file`) and "question" -> out_path."""
-    import vlm
-    out_path = Path(out_path)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    done = answered(out_path, settings, lines)
-    if done == len(lines):
-        return
-    with (open(out_path, "ab") as out,
-          tqdm(total=len(lines), initial=done, desc=description, unit="answer", disable=not progress) as bar):
-        for start in range(done // batch_size * batch_size, len(lines), batch_size):
-            batch = lines[start:start + batch_size]
-            images = [[data.read_image(image_path(file, line["image"]))] for line in batch]
-            texts = vlm.generate(m, images, [line["question"] for line in batch],
-                                 max_new_tokens=settings["max_new_tokens"], batch_size=batch_size)
-            for line, text in list(zip(batch, texts, strict=True))[max(0, done - start):]:
-                data.append_jsonl(out, {**line, "answer": text})
-                bar.update()
-
-
-def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, progress=True,
-                  description="answering"):
-    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
-    scenes, file = read_scenes(scenes_path)
-    out_path = Path(out_path)
-    settings = describe(m, benchmark="classroom", max_new_tokens=max_new_tokens, questions=len(scenes),
-                        scenes=os.path.relpath(file, out_path.parent),
-                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-    answer(m, scenes, file, out_path, settings, batch_size, progress, description)
-
-
-def word_rewards(m, run_folder, beta, images=12, n=4):
-    """Does the model look? beta (log p_policy - log p_reference) of each word of an answer after training,
-    with the true image and with another. For n of the run's first captions; hallucinating ones first."""
-    import lora
-    import vlm
-    run = Path(run_folder)
-    (settings, before), (_, after) = (read_answers(run / f"{name}.jsonl") for name in ("before", "after"))
-    both = [(b, a) for b, a in zip(before, after, strict=True) if a["kind"] == "caption" and a["answer"]]
-    marked = [any(metrics.hallucinated(x["answer"], x["truth"]) for x in pair) for pair in both[:images]]
-    chosen = sorted(sorted(range(len(marked)), key=lambda i: not marked[i])[:n])
-    file, out = run / settings["scenes"], []
-    for i in chosen:
-        old, new = both[i]
-        other = next((b["image"] for b, _ in both[i + 1:] + both[:i] if b["image"] != new["image"]), None)
-        if other is None:
-            continue
-        paths = [image_path(file, name) for name in (new["image"], other)]
-        rewards = []
-        features = vlm.encode_images(m, vlm.prepare(m, [data.read_image(p) for p in paths]))    # (2, K, D)
-        for one in features.split(1):
-            policy = vlm.word_logps(m, one, new["question"], new["answer"])
-            with lora.lora_disabled(m.model):
-                reference = vlm.word_logps(m, one, new["question"], new["answer"])
-            rewards.append([(w, beta * (p - r)) for (w, p), (_, r) in zip(policy, reference, strict=True)])
-        image, other_image = (os.path.relpath(p, os.path.realpath(run)) for p in paths)
-        out.append({"id": new["id"], "image": image, "other_image": other_image, "question": new["question"],
-                    "answer_before": old["answer"], "answer_after": new["answer"], "truth": new["truth"],
-                    "words": [{"word": w, "true": t, "other": o}
-                              for (w, t), (_, o) in zip(*rewards, strict=True)]})
-    return out
+__all__ = ["answer_scenes", "difference", "quick", "score_classroom", "word_rewards"]     # for train_dpo.py
 
 
 # ---------------------------------------------------------------------------------------------- score
-def read_answers(path):
-    """-> (settings or {}, answers). Raises AnswerError for a file that its run has not finished."""
-    settings = next(data.read_jsonl(path, torn_ok=True), {}).get("settings") or {}
-    lines = list(data.read_jsonl(path, torn_ok=bool(settings)))[bool(settings):]
-    if len(lines) != settings.get("questions", len(lines)):
-        raise metrics.AnswerError(f"{path} answers {len(lines)} of {settings['questions']} questions; run "
-                                  "the same `answers` command again, it goes on where it stopped")
-    return settings, lines
-
-
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
     return metrics.classroom(read_answers(answers_path)[1])
@@ -183,50 +52,179 @@ def items_classroom(answers):
                "hallucinated": metrics.hallucinated(a["answer"], a["truth"]), "sums": metrics.judge(a)[0]}
 
 
-def table(scores):
-    """The measures with their intervals as lines of text."""
-    rows = [(name, scores[key], scores["intervals"][key]) for key, name in metrics.CLASSROOM.items()
-            if scores[key] is not None]
-    rows += [(f"{kind}, accuracy of {v['n']}", v["acc"], v["interval"])
-             for kind, v in scores["by_kind"].items()]
-    lines = [f"{name:32}{value:7.1f}   {low:5.1f} to {high:5.1f}" for name, value, (low, high) in rows]
-    note = f"{scores['n']} answers about {scores['images']} images, {scores['unparsed']} of them unreadable"
-    return "\n".join([f"{'percent':32}{'':7}   95% interval", *lines, note])
+def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
+    """{measure: percent} of a small file of questions, asked of a model as it stands while it is trained.
+
+    path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
+    scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
+    answers.answer_questions, such as batch_size.
+    """
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
+    kind = "pope" if "label" in next(iter(chat.read_records(path)), {}) else "objhal"
+    questions = benchmarks.questions(kind, [path], images)
+    answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
+    o = argparse.Namespace(questions=[path], annotations=annotations, synonyms=synonyms, scorer="original",
+                           nouns="builtin", extractor="none", mode="robust", partial=False)
+    scores, _ = (pope if kind == "pope" else chair)(o, chat.read_records(out_path))
+    kept = ("accuracy", "f1", "yes_ratio") if kind == "pope" else ("chair_s", "chair_i", "recall")
+    return {f"{'pope_' * (kind == 'pope')}{key}": 100 * scores[key] for key in kept}
+
+
+# Each of these: the options and the lines of the answers file -> (scores, items).
+def classroom(o, lines):
+    settings, answers = read_answers(o.answers[0])
+    return {**metrics.classroom(answers), "settings": settings}, items_classroom(answers)
+
+
+def pope(o, lines):
+    return metrics.pope(benchmarks.pope_questions(o.questions), lines, mode=o.mode, partial=o.partial)
+
+
+def amber(o, lines):
+    finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
+    finder = finder or benchmarks.amber_nouns(o.nouns)
+    similarity = None if o.similarity == "exact" else benchmarks.read_json(o.similarity, dict)
+    queries, annotations, relation, safe = benchmarks.amber_data(o.data)
+    return metrics.amber(queries, lines, annotations, relation, safe, finder, similarity, o.mode, o.partial)
+
+
+def chair(o, lines):
+    literal = o.scorer == "original" and o.mode == "official"      # its reader keeps blanks as they stand
+    classes = objects.synonyms(benchmarks.read_text(o.synonyms), literal)
+    words = nouns.singulars if o.scorer == "original" else nouns.lemmas
+    if o.nouns != "builtin":
+        words = nouns.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
+    images = objects.image_ids(lines)
+    truth = objects.coco_truth(*benchmarks.coco(o.annotations, images), classes, words, images)
+    replies, said = None, {}
+    if o.extractor != "none":
+        places = ["{question}", "{answer}"]
+        text = judge.prompt(o.extraction_prompt, judge.EXTRACTION, places)
+        needed = {str(line["id"]): line for line in metrics.extraction_requests(lines)}
+        prompts = {i: judge.filled(text, line) for i, line in needed.items()}
+        replies, said = judge.ask(o, "extractor", o.extractor, prompts, metrics.object_list,
+                                  o.extraction_prompt, text)
+        replies = {needed[i]["id"]: reply for i, reply in replies.items()}
+    scores, items = metrics.chair(lines, truth, classes, words, replies, nouns.phrase, o.mode, o.partial)
+    return {**scores, **said}, items
+
+
+def mmhal(o, lines):
+    template = benchmarks.read_json(o.template, list)
+    text = judge.prompt(o.judge_prompt, judge.JUDGE, ["{}"] * 4)
+    prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
+    prompts = {str(place): filled for place, filled in prompts.items()}
+    if not o.judge:
+        judge.keep(path := o.out.with_suffix(".prompts.jsonl"), prompts)
+        raise data.UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them "
+                             "judged and give the replies with --judge FILE, or give a URL or a model folder")
+    replies, said = judge.ask(o, "judge", o.judge, prompts, metrics.rating, o.judge_prompt, text)
+    replies = {int(place): reply for place, reply in replies.items()}
+    scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
+    return {**scores, **said}, items
+
+
+# ---------------------------------------------------------------------------------------------- tables
+NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
+         "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
+         "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
+         "chair_s": "CHAIR_s, of all responses",
+         "chair_s_refine": "CHAIR_s, of those with an object", "chair_i": "CHAIR_i, of mentions",
+         "mean_words": "words in a response", "score": "score, 0 to 6", "informativeness": "informativeness",
+         "hallucination_rate": "hallucination rate"}
+FRACTIONS = ("pope", "chair", "mmhal")          # these are fractions in scores.json, shown in percent
+PLAIN = ("score", "mean_words")                 # and these are no share of anything
+
+
+def table(benchmark, scores):
+    """The measures with their intervals as lines of text, then a line for each category."""
+    def shown(key, value):
+        return 100 * value if benchmark in FRACTIONS and key not in (*PLAIN, "informativeness") else value
+    names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
+    rows = [(name, shown(key, scores[key]), [shown(key, v) for v in scores["intervals"].get(key, ())],
+             ".2f" if key in PLAIN else ".1f") for key, name in names.items() if scores.get(key) is not None]
+    if benchmark == "classroom":
+        rows += [(f"{kind}, accuracy of {v['n']}", v["acc"], v["interval"], ".1f")
+                 for kind, v in scores["by_kind"].items()]
+    lines = [f"{'percent':32}{'':7}   95% interval"]
+    for name, value, interval, form in rows:
+        spread = "   {:5{f}} to {:{f}}".format(*interval, f=form) if interval else ""
+        lines.append(f"{name:32}{value:7{form}}{spread}")
+    for key in ("by_split", "by_type", "by_category"):
+        if parts := scores.get(key):
+            columns = [k for k in NAMES if k in next(iter(parts.values()))]
+            head = [{"hallucination_rate": "halluc."}.get(k, NAMES[k].partition(",")[0]) for k in columns]
+            lines += ["", f"{key[3:]:15}{'n':>7}" + "".join(f"  {name:>9}" for name in head)]
+            for name, part in parts.items():
+                cells = (f"  {shown(k, part[k]):{max(9, len(title))}{'.2f' if k in PLAIN else '.1f'}}"
+                         for k, title in zip(columns, head, strict=True))
+                lines.append(f"{name:15}{part['n']:7}" + "".join(cells))
+    lines += [scores["version"]] if "version" in scores else []
+    note = f"{scores['n']} answers" + (f" about {scores['images']} images" if "images" in scores else "")
+    covered = scores.get("coverage", {})
+    if covered.get("answered") != covered.get("of"):
+        note += f", of {covered['of']} questions"
+    lines.append(f"{note}, {scores['unparsed']} of them unreadable")
+    for who in ("judge", "extractor"):
+        if who in scores:
+            digest = scores[f"{who}_prompt_sha256"]
+            lines.append(f"{who}: {scores[who]}; prompt: {scores[f'{who}_prompt']}"
+                         + (f", sha256 {digest[:16]}" if digest else ""))
+    return "\n".join([*lines, *scores.get("remarks", ())])
 
 
 # ---------------------------------------------------------------------------------------------- command line
-ANSWERS = {"classroom": answer_scenes}              # benchmark -> f(m, data, out, batch_size, max_new_tokens)
-SCORES = {"classroom": (metrics.classroom, items_classroom)}        # benchmark -> (scores, what items add)
+LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
+SCORES = {"classroom": classroom, "pope": pope, "amber": amber, "chair": chair, "mmhal": mmhal}
 
 
 def run_answers(o):
+    questions = None
+    if o.benchmark != "classroom":          # before torch and the model are loaded in vain
+        questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt)[:o.limit]
+    from types import SimpleNamespace
+
     import torch
 
     import lora
+    import ranks
     import vlm
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rank, world, device = ranks.distributed(SimpleNamespace(device=None))
+    dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
         m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device)
     except lora.AdapterError as error:
         raise data.UserError(str(error)) from error
-    ANSWERS[o.benchmark](m, o.data, o.out, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens)
+    options = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark],
+               "rank": rank, "world": world}
+    if questions is None:
+        answer_scenes(m, o.data[0], o.out, **options)
+    else:
+        answer_questions(m, o.benchmark, questions, o.out, o.prompt, **options)
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def run_score(o):
-    settings, answers = read_answers(o.answers)
-    scorer, items = SCORES[o.benchmark]
-    scores = scorer(answers)
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items(answers))
-    data.atomic_write(o.out.with_suffix(".items.jsonl"), lines)
-    data.atomic_write(o.out, json.dumps({**scores, "settings": settings}, indent=1) + "\n")
-    print(table(scores))
+    items_path = o.out.with_suffix(".items.jsonl")
+    if {path.resolve() for path in o.answers} & {o.out.resolve(), items_path.resolve()}:
+        raise data.UserError(f"--out {o.out} would write over the answers; give another name")
+    lines = benchmarks.read_answers(o.answers)
+    scores, items = SCORES[o.benchmark](o, lines)
+    if not scores["n"]:
+        raise data.UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to "
+                             "score; look at them, and ask another judge or extractor")
+    if settings := [line["settings"] for line in lines if "settings" in line]:
+        scores["settings"] = settings[0] if len(settings) == 1 else settings
+    data.atomic_write(items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    data.atomic_write(o.out, json.dumps(scores, indent=1) + "\n")
+    print(table(o.benchmark, scores))
 
 
-def positive(text):
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise ValueError
-    return int(text)
+def run_export(o):
+    answers = [line for line in benchmarks.read_answers([o.answers]) if "settings" not in line]
+    data.atomic_write(o.out, benchmarks.export(o.benchmark, answers))
 
 
 def parse(argv=None):
@@ -234,25 +232,77 @@ def parse(argv=None):
     parser = data.Parser(prog="eval_hallu.py", description=__doc__, formatter_class=raw)
     step = parser.add_subparsers(dest="step", required=True)
     p = step.add_parser("answers", help="let a model answer a benchmark's questions")
-    p.add_argument("benchmark", choices=tuple(ANSWERS))
+    p.set_defaults(run=run_answers)
+    p.add_argument("benchmark", choices=tuple(LENGTHS))
     p.add_argument("--model", required=True, help="a llava-hf folder, or classroom")
     p.add_argument("--adapter", help="a LoRA folder in PEFT's format on top of it")
-    p.add_argument("--data", required=True, type=Path, help="scenes.jsonl, or the folder that holds it")
+    p.add_argument("--data", required=True, type=Path, nargs="+",
+                   help="the benchmark's question file, or the folder that holds it (POPE: or several files)")
+    p.add_argument("--images", type=Path, help="the folder of the images [beside --data]")
     p.add_argument("--out", required=True, type=Path, help="answers.jsonl; an unfinished one is continued")
-    p.add_argument("--batch_size", type=positive, default=64, help="questions at once [64]")
-    p.add_argument("--max_new_tokens", type=positive, default=64, help="an answer's length at most [64]")
-    p = step.add_parser("score", help="score answers, without a model")
-    p.add_argument("benchmark", choices=tuple(SCORES))
+    p.add_argument("--prompt", default="{question}", help="what is asked, with {question} [{question}]")
+    p.add_argument("--batch_size", type=compare.positive, default=16, help="questions at once [16]")
+    p.add_argument("--max_new_tokens", type=compare.positive,
+                   help="an answer's length at most [classroom, pope: 64; others: 512]")
+    p.add_argument("--limit", type=compare.positive, help="only the first N questions")
+    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
+                   help="of the model [bfloat16 on a GPU, float32 elsewhere]")
+    scoring = step.add_parser("score", help="score answers, without a model", formatter_class=raw)
+    kinds = scoring.add_subparsers(dest="benchmark", required=True)
+    for name, says in {"classroom": "the built-in world", "pope": "yes and no about objects, by split",
+                       "amber": "captions, and questions by type", "mmhal": "96 questions, by a judge",
+                       "chair": "captions of COCO images, Object HalBench's too"}.items():
+        p = kinds.add_parser(name, help=says)
+        p.set_defaults(run=run_score)
+        p.add_argument("--answers", required=True, type=Path, nargs="+",
+                       help="what `answers` wrote, or a file as the official scripts take it")
+        p.add_argument("--out", required=True, type=Path, help="scores.json, and per item .items.jsonl")
+        if name != "classroom":
+            p.add_argument("--mode", choices=("robust", "official"), default="robust",
+                           help="official: the official scorer's numbers, misreadings included [robust]")
+            p.add_argument("--partial", action="store_true", help="score what is answered, and say how much")
+        if name == "pope":
+            p.add_argument("--questions", required=True, type=Path, nargs="+",
+                           help="coco_pope_SPLIT.json, several of them, or their folder")
+        if name == "amber":
+            p.add_argument("--data", required=True, type=Path, help="AMBER's data folder")
+            p.add_argument("--similarity", default="exact",
+                           help="of words: exact, or a file of similarities or of vectors [exact]")
+            p.add_argument("--nouns", default="builtin",
+                           help="builtin (no package), nltk (the official way), or a file of nouns [builtin]")
+        if name == "chair":
+            p.add_argument("--annotations", required=True, type=Path, help="COCO's 2014 annotations folder")
+            p.add_argument("--synonyms", required=True, type=Path, help="the published list, a class a line")
+            p.add_argument("--scorer", choices=("original", "objhal"), default="objhal",
+                           help="CHAIR's own rules, or Object HalBench's [objhal]")
+            p.add_argument("--nouns", default="builtin",
+                           help="how words are put in the singular: builtin (no package), nltk (Object "
+                                "HalBench's official way), or a JSON file {word: singular} [builtin]")
+            p.add_argument("--extractor", default="none", metavar="none|FILE|URL|MODEL",
+                           help="who lists the objects: nobody, saved replies, a server, a folder [none]")
+            p.add_argument("--extraction_prompt", type=Path, help="with {question} and {answer} [our own]")
+        if name == "mmhal":
+            p.add_argument("--template", required=True, type=Path, help="mmhal-bench_answer_template.json")
+            p.add_argument("--judge", metavar="FILE|URL|MODEL", help="saved replies, a server, or a folder")
+            p.add_argument("--judge_prompt", type=Path, help="with four {} to fill in [our own]")
+        if name in ("chair", "mmhal"):
+            p.add_argument("--chat_model", help="the server's name for the model, where it serves several")
+    compare.add_votes_parser(kinds)
+    scoring.epilog = "\n".join(each.format_usage().removeprefix("usage: ") for each in kinds.choices.values())
+    p = step.add_parser("export", help="answers as the official scripts read them")
+    p.set_defaults(run=run_export)
+    p.add_argument("benchmark", choices=("pope", "amber", "objhal", "mmhal"))
     p.add_argument("--answers", required=True, type=Path, help="what `answers` wrote")
-    p.add_argument("--out", required=True, type=Path, help="scores.json; per item beside it as .items.jsonl")
+    p.add_argument("--out", required=True, type=Path)
+    compare.add_parser(step)
     return parser.parse_args(argv)
 
 
 def main():
     o = parse()
     try:
-        run_answers(o) if o.step == "answers" else run_score(o)
-    except (data.UserError, metrics.AnswerError) as error:
+        o.run(o)
+    except (data.UserError, metrics.AnswerError, nouns.NounError) as error:
         sys.exit(f"eval_hallu.py: {error}")
 
 

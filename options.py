@@ -49,6 +49,7 @@ class Options:
     eval_seed: int = option(0, "the scenes of the printed table")
     eval_every: int = option(0, "evaluate every N steps too (0: before and after only)")
     skip_bad: bool = option(False, "drop faulty records, with counts, in place of stopping")
+    shard: bool = option(False, "deal the frozen base to torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU")
     # behind --set
     lora_alpha: int = 128
@@ -131,7 +132,7 @@ def check(o):
     except ValueError as e:
         raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
     choices = {"image_rejected": (*data.REJECTED, "none"), "forward": ("packed", "naive"),
-               "dtype": ("auto", "float32", "bfloat16", "float64"), 
+               "dtype": ("auto", "float32", "bfloat16", "float64"),
                "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune")}
     for name, values in choices.items():
         if getattr(o, name) not in values:

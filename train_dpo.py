@@ -15,10 +15,10 @@ Departures from the official code:
  2. The reference is the policy with LoRA switched off; its log-probs are kept from the first epoch on.
  3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare).
  4. Gradients and Adam's moments are sharded over the ranks by hand: ZeRO-2's saving without DeepSpeed.
+    `--shard` also deals the frozen base to them, for models that one GPU cannot hold.
 """
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
@@ -42,106 +42,9 @@ import losses
 import metrics
 import options
 import vlm
-from ranks import ShardedAdamW, all_reduce, distributed, from_rank_0
+from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
 from records import Records, check
-
-
-# ---------------------------------------------------------------------------------------- pairs
-def tokenise(m, record, o):
-    """A record -> (data.Pair, number of response tokens cut off). Raises UserError."""
-    images = 0 if o.image_rejected == "none" else len(record["images"])
-    prompt = vlm.prompt_ids(m, record["question"], images, record["history"])
-    chosen, rejected = (vlm.response_ids(m, record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, prompt, chosen, rejected), o.max_length)
-
-
-def usable(m, records, good, o):
-    """The indices whose responses have tokens and whose prompts fit; faults one a line, cuts counted."""
-    kept, cut = [], 0
-    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
-        try:
-            cut += tokenise(m, records[i], o)[1] > 0
-            kept.append(i)
-        except data.UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
-        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
-    if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept
-
-
-def read_pair(m, records, good, place, o, needs, epoch):
-    """The pair at a place of `good`: (Pair, pixels of its images, of the rejected ones, a key of it all)."""
-    record = records[good[place]]
-    pair, _ = tokenise(m, record, o)
-    images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
-    damaged = [data.read_image(x) for x in record["images_rejected"] or [] if "image_rejected" in needs]
-    if "image_rejected" in needs and not damaged:
-        seed, other = f"{o.seed}/{epoch}" if o.redraw else o.seed, None
-        if o.image_rejected == "random":
-            another = records[good[data.other_index(seed, pair.id, place, len(good))]]
-            other = data.read_image(another["images"][0])
-        damaged = [data.rejected_image(o.image_rejected, image, seed, f"{pair.id}/{n}" if n else pair.id,
-                                       other) for n, image in enumerate(images)]
-    pixels, pixels_damaged = (vlm.prepare(m, x) if x else torch.zeros(0) for x in (images, damaged))
-    key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-    for x in (pixels,) if o.redraw else (pixels, pixels_damaged):
-        key.update(x.numpy().tobytes())
-    return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
-
-
-class Reference:
-    """Log-probs of the frozen reference, kept per pair beside the key of the inputs that they were made from.
-
-    The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw);
-    the base's identity is checked when a run resumes. What does not match is scored anew.
-    """
-    FIELDS = ("chosen", "rejected", "image_rejected")
-
-    def __init__(self, n, world):
-        self.logps, self.key = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
-        self.world, self.new = world, []                    # new: places this rank added since the last sync
-
-    def __call__(self, m, places, batch, features, forward, needs, redraw):
-        """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
-        pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
-        kept = needs - {"image_rejected"} if redraw else needs
-        true, damaged = features.tensor_split([sum(len(b[1]) for b in batch)])
-        with torch.no_grad(), lora.lora_disabled(m.model):
-            if not torch.equal(self.key[places], keys):
-                logps = forward(m, pairs, true if redraw else features, kept)
-                for i, field in enumerate(self.FIELDS):
-                    if field in kept:
-                        self.logps[places, i] = getattr(logps, field).cpu().double()
-                self.key[places], self.new = keys, self.new + places
-            exact = torch.promote_types(features.dtype, torch.float32)
-            values = [self.logps[places, i].to(exact).to(features.device) if f in kept else None
-                      for i, f in enumerate(self.FIELDS)]
-            if redraw:
-                again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
-                values[2] = forward(m, again, damaged, {"chosen"}).chosen
-        tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=features.device)
-                  for f in ("chosen", "rejected")]
-        return losses.Logps(*values, *tokens)
-
-    def sync(self):
-        """Give every rank what the others have added: a pair is scored by one rank."""
-        if self.world > 1:
-            added = torch.zeros_like(self.key)
-            added[self.new] = 1
-            logps, key = self.logps * added[:, None], self.key * added
-            for x in (added, logps, key):
-                all_reduce(x)
-            self.logps[added > 0], self.key[added > 0] = logps[added > 0], key[added > 0]
-        self.new = []
-
-
-def encode(m, batch):
-    """Features of a micro-batch's images, all true ones, then all rejected ones, as vlm's forwards expect."""
-    pixels = [b[kind] for kind in (1, 2) for b in batch if len(b[kind])]
-    return vlm.encode_images(m, torch.cat(pixels) if pixels else torch.zeros(0))
+from reference import Reference, encode, read_pair, usable
 
 
 # ---------------------------------------------------------------------------------------- before and after
@@ -235,6 +138,8 @@ def train(o, rank, world, device):
     """One run, from its options to its summary. Returns (summary, the run's folder)."""
     out, lock = options.run_folder(o), []
     from_rank_0(lambda: lock.append(options.claim(out, o)), rank, world)
+    if not (out / ".lock").exists():
+        raise data.UserError(f"--out {out} is not what rank 0 sees: give a folder that all nodes share")
     if (out / "summary.json").exists():
         return json.loads((out / "summary.json").read_text()), out
 
@@ -251,11 +156,19 @@ def train(o, rank, world, device):
     records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
     val = checked(o.val_data) if o.val_data else None
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
-    m = vlm.load(o.model, dtype=getattr(torch, dtype), device=device, template=o.template or None)
+    sharding = o.shard and world > 1
+    if o.shard and not sharding:
+        print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
+
+    def load(place=device):
+        m = vlm.load(o.model, dtype=getattr(torch, dtype), device=place, template=o.template or None)
+        lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+        return m
+    m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
+    sharded = m.model.model.language_model if sharding else None
     if m.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     good = from_rank_0(lambda: usable(m, records, good, o), rank, world)
-    lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
     if o.checkpointing:
         m.model.model.language_model.train()                # transformers recomputes in train mode only
         m.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -267,34 +180,38 @@ def train(o, rank, world, device):
                 (out / f"{name}.jsonl").unlink(missing_ok=True)      # of other weights, if a GPU resumed
                 data.atomic_write(out / f"{name}.json", json.dumps(evaluate(m, o, out, name, val)))
             return json.loads((out / f"{name}.json").read_text())
-        return from_rank_0(work, rank, world)
+        return from_rank_0(work, rank, world, sharded)
     before = evaluated("before")
 
     per_epoch = math.ceil(len(good) / o.batch)
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
     optimiser = ShardedAdamW(lora.lora_parameters(m.model), o, rank, world)
-    reference, base = Reference(len(good), world), vlm.identity(m)
+    reference, base = Reference(len(good), world, sharding), vlm.identity(m)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
     log = Log(out / "log.jsonl", state["log_bytes"], rank)
     if state["step"] == 0:
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
-                   **options.provenance()})
+                   "base_bytes": frozen_bytes(m.model), **options.provenance()})
     stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop.armed = True
 
     def fetch(step):
-        """(pairs in the step, this rank's micro-batches as (places, future)), read by a thread meanwhile."""
+        """(pairs in the step, this rank's micro-batches as (places, counts, future)), read by a thread.
+
+        One that does not count repeats the first: with --shard all ranks run equally many forwards.
+        """
         epoch, at = divmod(step, per_epoch)
         places = order(len(good), o.seed, epoch)[at * o.batch:(at + 1) * o.batch]
-        micros = [places[k:k + o.micro_batch] for k in range(0, len(places), o.micro_batch)][rank::world]
+        micros = [(places[k:k + o.micro_batch], True) for k in range(0, len(places), o.micro_batch)]
+        micros += [(micros[0][0], False)] * (-len(micros) % world if sharding else 0)
 
         def read(micro):
             return [read_pair(m, records, good, place, o, needs, epoch) for place in micro]
-        return len(places), [(micro, pool.submit(read, micro)) for micro in micros]
+        return len(places), [(*micro, pool.submit(read, micro[0])) for micro in micros[rank::world]]
 
     ahead = fetch(state["step"]) if state["step"] < steps else None
     bar = tqdm(range(state["step"], steps), "training", initial=state["step"], total=steps, disable=rank > 0)
@@ -302,13 +219,15 @@ def train(o, rank, world, device):
         tick, (size, micros) = time.monotonic(), ahead
         ahead = fetch(step + 1) if step + 1 < steps else None
         sums, tokens, bad = {}, 0, []
-        for places, future in micros:
+        for places, counts, future in micros:
             batch = future.result()
             pairs, features = [b[0] for b in batch], encode(m, batch)
             frozen = reference(m, places, batch, features, forward, needs, redraw)
             policy = forward(m, pairs, features, needs)
             loss = loss_of(policy, frozen, o.beta, o.delta)            # (B,)
-            (loss.sum() / size).backward()
+            (loss.sum() * counts / size).backward()
+            if not counts:
+                continue
             for k, v in measures(policy, frozen, loss, o.beta).items():
                 sums[k] = sums.get(k, 0.0) + v
             bad += [p.id for p, x in zip(pairs, loss.tolist(), strict=True) if not math.isfinite(x)]
@@ -322,7 +241,7 @@ def train(o, rank, world, device):
         rate = learning_rate(step, steps, o)
         norm = math.nan if bad else optimiser.step(rate)
         if not math.isfinite(norm):
-            bad = bad or [records[good[p]]["id"] for places, _ in micros for p in places]
+            bad = bad or [records[good[p]]["id"] for places, *_ in micros for p in places]
             raise data.UserError(f"loss or gradient of step {step + 1} is not finite; the pairs are "
                                  f"{', '.join(bad)}: look at them or lower --lr; {out} keeps its checkpoint")
 
@@ -362,7 +281,7 @@ def train(o, rank, world, device):
             data.atomic_write(out / "words.json", json.dumps(words, indent=1))
         data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
         return summary
-    return from_rank_0(finish, rank, world), out
+    return from_rank_0(finish, rank, world, sharded), out
 
 
 # ---------------------------------------------------------------------------------------- checkpoint and log
@@ -438,7 +357,7 @@ def main():
         if world > 1:
             dist.barrier()
     except (data.UserError, lora.AdapterError, metrics.AnswerError) as e:
-        sys.exit(f"train_dpo.py: {e}" if rank == 0 else 1)
+        sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)
     except OSError as e:

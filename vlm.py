@@ -2,8 +2,9 @@
 
     python vlm.py info MODEL          what a folder is: size, template, image tokens, what is missing
 
-A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration saves it: config.json (model_type
-"llava"), safetensors, tokenizer, chat template, image processor. `classroom` is classroom/models/base0.
+A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
+LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
+between them, texts and images, stands in families.py.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -20,12 +21,10 @@ Departures from the published code:
 """
 import bisect
 import hashlib
-import json
 import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,36 +33,17 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 
 import data
+import families
 import lora
 import losses
-
-CLASSROOM = Path(__file__).resolve().parent / "classroom" / "models"
-IMAGE = "<image>"
-# Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
-# as liuhaotian trains and serves it (conversation.py, "vicuna_v1"). `plain`: llava-hf's own, no system text.
-_TURNS = ("{% for message in messages %}{% if message['role'] == 'user' %}USER: "
-          "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
-          "{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
-          "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"
-          "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
-_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-           "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS}
+from families import prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
 
 
 @dataclass
-class VLM:
+class VLM(families.Front):
     """A loaded model and what belongs to it."""
-    model: Any                 # LlavaForConditionalGeneration, frozen (LoRA comes on top)
-    tokenizer: Any
-    image_processor: Any
-    template: str              # Jinja
-    template_name: str         # "folder", "plain", "vicuna" or "given": what the log says
-    image_token_id: int
-    image_tokens: int          # K: tokens an image becomes
-    eos_id: int
-    folder: Path
-    is_classroom: bool         # made by classroom/make.py: before/after are classroom metrics
+    model: Any                 # transformers' class, frozen (LoRA comes on top)
+    words: int                 # rows of lm_head that are tokens: those that the softmax goes over
 
     @property
     def device(self):
@@ -71,73 +51,33 @@ class VLM:
 
 
 # -------------------------------------------------------------------------------- loading
-def resolve(folder):
-    """The folder behind a name: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
-    classroom = str(folder) == "classroom"
-    for path in [CLASSROOM / "base0"] if classroom else [Path(folder), CLASSROOM / str(folder)]:
-        if path.is_dir():
-            return path
-    raise data.UserError(f"--model {folder}: no such folder; give a llava-hf folder or `classroom`")
-
-
-def read_config(folder):
-    """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise data.UserError(f"{path} is missing: {folder} is no folder of a transformers model") from None
-    except ValueError as e:
-        raise data.UserError(f"{path} is not valid JSON ({e}): copy the checkpoint again") from None
-    # The original LLaVA's model_type is "llava" as well, but it has no text_config.
-    if "text_config" not in config or config.get("model_type") != "llava":
-        raise data.UserError(f"{path} says model_type {config.get('model_type')!r}, "
-                             f"{config.get('architectures')}: only llava-hf folders "
-                             "(LlavaForConditionalGeneration) can be loaded")
-    return config
-
-
-def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None):
+def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
     """A VLM from a llava-hf folder, frozen and in eval mode.
 
-    adapter: a PEFT-format LoRA folder put on top. template: None for the folder's own, a name in TEMPLATES or
-    Jinja. Raises UserError for a folder that is not llava-hf or lacks a part, AdapterError for a bad adapter.
+    adapter: a PEFT-format LoRA folder put on top. template, preparation: as families.front takes them. Raises
+    UserError for a folder that is not llava-hf or lacks a part, AdapterError for a bad adapter.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
-    folder = resolve(folder)
-    read_config(folder)
+    import transformers
+    front = families.front(folder, template, preparation)
     _register_attention()
-    tokenizer = _part(folder, AutoTokenizer, "tokenizer",
-                      "copy its files; a tokenizer.model needs `pip install sentencepiece protobuf`")
-    image_processor = _part(folder, AutoImageProcessor, "image processor",
-                            "copy preprocessor_config.json", backend="pil")
-    model = _part(folder, LlavaForConditionalGeneration, "model", "copy the checkpoint again", dtype=dtype)
+    for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):        # Departure 2
+        if hasattr(front.config.text_config, name):
+            setattr(front.config.text_config, name, 0.0)
+    kind = getattr(transformers, families.CLASSES[front.config.model_type])
+    model, found = families.part(front.folder, kind, "model", "copy the checkpoint again", dtype=dtype,
+                                 config=front.config, output_loading_info=True)
+    if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
+        raise data.UserError(f"{front.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+                             "checkpoint again")
     model.requires_grad_(False).eval().to(device)
     model.model.language_model.set_attn_implementation("packed")    # once for all calls: see packed_attention
-
-    own, image_id = tokenizer.chat_template, model.config.image_token_id
-    name = template if template in TEMPLATES else "given" if template else "folder" if own else "vicuna"
-    template = own if name == "folder" else TEMPLATES.get(name, template)
-    if (found := tokenizer.convert_tokens_to_ids(IMAGE)) != image_id:
-        raise data.UserError(f"{folder}: the tokenizer gives {IMAGE} the id {found}, config.json "
-                             f"says {image_id}: one of the two files is not this model's")
-    vision, select = model.config.vision_config, model.config.vision_feature_select_strategy
-    class_token = select == "full" and vision.model_type == "clip_vision_model"
+    # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
+    words, weight = front.image_token_id, model.lm_head.weight
+    if weight[words:].any():
+        words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(model, tokenizer, image_processor, template, name, image_id,
-               image_tokens=(vision.image_size // vision.patch_size) ** 2 + class_token,
-               eos_id=tokenizer.eos_token_id, folder=folder,
-               is_classroom=(folder / "classroom.json").exists())
-
-
-def _part(folder, kind, what, mend, **options):
-    from safetensors import SafetensorError
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as e:    # the last: a torn file
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise data.UserError(f"{folder}: the {what} cannot be read ({reason}): {mend}") from None
+    return VLM(**vars(front), model=model, words=words)
 
 
 def identity(m):
@@ -157,64 +97,37 @@ def identity(m):
     return digest.hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------- text and images
-def prompt_ids(m, question, n_images=1, history=()):
-    """Token ids of a prompt, up to where the response starts; each image is a run of m.image_tokens tokens.
-
-    history: earlier [user, assistant] turns; the images stand in the first user turn. BOS comes once, whether
-    the template writes it or the tokenizer adds it. Raises UserError where the text holds IMAGE.
-    """
-    messages, images = [], [{"type": "image"}] * n_images
-    for user, assistant in [*history, (question, None)]:
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": user}]})
-        images = []
-        if assistant is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
-    text = m.tokenizer.apply_chat_template(messages, chat_template=m.template, tokenize=False,
-                                           add_generation_prompt=True)
-    bos = m.tokenizer.bos_token
-    ids = m.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
-    if ids and ids[-1] == m.eos_id:                                    # some tokenizers close every text
-        ids = ids[:-1]
-    if (places := ids.count(m.image_token_id)) != n_images:
-        raise data.UserError(f"the template {m.template_name!r} makes {places} image places for {n_images} "
-                             f"images in {text[:80]!r}: question or template holds {IMAGE}")
-    return [t for i in ids for t in ([i] * m.image_tokens if i == m.image_token_id else [i])]
-
-
-def response_ids(m, text):
-    """Token ids of a response, EOS last: tokenised apart from the prompt, as both official codes do.
-
-    An EOS inside the text is removed. Raises UserError for a text with the image marker or without a token.
-    """
-    ids = m.tokenizer(text.replace(m.tokenizer.eos_token, "").strip(), add_special_tokens=False).input_ids
-    if m.image_token_id in ids:
-        raise data.UserError(f"the response {text[:60]!r} holds {IMAGE}: remove the marker")
-    if not ids:
-        raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass --skip_bad")
-    return [*ids, m.eos_id]
-
-
-def prepare(m, images):
-    """PIL images -> pixel values (N, 3, H, W) float32, as the folder's image processor makes them."""
-    return m.image_processor(images=list(images), return_tensors="pt").pixel_values
-
-
+# -------------------------------------------------------------------------------- images in the model
 @torch.no_grad()
 def encode_images(m, pixels):
-    """Pixel values (N, 3, H, W) -> features (N, K, D) in the language model's space, or UserError."""
-    pixels = pixels.to(m.device, m.model.dtype)
+    """What prepare() made, or a list of its parts -> features in the language model's space, or UserError.
+
+    (N, 3, H, W) -> (N, K, D); Tiles -> (T, D), image after image, since their numbers of tokens differ.
+    """
     if not len(pixels):
-        return pixels.new_zeros(0, m.image_tokens, m.model.config.text_config.hidden_size)
-    features = torch.stack(m.model.get_image_features(pixel_values=pixels).pooler_output)       # (N, K, D)
-    if features.shape[1] != m.image_tokens:
-        raise data.UserError(f"{m.folder}: its vision tower gives {features.shape[1]} tokens an image, its "
+        width = m.config.text_config.hidden_size
+        return torch.zeros(0, m.image_tokens, width, device=m.device, dtype=m.model.dtype)
+    inputs = {k: v.to(m.device) for k, v in model_inputs(pixels).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(m.model.dtype)
+    features = m.model.get_image_features(**inputs).pooler_output                # a list of (K, D)
+    if "image_sizes" in inputs:
+        return torch.cat(features)                                                              # (T, D)
+    if len(features[0]) != m.image_tokens:
+        raise data.UserError(f"{m.folder}: its vision tower gives {len(features[0])} tokens an image, its "
                              f"config.json makes it {m.image_tokens}: the config is not this model's")
-    return features
+    return torch.stack(features)                                                                # (N, K, D)
+
+
+def model_inputs(pixels):
+    """Pictures as transformers' forward and generate take them: all LLaVA-1.6's padded to as many tiles."""
+    if not isinstance(pixels[0], families.Tiles):
+        return {"pixel_values": pixels if torch.is_tensor(pixels) else torch.stack(list(pixels))}
+    return {"pixel_values": pad_sequence([p.pixels for p in pixels], batch_first=True),      # (N, P, 3, H, W)
+            "image_sizes": torch.tensor([p.size for p in pixels])}
 
 
 def embed(m, ids, features):
-    """ids (..., T), features (N, K, D) -> embeddings (..., T, D), the features at the image places."""
+    """ids (..., T), features of their images -> embeddings (..., T, D), the features at the image places."""
     at_image = ids == m.image_token_id
     embeddings = m.model.get_input_embeddings()(ids.masked_fill(at_image, 0))
     return embeddings.masked_scatter(at_image[..., None], features.to(embeddings.dtype))
@@ -224,21 +137,21 @@ def embed(m, ids, features):
 def naive(m, pairs, features, needs):
     """The textbook concatenation: every response with its whole prompt in a padded row. Slow, easy to read.
 
-    pairs: list of data.Pair. features: (N, K, D), the images of every pair, then (where the loss reads
-    `image_rejected`) the rejected images of every pair. needs: the fields of losses.Logps to compute.
+    pairs: list of data.Pair. features: encode_images' of the images of every pair, then (where the loss reads
+    `image_rejected`) of the rejected images of every pair. needs: the fields of losses.Logps to compute.
     """
     rows = [(p.prompt, p.chosen) for p in pairs]
     rows += [(p.prompt, p.rejected) for p in pairs] if "rejected" in needs else []
     rows += [(p.prompt_rejected, p.chosen) for p in pairs] if "image_rejected" in needs else []
     if "rejected" in needs:                             # its rows show the true images a second time
-        n = sum(p.prompt.count(m.image_token_id) for p in pairs) // m.image_tokens
-        features = torch.cat([features[:n], features])
+        features = features.flatten(0, -2)                                                      # (T, D)
+        features = torch.cat([features[:sum(p.prompt.count(m.image_token_id) for p in pairs)], features])
     ids = _pad([prompt + response for prompt, response in rows], m.eos_id)                      # (R, T)
     labels = _pad([[-100] * len(prompt) + response for prompt, response in rows], -100)         # (R, T)
     positions = torch.arange(ids.shape[1], device=m.device)[None]                               # (1, T)
     # Right padding needs no mask under causal attention: no real token can see the padding behind it.
     logits = m.model(inputs_embeds=embed(m, ids.to(m.device), features), position_ids=positions,
-                     use_cache=False).logits                                                    # (R, T, V)
+                     use_cache=False).logits[..., :m.words]                                     # (R, T, V)
     return _logps(losses.response_logps(logits, labels.to(m.device)), pairs, needs)
 
 
@@ -267,6 +180,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    window, longest = kwargs.get("sliding_window"), max(s[1] + max(s[2:]) for s in segments)
+    if window and longest > window:
+        raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
+                             f"{window}: pass --forward naive, or a smaller --set max_length")
     gqa = key.shape[1] != query.shape[1]
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
     out = []
@@ -303,7 +220,7 @@ def packed_token_logps(m, row, features):
         inputs_embeds=embed(m, ids, features)[None], position_ids=row.positions.to(m.device)[None],
         attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False).last_hidden_state[0]
     hidden = hidden[row.predict.to(m.device)]                          # (T, D) -> (N, D)
-    return ChunkedLogps.apply(hidden, m.model.lm_head.weight, row.target.to(m.device), 1024)
+    return ChunkedLogps.apply(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device), 1024)
 
 
 class ChunkedLogps(torch.autograd.Function):
@@ -333,12 +250,12 @@ FORWARDS = {"packed": packed, "naive": naive}
 
 @torch.no_grad()
 def word_logps(m, features, question, answer):
-    """[(word, log-prob)] of an answer given an image's features (1, K, D); white space parts words."""
+    """[(word, log-prob)] of an answer given one image's features; white space parts words."""
     words = list(re.finditer(r"\S+", answer))
     if not words:
         return []
     encoded = m.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    prompt = prompt_ids(m, question)
+    prompt = prompt_ids(m, question, counts=[features.shape[-2]])
     row = data.pack([data.Pair("", prompt, prompt, encoded.input_ids, [])], {"chosen"})
     logps = packed_token_logps(m, row, features).tolist()
     # A token belongs to the first word that ends behind its start: white space goes with what follows it.
@@ -360,7 +277,8 @@ def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     options = dict(do_sample=False, pad_token_id=m.eos_id, max_new_tokens=max_new_tokens)
     if sample_seed is not None:
         options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    prompts = [prompt_ids(m, q, len(i)) for q, i in zip(questions, images, strict=True)]
+    prompts = [prompt_ids(m, q, counts=[tokens_of(m, picture.size) for picture in i])
+               for q, i in zip(questions, images, strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
@@ -370,9 +288,12 @@ def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
             ids = _pad([prompts[i] for i in batch], m.eos_id, "left")                           # (R, T)
             mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
             pictures = [picture for i in batch for picture in images[i]]
-            pixels = {"pixel_values": prepare(m, pictures).to(m.device, m.model.dtype)} if pictures else {}
-            out = m.model.generate(input_ids=ids.to(m.device), attention_mask=mask.to(m.device),
-                                   **pixels, **options)                                         # (R, T + new)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if pictures:
+                inputs |= model_inputs(prepare(m, pictures))
+                inputs["pixel_values"] = inputs["pixel_values"].to(m.model.dtype)
+            inputs = {k: v.to(m.device) for k, v in inputs.items()}
+            out = m.model.generate(**inputs, **options)                                         # (R, T + new)
             texts = m.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
@@ -386,7 +307,7 @@ def info(folder):
     """Lines that say what a model folder is, read from its files alone (no weights are loaded)."""
     from safetensors import safe_open
     folder = resolve(folder)
-    config = read_config(folder)
+    config = families.read_config(folder)
     vision, text = config["vision_config"], config["text_config"]
     parameters, size, types = 0, 0, set()
     for path in sorted(folder.glob("*.safetensors")):

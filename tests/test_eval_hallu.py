@@ -1,4 +1,6 @@
-"""eval_hallu.py: answers that survive a kill, scores without a model."""
+"""eval_hallu.py, answers.py, benchmarks.py, judge.py: answers that survive a kill, scores without a model."""
+import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -6,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_llava
+from conftest import GOLDEN, ROOT, SHARED, need, picture, write_llava
 from PIL import Image
+from test_chat import reply, server
 
+import answers as answering
+import benchmarks
+import chat
 import data
 import eval_hallu
 import metrics
@@ -144,7 +150,9 @@ def test_score_refuses_an_unfinished_file(m, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["score", "pope"], "pope"),                                              # offered once it exists
+    (["score", "pope"], "--answers"),
+    (["score", "chess"], "chess"),
+    (["answers", "pope", "--model", "m", "--data", "none.json", "--out", "o"], "none.json"),
     (["answers", "classroom", "--model", "m", "--data", "d", "--out", "o", "--batch_size=0"], "batch_size"),
     (["score", "classroom", "--nonsense"], "score"),
     (["score", "classroom", "--answers", "none.jsonl", "--out", "o.json"], "none.jsonl"),
@@ -156,7 +164,7 @@ def test_mistakes_exit_1_with_a_sentence(arguments, says):
 
 
 def test_help_and_score_load_no_model_code():
-    code = "import sys, eval_hallu; print({'transformers', 'vlm'} & set(sys.modules))"
+    code = "import sys, eval_hallu; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
 
@@ -204,3 +212,763 @@ def test_the_classroom_model_looks(tmp_path):
     eval_hallu.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
     scores = eval_hallu.score_classroom(tmp_path / "answers.jsonl")
     assert 25 < scores["chair_s"] < 75 and scores["cover"] > 75 and scores["unparsed"] <= 3
+
+
+# ------------------------------------------------------------------------------- the published benchmarks
+# Files of their layout with content of our own: nothing of theirs is part of this repository.
+def write_json(path, records, lines=True):
+    text = "".join(json.dumps(record) + "\n" for record in records) if lines else json.dumps(records,
+                                                                                             indent=1)
+    path.write_text(text)
+    return path
+
+
+def write_images(folder, names):
+    folder.mkdir(exist_ok=True)
+    for n, name in enumerate(names):
+        picture(n).save(folder / name)
+    return folder
+
+
+def pope_file(folder, split="random", n=6):
+    rows = [{"question_id": i + 1, "image": f"COCO_val2014_{i // 3:012d}.jpg",
+             "label": "no" if i % 2 else "yes",
+             "text": f"Is there a {WORDS[i % 2]} in the image ? {split}" } for i in range(n)]
+    write_images(folder, {row["image"] for row in rows})
+    return write_json(folder / f"coco_pope_{split}.json", rows), rows
+
+
+def amber_folder(folder):
+    """Two captions, then a question about existence, state, number and action each, two about relations."""
+    folder.mkdir(exist_ok=True)
+    truths = [["dog", "cat"], ["cat"]]
+    queries = [{"id": i + 1, "image": f"AMBER_{i + 1}.jpg", "query": "what is this ?"} for i in range(2)]
+    asked = [{"id": i + 3, "image": f"AMBER_{i % 2 + 1}.jpg", "query": "is there a dog ?"} for i in range(6)]
+    kinds = ["discriminative-hallucination", *(f"discriminative-attribute-{kind}" for kind in
+                                               ("state", "number", "action")), "relation",
+             "discriminative-relation"]
+    notes = [{"id": i + 1, "type": "generative", "truth": truths[i], "hallu": ["bird"]} for i in range(2)]
+    notes += [{"id": i + 3, "type": kind, "truth": "no"} for i, kind in enumerate(kinds)]
+    write_json(folder / "query_generative.json", queries, lines=False)
+    write_json(folder / "query_discriminative.json", asked, lines=False)
+    write_json(folder / "annotations.json", notes, lines=False)
+    (folder / "relation.json").write_text(json.dumps({"dog": ["puppy"], "cat": [], "bird": []}))
+    (folder / "safe_words.txt").write_text("line\nlight")
+    write_images(folder, ["AMBER_1.jpg", "AMBER_2.jpg"])
+    return folder
+
+
+def mmhal_file(folder, n=8):
+    rows = [{"question_type": metrics.MMHAL[i % 8], "question_topic": "none", "image_id": f"{i:015x}f",
+             "image_src": f"https://a.test/{i}_o.jpg", "image_content": ["Dog", "Cat"], "model_answer": "",
+             "question": f"what is this ? {i}", "gt_answer": "A dog and a cat."} for i in range(n)]
+    write_images(folder, [f"{row['image_id']}.jpg" if i % 2 else f"{i:02}_{i}_o.jpg" for i,
+                          row in enumerate(rows)])
+    return write_json(folder / "template.json", rows, lines=False), rows
+
+
+def objhal_file(folder, n=4):
+    """One image each way: base64, a data: URL, a name, and only the number of a COCO image."""
+    write_images(folder, ["dog.png", "COCO_val2014_000000000003.jpg"])
+    code = base64.b64encode((folder / "dog.png").read_bytes()).decode()
+    rows = [{"image_id": 10, "question": "what is this ?", "image": code},
+            {"image_id": 11, "prompt": "what is this ?", "image": f"data:image/png;base64,{code}"},
+            {"image_id": 12, "question": "a red dog ?", "image_path": "dog.png"},
+            {"question_id": 7, "image_id": 3, "question": "what is this ?"}]
+    return write_json(folder / "questions.jsonl", rows[:n]), rows
+
+
+FILES = {"pope": pope_file, "mmhal": mmhal_file, "objhal": objhal_file,
+         "amber": lambda folder: (amber_folder(folder), None)}
+KEYS = {"pope": {"question_id", "split", "image", "question", "label"}, "amber": {"id", "image", "question"},
+        "objhal": {"question_id", "image_id", "question"},
+        "mmhal": {"question_id", "question_type", "question_topic", "image_id", "image_src", "image_content",
+                  "question", "gt_answer"}}
+
+
+def ask(m, benchmark, path, out, **more):
+    questions = benchmarks.questions(benchmark, [path])
+    answering.answer_questions(m, benchmark, questions, out, **{"batch_size": 3, "max_new_tokens": 5,
+                                                                "progress": False, **more})
+    return chat.read_records(out)
+
+
+@pytest.mark.parametrize("benchmark", FILES)
+def test_each_benchmark_is_answered_in_its_order_and_goes_on_after_a_kill(m, tmp_path, benchmark):
+    path, _ = FILES[benchmark](tmp_path / "data")
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    first, *rest = ask(m, benchmark, path, whole)
+    assert first["settings"] | {"benchmark": benchmark, "decoding": "greedy", "max_new_tokens": 5,
+                                "seed": None,
+                                "adapter": None, "questions": len(rest)} == first["settings"]
+    assert {"model", "base", "template", "dtype", "questions_sha256"} <= first["settings"].keys()
+    assert all(line.keys() == KEYS[benchmark] | {"answer"} for line in rest)
+    assert len({line["answer"] for line in rest}) > 1
+    for cut in (10, len(whole.read_bytes()) // 2, len(whole.read_bytes()) - 3):
+        out.write_bytes(whole.read_bytes()[:cut])
+        ask(m, benchmark, path, out)
+        assert out.read_bytes() == whole.read_bytes()
+    with pytest.raises(data.UserError, match="max_new_tokens"):
+        ask(m, benchmark, path, out, max_new_tokens=6)
+
+
+def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
+    """Left padding changes nothing, in float64, where rounding cannot turn a near-tie."""
+    import torch
+
+    import vlm
+    model = vlm.load(write_llava(tmp_path / "model", seed=3), dtype=torch.float64)
+    path, rows = pope_file(tmp_path / "data", n=12)
+    for i, row in enumerate(rows):                                                 # prompts of many lengths
+        row["text"] = " ".join(["a red dog and a blue cat"] * (i % 4) + ["what is this ?"])
+    write_json(path, rows)
+    said = {size: [line["answer"] for line in ask(model, "pope", path, tmp_path / f"{size}.jsonl",
+                                                  batch_size=size,
+                                                  max_new_tokens=12)[1:]] for size in (1, 5, 12)}
+    assert said[1] == said[5] == said[12] and len(set(said[1])) > 3
+
+
+def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, monkeypatch):
+    import vlm
+    asked = []
+    monkeypatch.setattr(vlm, "generate", lambda m, images, prompts,
+                        **k: asked.extend(prompts) or ["yes"] * len(prompts))
+    path, rows = pope_file(tmp_path / "data", n=1)
+    questions = benchmarks.questions("pope", [path], prompt="{question}\nyes or no ?")
+    answering.answer_questions(m, "pope", questions, tmp_path / "a.jsonl", prompt="{question}\nyes or no ?",
+                               progress=False)
+    assert asked == [rows[0]["text"] + "\nyes or no ?"]
+    first, line = chat.read_records(tmp_path / "a.jsonl")
+    assert first["settings"]["prompt"] == "{question}\nyes or no ?" and line["question"] == rows[0]["text"]
+
+
+def test_pope_is_answered_from_a_folder_or_from_files(tmp_path):
+    for split in ("adversarial", "popular", "random"):
+        pope_file(tmp_path, split)
+    splits = [q.line["split"] for q in benchmarks.questions("pope", [tmp_path])]
+    assert splits == [split for split in benchmarks.SPLITS for _ in range(6)]
+    files = [tmp_path / "coco_pope_adversarial.json", tmp_path / "coco_pope_random.json"]
+    assert [q.line["split"] for q in benchmarks.questions("pope", files)][::6] == ["random", "adversarial"]
+    write_json(tmp_path / "coco_pope_random.2910.json", pope_file(tmp_path)[1])
+    with pytest.raises(data.UserError, match="second file of the split random.*2,910 and 3,000"):
+        benchmarks.questions("pope", [tmp_path])
+
+
+def test_images_are_found_under_their_published_names(tmp_path):
+    path, _ = objhal_file(tmp_path / "objhal")
+    first, second, third, fourth = benchmarks.questions("objhal", [path])
+    shown = {benchmarks.read_image(question.image).tobytes() for question in (first, second, third)}
+    assert shown == {picture(0).tobytes()}
+    assert fourth.image.endswith("COCO_val2014_000000000003.jpg")
+    assert [q.line["question_id"] for q in (first, second, third, fourth)] == [0, 1, 2, 7]
+    path, _ = mmhal_file(tmp_path / "mmhal")
+    images = [os.path.basename(q.image) for q in benchmarks.questions("mmhal", [path])]
+    assert images[:2] == ["00_0_o.jpg", "000000000000001f.jpg"]
+    llava = write_json(tmp_path / "qa.jsonl", [{"question_id": 4, "image": "000000000003.jpg",
+                                                "text": "what ?"}])
+    write_images(tmp_path, ["000000000003.jpg"])
+    question, = benchmarks.questions("objhal", [llava])
+    assert question.line == {"question_id": 4, "image_id": 3, "question": "what ?"}
+
+
+@pytest.mark.parametrize("benchmark, given, says", [
+    ("pope", "amber", "coco_pope|no 'question_id'.*looks like AMBER's queries"),
+    ("pope", "mmhal", "no 'question_id'.*looks like MMHal's template"),
+    ("amber", "pope", "no 'id'.*looks like POPE's questions"),
+    ("mmhal", "pope", "no 'question_type'.*looks like POPE's questions"),
+    ("objhal", "amber", "no question or no image.*looks like AMBER's queries"),
+])
+def test_another_benchmarks_file_is_refused_by_name(tmp_path, benchmark, given, says):
+    path, _ = FILES[given](tmp_path / "data")
+    path = path / "query_generative.json" if given == "amber" else path
+    with pytest.raises(data.UserError, match=says):
+        benchmarks.questions(benchmark, [path])
+
+
+def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_path):
+    path, rows = pope_file(tmp_path / "data")
+    (tmp_path / "data" / rows[0]["image"]).unlink()
+    with pytest.raises(data.UserError, match=r"lacks 3 of 6 images \(first: COCO_val2014_000000000000.jpg\)"):
+        benchmarks.questions("pope", [path])
+    with pytest.raises(data.UserError, match="--images .*nowhere is no folder"):
+        benchmarks.questions("pope", [path], tmp_path / "nowhere")
+    write_json(path, [{**rows[0], "image": "../secret.png"}])
+    with pytest.raises(data.UserError, match="secret.png leaves the folder"):
+        benchmarks.questions("pope", [path])
+    write_json(tmp_path / "data" / "q.jsonl", [{"image_id": 1, "question": "what ?",
+                                                "image": "A" * 400 + "!"}])
+    with pytest.raises(data.UserError, match="AAAA..., is broken base64"):
+        ask(m, "objhal", tmp_path / "data" / "q.jsonl", tmp_path / "a.jsonl")
+
+
+def torchrun(world, *arguments):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           str(world),
+                           ROOT / "eval_hallu.py", *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path):
+    path, _ = pope_file(tmp_path / "data", n=14)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    ask(m, "pope", path, whole)
+    arguments = ["answers", "pope", "--model", m.folder, "--data", path, "--out", out, "--batch_size", 3,
+                 "--max_new_tokens", 5]
+    done = torchrun(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
+    first, *lines = whole.read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in lines]
+    out.write_text("\n".join([first,
+                              *lines[:4]]) + "\n")                         # what a killed run may leave
+    for rank, places in ((0, [6, 7, 8]), (1, [3, 4, 5, 9])):
+        part = [json.loads(first), *({"place": place, "answer": answers[place]} for place in places)]
+        write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
+    with open(tmp_path / "answers.jsonl.rank1", "a") as file:
+        file.write('{"place": 10, "ans')
+    ask(m, "pope", path, out)
+    assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
+    write_json(tmp_path / "answers.jsonl.rank0", [{"settings": {"model": "another"}}])
+    with pytest.raises(data.UserError, match="rank0 was begun with other settings"):
+        ask(m, "pope", path, out)
+
+
+# ------------------------------------------------------------------------------- scores
+def score(tmp_path, benchmark, answers, *arguments):
+    """-> (scores.json, its items) of the command line, run in this process."""
+    out = tmp_path / "scores.json"
+    files = [answers] if isinstance(answers, Path) else answers
+    o = eval_hallu.parse(["score", benchmark, "--answers", *map(str, files), "--out", str(out),
+                          *map(str, arguments)])
+    o.run(o)
+    items = [json.loads(line) for line in (tmp_path / "scores.items.jsonl").read_text().splitlines()]
+    return json.loads(out.read_text()), items
+
+
+def pope_answers(rows, said="yes", **more):
+    return [{"question_id": row["question_id"], "question": row["text"], "answer": said,
+             **more} for row in rows]
+
+
+def test_score_pope_by_hand(tmp_path, capsys):
+    questions, rows = pope_file(tmp_path / "data")
+    said = ["Yes", "No", "yes, there is", "A cat.", "No!",
+            "no"]                    # labels: yes no yes no yes no
+    answers = write_json(tmp_path / "a.jsonl", [{**a, "answer": text} for a, text in
+                                                zip(pope_answers(rows), said, strict=True)])
+    scores, items = score(tmp_path, "pope", answers, "--questions", questions)
+    assert [scores[k] for k in ("tp", "fp", "tn", "fn", "unparsed", "n")] == [2, 1, 2, 1, 1, 6]
+    assert scores["accuracy"] == pytest.approx(4 / 6) and scores["version"] == "random, 6 questions"
+    assert scores["intervals"]["accuracy"][0] < 4 / 6 < scores["intervals"]["accuracy"][1]
+    assert [item["right"] for item in items] == [True, True, True, False, False, True]
+    out = capsys.readouterr().out
+    assert "accuracy                           66.7" in out and "6 answers, 1 of them unreadable" in out
+    assert "random, 6 questions" in out
+    official, _ = score(tmp_path, "pope", answers, "--questions", questions, "--mode", "official")
+    assert [official[k] for k in ("tp", "fp", "tn", "fn", "unparsed")] == [3, 1, 2, 0, 0]     # "No!" is a yes
+
+
+def test_score_pope_over_three_splits(tmp_path, capsys):
+    """One file with `split` in its lines, or one file a split, told by its name; the mean of the three."""
+    rows = {split: pope_file(tmp_path / "data", split)[1] for split in benchmarks.SPLITS}
+    said = dict(zip(benchmarks.SPLITS, ("yes", "no", "yes"), strict=True))
+    together = write_json(tmp_path / "a.jsonl", [line for split in rows for line in
+                                                 pope_answers(rows[split], said[split], split=split)])
+    scores, _ = score(tmp_path, "pope", together, "--questions", tmp_path / "data")
+    assert scores["recall"] == pytest.approx(2 / 3) and scores["n"] == 18 and len(scores["by_split"]) == 3
+    assert scores["by_split"]["popular"]["recall"] == 0
+    apart = [write_json(tmp_path / f"{split}.jsonl", pope_answers(rows[split],
+                                                                  said[split])) for split in rows]
+    assert score(tmp_path, "pope", apart, "--questions", tmp_path / "data")[0] == scores
+    one, _ = score(tmp_path, "pope", apart[1], "--questions", tmp_path / "data")
+    assert one["n"] == 6 and one["by_split"].keys() == {"popular"}          # found by the questions' words
+    with pytest.raises(data.UserError, match="x.jsonl: of several answers files, each needs the name"):
+        score(tmp_path, "pope", [apart[0], write_json(tmp_path / "x.jsonl", pope_answers(rows["random"]))],
+              "--questions", tmp_path / "data")
+
+
+@pytest.mark.parametrize("rows, says", [
+    ([{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}], "1 is a question"),
+    ([{"question_id": 1, "image": "a.jpg", "text": "Describe this.", "category": "detail"}], "is a question"),
+    ([{"question": "what ?", "gt_answer": "a dog", "model_answer": ""}], "nobody has filled in")])
+def test_questions_are_not_scored_as_answers(tmp_path, rows, says):
+    """Some benchmarks keep questions under `text`, others answers: no number may come of a mix-up."""
+    questions, _ = pope_file(tmp_path / "data")
+    with pytest.raises(data.UserError, match=says):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", rows), "--questions", questions)
+
+
+FAULTS = {
+    "missing": (lambda rows: rows[:-2], "2 of 6 questions have no answer .*5.*6"),
+    "twice": (lambda rows: [*rows, rows[0]], "1 answers stand there twice .*ids .*1"),
+    "stranger": (lambda rows: [*rows, {**rows[0], "question_id": 99}], "belong to none .*99"),
+    "no text": (lambda rows: [*rows[:-1], {**rows[-1], "answer": 7}], "answer 6 .*has no text"),
+    "another benchmark": (lambda rows: [{"settings": {"benchmark": "amber"}}, *rows],
+                          "one to amber, not to pope")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_joined_is_refused_with_its_ids(tmp_path, fault):
+    questions, rows = pope_file(tmp_path / "data")
+    change, says = FAULTS[fault]
+    answers = write_json(tmp_path / "a.jsonl", change(pope_answers(rows)))
+    with pytest.raises(metrics.AnswerError, match=says):
+        score(tmp_path, "pope", answers, "--questions", questions)
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_half_written_last_line_is_a_missing_answer(tmp_path, capsys):
+    questions, rows = pope_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", pope_answers(rows))
+    answers.write_text(answers.read_text()[:-9])
+    with pytest.raises(metrics.AnswerError, match=r"1 of 6 questions have no answer \(ids .*6\)"):
+        score(tmp_path, "pope", answers, "--questions", questions)
+    scores, _ = score(tmp_path, "pope", answers, "--questions", questions, "--partial")
+    assert scores["coverage"] == {"answered": 5, "of": 6} and scores["n"] == 5
+    assert "5 answers, of 6 questions" in capsys.readouterr().out
+
+
+def test_the_answers_are_never_written_over(tmp_path):
+    questions, rows = pope_file(tmp_path / "data")
+    answers = write_json(tmp_path / "scores.json", pope_answers(rows))
+    with pytest.raises(data.UserError, match="would write over the answers"):
+        score(tmp_path, "pope", answers, "--questions", questions)
+    with pytest.raises(data.UserError, match="broken JSON"):
+        score(tmp_path, "pope", write_json(tmp_path / "b.json", [], lines=False).parent / "b.json",
+              "--questions",
+              (tmp_path / "data" / "torn.json").write_text("[{") and tmp_path / "data" / "torn.json")
+
+
+@pytest.mark.parametrize("mode", ["robust", "official"])
+def test_score_amber_whole_and_in_parts(tmp_path, capsys, mode):
+    folder, out = amber_folder(tmp_path / "data"), {}
+    said = ["A puppy and a bird.", "A cat.", *["No"] * 5, "Yes"]
+    everything = [{"id": i + 1, "response": text} for i, text in enumerate(said)]
+    for name, part in (("all", everything), ("captions", everything[:2]), ("existence", everything[2:3])):
+        answers = write_json(tmp_path / f"{name}.json", part, lines=False)
+        out[name], items = score(tmp_path, "amber", answers, "--data", folder, "--mode", mode)
+        assert len(items) == len(part)
+    near = {"abs": 0.11}
+    assert out["captions"]["chair"] == pytest.approx(100 / 3,
+                                                     **near) and out["captions"]["hal"] == pytest.approx(50,
+                                                                                                         **near)
+    assert out["captions"]["cover"] == pytest.approx(200 / 3, **near) and "f1" not in out["captions"]
+    assert out["existence"]["by_type"].keys() == {"existence"} and "f1" not in out["existence"]
+    assert out["all"]["accuracy"] == pytest.approx(500 / 6, **near)
+    assert out["all"]["amber_score"] == pytest.approx((100 - out["all"]["chair"] + out["all"]["f1"]) / 2,
+                                                      **near)
+    assert "AMBER score" in capsys.readouterr().out
+    nouns = write_json(tmp_path / "nouns.jsonl", [{"id": 1, "nouns": ["dog"]},
+                                                  {"id": 2, "nouns_in_vocab": ["bird"]}])
+    scores, _ = score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--nouns", nouns,
+                      "--mode", mode)
+    assert scores["hal"] == pytest.approx(50, **near) and scores["cover"] == pytest.approx(100 / 3, **near)
+    table = write_json(tmp_path / "table.json", {"bird dog": 0.9, "bird cat": 0.9}, lines=False)
+    assert score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--similarity",
+                 table)[0]["cog"] == 50
+    with pytest.raises(data.UserError, match="this is no file of nouns"):
+        score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--nouns",
+              tmp_path / "captions.json")
+
+
+def coco_files(tmp_path):
+    """COCO's four files about two images: 1 with a dog, 2 with a dog and a cat; and a synonyms file."""
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg", "height": 3} for i in (1, 2, 9)]
+    marks = [{"image_id": i, "category_id": k, "id": n, "segmentation": [[1.5, 2]], "iscrowd": 0}
+             for n, (i, k) in enumerate([(1, 18), (2, 18), (9, 17)])]
+    for split in ("train", "val"):
+        here = split == "val"
+        head = {"info": {"year": 2014}, "licenses": [{"id": 1, "name": "x", "url": ""}],
+                "images": images * here}
+        kinds = [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}]
+        write_json(folder / f"instances_{split}2014.json",
+                   head | {"annotations": marks * here, "categories": kinds},
+                   lines=False)
+        said = [{"image_id": 2, "id": 5, "caption": "A kitten sleeps."},
+                {"image_id": 1, "id": 6, "caption": "Grass."}]
+        write_json(folder / f"captions_{split}2014.json", head | {"annotations": said * here}, lines=False)
+    (tmp_path / "synonyms.txt").write_text("dog, puppy\ncat, kitten\nbird, gull\n")
+    return ["--annotations", folder, "--synonyms", tmp_path / "synonyms.txt"]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return coco_files(tmp_path)
+
+
+CAPTIONS = [{"question_id": 0, "image_id": 1, "prompt": "Describe it.",
+             "text": "Two puppies and a gull on the grass."},
+            {"question_id": 1, "image_id": 2, "prompt": "Describe it.",
+             "text": "A dog beside a sleeping cat."},
+            {"question_id": 2, "image_id": 2, "prompt": "What is it?", "text": "Green grass."}]
+
+
+@pytest.mark.parametrize("scorer", ["objhal", "original"])
+def test_score_chair_by_hand(tmp_path, coco, capsys, scorer):
+    answers = write_json(tmp_path / "a.jsonl", CAPTIONS)
+    scores, items = score(tmp_path, "chair", answers, *coco, "--scorer", scorer)
+    assert scores["chair_s"] == pytest.approx(1 / 3) and scores["chair_s_refine"] == pytest.approx(1 / 2)
+    assert scores["chair_i"] == pytest.approx(1 / 4) and scores["recall"] == pytest.approx(3 / 5)
+    assert (scores["n"], scores["n_with_objects"]) == (3, 2) and scores["mean_words"] == pytest.approx(16 / 3)
+    assert [item["hallucinated"] for item in items] == [["bird"], [], []]
+    assert "CHAIR_s, of those with an object   50.0" in capsys.readouterr().out
+    first = write_json(tmp_path / "b.json", [{"image_id": line["image_id"], "caption": line["text"]}
+                                             for line in CAPTIONS], lines=False)      # the first CHAIR's form
+    assert score(tmp_path, "chair", first, *coco, "--scorer", scorer)[0] == scores
+
+
+def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
+    answers = write_json(tmp_path / "a.jsonl", CAPTIONS)
+    table = write_json(tmp_path / "table.json", {"grass": "cat"}, lines=False)
+    _, items = score(tmp_path, "chair", answers, *coco, "--nouns", table)
+    assert [item["hallucinated"] for item in items] == [["bird"], [], []]           # puppies is in no table
+    assert [len(item["generated"]) for item in items] == [2, 2, 1]
+    with pytest.raises(data.UserError, match="holds a list where a dict is wanted"):
+        score(tmp_path, "chair", answers, *coco, "--nouns", write_json(tmp_path / "t.json", [], lines=False))
+
+
+def test_coco_files_that_are_missing_or_of_other_images_are_named(tmp_path, coco):
+    answers = write_json(tmp_path / "a.jsonl", [{**CAPTIONS[0], "image_id": 77}])
+    with pytest.raises(metrics.AnswerError, match="images that the annotations do not hold"):
+        score(tmp_path, "chair", answers, *coco)
+    (coco[1] / "captions_train2014.json").unlink()
+    with pytest.raises(data.UserError, match="captions_train2014.json is missing"):
+        score(tmp_path, "chair", answers, *coco)
+
+
+def last_line(body):
+    return body["messages"][0]["content"].splitlines()
+
+
+def test_an_extractor_is_asked_once_a_caption_and_again_for_nonsense(tmp_path, coco, capsys, monkeypatch):
+    """Captions of up to three words are not asked about; a reply that is no list is asked for again."""
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    answers = write_json(tmp_path / "a.jsonl", CAPTIONS)
+    said = {"puppies": '["puppies", "gull"]', "beside": 'Sure!\n["dog", "cat"]'}
+
+    def respond(body, number):
+        key, = [key for key in said if key in body["messages"][0]["content"]]
+        return reply("I cannot do that.") if number < 3 else reply(said[key])
+    with server(respond) as (url, calls):
+        scores, items = score(tmp_path, "chair", answers, *coco, "--extractor", url)
+        assert len(calls) == 4 and all("Describe it." in c[2]["messages"][0]["content"] for c in calls)
+        assert score(tmp_path, "chair", answers, *coco, "--extractor", url)[0] == scores and len(calls) == 4
+    assert scores["chair_i"] == pytest.approx(1 / 4) and scores["n"] == 3
+    assert items[0]["hallucinated"] == ["bird"] and scores["extractor"] == f"{url} (judge-1)"
+    assert scores["extractor_prompt"].startswith("built-in, in our own words")
+    assert len(scores["extractor_prompt_sha256"]) == 64 and "our own words" in capsys.readouterr().out
+    saved, _ = score(tmp_path, "chair", answers, *coco, "--extractor", tmp_path / "scores.extractor.jsonl")
+    assert saved["chair_i"] == scores["chair_i"] and saved["extractor_prompt"] == scores["extractor_prompt"]
+    official = write_json(tmp_path / "replies.jsonl", [{"question_id": 0, "judge_reply": said["puppies"]},
+                                                       {"question_id": 1, "judge_reply": "nothing"},
+                                                       {"question_id": 2, "judge_reply": "[]"}])
+    scores, _ = score(tmp_path, "chair", answers, *coco, "--extractor", official)
+    assert (scores["unparsed"], scores["n"]) == (1, 2)
+    assert scores["extractor_prompt"] == "the replies do not say which"
+
+
+def judged(body, number):
+    """A judge that likes answers with a dog in them."""
+    text = body["messages"][0]["content"]
+    return reply("It is right.\nRating: 5" if "a dog" in text.split("which you grade:")[1].splitlines()[0]
+                 else "It is not.\n**Rating:** 1")
+
+
+def mmhal_answers(rows, said=("a dog", "a bird")):
+    return [{"question_id": i, "image_id": row["image_id"], "prompt": row["question"], "text": said[i % 2]}
+            for i, row in enumerate(rows)]
+
+
+def test_score_mmhal_with_a_server_and_with_what_it_said(tmp_path, capsys):
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    with server(judged, models=["judge-1"]) as (url, calls):
+        scores, items = score(tmp_path, "mmhal", answers, "--template", template, "--judge", url)
+    assert len(calls) == 8 and calls[0][2] | {"temperature": 0.0, "model": "judge-1"} == calls[0][2]
+    assert scores["score"] == 3 and scores["hallucination_rate"] == 0.5 and scores["unparsed"] == 0
+    assert [scores["by_category"][kind]["score"] for kind in ("attribute", "adversarial")] == [5, 1]
+    assert "our own words" in scores["judge_prompt"] and "**Rating:** 1" in items[1]["reply"]
+    merged = write_json(tmp_path / "m.json", [{**row, "model_answer": line["text"]} for row, line in
+                                              zip(rows, mmhal_answers(rows), strict=True)], lines=False)
+    again, _ = score(tmp_path, "mmhal", merged, "--template", template, "--judge",
+                     tmp_path / "scores.judge.jsonl")
+    assert again["score"] == 3
+    official, _ = score(tmp_path, "mmhal", answers, "--template", template, "--judge",
+                        tmp_path / "scores.judge.jsonl",
+                        "--mode", "official")
+    assert official["score"] == 2.5                          # to the official reader "**Rating:** 1" is a 0
+    changed = write_json(tmp_path / "b.jsonl", mmhal_answers(rows, ("a cat", "a bird")))
+    with pytest.raises(data.UserError, match="replies to other requests"):
+        score(tmp_path, "mmhal", changed, "--template", template, "--judge", tmp_path / "scores.judge.jsonl")
+
+
+@pytest.mark.parametrize("fault", [(500, "oops"), (200, "<html>sign in</html>"), None, (200, "{}")])
+def test_a_judge_that_fails_is_a_counted_retry_and_never_a_number(tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+
+    def respond(body, number):
+        return fault if "what is this ? 3" in body["messages"][0]["content"] else judged(body, number)
+    with server(respond) as (url, calls):
+        with pytest.raises(data.UserError, match="judge did not reply to 1 of 8 requests"):
+            score(tmp_path, "mmhal", answers, "--template", template, "--judge", url)
+        assert len(calls) == 7 + 4 and not (tmp_path / "scores.json").exists()
+        assert "1 of 8 requests got no reply (last: " in capsys.readouterr().err
+        scores, _ = score(tmp_path, "mmhal", answers, "--template", template, "--judge", url, "--partial")
+        assert scores["n"] == 7 and scores["coverage"] == {"answered": 7, "of": 8} and len(calls) == 15
+        assert "7 answers, of 8 questions" in capsys.readouterr().out
+    with server(judged) as (url, calls):
+        assert score(tmp_path, "mmhal", answers, "--template", template, "--judge", url)[0]["n"] == 8
+        assert len(calls) == 1                                                             # nothing was lost
+
+
+def test_a_judge_that_rambles_gives_no_number(tmp_path, monkeypatch, capsys):
+    """Each is asked again, a bounded number of times; what still cannot be read is counted and left out."""
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    arguments = ["--template", template, "--judge"]
+    with server(lambda body, n: reply("What a nice day")) as (url, calls):
+        with pytest.raises(data.UserError, match="none of 8 replies can be read"):
+            score(tmp_path, "mmhal", answers, *arguments, url)
+    assert len(calls) == 8 * 4 and not (tmp_path / "scores.json").exists()
+
+    def respond(body, number):
+        vague = "what is this ? 3" in body["messages"][0]["content"]
+        return reply("A nice day") if vague else judged(body, number)
+    with server(respond) as (url, calls):
+        scores, _ = score(tmp_path, "mmhal", answers, *arguments, url)
+    assert (scores["unparsed"], scores["n"], len(calls)) == (1, 7, 7 + 4)
+    assert "1 of them unreadable" in capsys.readouterr().out
+
+
+def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    prompt = tmp_path / "judge.txt"
+    prompt.write_text("Known: {}. {} {} {} Rating?")
+    with pytest.raises(data.UserError, match="scores.prompts.jsonl holds the 8 prompts"):
+        score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
+    first = chat.read_records(tmp_path / "scores.prompts.jsonl")[0]
+    assert first["messages"][0]["content"] == ("Known: Dog, Cat. what is this ? 0 A dog and a cat. "
+                                                "a dog Rating?")
+    prompt.write_text("Known: {}. {}")
+    with pytest.raises(data.UserError, match="judge.txt must hold {} {} {} {}"):
+        score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
+
+
+def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
+    """It is asked like a server; a random one says nothing that can be read, and no number comes of it."""
+    template, rows = mmhal_file(tmp_path / "data", 2)
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    prompt = tmp_path / "judge.txt"
+    prompt.write_text("{} {} {} {} ?")
+    arguments = ["--template", template, "--judge", m.folder, "--judge_prompt", prompt]
+    with pytest.raises(data.UserError, match="none of 2 replies can be read"):
+        score(tmp_path, "mmhal", answers, *arguments)
+    import vlm
+    generate = vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda *a, **k: [f"{text} Rating: 4" for text in generate(*a, **k)])
+    (tmp_path / "scores.judge.jsonl").unlink()
+    scores, _ = score(tmp_path, "mmhal", answers, *arguments)
+    assert scores["score"] == 4 and scores["judge_prompt"] == str(prompt)
+
+
+@pytest.mark.parametrize("benchmark", FILES)
+def test_answers_are_scored_and_exported_for_the_official_scripts(m, tmp_path, coco, benchmark):
+    path, rows = FILES[benchmark](tmp_path / "data")
+    answers = tmp_path / "answers.jsonl"
+    lines = ask(m, benchmark, path, answers)[1:]
+    o = eval_hallu.parse(["export", benchmark, "--answers", str(answers), "--out",
+                          str(tmp_path / "official.json")])
+    o.run(o)
+    official = chat.read_records(tmp_path / "official.json")
+    assert [line.keys() - {"split"} for line in official[:1]] == [{
+        "pope": {"question_id", "question", "answer"}, "amber": {"id", "response"},
+        "objhal": {"question_id", "image_id", "prompt", "text"},
+        "mmhal": KEYS["mmhal"] - {"question_id"} | {"model_answer"}}[benchmark]]
+    assert len(official) == len(lines)
+    if benchmark == "objhal":
+        return
+    arguments = {"pope": ["--questions", path], "amber": ["--data", path]}.get(benchmark,
+                                                                               ["--template", path])
+    if benchmark == "mmhal":
+        saved = write_json(tmp_path / "replies.jsonl", [{"id": i,
+                                                         "reply": f"Rating: {i % 7}"} for i in range(8)])
+        arguments += ["--judge", saved]
+    ours, _ = score(tmp_path, benchmark, answers, *arguments)
+    assert ours.pop("settings")["benchmark"] == benchmark
+    assert score(tmp_path, benchmark, tmp_path / "official.json", *arguments)[0] == ours
+
+
+def test_export_refuses_other_answers(m, tmp_path):
+    path, _ = pope_file(tmp_path / "data")
+    ask(m, "pope", path, tmp_path / "a.jsonl")
+    with pytest.raises(data.UserError, match="no answers to amber"):
+        o = eval_hallu.parse(["export", "amber", "--answers", str(tmp_path / "a.jsonl"), "--out",
+                              str(tmp_path / "o")])
+        o.run(o)
+
+
+def test_quick_scores_a_small_file_while_training(m, tmp_path, coco):
+    path, _ = pope_file(tmp_path / "data")
+    found = eval_hallu.quick(m, path, tmp_path / "pope.jsonl", progress=False)
+    assert found.keys() == {"pope_accuracy", "pope_f1",
+                            "pope_yes_ratio"} and 0 <= found["pope_accuracy"] <= 100
+    captions = write_json(tmp_path / "captions.jsonl", [
+        {"question_id": i, "image": f"COCO_val2014_{i:012d}.jpg", "text": "what is this ?"} for i in (1, 2)])
+    write_images(tmp_path, ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"])
+    found = eval_hallu.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
+                             progress=False)
+    assert found.keys() == {"chair_s", "chair_i", "recall"}
+
+
+@pytest.mark.parametrize("benchmark, n", [("pope", 9000), ("amber", 15220)])
+def test_scoring_takes_seconds_and_no_torch(tmp_path, benchmark, n):
+    """The whole of the largest benchmarks, start-up included, in one process on one core."""
+    (tmp_path / "data").mkdir()
+    if benchmark == "pope":
+        for split in benchmarks.SPLITS:
+            rows = [{"question_id": i, "image": f"{i // 6}.jpg",
+                     "text": f"Is there a dog in the image? {split}",
+                     "label": "no" if i % 2 else "yes"} for i in range(3000)]
+            write_json(tmp_path / "data" / f"coco_pope_{split}.json", rows)
+        answers = [{"question_id": i, "split": split, "answer": "Yes, there is a dog in the image."}
+                   for split in benchmarks.SPLITS for i in range(3000)]
+        arguments = ["--questions", tmp_path / "data"]
+    else:
+        words = [f"w{i}" for i in range(400)] + ["dog", "cat"]
+        notes = [{"id": i, "type": "generative", "truth": ["dog", *words[:5]], "hallu": ["cat", *words[5:9]]}
+                 for i in range(1, 1005)]
+        notes += [{"id": i, "type": "discriminative-attribute-state", "truth": "no"} for i in range(1005,
+                                                                                                    15221)]
+        write_json(tmp_path / "data" / "annotations.json", notes, lines=False)
+        (tmp_path / "data" / "relation.json").write_text(json.dumps({word: [word + "s"] for word in words}))
+        (tmp_path / "data" / "safe_words.txt").write_text("line\n")
+        caption = "The image features two dogs that lie on a bed beside a cat, while a person looks on. " * 5
+        answers = [{"id": i, "response": caption if i < 1005 else "No, it is not."} for i in range(1, 15221)]
+        arguments = ["--data", tmp_path / "data"]
+    assert len(answers) == n
+    path = write_json(tmp_path / "a.json", answers, lines=False)
+    code = "import sys, eval_hallu; eval_hallu.main(); sys.exit('torch' in sys.modules)"
+    start = os.times()
+    done = subprocess.run([sys.executable, "-c", code, "score", benchmark, "--answers", path, "--out",
+                           tmp_path / "s.json", *arguments], capture_output=True, text=True, cwd=ROOT)
+    used = os.times().children_user - start.children_user      # of the processor: others may be at work
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["n"] == n
+    assert used < 5
+
+
+# ------------------------------------------------------------------------------- the official numbers
+def golden(kind, pattern):
+    return [pytest.param(path, id=f"{path.parent.name}-{path.stem}")
+            for path in sorted((GOLDEN / kind).glob(pattern))]
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", golden("pope", "responses_*.jsonl"))
+def test_the_command_gives_popes_official_numbers(tmp_path, path):
+    expected = json.loads((path.parent / "expected.json").read_text())[path.stem.removeprefix("responses_")]
+    scores, _ = score(tmp_path, "pope", path, "--questions", need(SHARED / expected["label_file"]), "--mode",
+                      "official")
+    official = expected["official"]
+    assert [scores[k] for k in ("tp", "fp", "tn", "fn")] == [official[k] for k in ("TP", "FP", "TN", "FN")]
+    for key in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        assert scores[key] == pytest.approx(official[key], abs=1e-12)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", golden("amber", "expected.json"))
+def test_the_command_gives_ambers_official_numbers(tmp_path, path):
+    data_folder = need(SHARED / "official" / "amber")
+    for case, expected in json.loads(path.read_text()).items():
+        name, _, how = case.partition("|")
+        arguments = ["--data", data_folder, "--mode", "official"]
+        if (nouns := path.parent / f"nouns.{name}.jsonl").exists():
+            arguments += ["--nouns", nouns]
+        if how == "similarity=table":
+            arguments += ["--similarity", path.parent / "similarity_table.json"]
+        if "printed" not in expected or not (path.parent / f"{name}.json").exists():
+            continue
+        scores, _ = score(tmp_path, "amber", path.parent / f"{name}.json", *arguments)
+        for task, numbers in expected["printed"].items():
+            part = "existence" if task == "Exsitence" else task.lower()                    # as it is printed
+            found = scores if "Task" in task else scores["by_type"][part]
+            assert {key: found[key.lower()] for key in numbers} == numbers, (case, task)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", golden("chair", "extractor_replies.*.jsonl"))
+def test_the_command_gives_object_halbenchs_official_numbers(tmp_path, path):
+    name = path.stem.removeprefix("extractor_replies.")
+    expected = json.loads((path.parent / "expected.json").read_text())
+    arguments = ["--annotations", path.parent / "coco80", "--mode", "official", "--synonyms",
+                 need(SHARED / "official" / "objhal" / "synonyms_refine.rlhfv.txt")]
+    for case, extra in ((f"rlhfv_nogpt|{name}", []), (f"rlhfv_gpt_canned|{name}", ["--extractor", path])):
+        scores, _ = score(tmp_path, "chair", path.parent / f"responses_{name}.jsonl", *arguments, *extra)
+        for key, theirs in (("chair_s", "CHAIRs"), ("chair_s_refine", "CHAIRs_refine"), ("chair_i", "CHAIRi"),
+                            ("recall", "obj_rec"), ("mean_words", "avg_word_len")):
+            assert scores[key] == pytest.approx(expected[case][theirs], abs=1e-9), (case, key)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", golden("mmhal", "reviews_*.json"))
+def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
+    expected = json.loads((path.parent / "expected.json").read_text())[path.stem.removeprefix("reviews_")]
+    template = need(SHARED / "official" / "mmhal" / "mmhal-bench_answer_template.json")
+    prompt = need(SHARED / "official" / "mmhal" / "judge_prompt.txt")
+    with pytest.raises(data.UserError, match="96 prompts"):
+        score(tmp_path, "mmhal", path.parent / "answers.jsonl", "--template", template, "--judge_prompt",
+              prompt)
+    asked = [line["messages"][0]["content"] for line in chat.read_records(tmp_path / "scores.prompts.jsonl")]
+    hashes = json.loads((path.parent / "expected.json").read_text())["prompts"]["sha256"]
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in asked] == hashes
+    for answers in ("answers.jsonl", "answers_merged.json"):
+        scores, items = score(tmp_path, "mmhal", path.parent / answers, "--template", template, "--judge",
+                              path,
+                              "--mode", "official")
+        assert [item["score"] for item in items] == expected["scores"]
+        assert scores["score"] == pytest.approx(expected["average"])
+        assert scores["hallucination_rate"] == pytest.approx(expected["hallucination_rate"])
+        assert {k: v["score"] for k,
+                v in scores["by_category"].items()} == pytest.approx(expected["per_type"])
+
+
+# ------------------------------------------------------------------------------- other people's evaluators
+def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
+    """As LMMs-Eval loads and asks a folder (AutoProcessor, its chat template, generate): the answers are
+    those of our base with the adapter."""
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
+
+    import lora
+    import vlm
+    folder = write_llava(tmp_path / "model", seed=5)
+    policy = vlm.load(folder)
+    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), policy.tokenizer, patch_size=14,
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                   chat_template=policy.template).save_pretrained(folder)          # published folders have it
+    lora.add_lora(policy.model, 4, 8)
+    torch.manual_seed(1)
+    for weight in lora.lora_parameters(policy.model).values():
+        weight.data.normal_(std=.2)
+    lora.save(policy.model, tmp_path / "adapter", str(folder))
+    path, rows = pope_file(tmp_path / "data")
+    ours, base = ([line["answer"] for line in ask(m, "pope", path, tmp_path / f"{name}.jsonl")[1:]]
+                  for name, m in (("ours", policy), ("base", vlm.load(folder))))
+    lora.merge_folder(folder, tmp_path / "adapter", tmp_path / "merged")
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    theirs = []
+    for row in rows:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["text"]}]}
+        text = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        inputs = processor(images=Image.open(tmp_path / "data" / row["image"]), text=text,
+                           return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=5)
+        theirs += processor.batch_decode(out[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    assert [text.strip() for text in theirs] == ours != base

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,13 +55,16 @@ def arguments(world, out, *more):
             "--lora_r", "16", "--set", "lora_alpha=32", *more]    # whatever the defaults are tuned to
 
 
-def run(argv, before=None):
-    """train_dpo.py in a process of its own: (exit code, what it printed).
+def run(argv, before=None, ranks=1):
+    """train_dpo.py in a process of its own, or as some ranks: (exit code of the first, what all printed).
 
     `before` runs there first, to break things.
     """
-    def child():
-        with open(log, "w", buffering=1) as sys.stdout:
+    def child(rank):
+        if ranks > 1:                                     # what torchrun sets, without its start-up time
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        with open(log, "a", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
             sys.argv = ["train_dpo.py", *argv]
             if before:
@@ -74,17 +78,26 @@ def run(argv, before=None):
                 traceback.print_exc()
                 raise
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join(240)
-        return process.exitcode, log.read_text().replace("\r", "\n")
+        log, port = Path(folder) / "log", free_port()
+        fork = multiprocessing.get_context("fork").Process
+        processes = [fork(target=child, args=(rank,), daemon=True) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+        return processes[0].exitcode, log.read_text().replace("\r", "\n")
 
 
-def trained(argv, before=None):
-    code, text = run(argv, before)
+def trained(argv, before=None, ranks=1):
+    code, text = run(argv, before, ranks)
     assert code == 0, text
     return text
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
 
 
 def log_of(out):
@@ -123,6 +136,33 @@ def test_naive_and_packed_train_to_the_same_adapter(world, tmp_path):
     one, two = (load_file(tmp_path / f / "adapter/adapter_model.safetensors") for f in ("naive", "packed"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
+
+
+def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_path):
+    """One batch of mDPO in float64: log-probs to 1e-9 relative, LoRA gradients to 1e-7."""
+    import lora
+    o = options.Options(pairs=8, dtype="float64")
+    assert o.lora_r == 64
+    m = vlm.load("classroom", dtype=torch.float64)
+    (tmp_path / "scenes").mkdir()                                # no printed scenes are needed
+    records = Records(train_dpo.classroom_files(o, tmp_path))
+    lora.add_lora(m.model, o.lora_r, o.lora_alpha)
+    draw = torch.Generator().manual_seed(0)
+    for p in lora.lora_parameters(m.model).values():             # B starts at 0: let it do something
+        p.data += 0.02 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+    needs = {"chosen", "rejected", "image_rejected"}
+    batch = [train_dpo.read_pair(m, records, range(8), place, o, needs, 0) for place in range(8)]
+    features, results = train_dpo.encode(m, batch), []
+    for forward in (vlm.naive, vlm.packed):
+        m.model.zero_grad()
+        policy = forward(m, [b[0] for b in batch], features, needs)
+        zero = losses.Logps(*(torch.zeros_like(x) - 20 for x in policy))
+        losses.mdpo(policy, zero, o.beta, o.delta).sum().backward()
+        results.append((torch.stack(policy[:3]).detach(),
+                        torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()])))
+    (naive, naive_gradient), (packed, packed_gradient) = results
+    torch.testing.assert_close(packed, naive, rtol=1e-9, atol=0)
+    assert (packed_gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-7
 
 
 def kill_at(step, where="step"):
@@ -200,31 +240,95 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_pat
     assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
 
 
+def torchrun(*argv, agents=("--standalone",), ranks=2):
+    """train_dpo.py under torchrun; with several `agents`, one torchrun (a node) for each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    nodes = [subprocess.Popen([*command, *agent.split(), str(ROOT / "train_dpo.py"), *argv],
+                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+             for agent in agents]
+    try:
+        for node in nodes:
+            said = node.communicate(timeout=240)[1]
+            assert node.returncode == 0, said[-3000:]
+    finally:
+        for node in nodes:
+            node.terminate()
+
+
+def assert_equal_runs(one, two, steps):
+    """Adapters to 1e-6 relative, the losses and margins of every step to rounding."""
+    adapters = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
+    a, b = (torch.cat([x.flatten() for _, x in sorted(weights.items())]) for weights in adapters)
+    assert ((a - b).norm() / a.norm()).item() < 1e-6
+    lines = [log_of(run)[1] for run in (one, two)]
+    assert len(lines[0]) == len(lines[1]) == steps
+    for a, b in zip(*lines, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], rel=1e-3, abs=1e-6)
+
+
 def test_two_ranks_equal_one(world, tmp_path):
     """Twenty steps under torchrun with gloo, gradients and Adam's moments sharded: 1e-6 relative."""
     more = ("--epochs", "7", "--max_steps", "20")
     trained(arguments(world, tmp_path / "one", *more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "train_dpo.py"), *arguments(world, tmp_path / "two", *more)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    adapters = (load_file(tmp_path / r / "adapter/adapter_model.safetensors") for r in ("one", "two"))
-    one, two = (torch.cat([x.flatten() for _, x in sorted(weights.items())]) for weights in adapters)
-    assert ((one - two).norm() / one.norm()).item() < 1e-6
-    lines = [log_of(tmp_path / r)[1] for r in ("one", "two")]
-    assert len(lines[0]) == len(lines[1]) == 20
-    for a, b in zip(*lines, strict=True):
-        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], rel=1e-3, abs=1e-6)
+    torchrun(*arguments(world, tmp_path / "two", *more))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 20)
     assert log_of(tmp_path / "two")[0]["ranks"] == 2
+
+
+# ---------------------------------------------------------------------------------------- --shard
+def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
+    """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
+    deep = write_llava(tmp_path / "model", layers=6), world[1]
+    more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4")
+    trained(arguments(deep, tmp_path / "one", *more, "--micro_batch", "4"))
+    meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}"
+    torchrun(*arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"),
+             agents=(meet, meet), ranks=1)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
+    for name in ("before", "step-4", "after"):
+        one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+    first = log_of(tmp_path / "two")[0]
+    layers = vlm.load(deep[0]).model.model.language_model.layers
+    dealt = sum(p.nbytes for p in layers.parameters())
+    assert first["ranks"] == 2
+    assert first["base_bytes"] == log_of(tmp_path / "one")[0]["base_bytes"] - dealt // 2
+
+
+@pytest.mark.parametrize("more", [(), ("--forward", "naive", "--set", "checkpointing=true")])
+def test_a_sharded_run_that_is_killed_and_called_again_ends_with_the_same_bytes(world, tmp_path, more):
+    """Three micro-batches a step for two ranks; killed in the third epoch, when the reference is cached."""
+    more = ("--shard", "--batch", "6", "--set", "save_every=1", *more)
+    for name, breaks in (("never", None), ("killed", kill_at(6)), ("killed", None)):
+        code, text = run(arguments(world, tmp_path / name, *more), breaks, ranks=2)
+        assert code == (-signal.SIGKILL if breaks else 0), text
+    assert adapter(tmp_path / "never") == adapter(tmp_path / "killed")
+    trained(arguments(world, tmp_path / "whole", *[x for x in more if x != "--shard"]))
+    assert_equal_runs(tmp_path / "whole", tmp_path / "never", 6)
+
+
+def test_rank_0_answers_alone_from_everyones_shards(tmp_path):
+    """Generation, whose number of forwards no other rank knows, before and after: the classroom's model."""
+    argv = ["--max_steps", "2", *(x for field in ("pairs=32", "scenes=6", "questions=12", "max_new_tokens=9")
+                                  for x in ("--set", field))]
+    trained([*argv, "--out", str(tmp_path / "one")])
+    trained([*argv, "--out", str(tmp_path / "two"), "--shard"], ranks=2)
+    for name in ("before.jsonl", "before.json"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    assert (tmp_path / "two" / "words.json").exists()
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 2)
+
+
+def test_one_process_with_shard_says_so_and_trains_whole(world, tmp_path, uninterrupted):
+    text = trained(arguments(world, tmp_path / "run", "--set", "save_every=2", "--shard"))
+    assert "torchrun" in text and adapter(tmp_path / "run") == adapter(uninterrupted)
 
 
 def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninterrupted):
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     assert run(argv, kill_at(5))[0] == -signal.SIGKILL
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "train_dpo.py"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    trained(argv, ranks=2)
     one, two = (load_file(x / "adapter/adapter_model.safetensors") for x in (tmp_path / "run", uninterrupted))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)

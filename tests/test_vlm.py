@@ -1,11 +1,15 @@
 """vlm.py as specification: one naive forward, one packed forward, the same numbers; templates; generation."""
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, need, write_llava
+from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
 import data
+import families
 import losses
 import vlm
 
@@ -265,3 +269,272 @@ def test_identity_changes_when_a_weight_changes(tmp_path):
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert vlm.identity(m) != before
+
+
+# ---- LLaVA-1.6 and imported Bunny ----
+
+def write_next(folder, text="mistral", tokenizer=None, patch=14, image=28):
+    """A tiny llava-hf folder of LLaVA-1.6: tiles of 28 pixels, its template beside the processor."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+        MistralConfig,
+    )
+    tokenizer = tokenizer or word_tokenizer()
+    tiles = [[image * h, image * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    kind = {"mistral": MistralConfig, "llama": LlamaConfig}[text]
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                       num_attention_heads=2, image_size=image, patch_size=patch),
+        text_config=kind(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=len(tokenizer) + 5, sliding_window=None),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_grid_pinpoints=tiles))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    pictures = LlavaNextImageProcessorPil(size={"shortest_edge": image}, image_grid_pinpoints=tiles,
+                                          crop_size={"height": image, "width": image})
+    LlavaNextProcessor(pictures, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+                       num_additional_image_tokens=1,
+                       chat_template=tokenizer.chat_template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mistral", "llama", "bunny"])
+def other(request, tmp_path_factory):
+    """A folder of another family than LLaVA-1.5."""
+    import sys
+
+    from conftest import ROOT
+    from rehearse import TINY, write_original
+    sys.path.insert(0, str(ROOT / "tools"))
+    import import_checkpoint
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param != "bunny":
+        return write_next(folder, request.param)
+    src, tower = write_original("bunny", folder / "src", TINY["bunny"], torch.float32, scale=0.2)
+    import_checkpoint.run(src, folder / "dst", tower, report=lambda line: None)
+    return folder / "dst"
+
+
+SIZES = (40, 30), (90, 20), (20, 90), (60, 59), (28, 28), (57, 28)
+
+
+def pairs_of(m):
+    """Three pairs of one image each, of other shapes, the rejected ones of yet others; and the features."""
+    shown, pairs = [picture(i, size) for i, size in enumerate(SIZES)], []
+    for i, answers in enumerate((("a red cat", "a blue dog ."), ("yes", "no , no"), ("two", "one"))):
+        counts = [[vlm.tokens_of(m, SIZES[k])] for k in (i, i + 3)]
+        prompts = (vlm.prompt_ids(m, "what is this ?", counts=c) for c in counts)
+        pairs.append(data.Pair(str(i), *prompts, *(vlm.response_ids(m, answer) for answer in answers)))
+    return pairs, shown
+
+
+def test_packed_equals_naive_for_the_other_families(other):
+    """float64: log-probs to 1e-9 relative, LoRA gradients to 1e-7; pictures and prompts of unequal length."""
+    import lora
+    m = with_lora(other)
+    pairs, shown = pairs_of(m)
+    pixels = vlm.prepare(m, shown)
+    features = vlm.encode_images(m, [p._replace(pixels=p.pixels.double()) for p in pixels]
+                                 if isinstance(pixels, list) else pixels.double())
+    results = []
+    for forward in (vlm.naive, vlm.packed):
+        m.model.zero_grad()
+        got = torch.stack(forward(m, pairs, features, EVERYTHING)[:3])
+        (got * torch.linspace(0.5, 2, 9, dtype=got.dtype).view(3, 3)).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()])
+        results.append((got.detach(), gradient))
+    (naive, naive_grad), (packed, packed_grad) = results
+    torch.testing.assert_close(packed, naive, rtol=1e-9, atol=0)
+    assert (packed_grad - naive_grad).norm() / naive_grad.norm() < 1e-7
+    assert naive.std() > 0.1                                     # the numbers differ at all
+
+
+def test_the_other_families_equal_transformers_own_processor_and_forward(other):
+    """Ids, pixels and logits as AutoProcessor and the model's own call make them, for every shape."""
+    from transformers import AutoProcessor
+    m, processor = vlm.load(other), AutoProcessor.from_pretrained(other, backend="pil")
+    response = vlm.response_ids(m, "a red cat")
+    for i, size in enumerate(SIZES):
+        image = picture(i, size)
+        content = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        prompt = vlm.prompt_ids(m, "what is this ?", counts=[vlm.tokens_of(m, size)])
+        assert inputs.pop("input_ids")[0].tolist() == prompt
+        inputs.pop("attention_mask")
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            logits = m.model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        expected = losses.response_logps(logits[..., :m.words], labels)
+        features = vlm.encode_images(m, vlm.prepare(m, [image]))
+        assert features.flatten(0, -2).shape[0] == vlm.tokens_of(m, size)
+        for forward in (vlm.naive, vlm.packed):
+            got = forward(m, [data.Pair("", prompt, prompt, response, [])], features, {"chosen"}).chosen
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
+    m = vlm.load(other)
+    asked = [[picture(i, size)] for i, size in enumerate(SIZES)], ["what is this ?", "is there a dog ?"] * 3
+    together = vlm.generate(m, *asked, max_new_tokens=6, batch_size=6)
+    alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
+    assert together == alone and any(together)
+    features = vlm.encode_images(m, vlm.prepare(m, [picture(0, (90, 20))]))
+    words = vlm.word_logps(m, features, "what is this ?", "a cat")
+    assert [w for w, _ in words] == ["a", "cat"]
+
+
+@pytest.mark.parametrize("patch, image", [(14, 336), (14, 30)])
+def test_the_tokens_of_a_picture_are_counted_as_transformers_counts_them(tmp_path, patch, image):
+    from transformers import AutoProcessor
+    folder = write_next(tmp_path, patch=patch, image=image)
+    m, processor = families.front(folder), AutoProcessor.from_pretrained(folder, backend="pil")
+    sizes = np.random.default_rng(0).integers(8, 1500, (400, 2)).tolist()
+    counted = processor._get_num_multimodal_tokens([(h, w) for w, h in sizes])["num_image_tokens"]
+    assert [vlm.tokens_of(m, size) for size in sizes] == counted and len(set(counted)) > 5
+
+
+def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
+    m = vlm.load(write_next(tmp_path))
+    for layer in m.model.model.language_model.layers:
+        layer.self_attn.config.sliding_window = 8
+    pairs, shown = pairs_of(m)
+    with pytest.raises(data.UserError, match="sliding window of 8"):
+        vlm.packed(m, pairs[:1], vlm.encode_images(m, vlm.prepare(m, shown[:1])), {"chosen"})
+
+
+# ---- templates: the prompts that the official codes and the model cards write ----
+
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+          "helpful, detailed, and polite answers to the user's questions. ")
+LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. "
+          "You are able to understand the visual content that the user provides, and assist the user with a "
+          "variety of tasks using natural language.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+          "<image>\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.mark.parametrize("name, said", [
+    ("vicuna", VICUNA + "USER: <image>\nWho? ASSISTANT:"), ("plain", "USER: <image>\nWho? ASSISTANT:"),
+    ("mistral", "[INST] <image>\nWho? [/INST]"), ("llama3", LLAMA3)])
+def test_a_template_writes_the_published_prompt(model, name, said):
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
+    template = {"chat_template": families.TEMPLATES[name], "tokenize": False}
+    assert model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template) == said
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Me."}]}
+    text = model.tokenizer.apply_chat_template(messages + [answer], **template)
+    end = "<|eot_id|>" if name == "llama3" else "</s>"
+    assert text == said + ("" if name == "llama3" else " ") + "Me." + end
+
+
+# llava-hf's folders hold the template as a file of the processor, in this form: images first, then the texts.
+PUBLISHED = ("{% for message in messages %}{% if message['role'] != 'system' %}"
+             "{{ message['role'].upper() + ': '}}{% endif %}"
+             "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+             "{{ '<image>\n' }}{% endfor %}{% if message['role'] != 'assistant' %}"
+             "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+             "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+             "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+             "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+             "{% endfor %}"
+             "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json", "chat_template.jinja"])
+def test_the_folders_own_template_is_found_where_llava_hf_puts_it(tmp_path, file):
+    """With the published Llama tokenizer: BOS once, the template's text, one run of image tokens."""
+    tokenizer = llama_tokenizer()
+    tokenizer.chat_template = None
+    write_llava(tmp_path, tokenizer=tokenizer)
+    about = tmp_path / file
+    if file.endswith("jinja"):
+        about.write_text(PUBLISHED)
+    else:
+        old = json.loads(about.read_text()) if about.exists() else {}
+        about.write_text(json.dumps(old | {"chat_template": PUBLISHED}))
+    m = families.front(tmp_path)
+    assert m.template_name == "folder"
+    ids = vlm.prompt_ids(m, "Who?")
+    assert ids[0] == 1 and ids.count(1) == 1 and ids.count(m.image_token_id) == m.image_tokens == 4
+    plain = families.front(tmp_path, template="plain")
+    assert ids == vlm.prompt_ids(plain, "Who?") and plain.template_name == "plain"
+
+
+@pytest.mark.parametrize("text, end, name", [("mistral", "</s>", "mistral"), ("llama", "</s>", "vicuna"),
+                                             ("llama", "<|eot_id|>", "llama3")])
+def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, text, end, name):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.add_special_tokens({"eos_token": end})
+    m = families.front(write_next(tmp_path, text, tokenizer))
+    assert (m.template_name, m.template) == (name, families.TEMPLATES[name])
+
+
+# ---- what is amiss with a folder ----
+
+def test_a_text_only_model_and_an_original_folder_are_told_apart(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(data.UserError, match="a text-only model"):
+        vlm.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bunny-phi", "mm_vision_tower": "siglip"}')
+    with pytest.raises(data.UserError, match="run `python tools/import_checkpoint.py .* NEW_FOLDER`"):
+        vlm.load(tmp_path)
+
+
+def test_a_tokenizer_without_the_image_token_or_of_another_size_is_refused(tmp_path, folder):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["another"])
+    shutil.copytree(folder, tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    with pytest.raises(data.UserError, match=r"has \d+ tokens, its model's embedding only \d+ rows"):
+        vlm.load(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<image>", "<picture>"))
+    config = tmp_path / "a" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<image>", "<picture>"))
+    with pytest.raises(data.UserError, match="does not know <image>"):
+        vlm.load(tmp_path / "a")
+
+
+def test_an_embedding_of_another_size_than_the_config_says_and_missing_weights_are_refused(tmp_path, folder):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(folder, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 7
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(data.UserError, match="the model cannot be read") as e:
+        vlm.load(tmp_path / "a")
+    assert "\n" not in str(e.value)
+    shutil.copytree(folder, tmp_path / "b")
+    weights = load_file(tmp_path / "b" / "model.safetensors")
+    del weights[next(k for k in weights if "q_proj" in k)]
+    save_file(weights, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(data.UserError, match="1 weights are missing, .*q_proj.* first"):
+        vlm.load(tmp_path / "b")
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "a")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "a" / name).unlink(missing_ok=True)
+    with pytest.raises(data.UserError, match="image processor cannot be read .*: copy preprocessor_config"):
+        vlm.load(tmp_path / "a")
+
+
+def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder):
+    with pytest.raises(data.UserError, match="leave out images=pad"):
+        families.front(write_next(tmp_path), preparation="pad")
+    with pytest.raises(data.UserError, match="give one of '', 'pad'"):
+        families.front(folder, preparation="squash")
+    padded = families.front(folder, preparation="pad")
+    assert padded.preparation.startswith("padded to a square with (122, 116, 104), resized to 28")
+    assert families.front(folder).preparation.startswith("resized to 28, the middle cut out")

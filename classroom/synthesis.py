@@ -1,0 +1,632 @@
+"""Train the built-in models of synth.py: a generator, rewards and responders of the classroom's world.
+
+    python classroom/synthesis.py                       all of them, in this order
+    python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
+    python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
+    python classroom/synthesis.py study                 DPO on the pairs of every scorer: study.jsonl
+
+    sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
+                 text models and a T5 whose tokens are words, a transformer over the 16 cells
+    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above one
+                 with another object, another colour or one object less, or spoilt by contrast and noise
+    clip         transformers' CLIP by contrast: the control that CLIP-DPO is
+    armorm       rewards.ArmoRM: five attributes and a gate over questions and answers. It sees no picture
+                 and no scene's truth, here as in use: its labels are computed from the words alone
+    llava0..3    four of classroom/make.py's models, differently careless and trained for different times
+
+Everything is small and trained on scenes of the train split, whose pictures the generator learns in an easy
+form: two or three objects, each once, in the middle of its cell.
+"""
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from classroom import make, world  # noqa: E402
+
+OUT = Path(__file__).resolve().parent / "synthesis"
+ROOM = 12                                   # tokens of a prompt, begin and end included
+JOINT, WIDTH, LAYERS, CHANNELS = 64, 128, 4, 3      # of the transformer and of the VAE
+
+
+# ---------------------------------------------------------------------------- scenes, prompts, words
+def easy(rng, split="train"):
+    """A scene of two or three objects, each once and in the middle of its cell."""
+    while True:
+        s = world.scene(rng, split)
+        if len(s.things) <= 3 and all(len(t.places) == 1 for t in s.things):
+            things = [dataclasses.replace(t, places=tuple((c, r, 17, 1, 1) for c, r, *_ in t.places))
+                      for t in s.things]
+            return dataclasses.replace(s, things=tuple(things))
+
+
+def prompt(s):
+    """`street with red car , blue boat`."""
+    return f"{s.theme} with " + " , ".join(f"{t.colour} {t.type}" for t in s.things)
+
+
+def clip_tokenizer(length):
+    """transformers' CLIP tokenizer, each word of the world one token: merges build it letter by letter."""
+    from transformers import CLIPTokenizer
+    words = sorted({*world.vocabulary(), "with", "and"})
+    merges, vocab = [], {}
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        for letter in letters:
+            vocab.setdefault(letter, len(vocab))
+        while len(letters) > 1:             # from the end: what is joined ends a word, and hurts no other
+            pair = tuple(letters[-2:])
+            if pair not in merges:
+                merges.append(pair)
+            letters = [*letters[:-2], "".join(pair)]
+            vocab.setdefault(letters[-1], len(vocab))
+    vocab |= {w: len(vocab) + k for k, w in enumerate(("<|startoftext|>", "<|endoftext|>"))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    wrong = [w for w in words if len(tokenizer(w).input_ids) != 3]
+    if wrong:
+        raise ValueError(f"these words are more than one token: {wrong}")
+    return tokenizer
+
+
+def pictures(scenes):
+    """Pictures in [-1, 1]: (N, 3, 80, 80)."""
+    import numpy as np
+    import torch
+    return torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit(name, parameters, loss_of, steps, lr, minutes=math.inf, after=None):
+    """AdamW with warm-up and cosine, for so many steps or, if that is sooner, minutes of processor time. An
+    interrupt (Ctrl-C, SIGTERM) ends it with what was learned so far."""
+    import torch
+    stop = []
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda *_: stop.append(1))
+    parameters = [p for p in parameters if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .98), weight_decay=.01)
+    start, seen = time.process_time(), []
+    for step in range(steps):
+        spent = (time.process_time() - start) / 60 / minutes
+        share = max(step / steps, spent)
+        if share >= 1 or stop:
+            break
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * (.02 + .98 * .5 * (1 + math.cos(math.pi * share)))
+        loss = loss_of(step)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.)
+        optimiser.step()
+        if after:
+            after()
+        seen.append(loss.item())
+        if (step + 1) % 100 == 0:
+            spent = time.process_time() - start
+            print(f"{name} {step + 1}  loss {sum(seen[-100:]) / 100:.4f}  {spent:.0f} s", flush=True)
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_DFL)
+
+
+def halved(folder):
+    """Stored in half precision, to be loaded in whichever."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    for file in Path(folder).rglob("*.safetensors"):
+        state = {k: x.half() if x.dtype == torch.float32 else x for k, x in load_file(file).items()}
+        save_file(state, file, metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------------------- the generator
+def train_vae(steps, minutes=math.inf):
+    import torch
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 16, 32), latent_channels=CHANNELS, norm_num_groups=4,
+                        layers_per_block=1, sample_size=world.SIZE, mid_block_add_attention=False,
+                        use_quant_conv=False, use_post_quant_conv=False)
+    rng = random.Random("vae")
+    half = world.SIZE // 2
+
+    def loss_of(step):
+        whole = pictures([easy(rng) for _ in range(16)])
+        x, y = rng.choice((0, half)), rng.choice((0, half))
+        whole = torch.cat([whole[:8, :, :half, :half], whole[8:, :, y:y + half, x:x + half]])
+        latent = vae.encode(whole).latent_dist
+        shown = vae.decode(latent.sample()).sample
+        return (shown - whole).abs().mean() + ((shown - whole) ** 2).mean() + 1e-6 * latent.kl().mean()
+    fit("vae", list(vae.parameters()), loss_of, steps, 4e-3, minutes)
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        z = vae.encode(pictures([easy(rng) for _ in range(64)])).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
+    return vae
+
+
+def sd3(minutes):
+    """The VAE (a quarter of the minutes), then the transformer and both text models by flow matching."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import StableDiffusion3Pipeline as Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    folder, rng = OUT / "sd3", random.Random("sd3")
+    if (folder / "vae").exists():               # trained before: delete the folder to train it again
+        vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+    else:
+        vae = train_vae(4000, minutes / 4)
+        vae.save_pretrained(folder / "vae")
+    torch.manual_seed(1)
+    tokenizer, pieces = clip_tokenizer(ROOM), t5_tokenizer(ROOM)
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=JOINT // 2, intermediate_size=JOINT,
+                          num_hidden_layers=3, num_attention_heads=2, projection_dim=JOINT // 2,
+                          max_position_embeddings=ROOM, bos_token_id=len(tokenizer) - 2,
+                          eos_token_id=len(tokenizer) - 1, initializer_factor=10.)
+    clips = [CLIPTextModelWithProjection(text) for _ in range(2)]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=JOINT, d_kv=32, d_ff=2 * JOINT, num_layers=2,
+                                 num_heads=2, dropout_rate=0.))
+    transformer = SD3Transformer2DModel(
+        sample_size=world.SIZE // 4, patch_size=world.CELL // 4, in_channels=CHANNELS, out_channels=CHANNELS,
+        num_layers=LAYERS, attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=JOINT,
+        caption_projection_dim=WIDTH, pooled_projection_dim=JOINT, pos_embed_max_size=world.GRID)
+    config, ids, latents = vae.config, [], []
+
+    def both(texts):
+        """Tokens of CLIP and of T5: (N, 2 ROOM)."""
+        return torch.cat([words(tokenizer, texts), words(pieces, texts)], 1)
+    with torch.no_grad():
+        for _ in range(min(128, round(8 * minutes))):       # up to 16,384 scenes, encoded once
+            scenes = [easy(rng) for _ in range(128)]
+            z = vae.encode(pictures(scenes)).latent_dist.mean
+            latents.append((z - config.shift_factor) * config.scaling_factor)
+            ids.append(both([prompt(s) for s in scenes]))
+    latents, ids, empty = torch.cat(latents), torch.cat(ids), both([""])
+    parts = torch.nn.ModuleList([transformer, *clips, t5])
+    average = copy.deepcopy(parts).requires_grad_(False)
+    draw = torch.Generator().manual_seed(2)
+
+    def loss_of(step):
+        """Flow matching (SD3, arXiv 2403.03206): noise minus picture, at a logit-normal time."""
+        some = torch.randint(len(latents), (64,), generator=draw)
+        x, token = latents[some], ids[some].clone()
+        token[torch.rand(len(token), generator=draw) < .1] = empty              # for guidance
+        noise = torch.randn(x.shape, generator=draw)
+        time_ = torch.randn(len(x), 1, 1, 1, generator=draw).sigmoid()
+        seen = [clip(token[:, :ROOM], output_hidden_states=True) for clip in clips]
+        joint = torch.cat([out.hidden_states[-2] for out in seen], -1)           # (B, ROOM, JOINT)
+        joint = torch.cat([joint, t5(token[:, ROOM:])[0]], 1)                    # (B, 2 ROOM, JOINT)
+        velocity = transformer(hidden_states=(1 - time_) * x + time_ * noise, timestep=1000 * time_.flatten(),
+                               encoder_hidden_states=joint, return_dict=False,
+                               pooled_projections=torch.cat([out.text_embeds for out in seen], -1))[0]
+        return ((velocity - (noise - x)) ** 2).mean()
+
+    def after():
+        with torch.no_grad():
+            for kept, p in zip(average.parameters(), parts.parameters(), strict=True):
+                kept.lerp_(p, .005)
+    fit("sd3", list(parts.parameters()), loss_of, 20_000, 2e-3, minutes * .75, after)
+    transformer, *clips, t5 = average
+    pipeline = Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
+                        text_encoder=clips[0], tokenizer=tokenizer, text_encoder_2=clips[1],
+                        tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=pieces)
+    pipeline.save_pretrained(folder)
+    halved(folder)
+
+
+def t5_tokenizer(length):
+    """transformers' T5 tokenizer, each word of the world one piece."""
+    from transformers import T5Tokenizer
+    pieces = ["<pad>", "</s>", "<unk>", *("▁" + w for w in sorted({*world.vocabulary(), "with", "and"}))]
+    return T5Tokenizer(vocab=[(p, 0. if k < 3 else -1.) for k, p in enumerate(pieces)], extra_ids=0,
+                       model_max_length=length)
+
+
+def words(tokenizer, texts):
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+# ---------------------------------------------------------------------------- the rewards of pictures
+def other_scene(rng, s):
+    """A scene that shows the prompt of s no more: another object, another colour, or one object missing."""
+    things, k, how = list(s.things), rng.randrange(len(s.things)), rng.choice(("type", "colour", "missing"))
+    if how == "type":
+        things[k] = dataclasses.replace(things[k], type=rng.choice(s.absent))
+    elif how == "colour":
+        others = [c for c in world.COLOURS if c != things[k].colour]
+        things[k] = dataclasses.replace(things[k], colour=rng.choice(others))
+    else:
+        del things[k]
+    return dataclasses.replace(s, things=tuple(things))
+
+
+def spoilt(rng, x):
+    """A picture (3, H, W) with the faults of a generator: too much contrast, noise, or washed out."""
+    import torch
+    how = rng.choice(("contrast", "noise", "pale"))
+    if how == "contrast":
+        return (x * rng.uniform(1.5, 4)).clamp(-1, 1)
+    if how == "noise":
+        return (x + rng.uniform(.2, .8) * torch.randn(x.shape)).clamp(-1, 1)
+    return x * rng.uniform(.2, .6)
+
+
+def judged(rng, n):
+    """-> n scenes, their own pictures, and worse ones: (n, 3, S, S), normalised as CLIP's are."""
+    import torch
+
+    from data import MEAN, STD
+    scenes = [easy(rng) if rng.random() < .7 else world.scene(rng) for _ in range(n)]
+    own = pictures(scenes)
+    worse = pictures([other_scene(rng, s) if rng.random() < .75 else s for s in scenes])
+    same = (own == worse).flatten(1).all(1)
+    for k in range(n):
+        if same[k]:
+            worse[k] = spoilt(rng, own[k])
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
+    return scenes, *(((x + 1) / 2 - mean) / std for x in (own, worse))
+
+
+def imagereward(minutes):
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn import functional as F
+
+    import rewards
+    torch.manual_seed(0)
+    folder = OUT / "imagereward"
+    folder.mkdir(parents=True, exist_ok=True)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocab = [*special, *sorted({*world.vocabulary(), "with", "and"}), "[DEC]", "[ENC]"]
+    (folder / "vocab.txt").write_text("\n".join(vocab[:-2]) + "\n")
+    small = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+    config = {"vision": small | {"num_hidden_layers": 2, "image_size": world.SIZE, "patch_size": world.CELL},
+              "text": small | {"num_hidden_layers": 2, "vocab_size": len(vocab), "encoder_hidden_size": 64,
+                               "max_position_embeddings": rewards.MAX_PROMPT}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    model = rewards.ImageReward.build(config["vision"] | {"initializer_range": .05}, config["text"],
+                                      widths=(64, 32, 16, 8, 1))
+    tokenizer, rng = rewards.bert_tokenizer(folder), random.Random("imagereward")
+    widths = len(world.TYPES) + 1, len(world.COLOURS) + 1
+    head = torch.nn.Linear(64, sum(widths))                     # thrown away: what a cell shows
+
+    def cells(scenes, seen):
+        kind = torch.full((len(scenes), world.GRID ** 2), len(world.TYPES))
+        colour = torch.full_like(kind, len(world.COLOURS))
+        for i, s in enumerate(scenes):
+            for t in s.things:
+                for column, row, *_ in t.places:
+                    kind[i, row * world.GRID + column] = world.TYPES.index(t.type)
+                    colour[i, row * world.GRID + column] = list(world.COLOURS).index(t.colour)
+        kinds, colours = head(seen[:, 1:]).split(widths, -1)
+        return (F.cross_entropy(kinds.flatten(0, 1), kind.flatten())
+                + F.cross_entropy(colours.flatten(0, 1), colour.flatten()))
+
+    def loss_of(step):
+        scenes, own, worse = judged(rng, 48)
+        text = tokenizer([prompt(s) for s in scenes], padding=True, return_tensors="pt")
+        seen = model.vision(pixel_values=torch.cat([own, worse])).last_hidden_state
+        ids, mask = (text[k].repeat(2, 1) for k in ("input_ids", "attention_mask"))
+        better, less = model.read(ids, mask, seen).chunk(2)
+        ranking = -F.logsigmoid(better - less).mean()               # ImageReward's own loss
+        return ranking + cells(scenes, seen[:48]) + 1e-3 * (better ** 2 + less ** 2).mean()
+    fit("imagereward", [*model.parameters(), *head.parameters()], loss_of, 3000, 1.5e-3, minutes)
+    state = {rewards.to_published(k): x.half().contiguous() for k, x in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+def clip(minutes):
+    import torch
+    from torch.nn import functional as F
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+    torch.manual_seed(0)
+    tokenizer, rng = clip_tokenizer(48), random.Random("clip")
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 48,
+                             "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1},
+        vision_config=small | {"image_size": world.SIZE, "patch_size": world.CELL}, projection_dim=64)
+    model = CLIPModel(config)
+
+    def loss_of(step):
+        scenes, own, _ = judged(rng, 64)
+        texts = [prompt(s) if rng.random() < .5 else world.careless_caption(rng, s) for s in scenes]
+        text = tokenizer(texts, padding=True, return_tensors="pt")
+        logits = model(input_ids=text.input_ids, attention_mask=text.attention_mask,
+                       pixel_values=own).logits_per_image
+        right = torch.arange(len(scenes))
+        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    fit("clip", list(model.parameters()), loss_of, 3000, 1.5e-3, minutes)
+    model.save_pretrained(OUT / "clip")
+    side = {"height": world.SIZE, "width": world.SIZE}
+    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=side),
+                  tokenizer).save_pretrained(OUT / "clip")
+    halved(OUT / "clip")
+
+
+# ---------------------------------------------------------------------------- the reward of texts
+OBJECTIVES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def attributes(text):
+    """Five labels in 0..1 of a caption, from its words alone. correctness is how usual the objects named are
+    for the theme named: all that a judge can go by who does not see."""
+    said, parts = world.mentions(text), text.split()
+    theme = next((w for w in parts if w in world.THEMES), None)
+    usual = dict(zip(world.THEMES.get(theme, ()), world.PRESENCE, strict=False))
+    named = list(dict.fromkeys(said))
+    correct = sum(usual.get(w, .05) for w in named) / max(1, len(named))
+    coherent = (text.endswith(".")) * (len(named) / max(1, len(said))) * (theme is not None)
+    helpful = bool(named) * (.5 + min(len(named), 5) / 10)
+    return helpful, correct, float(coherent), min(len(named), 6) / 6, min(len(parts), 40) / 40
+
+
+def remark(rng):
+    """A caption of any quality: careless, repeating itself, cut off, or of too few things."""
+    s = world.scene(rng)
+    text = world.careless_caption(rng, s, rng.choice((0, .5, 1.)), rng.choice((0, .1, .5)))
+    parts, how = text.split(), rng.random()
+    if how < .15:
+        return " ".join(parts[:rng.randint(0, len(parts))])
+    if how < .3 and world.mentions(text):
+        return text.replace(" .", f" , a {rng.choice(world.mentions(text))} .", 2)
+    return text
+
+
+def armorm(minutes):
+    import torch
+    from safetensors.torch import save_file
+    from torch.nn import functional as F
+    from transformers import LlamaConfig, LlamaModel
+
+    import rewards
+    torch.manual_seed(0)
+    tokenizer, rng, n = make.build_tokenizer(), random.Random("armorm"), len(OBJECTIVES)
+    pattern = tokenizer.convert_tokens_to_ids(["ASSISTANT:"])
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                         max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                         initializer_range=.08)
+    sizes = {"regression_layer/weight": (n, 64), "reward_transform_matrix": (n, n),
+             "gating/logit_scale": (1,), "gating/layers/0/weight": (32, 64), "gating/layers/0/bias": (32,),
+             "gating/layers/1/weight": (n, 32), "gating/layers/1/bias": (n,)}
+    head = {k: torch.nn.Parameter(torch.randn(size) * .1) for k, size in sizes.items()}
+    # as the published one: what verbosity explains is taken off the other objectives
+    head["reward_transform_matrix"].data = torch.eye(n)
+    head["reward_transform_matrix"].data[-1, :-1] = -.1
+    head["reward_transform_matrix"].requires_grad_(False)
+    head["gating/logit_scale"].data.fill_(1.)
+    model = rewards.ArmoRM(LlamaModel(config), head, 1., pattern, 0, tokenizer)
+    taste = torch.tensor([.3, .45, .25, 0., 0.])      # which of two answers is preferred, on the whole
+
+    def loss_of(step):
+        texts = [remark(rng) for _ in range(128)]
+        asked = [rng.choice(world.DESCRIBE) for _ in range(64)] * 2
+        chats = [tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}, {"role": "assistant", "content": text}], tokenize=False)
+            for q, text in zip(asked, texts, strict=True)]
+        batch = tokenizer(chats, padding=True, add_special_tokens=False, return_tensors="pt")
+        out = model(batch.input_ids, batch.attention_mask)
+        label = torch.tensor([attributes(t) for t in texts])
+        (a, b), (x, y) = out["score"].chunk(2), (label @ taste).chunk(2)
+        clear = (x - y).abs() > .02
+        preference = -F.logsigmoid(10 * (a - b) * (x - y).sign())[clear].mean()
+        return 10 * ((out["rewards"] - label) ** 2).mean() + preference
+    fit("armorm", list(model.parameters()), loss_of, 1500, 2e-3, minutes)
+    folder = OUT / "armorm"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{k}": x.half() for k, x in model.llama.state_dict().items()}
+    state |= {k.replace("/", "."): x.data.clone() for k, x in head.items()}
+    save_file(state, folder / "model.safetensors")
+    card = {"gating_temperature": 1., "num_objectives": n, "objectives": OBJECTIVES}
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | card, indent=1) + "\n")
+    (folder / "token_pattern.json").write_text(json.dumps(pattern) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------- responders, prompts
+# level (how often what tempts is added) and omit (how often what is there is left out), share of the steps
+RESPONDERS = ((.1, .05, .5), (.4, .08, .5), (.7, .15, .5), (.9, .3, .35))
+
+
+def llava(k, scale=1.):
+    level, omit, share = RESPONDERS[k]
+    model, tokenizer = make.train(20 + k, level, omit, scale=share * scale)
+    card = {"world": world.VERSION, "seed": 20 + k, "level": level, "omit": omit, "scale": share * scale}
+    make.save(model, tokenizer, OUT / f"llava{k}", card)
+
+
+def prompts(n=30):
+    """n unlike prompts of each theme, of train scenes, and the two questions."""
+    import topics
+    (OUT / "prompts").mkdir(parents=True, exist_ok=True)
+    rng, found = random.Random("prompts"), {t: [] for t in world.THEMES}
+    while min(map(len, found.values())) < n:
+        s = easy(rng)
+        lines = found[s.theme]
+        if len(lines) < n and len(topics.distinct([*lines, prompt(s)], .5)) > len(lines):
+            lines.append(prompt(s))
+    for theme, lines in found.items():
+        (OUT / "prompts" / f"{theme}.txt").write_text("\n".join(lines) + "\n")
+    (OUT / "questions.txt").write_text("\n".join(world.DESCRIBE) + "\n")
+
+
+# ---------------------------------------------------------------------------- what they can do
+def recognise(image, theme):
+    """[(type, colour) or None of each cell] and the mean squared distance to what was recognised: the nearest
+    of all objects in all colours in the middle of the cell, and of the empty cell. Nothing is trained."""
+    import numpy as np
+    cells, ground = [], world.ground(theme)
+    names = [None, *((t, c) for t in world.TYPES for c in world.COLOURS)]
+    x, far = np.asarray(image, np.float32), 0.
+    for row in range(world.GRID):
+        for column in range(world.GRID):
+            place = (slice(row * world.CELL, (row + 1) * world.CELL),
+                     slice(column * world.CELL, (column + 1) * world.CELL))
+            shown = np.stack([np.array(ground[place])] * len(names))                 # (145, 20, 20, 3)
+            for k, name in enumerate(names[1:], 1):
+                glyph = world.sprite(*name, 17)
+                shown[k, 1:18, 1:18] = shown[k, 1:18, 1:18] * (1 - glyph[..., 3:]) + glyph[..., :3]
+            distance = ((shown - x[place]) ** 2).mean((1, 2, 3))
+            cells.append(names[int(distance.argmin())])
+            far += float(distance.min()) / world.GRID ** 2
+    return cells, far
+
+
+def faithfulness(shown, scenes):
+    """Over pictures and the scenes of their prompts: recall of objects, and of objects in their colour;
+    precision (of what was recognised, how much was asked for); distance to clean glyphs; contrast."""
+    import numpy as np
+    right = coloured = asked = seen = wanted = 0
+    far, contrast = [], []
+    for image, s in zip(shown, scenes, strict=True):
+        cells, distance = recognise(image, s.theme)
+        found, want = [c for c in cells if c], {(t.type, t.colour) for t in s.things}
+        asked += len(want)
+        right += len({t for t, _ in want} & {t for t, _ in found})
+        coloured += len(want & set(found))
+        seen += len(found)
+        wanted += sum(t in {w for w, _ in want} for t, _ in found)
+        far.append(distance ** .5)
+        contrast.append(float(np.asarray(image, np.float32).std()))
+    return {"recall": 100 * right / asked, "recall_with_colour": 100 * coloured / asked,
+            "precision": 100 * wanted / max(1, seen), "distance": float(np.mean(far)),
+            "contrast": float(np.mean(contrast))}
+
+
+def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
+    """Tune scenes: the generator at each scale with the same seeds, and what the rewards say of it."""
+    import torch
+    from PIL import Image
+
+    import rewards
+    import sd3 as generator
+    rng, table = random.Random("measure"), {"world": world.VERSION, "prompts": n}
+    scenes = [easy(rng, "tune") for _ in range(n)]
+    true = [Image.fromarray(world.draw(s)) for s in scenes]
+    table["true pictures"] = faithfulness(true, scenes)
+    encoded = generator.encode(OUT / "sd3", [prompt(s) for s in scenes])
+    painter, shown = generator.Painter(OUT / "sd3"), {g: [] for g in scales}
+    for k, s in enumerate(scenes):
+        images = painter(encoded[prompt(s)], encoded[""], scales, [k] * len(scales), 16)
+        for g, image in zip(scales, images, strict=True):
+            shown[g].append(image)
+    judges = {"imagereward": rewards.ImageReward.load(OUT / "imagereward"),
+              "clip": rewards.Similarity.load(OUT / "clip")}
+    scored = {name: {g: [judge.score(prompt(s), [x])[0] for s, x in zip(scenes, shown[g], strict=True)]
+                     for g in scales} | {"true": [judge.score(prompt(s), [x])[0]
+                                                  for s, x in zip(scenes, true, strict=True)]}
+              for name, judge in judges.items()}
+    table["guidance"] = {str(g): faithfulness(shown[g], scenes) | {
+        name: float(torch.tensor(s[g]).mean()) for name, s in scored.items()} for g in scales}
+    for name, s in scored.items():
+        table["true pictures"][name] = float(torch.tensor(s["true"]).mean())
+    others = [other_scene(rng, s) for s in scenes]
+    for name, judge in judges.items():
+        worse = [judge.score(prompt(s), [Image.fromarray(world.draw(x))])[0]
+                 for s, x in zip(scenes, others, strict=True)]
+        table[f"{name} prefers the true picture"] = 100 * sum(
+            a > b for a, b in zip(scored[name]["true"], worse, strict=True)) / n
+    pattern = json.loads((OUT / "armorm" / "token_pattern.json").read_text())
+    judge = rewards.ArmoRM.load(OUT / "armorm", None, pattern)
+    texts = [remark(rng) for _ in range(200)]
+    told = torch.tensor([row["rewards"] for row in judge.judge(world.DESCRIBE[0], texts, batch_size=64)])
+    label = torch.tensor([attributes(t) for t in texts])
+    table["armorm correlation"] = {name: float(torch.corrcoef(torch.stack([told[:, k], label[:, k]]))[0, 1])
+                                   for k, name in enumerate(OBJECTIVES)}
+    rounded = json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 2))
+    (OUT / "statistics.json").write_text(json.dumps(rounded, indent=1) + "\n")
+    print(json.dumps(rounded, indent=1))
+
+
+# ---------------------------------------------------------------------------- what the pairs are worth
+SCORERS = ("armorm", "clip", "length", "random", "oracle")
+
+
+def oracle(run):
+    """scores-oracle.jsonl: objects of the prompt that a response names, minus those that it makes up."""
+    asked = {r["id"]: set(world.mentions(r["prompt"])) for r in run.rows("ranked")}
+    rows = []
+    for r in run.rows("responses"):
+        said = set(world.mentions(r["response"]))
+        rows.append({"id": r["id"], "model": r["model"], "score": 2 * len(said & asked[r["id"]]) - len(said)})
+    run.write("scores-oracle", rows)
+
+
+def study(seeds=5):
+    """DPO of the default base on the pairs of each scorer, five seeds: study.jsonl, and the table."""
+    from journal import Run
+    root = OUT.parent.parent
+    run = Run(None, root / "runs" / "synth-classroom-s0")
+    train, synth = ([sys.executable, root / name, *more] for name, more in (
+        ("train_dpo.py", ["--loss", "dpo"]), ("synth.py", [])))
+    if not (run.out / "responses.jsonl").exists():
+        subprocess.run([*synth, "all", "--out", run.out], check=True)
+    oracle(run)
+    log = OUT / "study.jsonl"
+    log.unlink(missing_ok=True)
+    for scorer in SCORERS:
+        for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
+            subprocess.run([*synth, stage, "--out", run.out, "--scorer", scorer], check=True)
+        pairs = run.rows("pairs")
+        run.write(f"pairs-{scorer}", pairs)
+        for seed in range(seeds):
+            out = run.out / f"dpo-{scorer}-{seed}"
+            given = ["--data", run.out / f"pairs-{scorer}.jsonl", "--seed", str(seed), "--out", out]
+            subprocess.run([*train, *given], check=True, stdout=subprocess.DEVNULL)
+            done = json.loads((out / "summary.json").read_text())
+            with open(log, "a") as file:
+                file.write(json.dumps({"scorer": scorer, "seed": seed, "pairs": len(pairs)} | {
+                    k: {m: done[k][m] for m in ("chair_s", "cover")} for k in ("before", "after")}) + "\n")
+    table(log)
+
+
+def table(log):
+    """Means over the seeds with 95% intervals (Student's t)."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+    for scorer in SCORERS:
+        mine = [r for r in rows if r["scorer"] == scorer]
+        text = f"{scorer:8} {mine[0]['pairs'] if mine else 0:4} pairs"
+        for name in ("chair_s", "cover"):
+            values = [r["after"][name] for r in mine]
+            if len(values) > 1:
+                mean = sum(values) / len(values)
+                sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
+                half = t.get(len(values), 2) * sd / len(values) ** .5
+                text += f"   {name} {mine[0]['before'][name]:.1f} -> {mean:.1f} +- {half:.1f}"
+        print(text)
+
+
+PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2", "llava3", "sd3", "measure")
+
+
+def main():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), or study")
+    parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
+    o = parser.parse_args()
+    if wrong := set(o.parts) - {*PARTS, "study"}:
+        sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
+    import torch
+    torch.set_num_threads(1)
+    for part in o.parts or PARTS:
+        if part.startswith("llava"):
+            llava(int(part[-1]), o.scale)
+        elif part in ("prompts", "measure", "study"):
+            globals()[part]()
+        else:
+            bound = {"sd3": o.minutes, "armorm": 2 * o.scale, "imagereward": 5 * o.scale, "clip": 3 * o.scale}
+            globals()[part](bound[part])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What a step reads (train_dpo.py would be too long with it): pairs as tokens and pixels, and the reference.
+
+A record becomes a data.Pair, the pixels of its images and of the rejected ones, and a key over all of them.
+The reference's log-probs are kept under that key: what a pair was scored with is what it is compared with.
+"""
+import hashlib
+import sys
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import lora
+import losses
+import vlm
+from ranks import on_any
+
+
+def tokenise(m, record, o):
+    """A record -> (data.Pair, number of response tokens cut off). Raises UserError."""
+    images = 0 if o.image_rejected == "none" else len(record["images"])
+    prompt = vlm.prompt_ids(m, record["question"], images, record["history"])
+    chosen, rejected = (vlm.response_ids(m, record[role]) for role in ("chosen", "rejected"))
+    return data.truncate(data.Pair(record["id"], prompt, prompt, chosen, rejected), o.max_length)
+
+
+def usable(m, records, good, o):
+    """The indices whose responses have tokens and whose prompts fit; faults one a line, cuts counted."""
+    kept, cut = [], 0
+    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
+        try:
+            cut += tokenise(m, records[i], o)[1] > 0
+            kept.append(i)
+        except data.UserError as e:
+            print(f"{records.where(i)}: {e}", file=sys.stderr)
+    if len(kept) < len(good) and not (o.skip_bad and kept):
+        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
+        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
+    if cut:
+        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
+    return kept
+
+
+def read_pair(m, records, good, place, o, needs, epoch):
+    """The pair at a place of `good`: (Pair, pixels of its images, of the rejected ones, a key of it all)."""
+    record = records[good[place]]
+    pair, _ = tokenise(m, record, o)
+    images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
+    damaged = [data.read_image(x) for x in record["images_rejected"] or [] if "image_rejected" in needs]
+    if "image_rejected" in needs and not damaged:
+        seed, other = f"{o.seed}/{epoch}" if o.redraw else o.seed, None
+        if o.image_rejected == "random":
+            another = records[good[data.other_index(seed, pair.id, place, len(good))]]
+            other = data.read_image(another["images"][0])
+        damaged = [data.rejected_image(o.image_rejected, image, seed, f"{pair.id}/{n}" if n else pair.id,
+                                       other) for n, image in enumerate(images)]
+    pixels, pixels_damaged = (vlm.prepare(m, x) if x else torch.zeros(0) for x in (images, damaged))
+    key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
+    for x in (pixels,) if o.redraw else (pixels, pixels_damaged):
+        key.update(x.numpy().tobytes())
+    return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
+
+
+class Reference:
+    """Log-probs of the frozen reference, kept per pair beside the key of the inputs that they were made from.
+
+    The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw);
+    the base's identity is checked when a run resumes. What does not match is scored anew.
+    """
+    FIELDS = ("chosen", "rejected", "image_rejected")
+
+    def __init__(self, n, world, sharded=False):
+        self.logps, self.key = torch.zeros(n, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+        self.world, self.sharded = world, sharded           # sharded: all ranks run a forward, or none
+        self.new = []                                       # places this rank added since the last sync
+
+    def __call__(self, m, places, batch, features, forward, needs, redraw):
+        """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
+        pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
+        kept = needs - {"image_rejected"} if redraw else needs
+        true, damaged = features.tensor_split([sum(len(b[1]) for b in batch)])
+        with torch.no_grad(), lora.lora_disabled(m.model):
+            stale = not torch.equal(self.key[places], keys)
+            if on_any(stale) if self.sharded else stale:
+                logps = forward(m, pairs, true if redraw else features, kept)
+                for i, field in enumerate(self.FIELDS):
+                    if field in kept:
+                        self.logps[places, i] = getattr(logps, field).cpu().double()
+                self.key[places], self.new = keys, self.new + places
+            exact = torch.promote_types(features.dtype, torch.float32)
+            values = [self.logps[places, i].to(exact).to(features.device) if f in kept else None
+                      for i, f in enumerate(self.FIELDS)]
+            if redraw:
+                again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
+                values[2] = forward(m, again, damaged, {"chosen"}).chosen
+        tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=features.device)
+                  for f in ("chosen", "rejected")]
+        return losses.Logps(*values, *tokens)
+
+    def sync(self):
+        """Give every rank what the others have added: a pair is scored by one rank."""
+        if self.world > 1:
+            added = [None] * self.world
+            dist.all_gather_object(added, (self.new, self.logps[self.new], self.key[self.new]))
+            for places, logps, key in added:
+                self.logps[places], self.key[places] = logps, key
+        self.new = []
+
+
+def encode(m, batch):
+    """Features of a micro-batch's images, all true ones, then all rejected ones, as vlm's forwards expect."""
+    pixels = [b[kind] for kind in (1, 2) for b in batch if len(b[kind])]
+    return vlm.encode_images(m, torch.cat(pixels) if pixels else torch.zeros(0))

@@ -1,0 +1,218 @@
+"""Train a paper's run at full size on random weights, without a download: what can be checked but the
+weights.
+
+    python tests/rehearse.py mdpo-bunny [--keep DIR]      24 GB of memory, 13 GB of disk, two cores
+    python tests/rehearse.py mdpo-llava|pds-llava         7B: a GPU, or 64 GB of memory; 40 GB of disk
+
+Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
+published; takes it through tools/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
+pairs (or, where ../shared is absent, on two pairs of its own). write_original() with other sizes makes the
+tests' checkpoints.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
+
+# The fields of the published config.json files that say a size or a switch, and the towers' own.
+SETTINGS = {
+    "bunny": {"model_type": "bunny-phi", "architectures": ["BunnyPhiForCausalLM"], "hidden_act": "gelu_new",
+              "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.4, "rope_theta": 10000.0,
+              "rope_scaling": None, "qk_layernorm": False, "resid_pdrop": 0.1, "embd_pdrop": 0.0,
+              "attention_dropout": 0.0,
+              "tie_word_embeddings": False, "image_aspect_ratio": "pad", "mm_projector_type": "mlp2x_gelu",
+              "mm_vision_tower": "google/siglip-so400m-patch14-384", "max_position_embeddings": 2048},
+    "llava": {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "hidden_act": "silu",
+              "rms_norm_eps": 1e-5, "rope_scaling": None, "tie_word_embeddings": False,
+              "image_aspect_ratio": "pad", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+              "mm_vision_select_feature": "patch", "mm_use_im_start_end": False,
+              "mm_use_im_patch_token": False, "pretraining_tp": 1,
+              "mm_vision_tower": "openai/clip-vit-large-patch14-336", "max_position_embeddings": 4096}}
+
+
+def sizes(text, vision):
+    """The numbers that make a size: (hidden, intermediate, layers, heads, ...), of text and vision."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {"text": dict(zip((*names, "num_key_value_heads", "vocab_size", "bos_token_id", "eos_token_id",
+                              "pad_token_id"), text, strict=True)),
+            "vision": dict(zip((*names, "image_size", "patch_size"), vision, strict=True))}
+
+
+PUBLISHED = {"bunny": sizes((2560, 10240, 32, 32, 32, 50295, 50256, 50256, 50256),
+                            (1152, 4304, 27, 16, 384, 14)),
+             "llava": sizes((4096, 11008, 32, 32, 32, 32000, 1, 2, 0), (1024, 4096, 24, 16, 336, 14))}
+TINY = {"bunny": sizes((40, 48, 2, 4, 4, 270, 256, 256, 256), (24, 40, 3, 4, 30, 14)),
+        "llava": sizes((32, 48, 2, 4, 2, 400, 1, 2, 0), (24, 40, 3, 4, 28, 14))}
+
+
+def byte_level_bpe(folder, size, end):
+    """vocab.json and merges.txt of GPT-2's kind: bytes, fillers, and the token `end` at its id."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    words = sorted(ByteLevel.alphabet())
+    words += [f"filler{i}" for i in range(len(words), end)] + ["<|endoftext|>"]
+    words += [f"filler{i}" for i in range(len(words), size)]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def sentencepiece_model(folder, size):
+    """tokenizer.model of Llama's kind: control tokens, bytes, letters with and without a space, fillers."""
+    from sentencepiece import sentencepiece_model_pb2 as format
+    letters = [chr(i) for i in range(33, 127)]
+    pieces = [("<unk>", 2), ("<s>", 3), ("</s>", 3), *((f"<0x{i:02X}>", 6) for i in range(256)), ("▁", 1),
+              *((letter, 1) for letter in letters), *((f"▁{letter}", 1) for letter in letters)]
+    pieces = pieces[:size] + [(f"filler{i}", 1) for i in range(len(pieces), size)]
+    model = format.ModelProto()
+    for i, (piece, kind) in enumerate(pieces):
+        model.pieces.add(piece=piece, score=-float(i), type=kind)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True                    # BPE
+    model.trainer_spec.unk_id, model.trainer_spec.bos_id, model.trainer_spec.eos_id = 0, 1, 2
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = True, False
+    model.normalizer_spec.name, model.normalizer_spec.escape_whitespaces = "identity", True
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def original_name(name):
+    """The published key of a weight of transformers' class."""
+    for pattern, old in ((r"^model\.vision_tower\.", "model.vision_tower.vision_tower.vision_model."),
+                         (r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0"),
+                         (r"^model\.multi_modal_projector\.linear_2", "model.mm_projector.2"),
+                         (r"^model\.language_model\.", "model.")):
+        if re.match(pattern, name):
+            return re.sub(pattern, old, name)
+    return name
+
+
+def write_original(kind, folder, sizes=None, dtype=torch.bfloat16, shard=2 << 30, pickled=None, scale=0.02,
+                   seed=0):
+    """A random checkpoint as `kind` is published, shard by shard; returns (folder, tower folder or None)."""
+    import import_checkpoint
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+    sizes, folder = sizes or PUBLISHED[kind], Path(folder)
+    pickled = kind == "llava" if pickled is None else pickled
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**SETTINGS[kind], **sizes["text"], "mm_hidden_size": sizes["vision"]["hidden_size"],
+              "torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    vision = CLIPVisionConfig(**sizes["vision"])
+    if kind == "bunny":
+        byte_level_bpe(folder, sizes["text"]["vocab_size"], sizes["text"]["eos_token_id"])
+        vision = SiglipVisionConfig(**sizes["vision"], vision_use_head=False)
+        vision.num_hidden_layers -= 1                  # as published: the last layer was dropped
+    else:
+        sentencepiece_model(folder, sizes["text"]["vocab_size"])
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer",
+                                                                  "legacy": False, "add_bos_token": True}))
+    new = import_checkpoint.llava_config(folder, config, kind, vision, 0, sizes["text"]["vocab_size"])
+    shapes = {original_name(n): s for n, s in import_checkpoint.expected(new).items()}
+    tower = None
+    if kind == "llava":                                # CLIP is published apart, in float32
+        tower, stem = folder / "clip", "model.vision_tower.vision_tower."
+        tower.mkdir(exist_ok=True)
+        own = {n.removeprefix(stem): shapes.pop(n) for n in list(shapes) if n.startswith(stem)}
+        _write(tower, {**own, "logit_scale": ()}, torch.float32, shard, pickled, scale, seed + 1)
+        about = {"model_type": "clip", "vision_config": sizes["vision"]}
+        (tower / "config.json").write_text(json.dumps(about))
+    elif sizes is not PUBLISHED[kind]:                 # another tower's number of heads is in no weight
+        tower = folder / "siglip"
+        tower.mkdir(exist_ok=True)
+        (tower / "config.json").write_text(json.dumps(sizes["vision"]))
+    _write(folder, shapes, dtype, shard, pickled, scale, seed)
+    return folder, tower
+
+
+def _write(folder, shapes, dtype, shard, pickled, scale, seed):
+    """Random weights under their names, in shards of at most `shard` bytes with an index."""
+    from safetensors.torch import save_file
+    groups, room = [[]], shard
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard
+        groups[-1].append(name)
+        room -= size
+    stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
+    files = [f"{stem}-{i + 1:05}-of-{len(groups):05}.{suffix}" for i in range(len(groups))]
+    files = files if len(files) > 1 else [f"{stem}.{suffix}"]
+    draw = torch.Generator().manual_seed(seed)
+    for file, names in zip(files, groups, strict=True):
+        tensors = {n: torch.empty(shapes[n], dtype=dtype).normal_(0, scale, generator=draw) for n in names}
+        for n, t in tensors.items():
+            if re.search(r"norm\d?\.weight$|layrnorm\.weight$", n):
+                t += 1
+        torch.save(tensors, folder / file) if pickled else save_file(tensors, folder / file, {"format": "pt"})
+        print(f"{folder.name}/{file}: {(folder / file).stat().st_size / 2**30:.2f} GiB", file=sys.stderr)
+    if len(files) > 1:
+        where = {n: file for file, names in zip(files, groups, strict=True) for n in names}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def two_pairs(folder):
+    """Two of the ten real pairs, or two of noise: returns the file for --data."""
+    real = SHARED / "real" / "pds10"
+    if (real / "step3_sanity.json").exists():
+        pairs = json.loads((real / "step3_sanity.json").read_text())[:2]
+        for pair in pairs:
+            (folder / pair["image"]).parent.mkdir(exist_ok=True)
+            shutil.copy(real / pair["image"], folder / pair["image"])
+        (folder / "pairs.json").write_text(json.dumps(pairs))
+        return folder / "pairs.json"
+    from conftest import picture
+    for i in range(2):
+        picture(i, (640, 480)).save(folder / f"{i}.png")
+    lines = [{"id": str(i), "image": f"{i}.png", "question": "What is this?", "chosen": "Noise. " * 40,
+              "rejected": "A picture of a cat. " * 12} for i in range(2)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
+
+
+def rehearse(preset, folder, steps=2, sizes=None, options=()):
+    """Write, import, train; returns the lines of log.jsonl."""
+    import import_checkpoint
+    kind = preset.partition("-")[2]
+    original, tower = write_original(kind, folder / "original", sizes,
+                                     torch.float16 if kind == "llava" else torch.bfloat16)
+    import_checkpoint.run(original, folder / "imported", tower, lambda line: print(line, file=sys.stderr))
+    shutil.rmtree(original)
+    subprocess.run([sys.executable, ROOT / "train_dpo.py", "--preset", preset, "--model", folder / "imported",
+                    "--data", two_pairs(folder), "--max_steps", str(steps), "--out", folder / "run",
+                    "--batch", "1", "--micro_batch", "1", *options], check=True)
+    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("preset", choices=["mdpo-bunny", "mdpo-llava", "pds-llava"])
+    parser.add_argument("--keep", help="write into this folder and leave it there")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: does the rehearsal itself run?")
+    args = parser.parse_args()
+    folder = Path(args.keep or tempfile.mkdtemp(prefix="rehearse-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        kind, cpu = args.preset.partition("-")[2], not torch.cuda.is_available()
+        options = ["--dtype", "bfloat16", "--set", "checkpointing=true"] if cpu and not args.tiny else []
+        sizes = TINY[kind] if args.tiny else None
+        _, *steps = rehearse(args.preset, folder, sizes=sizes, options=options)
+        for line in steps:
+            print(f"step {line['step']}: loss {line['loss']:.4f}, {line['tokens_per_second']} tokens/s, "
+                  f"{line['memory_gib']:.1f} GiB, {line['seconds']:.0f} s")
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""chat.py: a server may fail as it likes; every reply is kept, every loss is counted, no reply is made up."""
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import ROOT, picture, word_tokenizer, write_llava
+
+import chat
+import data
+
+
+def requests(n=5, words="What is this?"):
+    return [{"id": str(i), "messages": [{"role": "user", "content": f"{words} {i}"}]} for i in range(n)]
+
+
+def reply(text, **more):
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text},
+                                         "finish_reason": "stop"}], "model": "judge-1", **more})
+
+
+@contextlib.contextmanager
+def server(respond, models=None):
+    """A loopback server; respond(body, call number) -> (status, text[, headers]), None hangs up."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            listed = json.dumps({"data": [{"id": name} for name in models or ()]})
+            self.answer((200, listed) if models else (404, ""))
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                calls.append((self.path, dict(self.headers), body))
+                number = len(calls)
+            self.answer(respond(body, number))
+
+        def answer(self, said):
+            if said is None:
+                return self.connection.close()
+            status, text, *headers = said
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.send_response(status)
+                for name, value in (headers[0] if headers else {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    calls, lock = [], threading.Lock()
+    class Patient(ThreadingHTTPServer):
+        request_queue_size = 64
+
+    http = Patient(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", calls
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def echo(body, number):
+    return reply("reply to " + body["messages"][0]["content"].split()[-1])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path):
+    out = tmp_path / "replies.jsonl"
+    with server(echo, models=["the-only-one"]) as (url, calls):
+        said = chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
+        assert list(said.items()) == [(str(i), f"reply to {i}") for i in range(20)]
+        path, _, body = calls[0]
+        assert path == "/v1/chat/completions"
+        assert {k: v for k, v in body.items() if k != "messages"} == {
+            "model": "the-only-one", "max_tokens": 7, "temperature": 0.5, "seed": 3}
+        out.write_bytes(out.read_bytes()[:-9])                                    # killed within a line
+        assert chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
+        assert len(calls) == 21
+        chat.replies(url, requests(20, "Another prompt"), out, max_tokens=7, temperature=0.5, seed=3)
+        assert len(calls) == 41                                                 # what was asked has changed
+        chat.replies(url, requests(20), out, max_tokens=8, temperature=0.5, seed=3)
+        assert len(calls) == 61                                                         # and so do settings
+    assert chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said   # no server
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[0].keys() == {"id", "hash", "asked", "reply", "model", "finish"}
+
+
+@pytest.mark.parametrize("given, path", [("", "/v1"), ("/v1", "/v1"), ("/v1/", "/v1"), ("/api/v3", "/api/v3"),
+                                         ("/v1/chat/completions", "/v1"), ("/v1?version=2", "/v1")])
+def test_the_url_may_be_a_host_a_base_or_the_whole(given, path):
+    with server(echo) as (url, calls):
+        assert chat.replies(url + given, requests(1), model="m") == {"0": "reply to 0"}
+    assert calls[0][0].partition("?")[0] == f"{path}/chat/completions"
+    assert calls[0][0].endswith("?version=2") == ("?" in given) and calls[0][2]["model"] == "m"
+
+
+FAULTS = {"500": (500, "oops"), "503 html": (503, "<html>busy</html>"), "html": (200, "<html>login</html>"),
+          "broken": (200, '{"choices": ['), "no text": (200, '{"choices": []}'), "a list": (200, "[1]"),
+          "null": reply(None), "an error": (200, '{"error": "overloaded"}'), "hangs up": None,
+          "429": (429, "slow down", {"Retry-After": "0"}), "408": (408, ""), "empty": (200, "")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_retried_and_then_counted(tmp_path, capsys, fault):
+    """The first two calls fail: all is well in the end. Request 3 always fails: it is absent, and said."""
+    with server(lambda body, n: FAULTS[fault] if n < 3 else echo(body, n)) as (url, calls):
+        assert len(chat.replies(url, requests(), attempts=3, workers=1)) == 5
+        assert len(calls) == 7
+    assert capsys.readouterr().err.count("got no reply") == 0
+    def respond(body, n):
+        return FAULTS[fault] if body["messages"][0]["content"][-1] == "3" else echo(body, n)
+    out = tmp_path / "replies.jsonl"
+    with server(respond) as (url, calls):
+        assert sorted(chat.replies(url, requests(), out, attempts=3)) == ["0", "1", "2", "4"]
+        assert len(calls) == 4 + 3                                                        # and no more
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("asking: 1 of 5 requests got no reply (last: ") and "attempt 3 of 3" in said
+    with server(echo) as (url, calls):
+        assert len(chat.replies(url, requests(), out)) == 5 and len(calls) == 1
+
+
+def test_a_server_that_says_nothing_is_left_after_the_timeout(capsys):
+    wait = threading.Event()
+    with server(lambda body, n: (wait.wait(5), echo(body, n))[1]) as (url, _):
+        assert chat.replies(url, requests(2), timeout=0.1, attempts=2) == {}
+        wait.set()
+    assert "2 of 2 requests got no reply (last: no answer within 0.1 seconds" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
+    with server(echo) as (url, _):
+        pass
+    monkeypatch.setattr(chat, "GIVE_UP", 3)
+    assert chat.replies(url, requests(1000), workers=2) == {}
+    said = capsys.readouterr().err
+    assert "1000 of 1000" in said and "3 requests in a row failed and the rest was not asked" in said
+    assert "refused" in said
+
+
+def test_retry_after_is_honoured_and_bounded(monkeypatch):
+    waits = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds))
+    after = iter(["7", "86400", "Fri, 01 Jan 2100 00:00:00 GMT", "soon"])
+    one = chat.Server("http://127.0.0.1:1", {"model": "m"}, 1, 5)
+
+    def call(path, body, timeout):
+        if (value := next(after, None)) is None:
+            return json.loads(reply("yes")[1])
+        raise chat.Failed("429", wait=chat._retry_after({"Retry-After": value}))
+    monkeypatch.setattr(one, "call", call)
+    assert one.one([{"role": "user", "content": "?"}])[0] == "yes"
+    assert waits == [7, chat.LONGEST_WAIT, chat.LONGEST_WAIT, chat.BACKOFF * 8]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 302])
+def test_a_refusal_stops_at_once_with_a_sentence(status):
+    headers = {"Location": "http://127.0.0.1:1/"}                     # never followed: the key would go along
+    with server(lambda body, n: (status, '{"error": "no such model"}', headers)) as (url, calls):
+        with pytest.raises(data.UserError, match=f"answered {status}: .*no such model.*; check the URL"):
+            chat.replies(url, requests(50), workers=1)
+        assert len(calls) <= 2
+
+
+def test_a_request_that_the_server_cannot_take_is_not_tried_again(capsys):
+    """A text longer than the model's context must not stop the others."""
+    def respond(body, n):
+        return (400, "too long") if body["messages"][0]["content"][-1] == "1" else echo(body, n)
+    with server(respond) as (url, calls):
+        assert len(chat.replies(url, requests(3))) == 2 and len(calls) == 3
+    assert "the server answered 400: too long" in capsys.readouterr().err
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret\n")
+    out = tmp_path / "replies.jsonl"
+    wrong = "wrong key sk-very-secret"
+    with server(lambda body, n: echo(body, n) if n == 1 else (500, wrong)) as (url, calls):
+        chat.replies(url, requests(3), out, workers=1, attempts=1)
+        assert calls[0][1]["Authorization"] == "Bearer sk-very-secret"
+    with server(lambda body, n: (401, wrong)) as (url, _):
+        with pytest.raises(data.UserError, match=r"wrong key \*\*\*"):
+            chat.replies(url, requests(1))
+    assert "secret" not in "".join(capsys.readouterr()) + out.read_text()
+    with pytest.raises(data.UserError, match="without user and password") as caught:
+        chat.replies("http://me:secret@host/v1", requests(1))
+    assert "secret" not in str(caught.value)
+
+
+def test_several_models_must_be_told_apart():
+    with server(echo, models=["a", "b"]) as (url, _):
+        with pytest.raises(data.UserError, match=r"serves 2 models \(a, b\); say which"):
+            chat.replies(url, requests(1))
+        assert chat.replies(url, requests(1), model="b") == {"0": "reply to 0"}
+
+
+def test_images_travel_as_data_urls_and_their_bytes_are_part_of_what_is_asked(tmp_path):
+    path = tmp_path / "dog.png"
+
+    def asked():
+        content = [{"type": "image", "path": str(path)}, {"type": "text", "text": "What is this?"}]
+        return [{"id": "0", "messages": [{"role": "user", "content": content}]}]
+    with server(lambda body, n: reply(str(n))) as (url, calls):
+        for n, (kind, mime) in enumerate([("png", "png"), ("jpeg", "jpeg"), ("bmp", "png")], 1):
+            picture(0).save(path, kind)
+            for _ in range(2):
+                assert chat.replies(url, asked(), tmp_path / "replies.jsonl") == {"0": str(n)}
+            image, text = calls[-1][2]["messages"][0]["content"]
+            head, _, code = image["image_url"]["url"].partition(",")
+            assert head == f"data:image/{mime};base64" and text == {"type": "text", "text": "What is this?"}
+            assert (base64.b64decode(code) == path.read_bytes()) == (kind != "bmp")
+    path.unlink()
+    with pytest.raises(data.UserError, match="dog.png could not be read"):
+        chat.replies(url, asked())
+
+
+# ------------------------------------------------------------------------------------------ saved replies
+SAVED = [[{"id": "0", "reply": "a"}, {"id": "1", "reply": "b"}],
+         [{"question_id": 1, "judge_reply": "b"}, {"question_id": 0, "judge_reply": "a"}],
+         [{"choices": [{"message": {"content": "a"}}]}, {"choices": [{"message": {"content": "b"}}]}],
+         [{"id": "chatcmpl-9", "choices": [{"message": {"content": t}}]} for t in "ab"],
+         [{"text": "a"}, {"text": "b"}]]
+
+
+@pytest.mark.parametrize("records", SAVED)
+@pytest.mark.parametrize("as_list", [True, False])
+def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
+    path = tmp_path / "saved.json"
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path.write_text(json.dumps(records, indent=1) if as_list else lines)
+    assert chat.replies(path, requests(2)) == {"0": "a", "1": "b"}
+
+
+@pytest.mark.parametrize("text, says", [
+    ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "3 replies without ids to 2 requests"),
+    ('{"id": "0", "reply": "a"}\n{"id": "0", "reply": "b"}\n', "id 0 has two different replies"),
+    ('{"id": "0", "reply": 7}\n', r"1 records hold no reply \(first: number 1\)"),
+    ('{"id": "0", "answer": "a"}\n', "1 records hold no reply"),
+    ('[{"id": "0", "reply": "a"}, 7]', "entry 2 is int"), ("[{", "broken JSON"), ("{\n{}\n", "line 1: brok")])
+def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
+    (tmp_path / "saved.json").write_text(text)
+    with pytest.raises(data.UserError, match=says):
+        chat.replies(tmp_path / "saved.json", requests(2))
+
+
+def test_saved_replies_that_are_missing_are_counted(tmp_path, capsys):
+    (tmp_path / "saved.jsonl").write_text('{"id": "1", "reply": "b"}\n{"id": "0", "reply": "a')      # torn
+    assert chat.replies(tmp_path / "saved.jsonl", requests(2)) == {"1": "b"}
+    assert "1 of 2 requests got no reply" in capsys.readouterr().err
+    with pytest.raises(data.UserError, match="none.jsonl could not be read"):
+        chat.replies(tmp_path / "none.jsonl", requests(2))
+
+
+def test_replies_to_something_else_are_refused(tmp_path):
+    """What a judge said about other answers would be a wrong number."""
+    out = tmp_path / "replies.jsonl"
+    with server(echo) as (url, _):
+        said = chat.replies(url, requests(3), out)
+        assert chat.replies(out, requests(3)) == said
+        with pytest.raises(data.UserError, match=r"replies to other requests \(3 ids, first 0\)"):
+            chat.replies(out, requests(3, "Another prompt"))
+        again = chat.replies(url, requests(3, "Another prompt"), out)
+        assert chat.replies(out, requests(3, "Another prompt")) == again
+
+
+def test_ids_must_differ():
+    with pytest.raises(data.UserError, match="1 of 3 requests repeat an id"):
+        chat.replies("replies.jsonl", requests(2) + requests(1))
+
+
+# ------------------------------------------------------------------------------------------ local models
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A chat model for text with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    folder, tokenizer = tmp_path_factory.mktemp("talker"), word_tokenizer()
+    tokenizer.chat_template = ("<s> {% for m in messages %}USER: {{ m['content'] }} {% endfor %}"
+                               "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         vocab_size=len(tokenizer), initializer_range=0.5,
+                         eos_token_id=tokenizer.eos_token_id)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def local_requests(n, image=None):
+    words = ["a red dog", "what is this ?", "two", "is there a cat and a dog ?", "one blue cat"]
+
+    def content(text):
+        parts = [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]
+        return parts if image else text
+    return [{"id": str(i), "messages": [{"role": "user", "content": content(words[i % 5])}]}
+            for i in range(n)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_local_model_replies_and_goes_on_with_the_same_draws(talker, tmp_path, temperature, sees):
+    folder, image = talker, None
+    if sees:
+        folder, image = write_llava(tmp_path / "model"), tmp_path / "dog.png"
+        picture(0).save(image)
+    asked, out, whole = local_requests(11, image), tmp_path / "replies.jsonl", tmp_path / "whole.jsonl"
+    options = {"max_tokens": 5, "temperature": temperature, "seed": 1}
+    said = chat.replies(folder, asked, whole, **options)
+    assert len(said) == 11 and len(set(said.values())) > 1
+    out.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:9]))
+    assert chat.replies(folder, asked, out, **options) == said
+    assert out.read_bytes() == whole.read_bytes()
+    alone = chat.replies(folder, asked[:1], max_tokens=5)
+    assert temperature or alone["0"] == said["0"]                         # a batch changes nothing
+
+
+def test_what_is_no_source_is_refused(talker, tmp_path):
+    with pytest.raises(data.UserError, match="gpt-4o is no URL, no file of replies and no model folder"):
+        chat.replies("gpt-4o", requests(1))
+    picture(0).save(tmp_path / "dog.png")
+    with pytest.raises(data.UserError, match="was asked about an image"):
+        chat.replies(talker, local_requests(1, tmp_path / "dog.png"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(data.UserError, match="cannot be loaded as a chat model"):
+        chat.replies(tmp_path, requests(1))
+
+
+def test_importing_chat_loads_no_model_code():
+    code = "import sys, chat; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,341 @@
+"""compare.py, ballot.py: paired differences by hand, a page that is blind, votes that are counted right."""
+import base64
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import picture
+from test_eval_hallu import (
+    CAPTIONS,
+    amber_folder,
+    coco_files,
+    mmhal_answers,
+    mmhal_file,
+    pope_answers,
+    pope_file,
+    score,
+    write_json,
+)
+
+import ballot
+import compare
+import data
+import eval_hallu
+import metrics
+
+LONG = "A </script><script>alert(1)</script> & a <b>cat</b>."
+
+
+def two_files(folder, n=20, same=0, **more):
+    """Answers of two models: B's end in `no cat`; the first `same` are equal."""
+    lines = [{"question_id": i, "image_id": i, "prompt": f"Describe it, {i}.", **more} for i in range(n)]
+    a = write_json(folder / "model-a.jsonl", [{**line, "text": LONG} for line in lines])
+    b = write_json(folder / "model-b.jsonl", [{**line, "text": LONG if i < same else "There is no cat."}
+                                              for i, line in enumerate(lines)])
+    return a, b
+
+
+def run(*arguments):
+    o = eval_hallu.parse(list(map(str, arguments)))
+    o.run(o)
+
+
+def content(page):
+    """What the page holds as data."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page,
+                                re.DOTALL)[1])
+
+
+# ------------------------------------------------------------------------------- paired differences
+def test_the_exact_sign_test_by_hand():
+    assert ballot.sign_test(0, 0) == ballot.sign_test(3, 3) == 1
+    assert ballot.sign_test(9, 0) == 2 / 2 ** 9 and ballot.sign_test(0, 9) == ballot.sign_test(9, 0)
+    assert ballot.sign_test(7, 1) == 2 * (1 + 8) / 2 ** 8
+    assert 0 < ballot.sign_test(7600, 7400) < 1                  # thousands of items are no matter
+
+
+def test_two_pope_files_are_compared_by_their_labels(tmp_path, capsys):
+    _, rows = pope_file(tmp_path / "data", n=40)
+    labels = [{"label": row["label"], "image": row["image"]} for row in rows]
+    right = [{**line, **label, "answer": label["label"]} for line, label in
+             zip(pope_answers(rows), labels, strict=True)]
+    wrong = [{**line, "answer": "yes"} for line in right]                     # 20 of the 40 are right
+    a, b = write_json(tmp_path / "a.jsonl", wrong), write_json(tmp_path / "b.jsonl", right)
+    run("compare", a, b, "--out", tmp_path / "page.html")
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("accuracy"))
+    assert line.split()[1:4] == ["50.0", "100.0", "+50.0"] and line.split()[-3:-1] == ["20", "0"]
+    assert float(line.split()[-1]) == pytest.approx(2 / 2 ** 20, rel=.1)
+    assert "without pictures" in said and (tmp_path / "page.html").exists()
+
+
+def test_the_classrooms_difference_is_that_of_metrics(tmp_path):
+    truth = {"present": ["dog"], "absent": ["cat"]}
+    a = [{"id": i, "image": f"{i}.png", "question": "what ?", "kind": "caption", "truth": truth,
+          "answer": "a dog and a cat" if i % 3 else "a dog"} for i in range(30)]
+    b = [{**line, "answer": "a dog" if i % 2 else "a cat"} for i, line in enumerate(a)]
+    found, theirs = compare.paired(*map(compare.items_of, (a, b))), metrics.difference(a, b)
+    for measure in ("chair_s", "chair_i", "cover"):
+        assert found[measure]["change"] == pytest.approx(theirs[measure]["change"])
+        assert found[measure]["interval"] == pytest.approx(theirs[measure]["interval"])
+    worse = sum(line["answer"] == "a cat" for line in b)
+    assert found["cover"]["worse"] == worse and found["cover"]["better"] == 0
+    assert found["chair_s"]["better"] == sum("cat" in x["answer"] and "cat" not in y["answer"]
+                                             for x, y in zip(a, b, strict=True))
+
+
+ITEMS = {
+    "chair": ([{"id": i, "image": i, "generated": [["dog", "dog"], ["cat", "cat"]], "chair_s": 1,
+                "hallucinated": ["cat"]} for i in range(6)],
+              [{"id": i, "image": i, "generated": [["dog", "dog"]], "chair_s": 0, "hallucinated": []}
+               for i in range(6)], {"chair_s": (100, 0), "chair_s_refine": (100, 0), "chair_i": (50, 0)}),
+    "amber": ([{"id": i, "image": i, "type": "generative", "hal": 1, "mentions": 4, "cover": 1,
+                "cover_num": 2,
+                "cog": 1, "cog_num": 5, "non_hallu": 0} for i in range(6)],
+              [{"id": i, "image": i, "type": "generative", "hal": 0, "mentions": 4, "cover": 2,
+                "cover_num": 2,
+                "cog": 0, "cog_num": 5, "non_hallu": 1} for i in range(6)],
+              {"chair": (25, 0), "cover": (50, 100), "hal": (100, 0), "cog": (20, 0)}),
+    "questions": ([{"id": i, "image": 1, "truth": "no", "said": "yes", "right": False} for i in range(6)],
+                  [{"id": i, "image": 1, "truth": "no", "said": "no", "right": True} for i in range(6)],
+                  {"accuracy": (0, 100)})}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_items_of_each_benchmark_are_compared(tmp_path, capsys, kind):
+    a, b, expected = ITEMS[kind]
+    found = compare.paired(a, b)
+    assert {k: (row["a"], row["b"]) for k, row in found.items()} == expected
+    assert all((row["better"], row["worse"], row["p"]) == (6, 0, 2 / 2 ** 6) for row in found.values())
+    files = [write_json(tmp_path / f"{name}.items.jsonl", items) for name, items in (("a", a), ("b", b))]
+    run("compare", *two_files(tmp_path), "--items", *files, "--out", tmp_path / "page.html")
+    assert re.search(rf"^{next(iter(expected))} .* 6 +0  0.031$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(data.UserError, match="no id in common"):
+        compare.paired(a, [{**item, "id": 99} for item in b])
+
+
+def test_mmhals_scores_are_compared_and_the_unread_left_out():
+    a, b = ([{"id": i, "image": i, "score": s} for i, s in enumerate(scores)] for scores in ((1, 4, None),
+                                                                                             (5, 4, 6)))
+    found = compare.paired(a, b)
+    assert (found["score"]["a"], found["score"]["b"], found["score"]["better"]) == (2.5, 5, 1)
+    assert (found["hallucination_rate"]["a"], found["hallucination_rate"]["b"]) == (50, 0)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda lines: [{**line, "question_id": line["question_id"] + 50} for line in lines],
+     "no question in common"),
+    (lambda lines: [{**line, "prompt": "Is it?"} for line in lines],
+     r"different questions under 20 ids \(first: 0"),
+    (lambda lines: [*lines, lines[3]], "id 3 stands there twice"),
+    (lambda lines: [{"text": "a"}], "record 1 has no id or no answer"),
+    (lambda lines: [{**lines[0], "text": 4}], "record 1 has no id or no answer")])
+def test_files_that_are_no_pair_are_refused(tmp_path, change, says):
+    a, b = two_files(tmp_path)
+    write_json(b, change([json.loads(line) for line in b.read_text().splitlines()]))
+    with pytest.raises(data.UserError, match=says):
+        run("compare", a, b, "--out", tmp_path / "page.html")
+
+
+def test_what_only_one_file_answers_is_said(tmp_path, capsys):
+    a, b = two_files(tmp_path)
+    b.write_text("".join(b.read_text().splitlines(keepends=True)[:15]))
+    run("compare", a, b, "--out", tmp_path / "page.html")
+    assert "15 questions that both answer; A answers 20, B 15" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ the page
+def test_the_page_is_blind_escaped_and_whole(tmp_path, capsys):
+    a, b = two_files(tmp_path, n=60, same=10)
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        picture(i).save(tmp_path / "images" / f"COCO_val2014_{i:012d}.jpg")
+    run("compare", a, b, "--out", tmp_path / "page.html", "--images", tmp_path / "images", "--n", 40)
+    page = (tmp_path / "page.html").read_text()
+    assert "model-a" not in page and "model-b" not in page and str(tmp_path) not in page
+    assert page.count("</script>") == 2 and "alert(1)</script>" not in page and not re.search("https?:", page)
+    found = content(page)
+    shown = len(found["items"])
+    assert f"{shown} pairs to choose from, {40 - shown} equal pairs left out" in capsys.readouterr().out
+    assert 25 < shown <= 40 and len(found["images"]) == shown + 1
+    assert all(image.startswith("data:image/") for image in found["images"][1:])
+    first = Counter("no cat" in item["first"] for item in found["items"])
+    assert min(first.values()) > shown // 4                                   # the sides are mixed
+    assert all({item["first"], item["second"]} == {LONG, "There is no cat."} for item in found["items"])
+    run("compare", a, b, "--out", tmp_path / "again.html", "--images", tmp_path / "images", "--n", 40)
+    assert (tmp_path / "again.html").read_text() == page
+    run("compare", a, b, "--out", tmp_path / "other.html", "--n", 40, "--seed", 1)
+    other = content((tmp_path / "other.html").read_text())
+    assert [i["question"] for i in other["items"]] != [i["question"] for i in found["items"]]
+    run("compare", b, a, "--out", tmp_path / "swapped.html", "--n", 40)
+    swapped = content((tmp_path / "swapped.html").read_text())
+    assert all(x["first"] == y["second"] for x, y in zip(found["items"], swapped["items"], strict=True))
+
+
+def votes(page, rater, choose):
+    """The file that the page downloads, with the choices of choose(item) -> first, tie or second."""
+    found = content(Path(page).read_text())
+    return {"rater": rater, "page": found["page"], "key": found["key"], "of": len(found["items"]), "votes": [
+        {"item": n, "choice": choose(item), "seconds": 1.0} for n, item in enumerate(found["items"])]}
+
+
+def likes(word):
+    return lambda item: "first" if word in item["first"] else "second"
+
+
+@pytest.fixture
+def page(tmp_path):
+    run("compare", *two_files(tmp_path, n=20, same=4), "--out", tmp_path / "page.html")
+    return tmp_path / "page.html"
+
+
+def count(tmp_path, *files):
+    paths = [write_json(tmp_path / f"votes-{n}.json", file, lines=False) for n, file in enumerate(files)]
+    run("score", "votes", *paths, "--out", tmp_path / "preference.json")
+    return json.loads((tmp_path / "preference.json").read_text())
+
+
+def test_votes_are_traced_back_to_the_models(tmp_path, page, capsys):
+    """Equal pairs are ties that nobody was shown; A is the first file, wherever its answers stood."""
+    found = count(tmp_path, votes(page, "Ann", likes("no cat")))
+    assert found["a"].endswith("model-a.jsonl") and found["b"].endswith("model-b.jsonl")
+    assert [found[k] for k in ("win", "tie", "loss", "n", "votes", "equal")] == [0, .2, .8, 20, 16, 4]
+    assert found["intervals"]["loss"][0] < .8 < found["intervals"]["loss"][1] and found["agreement"] is None
+    assert found["majority"] == {"win": 0, "tie": 4, "loss": 16, "p": 2 / 2 ** 16}
+    assert re.search("B is better +80.0", capsys.readouterr().out)
+    found = count(tmp_path, votes(page, "Ann", likes("no cat")), votes(page, "Bob", likes("alert")),
+                  votes(page, "Cy", lambda item: "tie"))
+    assert found["by_rater"] == {"Ann": {"win": 0, "tie": 0, "loss": 16},
+                                 "Bob": {"win": 16, "tie": 0, "loss": 0},
+                                 "Cy": {"win": 0, "tie": 16, "loss": 0}}
+    assert found["win"] == found["loss"] == pytest.approx(16 / 60) and found["majority"]["tie"] == 20
+    assert found["agreement"] == {"items": 16, "percent": 0, "name": "Fleiss",
+                                  "kappa": pytest.approx(-.5)}
+
+
+def test_the_agreement_of_raters_by_hand():
+    first, second = ("a a a a a b b tie tie b".split(), "a a a b tie b b tie a b".split())
+    found = ballot.agreement([dict(enumerate(first)), dict(enumerate(second))])
+    chance = (5 * 4 + 3 * 4 + 2 * 2) / 100
+    assert found == {"items": 10, "percent": pytest.approx(70), "name": "Cohen",
+                     "kappa": pytest.approx((.7 - chance) / (1 - chance))}
+    assert ballot.agreement([{0: "a"}, {1: "b"}]) is None                            # nothing in common
+    assert ballot.agreement([{0: "a"},
+                             {0: "a"}])["kappa"] is None                   # chance alone explains it
+    three = [dict(enumerate(column)) for column in zip("aab", "aaa", "bbb", "abt", strict=True)]
+    three = [{i: {"t": "tie"}.get(v, v) for i, v in rater.items()} for rater in three]
+    share = [6 / 12, 5 / 12, 1 / 12]
+    chance, same = sum(s * s for s in share), (1 / 3 + 1 + 1 + 0) / 4
+    found = ballot.agreement(three)
+    assert found["name"] == "Fleiss" and found["kappa"] == pytest.approx((same - chance) / (1 - chance))
+
+
+BAD = {"choice": lambda v: v["votes"][0].update(choice="left"),
+       "item": lambda v: v["votes"][0].update(item=99),
+       "below": lambda v: v["votes"][0].update(item=-1), "twice": lambda v: v["votes"].append(v["votes"][0]),
+       "key": lambda v: v.update(key="nonsense"), "rater": lambda v: v.pop("rater"),
+       "other key": lambda v: v.update(key=base64.b64encode(b"{}").decode())}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_votes_that_were_not_downloaded_so_are_refused(tmp_path, page, fault):
+    file = votes(page, "Ann", likes("no cat"))
+    BAD[fault](file)
+    with pytest.raises(data.UserError, match="votes-0.json is no file of votes"):
+        count(tmp_path, file)
+    assert not (tmp_path / "preference.json").exists()
+
+
+def test_votes_of_two_pages_or_twice_of_one_rater_are_not_mixed(tmp_path, page):
+    ann = votes(page, "Ann", likes("no cat"))
+    with pytest.raises(data.UserError, match="second file by 'Ann'"):
+        count(tmp_path, ann, ann)
+    run("compare", tmp_path / "model-a.jsonl", tmp_path / "model-b.jsonl", "--out", tmp_path / "other.html",
+        "--seed", 1)
+    with pytest.raises(data.UserError, match="votes on another page"):
+        count(tmp_path, ann, votes(tmp_path / "other.html", "Bob", likes("no cat")))
+    with pytest.raises(data.UserError, match="holds no vote yet"):
+        count(tmp_path, {**ann, "votes": []})
+
+
+# For a copy of the page without its policy: it presses keys and keeps what would be downloaded.
+PRESS = """<script>
+URL.createObjectURL = blob => { blob.text().then(text => {
+  const out = document.createElement("pre");
+  out.id = "saved"; out.textContent = text; document.body.append(out); });
+  return "#"; };
+const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key: key, bubbles: true}));
+press("s");                                                 // without a name nothing is downloaded
+for (let n = 0; n < 40 && !document.getElementById("item").hidden; n++) {
+  if (n === 2) { press("2"); press("Backspace"); }
+  const first = document.getElementById("first").textContent.includes("no cat");
+  if (n % 2) document.querySelector(`[data-choice=${first ? "first" : "second"}]`).click();
+  else press(first ? "1" : "ArrowRight");
+}
+document.getElementById("rater").value = "Ann"; press("s");
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed: Debian's package has it")
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_page_in_a_browser(tmp_path, page, hooked):
+    text = page.read_text()
+    if hooked:
+        text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace(
+            "</body>", f"{PRESS}</body>")
+    (tmp_path / "try.html").write_text(text)
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                           "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000",
+                           "--dump-dom",
+                           f"file://{tmp_path / 'try.html'}"], capture_output=True, text=True, timeout=120)
+    dom = re.sub(r'<script type="application/json".*?</script>', "", done.stdout, flags=re.DOTALL)
+    assert "model-" not in re.sub(r'<pre id="saved">.*?</pre>', "", dom, flags=re.DOTALL)
+    if not hooked:                                              # under its policy the page's own script runs
+        assert "Question 1 of 16, 0 judged" in dom and "There is no cat." in dom
+        return
+    saved = json.loads(re.search(r'<pre id="saved">(.*?)</pre>', dom, re.DOTALL)[1])
+    assert saved["rater"] == "Ann" and len(saved["votes"]) == 16 and dom.count('id="saved"') == 1
+    found = count(tmp_path, saved)
+    assert [found[k] for k in ("win", "tie", "loss", "votes")] == [0, .2, .8, 16]
+
+
+def test_score_and_compare_work_together(tmp_path, capsys):
+    """From answers to a table, by the items that `score` wrote; what could not be read does not count."""
+    questions, rows = pope_file(tmp_path / "data", n=20)
+    for name, said in (("a", "yes"), ("b", "no")):
+        folder = tmp_path / name
+        folder.mkdir()
+        score(folder, "pope", write_json(folder / "answers.jsonl", pope_answers(rows, said)), "--questions",
+              questions)
+    run("compare", tmp_path / "a" / "answers.jsonl", tmp_path / "b" / "answers.jsonl", "--out",
+        tmp_path / "page.html", "--items", *(tmp_path / n / "scores.items.jsonl" for n in "ab"))
+    said = capsys.readouterr().out
+    assert re.search(r"^accuracy +50.0 +50.0 +\+0.0", said, re.MULTILINE) and " 10     10  1" in said
+    template, rows = mmhal_file(tmp_path / "mmhal")
+    cases = {"chair": ([*coco_files(tmp_path), "--extractor", "{}.jsonl"], CAPTIONS,
+                       {"0": '["gull"]', "1": "?"}, "chair_s"),
+             "mmhal": (["--template", template, "--judge", "{}.jsonl"], mmhal_answers(rows),
+                       {str(i): "?" if i == 3 else f"Rating: {i % 7}" for i in range(8)},
+                       "hallucination_rate"),
+             "amber": (["--data", amber_folder(tmp_path / "amber")],
+                       [{"id": i + 1, "response": "A dog. No."} for i in range(8)], {}, "cover")}
+    for name, (arguments, answers, replies, measure) in cases.items():
+        files = [write_json(tmp_path / n / f"{name}.json", answers) for n in "ab"]
+        for n, path in zip("ab", files, strict=True):
+            given = {i: reply if n == "a" else reply.replace("gull", "dog").replace("Rating: 0", "Rating: 6")
+                     for i, reply in replies.items()}
+            write_json(path.parent / "replies.jsonl", [{"id": i, "reply": reply} for i,
+                                                       reply in given.items()])
+            score(path.parent, name, path,
+                  *(path.parent / "replies.jsonl" if a == "{}.jsonl" else a for a in arguments))
+        capsys.readouterr()
+        run("compare", *files, "--out", tmp_path / "page.html", "--items",
+            *(tmp_path / n / "scores.items.jsonl" for n in "ab"))
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(measure + " "))
+        assert row.split()[-3:-1] == {"amber": ["0", "0"]}.get(name,
+                                                               ["1" if name == "chair" else "2", "0"]), row

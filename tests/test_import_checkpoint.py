@@ -1,0 +1,436 @@
+"""The import as specification: the official codes' numbers through an imported folder, and what is refused.
+
+The goldens hold bare state dicts of the official classes; each is first written as its folder is published
+(shards of safetensors or of pickles, an index, tokenizer files), then imported, then loaded by vlm.load.
+"""
+import hashlib
+import json
+import re
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT
+from PIL import Image
+from rehearse import TINY, write_original
+from safetensors.torch import load_file, save_file
+
+import data
+import families
+import lora
+import losses
+import vlm
+
+sys.path.insert(0, str(ROOT / "tools"))
+import import_checkpoint  # noqa: E402
+
+# ---- the goldens, as published folders ----
+
+def cases(*files):
+    """The golden folders that hold all these files; `none` where there is no golden at all."""
+    found = sorted(p.parent for p in GOLDEN.rglob(files[0]) if all((p.parent / f).exists() for f in files))
+    return [pytest.param(p, id="-".join(p.relative_to(GOLDEN).parts)) for p in found] or [
+        pytest.param(None, id="none", marks=pytest.mark.skip(reason=f"{GOLDEN} holds no such case"))]
+
+
+def models():
+    return cases("state_dict.safetensors", "expected.json", "expected.safetensors", "tokenizer")
+
+
+def publish(case, folder, form):
+    """Write a golden as its folder is published, in two shards; returns (folder, tower's folder)."""
+    shutil.copytree(case / "tokenizer", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    shutil.copyfile(case / "config.json", folder / "config.json")
+    shards(load_file(case / "state_dict.safetensors"), folder, form)
+    tower = folder / "tower"
+    tower.mkdir()
+    if (case / "clip_tower").exists():
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copyfile(case / "clip_tower" / name, tower / name)
+        shards(load_file(case / "clip_tower" / "state_dict.safetensors"), tower, form)
+    else:
+        shutil.copyfile(case / "vision_config.json", tower / "config.json")
+    return folder, tower
+
+
+def shards(tensors, folder, form):
+    stem, suffix = ("pytorch_model", "bin") if form == "bin" else ("model", "safetensors")
+    names, weight_map = list(tensors), {}
+    for i, part in enumerate((names[:len(names) // 2], names[len(names) // 2:])):
+        file = f"{stem}-{i + 1:05}-of-00002.{suffix}"
+        some = {n: tensors[n] for n in part}
+        torch.save(some, folder / file) if form == "bin" else save_file(some, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """imported(case): the golden's imported folder, made once."""
+    made = {}
+
+    def get(case, form="safetensors"):
+        if (case, form) not in made:
+            folder = tmp_path_factory.mktemp("golden")
+            src, tower = publish(case, folder / "published", form)
+            import_checkpoint.run(src, folder / "imported", tower, report=lambda line: None)
+            made[case, form] = folder / "imported"
+        return made[case, form]
+    return get
+
+
+def parts(case):
+    about = json.loads((case / "expected.json").read_text())
+    return about, load_file(case / "expected.safetensors"), about["cases"]
+
+
+def question_of(prompt):
+    return re.search(r"USER: <image>\n(.*) ASSISTANT:$", prompt, re.DOTALL)[1]
+
+
+def expanded(m, ids):
+    return [t for i in ids for t in ([m.image_token_id] * m.image_tokens if i == -200 else [i])]
+
+
+def pixels_of(tensors, file):
+    return tensors.get(f"pixel_values.{file}", tensors.get(f"pixel_values.pad.{file}"))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", models())
+def test_texts_and_pictures_are_those_of_the_official_code(imported, case):
+    m = vlm.load(imported(case))
+    _, tensors, asked = parts(case)
+    for row in asked:
+        ids = vlm.prompt_ids(m, question_of(row["prompt"])) + vlm.response_ids(m, row["response"])
+        assert ids == expanded(m, row["input_ids"])
+        assert ids.count(m.image_token_id) == m.image_tokens == row["n_image_tokens"]
+        assert len(vlm.response_ids(m, row["response"])) == row["response_tokens"]
+        pixels = vlm.prepare(m, [data.read_image(case / "images" / row["image"])])
+        torch.testing.assert_close(pixels[0], pixels_of(tensors, row["image"]), rtol=0, atol=2e-7)
+        features = vlm.encode_images(m, pixels)
+        torch.testing.assert_close(features[0], tensors[f"projected.{row['image']}"], rtol=0, atol=1e-5)
+    assert m.template_name == "folder" and m.preparation.startswith("padded to a square with (12")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("case", models())
+def test_logits_and_logps_are_those_of_the_official_code(imported, case, form):
+    """Logits to 1e-4 absolute, summed log-probs to 1e-3, by transformers' own call, naive and packed."""
+    m = vlm.load(imported(case, form))
+    _, tensors, asked = parts(case)
+    for row in asked:
+        prompt = vlm.prompt_ids(m, question_of(row["prompt"]))
+        response = vlm.response_ids(m, row["response"])
+        pixels = vlm.prepare(m, [data.read_image(case / "images" / row["image"])])
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            logits = m.model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits[0]
+        expected = tensors[row["logits"]]
+        assert m.words == expected.shape[1] == m.image_token_id
+        torch.testing.assert_close(logits[:, :m.words], expected, rtol=0, atol=1e-4)
+        pair = data.Pair("", prompt, prompt, response, [])
+        for forward in (vlm.naive, vlm.packed):
+            got = forward(m, [pair], vlm.encode_images(m, pixels), {"chosen"}).chosen.item()
+            assert got == pytest.approx(row["logp_sum"], abs=1e-3)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", models())
+def test_a_text_alone_has_the_official_logits(imported, case):
+    m = vlm.load(imported(case))
+    about, tensors, _ = parts(case)
+    if "text_only" not in about:
+        pytest.skip("this golden has no text of its own")
+    text = about["text_only"]
+    assert m.tokenizer(text["text"], add_special_tokens=False).input_ids == text["input_ids"]
+    with torch.no_grad():
+        logits = m.model(input_ids=torch.tensor([text["input_ids"]])).logits[0, :, :m.words]
+    torch.testing.assert_close(logits, tensors[text["logits"]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", models())
+def test_pictures_of_the_published_size_are_the_official_ones(imported, case):
+    """The processor at 384 or 336 pixels: the bytes before normalising by their sum, and probes after."""
+    m = vlm.load(imported(case))
+    about, _, _ = parts(case)
+    name = next(k for k in about if k.startswith("preprocess_"))
+    side, wanted = int(name.split("_")[1]), about[name].get("pad", about[name])
+    processor = m.image_processor
+    processor.size = processor.crop_size = type(processor.size)(height=side, width=side)
+    image = data.read_image(case / "images" / about[name]["image"])
+    pixels = vlm.prepare(m, [image])[0]
+    assert list(pixels.shape) == wanted["shape"]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    raw = ((pixels * std + mean) * 255).round().to(torch.uint8).numpy().tobytes()
+    assert hashlib.sha256(raw).hexdigest() == wanted["sha256_uint8_chw"]
+    got = [pixels[channel, y, x].item() for channel, y, x, _ in wanted["probes"]]
+    assert got == pytest.approx([p[3] for p in wanted["probes"]], abs=1e-5)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", cases("clip_tower", "expected.json"))
+def test_a_llava_hf_folders_own_way_and_pad_are_the_official_two(imported, tmp_path, case):
+    """The same weights with llava-hf's published processor: its centre crop, or, if asked for, the square."""
+    folder = shutil.copytree(imported(case), tmp_path / "hf")
+    about = json.loads((folder / "processor_config.json").read_text())
+    del about["image_processor"]
+    (folder / "processor_config.json").write_text(json.dumps(about))
+    shutil.copyfile(case / "clip_tower" / "preprocessor_config.json", folder / "preprocessor_config.json")
+    tensors = load_file(case / "expected.safetensors")
+    ways = ("", "hf_default_crop", "the middle cut out"), ("pad", "pad", "to a square with (122, 116, 104)")
+    for preparation, name, words in ways:
+        m = families.front(folder, preparation=preparation)
+        assert words in m.preparation
+        for file in sorted((case / "images").iterdir()):
+            pixels = families.prepare(m, [data.read_image(file)])[0]
+            torch.testing.assert_close(pixels, tensors[f"pixel_values.{name}.{file.name}"], rtol=0, atol=2e-7)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("forward", [vlm.naive, vlm.packed])
+@pytest.mark.parametrize("case", cases("grads_and_step.safetensors", "lora.safetensors", "expected.json"))
+def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forward):
+    """Log-probs, losses, rewards, gradient, norm and the weights after one step, each to 1e-3 and better."""
+    about = json.loads((case / "expected.json").read_text())
+    m = vlm.load(imported((case / about["base_weights"]).resolve()))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({f"base_model.model.{k}": v for k, v in load_file(case / "lora.safetensors").items()},
+              adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": about["lora"]["r"], "lora_alpha": about["lora"]["alpha"]}))
+    lora.load(m.model, adapter)
+    for p in lora.lora_parameters(m.model).values():
+        p.requires_grad_(True)
+
+    pixels, pairs = load_file(case / "pixel_values.safetensors"), []
+    for i, row in enumerate(about["rows"]):
+        prompt = vlm.prompt_ids(m, question_of(row["prompt"]))
+        both = (vlm.response_ids(m, row[role]) for role in ("chosen", "rejected"))
+        pairs.append(data.Pair(str(i), prompt, prompt, *both))
+        for role in ("chosen", "rejected"):
+            ids, labels = about["collated"][f"{role}_input_ids"][i], about["collated"][f"{role}_labels"][i]
+            length = len(getattr(pairs[-1], role))
+            assert prompt + getattr(pairs[-1], role) == expanded(m, ids)[:len(prompt) + length]
+            assert [t for t in labels if t != -100][:length] == getattr(pairs[-1], role)
+        image = data.read_image(case / row["img_path"])
+        torch.testing.assert_close(vlm.prepare(m, [image])[0], pixels[f"image.{i}"], rtol=0, atol=2e-7)
+    n = len(pairs)
+    shown = torch.stack([pixels[f"{kind}.{i}"] for kind in ("image", "image_rejected") for i in range(n)])
+    features, needs = vlm.encode_images(m, shown), {"chosen", "rejected", "image_rejected"}
+
+    def step():
+        policy = forward(m, pairs, features, needs)
+        with torch.no_grad(), lora.lora_disabled(m.model):
+            reference = forward(m, pairs, features, needs)
+        return policy, reference, losses.mdpo(policy, reference, about["beta"])
+    policy, reference, loss = step()
+    for got, wanted in ((policy, about["policy"]), (reference, about["reference"])):
+        for field in needs:
+            assert getattr(got, field).tolist() == pytest.approx(wanted[field], abs=1e-3)
+    assert loss.tolist() == pytest.approx(about["losses"], abs=1e-4)
+    assert loss.mean().item() == pytest.approx(about["loss"], abs=1e-4)
+    rewards = losses.rewards(policy, reference, about["beta"])
+    for got, field in zip(rewards, ("chosen", "rejected", "image_rejected"), strict=True):
+        assert got.tolist() == pytest.approx(about["rewards"][field], abs=1e-4)
+
+    loss.mean().backward()
+    expected, ours = load_file(case / "grads_and_step.safetensors"), lora.lora_parameters(m.model)
+    for name, p in ours.items():
+        name = name.replace("model.language_model.", "model.") + ".weight"
+        torch.testing.assert_close(p.grad.T, expected[f"grad.{name}"], rtol=1e-3, atol=1e-4)
+    how = about["optimizer"]
+    norm = torch.nn.utils.clip_grad_norm_(list(ours.values()), how["clip_grad_norm"])
+    assert norm.item() == pytest.approx(about["grad_norm_before_clip"], rel=1e-4)
+    torch.optim.AdamW(ours.values(), how["lr"], how["betas"], how["eps"], how["weight_decay"]).step()
+    for name, p in ours.items():
+        name = name.replace("model.language_model.", "model.") + ".weight"
+        torch.testing.assert_close(p.detach().T, expected[f"after_step.{name}"], rtol=0, atol=1e-4)
+    assert step()[2].mean().item() == pytest.approx(about["loss_after_step"], abs=1e-3)
+
+
+# ---- tiny checkpoints of our own ----
+
+@pytest.fixture(scope="module", params=["bunny", "llava"])
+def original(request, tmp_path_factory):
+    """(kind, folder, tower's folder), as published: Bunny's safetensors, LLaVA's pickles, several shards."""
+    folder = tmp_path_factory.mktemp(request.param)
+    src, tower = write_original(request.param, folder / "src", TINY[request.param], torch.float32,
+                                shard=40_000)
+    return request.param, src, tower
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    kind, src, tower = original
+    shutil.copytree(src, tmp_path / "src")
+    return kind, tmp_path / "src", tmp_path / "src" / tower.name
+
+
+def refused(said, src, tower, tmp_path):
+    with pytest.raises(data.UserError, match=said) as e:
+        import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "dst").exists() and not list(tmp_path.glob(".dst*"))
+
+
+def test_every_tensor_arrives_bit_for_bit_in_shards_of_the_asked_size(original, tmp_path, monkeypatch):
+    kind, src, tower = original
+    monkeypatch.setattr(import_checkpoint, "SHARD", 30_000)
+    todo = import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    files = sorted((tmp_path / "dst").glob("*.safetensors"))
+    assert len(files) > 3
+    got = {k: v for file in files for k, v in load_file(file).items()}
+    assert got.keys() == import_checkpoint.expected(todo.config).keys()
+    for name, weight in todo.tensors.items():
+        wanted = (load_file if weight.file.suffix == ".safetensors" else torch.load)(weight.file)[weight.name]
+        assert torch.equal(got[name][:len(wanted)], wanted)
+        assert not got[name][len(wanted):].any()
+    grown = {n for n in got if len(got[n]) > todo.tensors[n].shape[0]}
+    assert grown == {"lm_head.weight", "model.language_model.embed_tokens.weight"}
+
+
+def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
+    """The imported folder through AutoProcessor and AutoModel: the same ids, pixels and logits."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    _, src, tower = original
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    m = vlm.load(tmp_path / "dst")
+    processor = AutoProcessor.from_pretrained(tmp_path / "dst", backend="pil")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dst").eval()
+    image = Image.radial_gradient("L").convert("RGB").resize((50, 31))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    assert inputs.input_ids[0].tolist() == vlm.prompt_ids(m, "What is this?")
+    torch.testing.assert_close(inputs.pixel_values, vlm.prepare(m, [image]), rtol=0, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, m.model(**inputs).logits, rtol=0, atol=0)
+        new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1]:]
+    assert m.image_token_id not in new
+    answer = vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=12)
+    assert answer == [m.tokenizer.decode(new, skip_special_tokens=True).strip()]
+
+
+def test_a_tower_inside_the_checkpoint_is_found_and_one_apart_is_asked_for(copy, tmp_path):
+    kind, src, tower = copy
+    if kind == "llava":
+        refused("holds no vision tower: give --vision_tower DIR", src, None, tmp_path)
+        stem = "model.vision_tower.vision_tower."
+        whole = {k: v for file in tower.glob("*.bin") for k, v in torch.load(file).items()}
+        inside = {f"{stem}{k}": v for k, v in whole.items() if k.startswith("vision_model.")}
+        torch.save(inside, src / "pytorch_model-tower.bin")
+        index = src / "pytorch_model.bin.index.json"
+        about = json.loads(index.read_text())
+        about["weight_map"] |= dict.fromkeys(inside, "pytorch_model-tower.bin")
+        index.write_text(json.dumps(about))
+        for file in tower.glob("*.bin*"):
+            file.unlink()
+    refused("not the published one, and its number of heads", src, None, tmp_path)
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    assert vlm.load(tmp_path / "dst").image_tokens == 4
+
+
+def test_a_whole_siglip_folder_serves_bunny_without_its_last_layer(tmp_path):
+    src, tower = write_original("bunny", tmp_path / "src", TINY["bunny"], torch.float32)
+    tensors = load_file(src / "model.safetensors")
+    stem = "model.vision_tower.vision_tower."
+    whole = {k.removeprefix(stem): tensors.pop(k) for k in list(tensors) if k.startswith(stem)}
+    for name in [k for k in whole if ".layers.1." in k]:
+        whole[name.replace(".layers.1.", ".layers.2.")] = whole[name] * 2
+    whole["vision_model.head.probe"] = torch.zeros(1, 1, 24)
+    save_file(tensors, src / "model.safetensors")
+    save_file(whole, tower / "model.safetensors")
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    assert len(vlm.load(tmp_path / "dst").model.model.vision_tower.encoder.layers) == 2
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"mm_vision_tower": None, "model_type": "llama"}, "text-only model"),
+    ({"text_config": {}}, "a transformers folder already"),
+    ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'"),
+    ({"mm_patch_merge_type": "spatial_unpad"}, "only LLaVA-1.5 and Bunny"),
+    ({"model_type": "bunny-qwen"}, "model_type 'bunny-qwen'"),
+    ({"vocab_size": 405}, "one of the two is not this model's"),
+    ({"vocab_size": 100}, "one of the two is not this model's"),
+    ({"intermediate_size": 50}, r"by config.json it is"),
+    ({"num_hidden_layers": 3}, "weights are missing"),
+    ({"num_hidden_layers": 1}, "have no place in the model"),
+    ({"eos_token_id": 5}, "the tokenizer's eos_token_id"),
+    ("{", "not valid JSON"), ("[1]", "holds no JSON object"), (None, "missing or empty")])
+def test_what_is_no_such_checkpoint_is_one_sentence_and_leaves_nothing(copy, tmp_path, change, said):
+    _, src, tower = copy
+    path = src / "config.json"
+    if isinstance(change, dict):
+        config = {k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not None}
+        path.write_text(json.dumps(config))
+    elif change is None:
+        path.unlink()
+    else:
+        path.write_text(change)
+    refused(said, src, tower, tmp_path)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-100]), "torn"),
+    (lambda f: f.write_bytes(f.read_bytes()[:5]), "torn"),
+    (lambda f: f.write_bytes(b""), "torn"),
+    (lambda f: f.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"), "torn"),
+    (lambda f: f.unlink(), "names 1 files that are not there")])
+def test_a_torn_or_absent_shard_is_named(copy, tmp_path, spoil, said):
+    _, src, tower = copy
+    file = sorted(f for f in src.iterdir() if "-of-" in f.name)[1]
+    spoil(file)
+    refused(f"{file.name}.*{said}|{said}.*{file.name}", src, tower, tmp_path)
+
+
+def test_a_pickle_that_would_run_code_is_not_opened(tmp_path):
+    src, tower = write_original("llava", tmp_path / "src", TINY["llava"], torch.float32)
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+    torch.save({"model.norm.weight": Evil()}, src / "pytorch_model.bin")
+    refused("is not opened", src, tower, tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_tokenizer_model_without_its_packages_says_what_to_install(original, tmp_path, monkeypatch):
+    kind, src, tower = original
+    if kind == "bunny":
+        pytest.skip("Bunny's tokenizer is JSON")
+    monkeypatch.setattr(families, "_installed", lambda module: False)
+    refused("`pip install sentencepiece protobuf`", src, tower, tmp_path)
+
+
+def test_an_interrupted_import_leaves_no_half_folder(original, tmp_path, monkeypatch):
+    _, src, tower = original
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(import_checkpoint, "content", full)
+    refused("No space left on device", src, tower, tmp_path)
+    monkeypatch.undo()
+    (tmp_path / ".dst.unfinished").mkdir()             # of a run that was killed
+    (tmp_path / ".dst.unfinished" / "old").touch()
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    assert not (tmp_path / "dst" / "old").exists()
+    with pytest.raises(data.UserError, match="exists and is not empty"):
+        import_checkpoint.run(src, tmp_path / "dst", tower)
+
+
+def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
+    arguments = [str(tmp_path / "absent"), str(tmp_path / "dst")]
+    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", *arguments])
+    with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
+        import_checkpoint.main()
+    assert Path(import_checkpoint.__file__).parent.name == "tools"

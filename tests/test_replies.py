@@ -1,0 +1,83 @@
+"""replies.py: what answers, judges and extractors say, beside what the official readers make of it."""
+import json
+
+import pytest
+from conftest import GOLDEN
+
+import replies
+
+DOG = "Is there a dog in the image?"
+
+
+@pytest.mark.parametrize("text, official", [
+    ("No", "no"), ("no.", "no"), ("There is no dog", "no"), ("No,there is not", "no"),
+    ("It is not there. Yes", "no"),                                      # what stands before the first stop
+    ("", "yes"), ("NO", "yes"), ("No!", "yes"), ("\nNo", "yes"), ("Nope", "yes"), ("It isn't.", "yes"),
+    ("cannot tell", "yes"), ("There is a dog. No.", "yes"), ("maybe", "yes")])
+def test_the_official_reader_takes_all_but_three_tokens_for_a_yes(text, official):
+    assert replies.official_yes_no(text) == official
+
+
+def test_ambers_reader_wants_the_word_and_nothing_else():
+    read = [replies.strict_yes_no(text) for text in ("Yes", "No", "yes", "No.", "")]
+    assert read == ["yes", "no", None, None, None]
+
+
+@pytest.mark.parametrize("says, texts", [
+    ("yes", ["Yes", "YES!", " yes.", "**Yes**", "Yeah, sure", "Sure, a dog can be seen.", "Certainly",
+             "Answer: Yes", "The answer is yes.", "<answer>Yes</answer>", '{"answer": "yes"}', "It is.",
+             "The dog is visible, yes.", "There is a dog.", "There are two dogs here", "I think so.",
+             "There is a dog but no cat.", "Yes, but there is no cat.",
+             "The image shows a dog. It is not clear how old it is."]),
+    ("no", ["No", "NO!", "\nno", "Nope.", "None.", "Certainly not.", "There isn't any dog.",
+            "It isn’t there.", "There is no dog.", "The image does not contain a dog.", "I do not see one.",
+            "Not in this image.",
+            "There is a cat, not a dog.", "The answer is: no", "There isn't a dog. No.",
+            "I can't see any dog."]),
+    (None, ["", " ", "...", "maybe", "Yes and no.", "yes, no", "yes or no", "I cannot tell.", "Not sure.",
+            "unknown", "N/A", "Yesterday", "There is a cat.", "I'm sorry, I can't help with that.",
+            "cannot tell if a dog is there", "A photo of a street."])])
+def test_our_reader_understands_or_says_that_it_does_not(says, texts):
+    assert {text: replies.yes_no(text, DOG) for text in texts} == dict.fromkeys(texts, says)
+
+
+def test_a_statement_must_be_about_all_that_was_asked():
+    sunny = "Is the sky sunny in this image?"
+    assert replies.yes_no("The sky is sunny.", sunny) == "yes"
+    assert replies.yes_no("The sky is not sunny.", sunny) == "no"
+    assert replies.yes_no("The sky is cloudy.", sunny) is None
+    assert replies.yes_no("There are two dogs.", "Are there three dogs in this image?") is None
+    assert replies.yes_no("There is a dog.") == "yes"                # without a question, its form must do
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", [pytest.param(path, id=f"{path.parent.name}-{path.stem}")
+                                  for path in sorted((GOLDEN / "pope").glob("parse_forms*.json"))])
+def test_the_official_reader_on_every_golden_form(path):
+    forms = json.loads(path.read_text())
+    assert {text: replies.official_yes_no(text) for text in forms} == {
+        text: form["official"] for text, form in forms.items()}
+
+
+@pytest.mark.parametrize("text, official, ours", [
+    ("Rating: 4", 4, 4), ("RATING: 0", 0, 0), ("**Rating: 3, not informative**", 3, 3),
+    ("Rating: 10", 1, None), ("Rating: 4.5", 4, None), ("Rating: 7", None, None),       # off the scale
+    ("Rating:5", None, 5), ("**Rating:** 4", None, 4), ("Rating = 2", None, 2), ("rating is 6", None, 6),
+    ("Score: 3/6", None, 3), ("[[2]]", None, 2), ("5", None, 5), ('{"rating": 1}', None, 1),
+    ("Rating (0-6): 4", None, 4), ("I give it a rating of 3.", None, 3), ("Final score - 5", None, 5),
+    ("Rating: 4. Rating: 4.", 4, 4), ("Rating: 4 or rating: 5", None, None), ("Rating: -1", None, None),
+    ("", None, None), ("<html>500</html>", None, None), ("accurate 3", None, None), ("no idea", None, None)])
+def test_ratings(text, official, ours):
+    assert replies.rating(text, "official") == official
+    assert replies.rating(text) == ours
+
+
+@pytest.mark.parametrize("text, official, ours", [
+    ('["dog", "ball"]', ["dog", "ball"], ["dog", "ball"]), ("[]", [], []),
+    ('Here they are:\n["dog"]', ["dog"], ["dog"]),                                    # JSON in the last line
+    ('["dog"]\nThat is all.', None, ["dog"]), ('```json\n["dog"]\n```', None, ["dog"]),
+    ("['dog', 'man\\'s hat']".replace("\\", ""), None, ["dog", "man's hat"]), ("()", None, []),
+    ("a dog and a ball", None, None), ('{"dog": 1}', None, None), ("[[1]]", None, ["1"]), ("", None, None)])
+def test_lists_of_objects(text, official, ours):
+    assert replies.object_list(text, "official") == official
+    assert replies.object_list(text) == ours

@@ -1,0 +1,766 @@
+"""synth.py as specification: every stage, kills, ranks, the real data, the published faults, the analyses."""
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHARED, need, picture, write_llava
+from test_rewards import PATTERN, tiny_armorm, tiny_imagereward
+
+import data
+import gallery
+import journal
+import pairing
+import sd3
+import synth
+import topics
+
+PDS10 = SHARED / "real" / "pds10"
+
+
+def tiny_sd3(folder, t5=True, size=16):
+    """A random Stable Diffusion 3 of diffusers' own classes: letters as tokens, 16-pixel images."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5Tokenizer,
+    )
+    torch.manual_seed(0)
+    letters = [f"{c}{e}" for c in "abcdefghijklmnopqrstuvwxyz.," for e in ("", "</w>")]
+    vocab = {w: k for k, w in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    words = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    text = CLIPTextConfig(vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                          num_attention_heads=2, projection_dim=16, eos_token_id=len(vocab) - 1)
+    clips = [CLIPTextModelWithProjection(text).eval() for _ in range(2)]
+    pieces = [*(("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.)), *((c, -2.) for c in "▁.,abcdeghiknorstuw")]
+    t5_model = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1,
+                                       num_heads=2)).eval()
+    transformer = SD3Transformer2DModel(
+        sample_size=size // 2, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        out_channels=4, pos_embed_max_size=16)
+    for name, weight in transformer.named_parameters():     # else its last layer, all zeros, hides the prompt
+        if weight.ndim > 1 and "pos_embed" not in name:
+            torch.nn.init.normal_(weight, std=.2)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4,
+                        scaling_factor=1.5, shift_factor=.06, use_quant_conv=False, use_post_quant_conv=False)
+    StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.), vae=vae,
+        text_encoder=clips[0], tokenizer=words, text_encoder_2=clips[1], tokenizer_2=words,
+        text_encoder_3=t5_model if t5 else None,
+        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0) if t5 else None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Random components of every kind, and prompts and questions in their few words."""
+    folder = tmp_path_factory.mktemp("components")
+    for name in ("sd3", "imagereward", "armorm", "prompts"):
+        (folder / name).mkdir()
+    tiny_sd3(folder / "sd3")
+    tiny_imagereward(folder / "imagereward", size=16)
+    tiny_armorm(folder / "armorm", max_position_embeddings=4096)
+    (folder / "armorm" / "token_pattern.json").write_text(json.dumps(PATTERN))
+    for k in range(3):
+        write_llava(folder / f"llava{k}", seed=k)
+    for topic in ("cats", "bikes"):
+        ends = ("a blue dog", "two dog", "no bike", "one cat , a dog")
+        text = "\n".join(f"a red {topic[:-1]} and {end}" for end in ends)
+        (folder / "prompts" / f"{topic}.txt").write_text(text)
+    (folder / "questions.txt").write_text("what is this ?\nis there a dog ?\n")
+    return folder
+
+
+def arguments(parts, out, *more):
+    folders = {"prompts": "prompts", "generator": "sd3", "imagereward": "imagereward", "armorm": "armorm",
+               "instruct": "questions.txt"}
+    given = {"out": out, "preset": "pds-dpo", "steps": 2, "size": 0, "threshold": -1000, "batch": 3,
+             "margin": 0, "device": "cpu", "responders": ",".join(str(parts / f"llava{k}") for k in range(3)),
+             **{k: parts / name for k, name in folders.items()}}
+    given = [f"--{k}={v}" for k, v in given.items()]
+    return [*given, "--set", "similar=0.9", "--set", "max_new_tokens=6", *more]
+
+
+def run(stage, parts, out, *more):
+    synth.main([stage, *arguments(parts, out, *more)])
+    return Path(out)
+
+
+def lines(out, name):
+    return list(data.read_jsonl(out / f"{name}.jsonl"))
+
+
+FILES = ("prompts", "images", "ranked", "responses", "scores-armorm", "pairs", "dropped")
+
+
+def contents(out):
+    """{file: bytes} of all that a run leaves, logs and journals apart."""
+    return {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*"))
+            if f.is_file() and not f.name.startswith(".") and f.name not in ("log.jsonl",)}
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    return run("all", parts, tmp_path_factory.mktemp("synth") / "run")
+
+
+# ---- the stages ----
+
+def test_all_makes_every_file_and_keeps_every_candidate(whole):
+    made = {name: lines(whole, name) for name in FILES}
+    assert len(made["prompts"]) == 8 and len(made["images"]) == 32 and len(made["ranked"]) == 8
+    assert [r["guidance"] for r in made["images"][:4]] == [5, 7, 9, 11]
+    assert [r["seed"] for r in made["images"][4:8]] == [2001, 2002, 2003, 2004]
+    for row in made["ranked"]:
+        scores = row["scores"]["imagereward"]
+        assert row["image"] == row["candidates"][scores.index(max(scores))]["image"]
+    assert len(made["responses"]) == 24 and len(made["scores-armorm"]) == 24
+    assert {r["model"] for r in made["responses"]} == {"llava0", "llava1", "llava2"}
+    assert len(made["scores-armorm"][0]["rewards"]) == 5
+    assert len(made["pairs"]) + len(made["dropped"]) == 8
+
+
+def test_the_trainer_reads_both_files(whole):
+    from records import Records, check
+    native, published = (Records(str(whole / name)) for name in ("pairs.jsonl", "pds_dpo.json"))
+    assert len(check(native)) == len(check(published)) == len(lines(whole, "pairs")) > 0
+    for field in ("question", "chosen", "rejected"):
+        assert [r[field] for r in native] == [r[field] for r in published]
+
+
+def test_a_second_call_makes_nothing_and_changes_nothing(parts, whole):
+    before, logged = contents(whole), len(lines(whole, "log"))
+    run("all", parts, whole)
+    assert contents(whole) == before
+    assert sum(line.get("made", 0) for line in lines(whole, "log")[logged:]) == 0
+
+
+def test_paired_seeds_differ_by_prompt_alone(parts, tmp_path):
+    run("prompts", parts, tmp_path)
+    run("images", parts, tmp_path, "--paired_seeds", "--guidance", "1,5")
+    assert [r["seed"] for r in lines(tmp_path, "images")[:4]] == [1000, 1000, 2000, 2000]
+
+
+def test_a_threshold_leaves_prompts_out_and_says_how_many(parts, whole, tmp_path):
+    scores = sorted(max(r["scores"]["imagereward"]) for r in lines(whole, "ranked"))
+    run("prompts", parts, tmp_path)
+    run("images", parts, tmp_path)
+    run("rank", parts, tmp_path, f"--threshold={(scores[2] + scores[3]) / 2}")
+    assert lines(tmp_path, "log")[-1] | {"seconds": 0} == {"stage": "rank", "prompts": 8, "kept": 5,
+                                                           "below_threshold": 3, "seconds": 0}
+    assert sum(r["dropped"] is not None for r in lines(tmp_path, "ranked")) == 3
+    run("instruct", parts, tmp_path)
+    assert len(lines(tmp_path, "instructions")) == 5
+
+
+def test_generator_reward_and_responders_are_never_in_memory_together(parts, tmp_path, monkeypatch):
+    """Whenever a model is about to be loaded, none is there."""
+    import responders
+    import rewards
+    seen = []
+
+    def alone(f):
+        def g(*args, **options):
+            models = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and hasattr(m, "config")]
+            seen.append(len(models) - before)
+            return f(*args, **options)
+        return g
+    gc.collect()
+    before = len([m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and hasattr(m, "config")])
+    monkeypatch.setattr(sd3, "_load", alone(sd3._load))
+    for module, name in ((rewards.ImageReward, "load"), (rewards.ArmoRM, "load"), (responders, "load")):
+        monkeypatch.setattr(module, name, alone(getattr(module, name)))
+    run("all", parts, tmp_path, "--guidance=5")
+    assert seen == [0] * (2 + 1 + 3 + 1)
+
+
+# ---- the generator ----
+
+def plain(folder, prompt, scale, seed, steps=3):
+    """The image of one call of diffusers' own pipeline."""
+    from diffusers import StableDiffusion3Pipeline
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(prompt, guidance_scale=float(scale), num_inference_steps=steps,
+                    generator=torch.Generator().manual_seed(seed)).images[0]
+
+
+def steps_apart(a, b):
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def test_four_scales_in_one_call_equal_four_calls_of_diffusers(parts):
+    """And with it: texts encoded apart from the transformer equal the plain call."""
+    prompt, scales, seeds = "a red cat and a blue dog", [5, 7, 9, 11], [1001, 1002, 1003, 1004]
+    encoded = sd3.encode(parts / "sd3", [prompt])
+    ours = sd3.Painter(parts / "sd3")(encoded[prompt], encoded[""], scales, seeds, steps=3)
+    theirs = [plain(parts / "sd3", prompt, g, s) for g, s in zip(scales, seeds, strict=True)]
+    assert max(map(steps_apart, ours, theirs)) <= 1
+    assert min(steps_apart(ours[0], other) for other in ours[1:]) > 1            # the test can fail
+    assert steps_apart(ours[0], plain(parts / "sd3", "two bikes", 5, 1001)) > 1
+
+
+def test_a_generator_saved_without_t5_is_loaded_without_it(tmp_path):
+    tiny_sd3(tmp_path, t5=False)
+    encoded = sd3.encode(tmp_path, ["a red cat"])
+    ours, = sd3.Painter(tmp_path)(encoded["a red cat"], encoded[""], [7], [3], steps=2)
+    from diffusers import StableDiffusion3Pipeline
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+    theirs = pipeline("a red cat", guidance_scale=7., num_inference_steps=2,
+                      generator=torch.Generator().manual_seed(3)).images[0]
+    assert steps_apart(ours, theirs) <= 1
+
+
+# ---- kills, ranks ----
+
+def forked(argv, env=(), wait=None):
+    """synth.main(argv) in a fork, where the imports are done; its id, or killed after `wait` seconds."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.environ.update(env)
+        code = 1
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        try:
+            synth.main(argv)
+            code = 0
+        finally:
+            os._exit(code)
+    if wait is None:
+        return child
+    deadline = time.time() + wait
+    while time.time() < deadline:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return None
+        time.sleep(.005)
+    os.kill(child, signal.SIGKILL)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def test_twenty_kills_leave_the_same_files_and_make_nothing_twice(parts, tmp_path):
+    """At random moments of runs that are called again until they come through, and then begun anew."""
+    def argv(out):
+        return ["all", *arguments(parts, out / "run", "--guidance=5,7", "--set", "max_new_tokens=3")]
+
+    def finish(out):
+        assert os.waitpid(forked(argv(out)), 0)[1] == 0
+        return contents(out / "run"), lines(out / "run", "log")
+    start, rng, killed, runs, log = time.time(), random.Random(7), 0, 0, []
+    whole, _ = finish(tmp_path / "whole")
+    length = time.time() - start
+    while killed < 20:
+        out, runs = tmp_path / str(runs), runs + 1
+        while killed < 20 and forked(argv(out), wait=rng.uniform(0, .6 * length)):
+            killed += 1
+        left, logged = finish(out)
+        assert left == whole
+        log += logged
+    assert {line["twice"] for line in log if "twice" in line} == {0}
+    assert [line for line in log if 0 < line.get("there", 0) < line["items"]]     # some were met half done
+
+
+def test_two_ranks_write_the_bytes_of_one(parts, whole, tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    argv = ["all", *arguments(parts, tmp_path / "run")]
+    children = [forked(argv, env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert contents(tmp_path / "run") == contents(whole)
+
+
+def test_a_second_run_on_the_folder_is_refused(parts, whole):
+    import fcntl
+    with open(whole / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="in use by another run"):
+            run("pairs", parts, whole)
+
+
+# ---- as official, and the real sample ----
+
+def test_as_official_scores_echoes_and_filters_nothing(parts, tmp_path):
+    run("all", parts, tmp_path, "--as_official")
+    asked = {r["id"]: r["question"] for r in lines(tmp_path, "instructions")}
+    for row in lines(tmp_path, "responses"):
+        assert row["response"].startswith(asked[row["id"]]) and "\n" not in row["response"]
+    pairs = lines(tmp_path, "pairs")
+    assert len(pairs) == 8 and not lines(tmp_path, "faults") and not lines(tmp_path, "dropped")
+    assert not any(p[role].startswith(p["question"]) for p in pairs for role in ("chosen", "rejected"))
+
+
+MODELS = ("mistral-7b", "vicuna-7b", "vicuna-13b")
+
+
+@pytest.fixture
+def pds10(tmp_path):
+    """A run's files from the published sample: its questions, images and three models' raw responses."""
+    published = json.loads(need(PDS10 / "step3_sanity.json").read_text())
+    questions = (PDS10 / "instructions.txt").read_text().splitlines()
+    prompts = (PDS10 / "prompts.txt").read_text().splitlines()
+    said = {m: (PDS10 / "responses" / f"{m}.txt").read_text().splitlines() for m in MODELS}
+    out = journal.Run(None, tmp_path)
+    ids = [row["id"] for row in published]
+    out.write("ranked", [{"id": i, "topic": "art", "prompt": p, "image": row["image"], "guidance": 7.,
+                          "dropped": None} for i, p, row in zip(ids, prompts, published, strict=True)])
+    out.write("instructions", [{"id": i, "question": q.replace("<image>", "").strip()}
+                               for i, q in zip(ids, questions, strict=True)])
+    out.write("responses", [{"id": i, "model": m, "response": said[m][k], "finished": None}
+                            for k, i in enumerate(ids) for m in MODELS])
+    scores = []
+    for k, row in enumerate(published):
+        wanted = [row[role][1]["value"] for role in ("conversations", "rejected_conversations")]
+        for m in MODELS:                # 2 for what was chosen, 0 for what was rejected, 1 for the third
+            text = said[m][k][len(questions[k].replace("<image>", "").strip()):].strip()
+            scores.append({"id": row["id"], "model": m, "score": float(2 * (text == wanted[0])
+                                                                        + (text not in wanted))})
+    out.write("scores-given", scores)
+    return tmp_path, published
+
+
+def test_the_published_sample_is_reproduced_with_its_faults(pds10):
+    out, published = pds10
+    synth.main(["pairs", "--out", str(out), "--scorer", "given", "--as_official"])
+    assert json.loads((out / "pds_dpo.json").read_text()) == published
+
+
+def test_the_published_samples_faults_are_named(pds10):
+    out, published = pds10
+    synth.main(["pairs", "--out", str(out), "--scorer", "given"])
+    named = {(r["id"], r["model"]): r["faults"] for r in lines(out, "faults")}
+    assert len(named) == 30 and all("echoed" in f for f in named.values())
+    assert {k for k, f in named.items() if "empty" in f} == {("art-2", "mistral-7b"), ("art-3", "mistral-7b")}
+    assert {k for k, f in named.items() if "foreign" in f} == {("art-4", "vicuna-7b")}
+    assert {k for k, f in named.items() if "cut off" in f} == {("art-5", "vicuna-13b")}   # "... then using"
+    assert lines(out, "pairs") == [] and len(lines(out, "dropped")) == 10
+
+
+def test_without_their_echo_the_faulty_four_are_not_rejected_but_left_out(pds10):
+    """With the echo taken off beforehand the empty, foreign and cut-off responses go, a third one stays."""
+    out, published = pds10
+    asked = {r["id"]: r["question"] for r in lines(out, "instructions")}
+    rows = [r | {"response": pairing.unecho(asked[r["id"]], r["response"])[0].strip()}
+            for r in lines(out, "responses")]
+    journal.Run(None, out).write("responses", rows)
+    synth.main(["pairs", "--out", str(out), "--scorer", "given", "--margin", "0"])
+    assert len(lines(out, "faults")) == 4
+    official = {p["id"]: p["rejected_conversations"][1]["value"] for p in published}
+    kept = {p["id"]: p["rejected"] for p in lines(out, "pairs")}
+    changed = [i for i in official if kept[i] != official[i]]
+    assert len(kept) == 10 and changed == ["art-2", "art-3", "art-4", "art-5"]
+
+
+def test_the_forty_real_candidates_are_ranked(parts, tmp_path):
+    folder = need(PDS10 / "candidates")
+    chosen, out = json.loads((folder / "selection.json").read_text()), journal.Run(None, tmp_path)
+    (tmp_path / "images").symlink_to(folder.resolve())
+    out.write("prompts", [{"id": c["id"], "number": k + 1, "topic": "art", "prompt": c["prompt"]}
+                          for k, c in enumerate(chosen)])
+    out.write("images", [{"id": f"{c['id']}-{k + 1}", "prompt_id": c["id"], "guidance": x["guidance_scale"],
+                          "seed": x["seed"], "image": f"images/{x['file']}"}
+                         for c in chosen for k, x in enumerate(c["candidates"])])
+    run("rank", parts, tmp_path)
+    ranked = lines(tmp_path, "ranked")
+    scores = [r["scores"]["imagereward"] for r in ranked]
+    assert [len(s) for s in scores] == [4] * 10 and len({x for s in scores for x in s}) == 40
+    assert len({r["guidance"] for r in ranked}) > 1
+
+
+# ---- faults and pairs ----
+
+@pytest.mark.parametrize("response, finished, found", [
+    ("A cup stands on the table.", None, []),
+    ("", None, ["empty"]), (" \n . ", None, ["empty"]),
+    ("What is on\nthe table? A cup.", None, ["echoed"]),
+    ("<image> what is on the table?", None, ["echoed", "empty"]),
+    ("стол", None, ["foreign"]), ("A cup of tea. Чашка.", None, []), ("一个杯子", None, ["foreign"]),
+    ("42", None, []), ("Yes", None, []), ("A cup, and beside it", False, ["cut off"]),
+    ("A cup stands on the table and beside it there is a plate with an", None, ["cut off"]),
+    ("A cup stands on the table and beside it there is a plate with an", True, [])])
+def test_faults_of_a_response(response, finished, found):
+    assert pairing.faults("What is on the table?", response, finished) == found
+
+
+def select(scores, responses=None, **options):
+    rows = [{"model": m, "response": (responses or {}).get(m, f"It is the answer {m}."), "finished": True}
+            for m in scores]
+    prompt = {"id": "a", "image": "a.png", "question": "What is it?", "topic": "art"}
+    return pairing.select([prompt], {"a": rows}, {("a", m): s for m, s in scores.items()}, **options)
+
+
+def test_the_best_is_chosen_and_the_worst_rejected_the_first_of_equals():
+    (pair,), dropped, faulty = select({"x": 1., "y": 3., "z": 3., "w": 1.})
+    assert pair["meta"] == {"topic": "art", "models": ["y", "x"], "scores": [3., 1.]}
+    assert pair["chosen"] == "It is the answer y." and not dropped and not faulty
+
+
+@pytest.mark.parametrize("scores, responses, options, reason", [
+    ({"x": 1., "y": 1.}, {}, {}, "nearly tied"),
+    ({"x": 1., "y": 1.1, "z": 1.2}, {}, {"margin": 3.}, "nearly tied"),
+    ({"x": 2., "y": 1.}, {"x": "It is.", "y": "It  is."}, {}, "identical"),
+    ({"x": 2., "y": 1.}, {"x": ""}, {}, "fewer than two responses without fault"),
+    ({"x": 2., "y": None}, {}, {}, "not scored")])
+def test_what_makes_no_pair_and_why(scores, responses, options, reason):
+    pairs, dropped, _ = select(scores, responses, **options)
+    assert not pairs and [d["reason"] for d in dropped] == [reason]
+
+
+def test_official_takes_ties_and_empty_responses():
+    (pair,), dropped, faulty = select({"x": 1., "y": 1.}, {"y": ""}, official=True)
+    assert pair["chosen"] == pair["rejected"] and not dropped and not faulty
+
+
+def test_a_length_gap_is_warned_of():
+    even = [{"chosen": "a b c", "rejected": "a b c"}, {"chosen": "a", "rejected": "a b"},
+            {"chosen": "a b", "rejected": "a"}]
+    assert pairing.lengths(even)["chosen_longer"] == .5
+    assert "WARNING" not in pairing.length_report(pairing.lengths(even))
+    assert "80%" in pairing.length_report(pairing.lengths(even[2:] * 4 + even[1:2]))
+    assert "shorter answers" in pairing.length_report(pairing.lengths(even[1:2] * 3))
+
+
+def test_the_papers_five_attributes_in_place_of_the_gated_score(parts, whole, tmp_path):
+    for name in ("ranked", "instructions", "responses", "scores-armorm"):
+        (tmp_path / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+    run("pairs", parts, tmp_path, "--set", "attributes=paper")
+    rows = {(r["id"], r["model"]): sum(r["rewards"][:5]) / 5 for r in lines(tmp_path, "scores-armorm")}
+    for pair in lines(tmp_path, "pairs"):
+        assert pair["meta"]["scores"] == [rows[pair["id"], m] for m in pair["meta"]["models"]]
+
+
+@pytest.mark.parametrize("scorer", ["length", "random"])
+def test_controls_score_without_a_model(parts, whole, tmp_path, scorer):
+    for name in ("ranked", "instructions", "responses"):
+        (tmp_path / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+    run("score", parts, tmp_path, "--scorer", scorer)
+    run("pairs", parts, tmp_path, "--scorer", scorer)
+    scores, said = lines(tmp_path, f"scores-{scorer}"), lines(tmp_path, "responses")
+    assert len(scores) == len(said)
+    if scorer == "length":
+        assert [s["score"] for s in scores] == [len(r["response"].split()) for r in said]
+
+
+def test_the_card_names_models_revisions_licences_and_counts(parts, whole):
+    card = (whole / "card.md").read_text()
+    for text in ("| generator | sd3 |", "| responders | llava2 |", "not stated in its folder", "| margin |"):
+        assert text in card
+    (parts / "armorm" / "README.md").write_text("---\nlicense: llama3\n---\n")
+    assert synth.licence(str(parts / "armorm")) == "llama3"
+    (parts / "armorm" / "README.md").unlink()
+    hub = "/hub/models--a--b/snapshots/0123abc"
+    assert synth.revision(hub) == "0123abc"
+
+
+# ---- prompts ----
+
+def test_ten_topics_of_thirty_prompts_of_our_own_without_near_duplicates():
+    both = topics.read(ROOT / "prompts")
+    named = ("art culinary daily_activities holidays industrial nature school transportation urban "
+             "weather").split()
+    assert sorted({t for t, _ in both}) == named
+    assert all(sum(t == name for t, _ in both) >= 30 for name in named)
+    texts = [text for _, text in both]
+    assert len(topics.distinct(texts, .25)) == len(texts) >= 300
+    assert all(8 <= len(text.split()) <= 30 and text.endswith(".") for text in texts)
+    closest = gallery.mean_similarity(gallery.vectors(texts))
+    assert closest.max() < .15
+
+
+def test_near_duplicates_are_dropped_and_the_first_is_kept():
+    texts = ["A red bike on a beach.", "a red  bike on a beach", "A blue bike in a garden.", "",
+             "A red bike on a hill."]
+    assert topics.distinct(texts, .5) == [0, 2]             # the hill shares four of six word pairs
+    assert topics.distinct(texts, .7) == [0, 2, 4]
+
+
+def test_saved_replies_write_prompts_and_questions(parts, tmp_path):
+    lists = "1. A horse of clay on a sill.\n2. A horse of clay on a sill!\n\n- Two masks."
+    said = [{"id": "art/0", "reply": lists},
+            {"id": "art/1", "reply": "Two masks.\nA chalk fish on a wet street."}]
+    said += [{"id": f"art/{k}", "reply": "Two masks."} for k in range(2, 6)]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(x) + "\n" for x in said))
+    writer = f"--writer={tmp_path / 'said.jsonl'}"
+    run("prompts", parts, tmp_path, writer, "--set", "topics=art", "--per_topic=20")
+    assert [(r["id"], r["prompt"]) for r in lines(tmp_path, "prompts")] == [
+        ("art-1", "A horse of clay on a sill."), ("art-2", "Two masks."),
+        ("art-3", "A chalk fish on a wet street.")]
+
+
+class Server:
+    """An OpenAI-compatible server of one thread: `fails` answers of each kind before a good one."""
+    def __init__(self, reply, fails=(), broken=()):
+        import http.server
+        import threading
+        self.asked, plan = [], list(fails)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(handler):
+                body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                text = json.dumps(body["messages"])
+                self.asked.append(text)
+                status, content = plan.pop(0) if plan else (200, None)
+                if any(word in text for word in broken):
+                    status, content = 200, "{not json"
+                if content is None:
+                    content = json.dumps({"choices": [{"message": {"content": reply(text)}}]})
+                handler.send_response(status)
+                handler.send_header("Content-Type", "application/json")
+                handler.send_header("Retry-After", "0")
+                handler.end_headers()
+                handler.wfile.write(content.encode())
+
+            def log_message(handler, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_a_servers_failures_are_retried_then_counted(parts, whole, tmp_path, monkeypatch):
+    import chat
+    monkeypatch.setattr(chat, "BACKOFF", .01)
+    for name in ("prompts", "images", "ranked"):
+        (tmp_path / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+    (tmp_path / "images").symlink_to(whole / "images")
+    fails = [(429, "{}"), (500, "{}"), (200, "<html>")]
+    server = Server(lambda text: "what is this ?", fails, broken=["two dog"])
+    run("instruct", parts, tmp_path, f"--instruct={server.url}")
+    log = lines(tmp_path, "log")[-1]
+    assert (log["made"], log["failed"]) == (6, 2)           # two of the eight prompts are of "two dog"
+    assert len(lines(tmp_path, "instructions")) == 6
+    asked = len(server.asked)
+    assert asked <= 6 + 3 + 2 * 4                           # bounded: four attempts of each
+    server.close()
+    again = Server(lambda text: "is there a dog ?")
+    run("instruct", parts, tmp_path, f"--instruct={again.url}")
+    again.close()
+    first = Server(lambda text: "a red cat .")              # another port is another source: asked anew
+    run("respond", parts, tmp_path, f"--responders={first.url}")
+    assert {r["response"] for r in lines(tmp_path, "responses")} == {"a red cat ."}
+    assert all("data:image/png;base64," in text for text in first.asked)
+    made = len(first.asked)
+    run("respond", parts, tmp_path, f"--responders={first.url}")
+    assert len(first.asked) == made
+    first.close()
+
+
+@pytest.mark.slow
+def test_a_real_server_answers_prompts_instruct_and_respond(parts, whole, tmp_path):
+    """`transformers serve` on loopback with a tiny LLaVA, where its packages are installed."""
+    import shutil
+    import socket
+    import subprocess
+    import urllib.request
+
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
+    for name in ("fastapi", "uvicorn", "openai", "typer"):
+        pytest.importorskip(name, reason=f"`transformers serve` needs {name} (transformers[serving])")
+    model = shutil.copytree(parts / "llava0", tmp_path / "llava")
+    words = AutoTokenizer.from_pretrained(model)
+    LlavaProcessor(CLIPImageProcessorPil.from_pretrained(model), words, patch_size=14,
+                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                   chat_template=words.chat_template).save_pretrained(model)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
+    server = subprocess.Popen([*program, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"])
+    url, out = f"http://127.0.0.1:{port}/v1", tmp_path / "run"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(.5)
+        served = ["--set", f"model_name={model}"]
+        run("prompts", parts, out, f"--writer={url}", "--set", "topics=art,urban", "--per_topic=1", *served)
+        assert {r["topic"] for r in lines(out, "prompts")} <= {"art", "urban"} and lines(out, "prompts")
+        for name in ("prompts", "images", "ranked"):
+            (out / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+        (out / "images").symlink_to(whole / "images")
+        run("instruct", parts, out, f"--instruct={url}", *served)
+        assert lines(out, "log")[-1]["failed"] == 8 - len(lines(out, "instructions"))
+        (out / "instructions.jsonl").write_bytes((whole / "instructions.jsonl").read_bytes())
+        run("respond", parts, out, f"--responders={url}", *served)
+        assert len(lines(out, "responses")) + lines(out, "log")[-1]["failed"] == 8
+        assert any(r["response"] for r in lines(out, "responses"))
+    finally:
+        server.kill()
+        server.wait()
+
+
+# ---- responders ----
+
+def test_llava_next_answers_alike_alone_and_in_a_batch(tmp_path):
+    """LLaVA-1.6's own class: left padding, one BOS, the template, an old processor's missing patch size."""
+    from conftest import word_tokenizer
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessorPil,
+        LlavaNextProcessor,
+    )
+
+    import responders
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer()
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                       num_attention_heads=2, image_size=28, patch_size=14),
+        text_config=LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                num_attention_heads=2, vocab_size=len(tokenizer), bos_token_id=2,
+                                eos_token_id=3, pad_token_id=1),
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]], image_token_index=4)
+    model = LlavaNextForConditionalGeneration(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=.4)
+    model.save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    images = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=size,
+                                        image_grid_pinpoints=config.image_grid_pinpoints)
+    LlavaNextProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                       num_additional_image_tokens=1,
+                       chat_template=tokenizer.chat_template).save_pretrained(tmp_path)
+    text = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(text | {"patch_size": None}))
+    files = []
+    for k, shape in enumerate(((40, 30), (30, 60), (28, 28))):
+        picture(k, shape).save(tmp_path / f"{k}.png")
+        files.append(tmp_path / f"{k}.png")
+    questions = ["what is this ?", "is there a red dog and a blue cat ?", "what ?"]
+    answer = responders.load(str(tmp_path), "cpu", torch.float32, 8)
+    together = answer(files, questions)
+    assert together == [answer([f], [q])[0] for f, q in zip(files, questions, strict=True)]
+    assert len({r["response"] for r in together}) > 1
+    official = responders.load(str(tmp_path), "cpu", torch.float32, 8, official=True)
+    assert official(files[:1], questions[:1])[0]["response"].startswith("what is this ? ")
+
+
+# ---- analyses ----
+
+def ranked_row(id, topic, pick, **scores):
+    return {"id": id, "topic": topic, "prompt": f"<b>{id}</b>", "image": f"images/{pick}.png",
+            "guidance": [5., 7., 9., 11.][pick], "dropped": None, "scores": scores,
+            "candidates": [{"image": f"images/{k}.png", "guidance": g, "seed": k}
+                           for k, g in enumerate([5., 7., 9., 11.])]}
+
+
+def test_guidance_shares_and_agreement_by_hand():
+    rows = [ranked_row("a", "art", 3, imagereward=[1, 2, 3, 4], clip=[4, 3, 2, 1], blip=[1, 2, 3, 4]),
+            ranked_row("b", "urban", 0, imagereward=[4, 3, 2, 1], clip=[4, 3, 2, 1], blip=[4, 3, 2, 1])]
+    assert gallery.guidance(rows) == {"all": {5.: .5, 7.: 0, 9.: 0, 11.: .5},
+                                      "art": {5.: 0, 7.: 0, 9.: 0, 11.: 1},
+                                      "urban": {5.: 1, 7.: 0, 9.: 0, 11.: 0}}
+    table = {(tuple(r["rankers"]), r["k"]): (r["agree"], r["chance"]) for r in gallery.agreement(rows)}
+    assert table[("imagereward", "clip"), 1] == (.5, .25)
+    assert table[("imagereward", "clip"), 3] == pytest.approx((5 / 6, .75))
+    assert table[("imagereward", "blip"), 2] == (1., .5)
+    assert [table[("imagereward", "clip", "blip"), k][1] for k in (1, 2, 3)] == [.0625, .25, .5625]
+
+
+def test_mean_similarity_is_the_mean_cosine_with_the_others():
+    unit = gallery.vectors(["a red cat", "a red cat", "two blue dogs and a bike"])
+    cosines = unit @ unit.T
+    means = [(cosines[k].sum() - cosines[k, k]) / 2 for k in range(3)]
+    assert gallery.mean_similarity(unit) == pytest.approx(means, abs=1e-6)
+
+
+def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tmp_path):
+    """A judge that always says A prefers the first ranker as often as it stands first; C means nothing."""
+    rows = [ranked_row(f"p{k}", "art", 0, imagereward=[4, 3, 2, 1], clip=[1, 2, 3, 4]) for k in range(40)]
+    rows[0]["scores"]["clip"] = [4, 3, 2, 1]
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        picture(k).save(tmp_path / "images" / f"{k}.png")
+    said = ["A"] * 30 + ["tie"] * 5 + ["neither"] * 5
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"id": f"p{k}", "reply": said[k]}) + "\n"
+                                                 for k in range(40)))
+    o = synth.Options(judge=str(tmp_path / "said.jsonl"))
+    found = gallery.judged(journal.Run(o, tmp_path), rows)
+    assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
+    assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
+    assert found["interval"][0] < found["win_rate"] < found["interval"][1]
+
+
+def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
+    run("analyse", parts, whole)
+    page = (whole / "gallery.html").read_text()
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert page.count("data:image/png;base64,") >= 32 and "picked by imagereward" in page
+    assert "chosen" in page and "rejected" in page and "cut off" in page
+    for name in ("guidance.png", "similarity.png"):
+        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
+    card = gallery.entry(journal.Run(None, whole), row, "<script>q", [
+        {"id": "x", "model": "<m>", "response": "<img src=x>"}], {}, {}, None, "<reason>")
+    assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<reason>", "<m>"))
+    for name in ("guidance.png", "similarity.png", "gallery.html", "analysis.json"):
+        (whole / name).unlink()
+
+
+# ---- the command line ----
+
+@pytest.mark.parametrize("argv, says", [
+    (["images", "--generator", "OUT", "--out", "OUT"], "prompts.jsonl is missing: run `python synth"),
+    (["pairs", "--out", "OUT"], "ranked.jsonl is missing: run `python synth.py rank`"),
+    (["all", "--preset", "mine", "--out", "OUT"], "not one of"),
+    (["all", "--guidance", "5,x", "--out", "OUT"], "numbers with commas"),
+    (["all", "--steps", "0", "--out", "OUT"], "must be above 0"),
+    (["all", "--as_official", "perhaps", "--out", "OUT"], "true or false"),
+    (["all", "--set", "nothing=1", "--out", "OUT"], "nothing is no option"),
+    (["all", "--prompts", "/nowhere", "--out", "OUT"], "cannot be read"),
+    (["paint", "--out", "OUT"], "invalid choice"),
+    (["prompts", "--out", "/proc/nothing"], "cannot be written")])
+def test_a_users_mistake_is_one_sentence(tmp_path, argv, says):
+    with pytest.raises(SystemExit, match=says):
+        synth.main([str(tmp_path) if word == "OUT" else word for word in argv])
+
+
+@pytest.mark.parametrize("stage, option, says", [
+    ("images", "--generator=", "--generator is missing"), ("images", "--generator=/nowhere", "no such file"),
+    ("rank", "--imagereward=", "--imagereward is missing"), ("rank", "--ranker=best", "--ranker best is not"),
+    ("respond", "--responders=", "--responders is missing"), ("score", "--armorm=", "--armorm is missing"),
+    ("score", "--scorer=taste", "--scorer taste is not")])
+def test_a_missing_model_is_one_sentence(parts, whole, stage, option, says):
+    with pytest.raises(SystemExit, match=says):
+        run(stage, parts, whole, option)
+
+
+def test_help_names_every_option_within_the_limit():
+    assert len(synth.SHORT) == 24
+    import io
+    from contextlib import redirect_stdout
+    with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        synth.main(["--help"])
+    assert all(f"--{name}" in text.getvalue() for name in synth.SHORT)
