@@ -17,11 +17,19 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "metrics": "",
-           "records": "data", "ranks": "data lora", "options": "data losses",
-           "report": "data metrics", "vlm": "data lora losses",
-           "eval_hallu": "data lora metrics report vlm",
-           "train_dpo": "data eval_hallu lora losses metrics options ranks records report vlm"}
+IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "nouns": "", "pairing": "",
+           "objects": "nouns tally", "metrics": "objects replies tally",
+           "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
+           "report": "data metrics", "vlm": "data families lora losses", "chat": "data vlm",
+           "reference": "data lora losses ranks vlm",
+           "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
+           "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
+           "compare": "ballot chat data metrics tally",
+           "eval_hallu": "answers benchmarks chat compare data judge lora metrics nouns objects ranks vlm",
+           "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
+           "responders": "chat data vlm", "gallery": "chat data report",
+           "synth": "data gallery journal pairing responders rewards sd3 topics",
+           "train_dpo": "data eval_hallu lora losses metrics options ranks records reference report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
@@ -109,7 +117,8 @@ def test_the_readme_has_no_gap_left():
 
 
 def test_the_file_map_names_every_script_and_nothing_else():
-    named = re.findall(r"^(\S+)  ", block("", section("Files")), re.MULTILINE)
+    blocks = re.findall(r"^```\n(.*?)^```", section("Files"), re.DOTALL | re.MULTILINE)
+    named = re.findall(r"^(\S+)  ", "".join(blocks), re.MULTILINE)
     assert {f"{name}.py" for name in SCRIPTS} <= set(named)
     assert [name for name in named if not (ROOT / name).exists()] == []
 
@@ -123,8 +132,11 @@ def test_links_within_the_repository_lead_somewhere(file):
 def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
     """Every --flag and every --set key that it mentions; torchrun's and Hugging Face's apart."""
     helps = ""
-    for command in ("train_dpo.py", "eval_hallu.py answers", "eval_hallu.py score", "vlm.py info", "lora.py",
-                    "classroom/pairs.py", "classroom/pairs.py scenes", "classroom/make.py"):
+    scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
+    for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare", "vlm.py info",
+                    "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
+                    "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
+                    "classroom/make.py"):
         script, *words = command.split()
         monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
         monkeypatch.setenv("COLUMNS", "200")
@@ -132,7 +144,8 @@ def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         assert not stop.value.code, command
         helps += said.getvalue()
-    others = {"--nproc_per_node", "--local-dir"}
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
+              "--model_args", "--log_samples", "--output_path", "--tasks"}       # torchrun, hf, lmms_eval
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - others
     assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
     assert [key for key in re.findall(r"--set ([a-z_]+)=", README) if f"  {key}=" not in helps] == []
@@ -198,24 +211,39 @@ def main_run():
 
 
 def test_the_main_command_lowers_hallucination_in_three_minutes(main_run):
-    """CHAIR_s at most 0.8 of the base's, its interval below zero, Cover at most 6 points less, in 180 s."""
+    """CHAIR_s at most 0.6 of the base's, its interval below zero, Cover at most 6 points less, in 180 s."""
     summary, seconds = main_run
     before, after = summary["before"], summary["after"]
-    assert after["chair_s"] <= 0.8 * before["chair_s"]
+    assert after["chair_s"] <= 0.6 * before["chair_s"]
     assert summary["difference"]["chair_s"]["interval"][1] < 0
     assert after["cover"] >= before["cover"] - 6
     assert seconds <= 180
 
 
-@pytest.mark.xfail(reason="a goal that the frozen world does not reach: README, Results", strict=False)
-def test_the_main_command_reaches_the_goal_of_six_tenths(main_run):
-    """CHAIR_s at most 0.6 of the base's."""
-    assert main_run[0]["after"]["chair_s"] <= 0.6 * main_run[0]["before"]["chair_s"]
+def test_every_printed_run_of_mdpo_keeps_the_goal():
+    """3 bases x 5 seeds: CHAIR_s at most 0.6 of the base's, Cover at most 6 points less, by the log."""
+    lines = (ROOT / "classroom" / "results" / "print.jsonl").read_text().splitlines()
+    runs = [row for row in map(json.loads, lines) if row["name"] == "mDPO"]
+    assert len({(row["base"], row["seed"]) for row in runs}) == len(runs) == 15
+    for row in runs:
+        assert row["after"]["chair_s"] <= 0.6 * row["before"]["chair_s"]
+        assert row["after"]["cover"] >= row["before"]["cover"] - 6
 
 
-@pytest.mark.parametrize("study", ["print", "tuning"])
+def test_learning_rates_are_the_rules_choice():
+    """The preset's and the printed runs', recomputed from the tuning runs."""
+    import options
+    sys.path.insert(0, str(ROOT / "classroom"))
+    import study
+    rates = study.chosen_rates()
+    assert options.Options().lr == float(rates["mDPO"])
+    for row in study.read("print"):
+        assert row["options"].endswith(f"--lr {rates[row['name']]}")
+
+
+@pytest.mark.parametrize("study", ["print", "tuning", "causes"])
 def test_the_tables_of_results_are_what_the_study_makes_of_its_log(study):
-    """README's table, and the sweep's in classroom/README.md, line by line from classroom/results/*.jsonl."""
+    """README's table, and those of classroom/README.md, line by line from classroom/results/*.jsonl."""
     sys.path.insert(0, str(ROOT / "classroom"))
     import study as program
     page = README if study == "print" else (ROOT / "classroom" / "README.md").read_text()
