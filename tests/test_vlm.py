@@ -246,7 +246,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
+    with pytest.raises(data.UserError, match="model.safetensors is torn .*: copy it again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
@@ -538,3 +538,34 @@ def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder
     padded = families.front(folder, preparation="pad")
     assert padded.preparation.startswith("padded to a square with (122, 116, 104), resized to 28")
     assert families.front(folder).preparation.startswith("resized to 28, the middle cut out")
+
+
+# ---- memory ----
+
+MEASURE = """
+import resource, sys
+import torch, transformers, vlm
+from transformers import AutoImageProcessor, LlavaForConditionalGeneration
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+m = vlm.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+total = sum(float(p.sum(dtype=torch.float32)) for p in m.model.parameters())        # every page is read
+weights = sum(p.nbytes for p in m.model.parameters())
+print((peak() - before) / weights, weights / 2**20, total)
+"""
+
+
+def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
+    """Peak memory at most 1.15 x the weights, in the files' own type and in others; a 7B scaled down."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    write_llava(tmp_path, hidden=512, layers=40, dtype="float16")
+    for dtype in ("float16", "bfloat16", "float32"):
+        done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        ratio, size, _ = map(float, done.stdout.split())
+        assert size > 150 and ratio <= 1.15
