@@ -141,8 +141,8 @@ def images(run):
     o, items = run.o, []
     needed(o.generator, "--generator", "the folder of Stable Diffusion 3 in diffusers' layout")
     if o.preset == "classroom" and not Path(o.generator).exists():
-        raise UserError(f"{o.generator} is missing: `python classroom/synthesis.py` trains the built-in models; "
-                        "--preset pds-dpo takes yours")
+        raise UserError(f"{o.generator} is missing: `python classroom/synthesis.py` trains the built-in "
+                        "models; --preset pds-dpo takes yours")
     made_by = [identity(o.generator), o.steps, o.size, o.dtype]
     for p in run.rows("prompts", "prompts"):
         for k, scale in enumerate(o.guidance, 1):
