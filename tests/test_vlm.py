@@ -404,6 +404,33 @@ def test_the_tokens_of_a_picture_are_counted_as_transformers_counts_them(tmp_pat
     assert [vlm.tokens_of(m, size) for size in sizes] == counted and len(set(counted)) > 5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_path, dtype, monkeypatch):
+    """In shards with processor and template beside them: transformers' logits are the policy's."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import lora
+    m = with_lora(other)
+    lora.save(m.model, tmp_path / "adapter", str(other))
+    monkeypatch.setattr(lora, "SHARD", "40KB")
+    lora.merge_folder(str(other), tmp_path / "adapter", tmp_path / "merged", dtype)
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == getattr(torch, dtype)
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=picture(0, (90, 20)), text=text, return_tensors="pt")
+    with torch.no_grad():
+        policy = m.model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}).logits
+        got = merged(**inputs | {"pixel_values": inputs["pixel_values"].to(merged.dtype)}).logits
+    error = 1e-4 if dtype == "float32" else 0.05 * policy.abs().max().item()
+    torch.testing.assert_close(got.double(), policy, rtol=0, atol=error)
+    again = vlm.load(tmp_path / "merged")
+    assert (again.words, again.template, again.preparation) == (m.words, m.template, m.preparation)
+    assert vlm.identity(again) != vlm.identity(m)
+
+
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
     m = vlm.load(write_next(tmp_path))
     for layer in m.model.model.language_model.layers:
