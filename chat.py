@@ -69,7 +69,7 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
         said, reason = saved(source, asked), f"{source} does not hold it"
         again = ""
     else:
-        settings = {"model": model if url else Path(source).resolve().name, "max_tokens": max_tokens,
+        settings = {"model": model if url else weights_of(source), "max_tokens": max_tokens,
                     "temperature": temperature, "seed": seed}
         keys = {i: digest([key, settings]) for i, key in asked.items()}
         said, server = resumed(out, keys), Server(
@@ -101,6 +101,19 @@ def digest(messages):
             return [stable(inner) for inner in part]
         return {key: stable(inner) for key, inner in part.items()} if isinstance(part, dict) else part
     return hashlib.sha256(json.dumps(stable(messages), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_of(folder):
+    """16 hex digits that tell one local model from another: each weights file's size, and blocks of it."""
+    found = hashlib.sha256(str(Path(folder).name).encode())
+    for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            found.update(f"{path.name} {size}".encode())
+            for block in range(16):
+                file.seek(size * block // 16)
+                found.update(file.read(1 << 14))
+    return found.hexdigest()[:16]
 
 
 def _bytes(path):
@@ -252,6 +265,8 @@ class Server:
                    if value is not None}}
         for attempt in range(1, self.attempts + 1):
             try:
+                if self.stop.is_set():
+                    raise Failed("not asked")
                 answer = self.call("/chat/completions", body, self.timeout)
                 if not isinstance(text := _text(answer), str):
                     raise Failed(f"no text in the answer {json.dumps(answer)[:100]}")
@@ -259,6 +274,9 @@ class Server:
                         "finish": answer["choices"][0].get("finish_reason")}
                 if attempt == self.attempts or self.accept(text) or self.stop.wait(BACKOFF):
                     return text, {key: value for key, value in more.items() if isinstance(value, str)}
+            except data.UserError:                          # a refusal: the others would be refused as well
+                self.stop.set()
+                raise
             except Failed as error:
                 wait = BACKOFF * 2 ** (attempt - 1) if error.wait is None else error.wait
                 if not error.again or attempt == self.attempts or self.stop.wait(min(wait, LONGEST_WAIT)):

@@ -180,20 +180,42 @@ def index_array(path):
 
 # ---- images ----
 
-def read_image(source):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+NARROW = 100                                            # longer side by shorter, at most
+
+
+@contextlib.contextmanager
+def _opened(source):
+    """A path's or bytes' PIL image; whatever is amiss with the file is a UserError."""
     name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            image = ImageOps.exif_transpose(file)       # decodes all of it: a truncated file fails here
-        if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+            if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
+                raise UserError(f"image {name} is {file.width} x {file.height} pixels, one side more than "
+                                f"{NARROW} times the other; crop it or drop the record")
+            yield file
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"image {name} is missing; put it there or give the right --image_root") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error,
             Image.DecompressionBombError) as error:
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
+
+
+def read_image(source):
+    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+    with _opened(source) as file:
+        image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
+        if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def image_size(source):
+    """(width, height) of read_image's result, from the header alone."""
+    with _opened(source) as file:
+        turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
+        return file.size[::-1] if turned else file.size
 
 
 # ---- rejected images: a draw is keyed by what it is for, never by the order of calls ----
@@ -215,20 +237,22 @@ def other_index(seed, id, i, n, attempt=0):
     return (i + 1 + int(draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
-def _crop(image, rng, area):
-    """torchvision's RandomResizedCrop: a share of the area, aspect 3/4 to 4/3, resized back."""
-    width, height = image.size
+def _box(width, height, rng, area):
+    """(x, y, w, h) of torchvision's RandomResizedCrop: a share of the area, aspect 3/4 to 4/3."""
     for _ in range(10):
         target = width * height * rng.uniform(*area)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(target * aspect)), round(np.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            break
-    else:
-        w, h = (width, round(target / width)) if w > width else (round(target / height), height)
-        w, h = min(max(w, 1), width), min(max(h, 1), height)
-        x, y = (width - w) // 2, (height - h) // 2
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = (width, round(target / width)) if w > width else (round(target / height), height)
+    w, h = min(max(w, 1), width), min(max(h, 1), height)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _crop(image, rng, area):
+    """A random box of the picture, resized back."""
+    x, y, w, h = _box(*image.size, rng, area)
     return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
 
 
@@ -286,6 +310,20 @@ def rejected_image(strategy, image, seed, id, other=None, epoch=None):
         known = ", ".join(REJECTED)
         raise UserError(f"--image_rejected {strategy} is not one of {known}; choose one of them")
     return _crop(image, rng, AREAS[strategy])
+
+
+def crop_pixels(pixels, box):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+    import torch.nn.functional as F
+    x, y, w, h = box
+    return F.interpolate(pixels[None, :, y:y + h, x:x + w], pixels.shape[1:], mode="bilinear",
+                         antialias=True)[0]
+
+
+def rejected_pixels(strategy, pixels, seed, id):
+    """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
+    height, width = pixels.shape[1:]
+    return crop_pixels(pixels, _box(width, height, draw(seed, strategy, id, None), AREAS[strategy]))
 
 
 # ---- token ids ----

@@ -182,6 +182,9 @@ def run_answers(o):
     questions = None
     if o.benchmark != "classroom":          # before torch and the model are loaded in vain
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt)[:o.limit]
+    elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
+        raise data.UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, "
+                             "--limit and further --data")
     from types import SimpleNamespace
 
     import torch
@@ -195,7 +198,8 @@ def run_answers(o):
         m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device)
     except lora.AdapterError as error:
         raise data.UserError(str(error)) from error
-    options = {"batch_size": o.batch_size, "max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark],
+    options = {"batch_size": o.batch_size or (64 if questions is None else 16),
+               "max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark],
                "rank": rank, "world": world}
     if questions is None:
         answer_scenes(m, o.data[0], o.out, **options)
@@ -241,7 +245,8 @@ def parse(argv=None):
     p.add_argument("--images", type=Path, help="the folder of the images [beside --data]")
     p.add_argument("--out", required=True, type=Path, help="answers.jsonl; an unfinished one is continued")
     p.add_argument("--prompt", default="{question}", help="what is asked, with {question} [{question}]")
-    p.add_argument("--batch_size", type=compare.positive, default=16, help="questions at once [16]")
+    p.add_argument("--batch_size", type=compare.positive,
+                   help="questions at once [classroom: 64, others: 16]")
     p.add_argument("--max_new_tokens", type=compare.positive,
                    help="an answer's length at most [classroom, pope: 64; others: 512]")
     p.add_argument("--limit", type=compare.positive, help="only the first N questions")

@@ -13,10 +13,12 @@ official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does t
 """
 import importlib.util
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 
 import data
@@ -109,6 +111,21 @@ def read_config(folder):
         mend = "it has no vision tower, it is a text-only model; " + mend
     raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only llava-hf "
                          f"folders ({', '.join(CLASSES.values())}) can be loaded; {mend}")
+
+
+def read_header(path):
+    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
+    try:
+        with open(path, "rb") as file:
+            length, = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            header = json.loads(file.read(length)) if length < size else None
+            header.pop("__metadata__", None)
+            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
+                raise ValueError
+        return header
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+        raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
 
 
 def part(folder, kind, what, mend, **options):
@@ -266,6 +283,13 @@ def prepare(m, images):
     return [Tiles(pixels, image.size[::-1]) for pixels, image in zip(tiles, images, strict=True)]
 
 
+def counts(m, sources):
+    """The numbers of tokens of images, given as paths or bytes; read from their headers only if they vary."""
+    if m.config.model_type != "llava_next":
+        return [m.image_tokens] * len(sources)
+    return [tokens_of(m, data.image_size(source)) for source in sources]
+
+
 def tokens_of(m, size):
     """The number of tokens that an image of (width, height) pixels becomes."""
     if m.config.model_type != "llava_next":
@@ -281,3 +305,50 @@ def tokens_of(m, size):
     else:
         columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
     return m.image_tokens + rows * (columns + 1)
+
+
+# -------------------------------------------------------------------------------- what a folder is
+PARTS = {"weights": ("*.safetensors", "*.bin"),
+         "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+         "image processor": ("preprocessor_config.json", "processor_config.json")}
+
+
+def info(folder):
+    """Lines that say what a model folder is, read from its files alone; no weight is loaded, nothing is
+    raised
+    for what is torn or missing: it is said."""
+    from safetensors import SafetensorError, safe_open
+    folder = resolve(folder)
+    config = read_config(folder)
+    parameters, size, types, amiss = 0, 0, set(), []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size += path.stat().st_size
+        try:
+            with safe_open(path, "pt") as tensors:
+                for name in tensors.keys():
+                    piece = tensors.get_slice(name)
+                    parameters += torch.Size(piece.get_shape()).numel()
+                    types.add(piece.get_dtype())
+        except (SafetensorError, OSError) as e:
+            amiss.append(f"{path.name} is torn ({e})" if path.suffix == ".safetensors" else
+                         f"{path.name} is a pickle, not counted")
+    maps = [read_json(index).get("weight_map", {}) for index in folder.glob("*.index.json")]
+    indexed = {name for weight_map in maps for name in weight_map.values()}
+    amiss += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
+    absent = (what for what, names in PARTS.items() if not any(any(folder.glob(n)) for n in names))
+    amiss += [f"{what} is missing" for what in absent]
+    lines = [f"folder          {folder}",
+             f"model           {config['model_type']}: {config.get('vision_config', {}).get('model_type')} + "
+             f"{config['text_config'].get('model_type')}",
+             f"parameters      {parameters:,} in {', '.join(sorted(types)) or '-'}, {size / 2**20:,.1f} MiB"]
+    try:
+        m = front(folder)
+        text = m.tokenizer.decode(prompt_ids(m, "QUESTION", counts=[1]))
+        more = " a tile, up to 5 tiles and a token a row" if m.config.model_type == "llava_next" else ""
+        lines += [f"image           {m.config.vision_config.image_size} pixels, {m.image_tokens} "
+                  f"tokens{more}; {m.preparation}",
+                  f"vocabulary      {m.config.text_config.vocab_size}",
+                  f"template        {m.template_name}: {text!r}"]
+    except data.UserError as e:
+        amiss.append(str(e))
+    return [*lines, f"missing         {'; '.join(amiss) or 'nothing'}"]

@@ -31,6 +31,9 @@ REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 RENAMED = {"language_model.model.": "model.language_model.", "model.layers.": "model.language_model.layers."}
 
 
+SHARD = "5GB"                                                   # of a merged folder's files
+
+
 class AdapterError(ValueError):
     """One sentence: what, where, the mend."""
 
@@ -189,7 +192,7 @@ def merge_folder(model, adapter, out, dtype="auto"):
         merged = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         load(merged, adapter)
         merge(merged)
-        merged.save_pretrained(temporary, max_shard_size="5GB")
+        merged.save_pretrained(temporary, max_shard_size=SHARD)
         kept = [f for f in source.iterdir() if f.suffix in (".json", ".jinja", ".model", ".txt")]
         for file in kept:
             if not file.name.endswith(".index.json") and not (temporary / file.name).exists():

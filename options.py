@@ -60,8 +60,12 @@ class Options:
     warmup: float = 0.1               # share of all steps
     max_length: int = 2048            # tokens of prompt and response; only responses are ever shortened
     template: str = ""                # "": the model folder's own
+    images: str = ""                  # "": prepared as the model folder says; pad: to a square first
     redraw: bool = False              # a fresh rejected image every epoch
+    crop_pixels: bool = False         # crop the prepared pixels, padding and all, not the picture
+    official: bool = False            # a paper's preset with the departures of its official code, OFFICIAL
     checkpointing: bool = False       # recompute activations in the backward
+    check_memory: bool = True         # refuse what plan.py says cannot fit
     save_every: int = 50              # steps between checkpoints
     pairs: int = 1000                 # of the classroom
     pair_options: str = ""            # more options of classroom/pairs.py
@@ -84,9 +88,20 @@ PRESETS = {
     "pds-llava": dict(
         loss="dpo", epochs=2, batch=8, lr=1e-5, micro_batch=1,                                             # p
         warmup=0.03, beta=0.1, lora_r=128, lora_alpha=256, weight_decay=0.0, adam_beta2=0.999, clip=1.0,   # c
-        max_length=5012, template="vicuna",                                                                # c
+        max_length=5012, template="vicuna", images="pad",                                                  # c
     ),
 }
+# Where the official codes depart from the papers or from our defaults: {field: (value, what it is)}. mDPO's
+# draws the crop anew in every forward, so that policy and reference differ; ours are the same in an epoch.
+_MDPO_CODE = {
+    "weight_decay": (0.05, "AdamW's weight decay, which the paper does not give"),
+    "adam_beta2": (0.98, "AdamW's second beta, which the paper does not give"),
+    "crop_pixels": (True, "the rejected image is a crop of the padded and normalised pixels"),
+    "redraw": (True, "a fresh crop every epoch")}
+OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE,
+            "pds-llava": {"weight_decay": (0.0, "AdamW's weight decay, which the paper does not give"),
+                          "adam_beta2": (0.999, "AdamW's second beta, which the paper does not give"),
+                          "batch": (2, "two GPUs of one pair, without the paper's accumulation over four")}}
 
 
 def parse(argv, description):
@@ -120,7 +135,8 @@ def parse(argv, description):
     for name in ("model", "data"):
         if preset != "classroom" and name not in chosen:
             raise data.UserError(f"--preset {preset} needs --{name}: the papers' own are not built in")
-    o = Options(**{**PRESETS[preset], **chosen})
+    official = {k: value for k, (value, _) in OFFICIAL.get(preset, {}).items() if chosen.get("official")}
+    o = Options(**{**PRESETS[preset], **official, **chosen})
     check(o)
     return o
 
@@ -133,7 +149,7 @@ def check(o):
         raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
     choices = {"image_rejected": (*data.REJECTED, "none"), "forward": ("packed", "naive"),
                "dtype": ("auto", "float32", "bfloat16", "float64"),
-               "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune")}
+               "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune"), "images": ("", "pad")}
     for name, values in choices.items():
         if getattr(o, name) not in values:
             known = ", ".join(v for v in values if v)
@@ -148,8 +164,20 @@ def check(o):
     for name in ("max_steps", "eval_every", "warmup", "clip", "weight_decay"):
         if not 0 <= getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
+    if o.official and o.preset not in OFFICIAL:
+        raise data.UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
+                             f"of {', '.join(OFFICIAL)}")
+    if o.crop_pixels and o.image_rejected not in data.AREAS:
+        raise data.UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
+                             f"{o.image_rejected}")
     if o.batch % o.micro_batch:
         raise data.UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
+
+
+def departures(o):
+    """With official=true: what was taken from the official code, for the log."""
+    return [f"{k} {value}: {what}" for k, (value, what) in OFFICIAL.get(o.preset, {}).items()
+            if o.official and getattr(o, k) == value]
 
 
 # ---------------------------------------------------------------------------------------- the run's folder

@@ -17,21 +17,35 @@ import vlm
 from ranks import on_any
 
 
-def tokenise(m, record, o):
-    """A record -> (data.Pair, number of response tokens cut off). Raises UserError."""
-    images = 0 if o.image_rejected == "none" else len(record["images"])
-    prompt = vlm.prompt_ids(m, record["question"], images, record["history"])
+def tokenise(m, record, o, damaged=None):
+    """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
+
+    damaged: the rejected images' (width, height), if they are not the images' own; LLaVA-1.6 alone cares.
+    """
+    counts = [] if o.image_rejected == "none" else vlm.counts(m, record["images"])
+    prompt = vlm.prompt_ids(m, record["question"], history=record["history"], counts=counts)
+    other = [vlm.tokens_of(m, size) for size in damaged or []] or counts
+    again = prompt if other == counts else vlm.prompt_ids(m, record["question"], history=record["history"],
+                                                          counts=other)
     chosen, rejected = (vlm.response_ids(m, record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, prompt, chosen, rejected), o.max_length)
+    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected), o.max_length)
 
 
-def usable(m, records, good, o):
-    """The indices whose responses have tokens and whose prompts fit; faults one a line, cuts counted."""
-    kept, cut = [], 0
+def usable(m, records, good, o, needs):
+    """(indices whose responses have tokens and whose prompts fit, plan.py's lengths of their pairs).
+
+    Faults are printed one a line, cuts counted.
+    """
+    kept, cut, lengths = [], 0, []
+    twice, both = "image_rejected" in needs, "rejected" in needs
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
-            cut += tokenise(m, records[i], o)[1] > 0
+            record = records[i]
+            pair, lost = tokenise(m, record, o)
+            cut += lost > 0
             kept.append(i)
+            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
+                            len(pair.prompt_rejected) * twice, len(record["images"]) * (1 + twice)))
         except data.UserError as e:
             print(f"{records.where(i)}: {e}", file=sys.stderr)
     if len(kept) < len(good) and not (o.skip_bad and kept):
@@ -39,26 +53,33 @@ def usable(m, records, good, o):
         raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
     if cut:
         print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept
+    return kept, lengths
 
 
 def read_pair(m, records, good, place, o, needs, epoch):
     """The pair at a place of `good`: (Pair, pixels of its images, of the rejected ones, a key of it all)."""
     record = records[good[place]]
-    pair, _ = tokenise(m, record, o)
     images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
     damaged = [data.read_image(x) for x in record["images_rejected"] or [] if "image_rejected" in needs]
-    if "image_rejected" in needs and not damaged:
-        seed, other = f"{o.seed}/{epoch}" if o.redraw else o.seed, None
+    seed, other = f"{o.seed}/{epoch}" if o.redraw else o.seed, None
+    names = [f"{record['id']}/{n}" if n else record["id"] for n in range(len(images))]
+    cropped = "image_rejected" in needs and not damaged and o.crop_pixels
+    if "image_rejected" in needs and not damaged and not cropped:
         if o.image_rejected == "random":
-            another = records[good[data.other_index(seed, pair.id, place, len(good))]]
+            another = records[good[data.other_index(seed, record["id"], place, len(good))]]
             other = data.read_image(another["images"][0])
-        damaged = [data.rejected_image(o.image_rejected, image, seed, f"{pair.id}/{n}" if n else pair.id,
-                                       other) for n, image in enumerate(images)]
+        damaged = [data.rejected_image(o.image_rejected, image, seed, name, other)
+                   for name, image in zip(names, images, strict=True)]
+    pair, _ = tokenise(m, record, o, [image.size for image in damaged])
     pixels, pixels_damaged = (vlm.prepare(m, x) if x else torch.zeros(0) for x in (images, damaged))
+    if cropped:
+        if not torch.is_tensor(pixels):
+            raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+        pixels_damaged = torch.stack([data.rejected_pixels(o.image_rejected, x, seed, name)
+                                      for name, x in zip(names, pixels, strict=True)]) if images else pixels
     key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-    for x in (pixels,) if o.redraw else (pixels, pixels_damaged):
-        key.update(x.numpy().tobytes())
+    for x in pixels if o.redraw else (*pixels, *pixels_damaged):
+        key.update(getattr(x, "pixels", x).numpy().tobytes())
     return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
 
 
@@ -79,7 +100,8 @@ class Reference:
         """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
         pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
         kept = needs - {"image_rejected"} if redraw else needs
-        true, damaged = features.tensor_split([sum(len(b[1]) for b in batch)])
+        shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
+        true, damaged = features.flatten(0, -2).tensor_split([shown])                           # (T, D)
         with torch.no_grad(), lora.lora_disabled(m.model):
             stale = not torch.equal(self.key[places], keys)
             if on_any(stale) if self.sharded else stale:
@@ -110,5 +132,4 @@ class Reference:
 
 def encode(m, batch):
     """Features of a micro-batch's images, all true ones, then all rejected ones, as vlm's forwards expect."""
-    pixels = [b[kind] for kind in (1, 2) for b in batch if len(b[kind])]
-    return vlm.encode_images(m, torch.cat(pixels) if pixels else torch.zeros(0))
+    return vlm.encode_images(m, [image for kind in (1, 2) for b in batch for image in b[kind]])

@@ -66,15 +66,6 @@ def read_config(path):
         raise UserError(f"{path} is not valid JSON ({error}); copy it again") from error
 
 
-def _fill(module, state, what):
-    """load_state_dict, strictly and without a copy; a misfit is one sentence."""
-    try:
-        module.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        why = "; ".join(line.strip() for line in str(error).splitlines()[1:4])[:300]
-        raise UserError(f"{what} does not fit its config ({why}); give the one it belongs to") from error
-
-
 def _first(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -198,10 +189,11 @@ class ImageReward(nn.Module):
         try:
             with torch.device("meta"):                       # no memory and no time for random weights
                 model = cls.build(**parts, widths=widths)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{weights}: its config cannot be used ({_first(error)}); give the one that "
-                            "belongs to it") from error
-        _fill(model, state, weights)
+            model.load_state_dict(state, strict=True, assign=True)
+        except (ValueError, TypeError, RuntimeError) as error:
+            why = " ".join(line.strip() for line in str(error).splitlines()[:3])[:300]
+            raise UserError(f"{weights} does not fit its config ({why}); give the one that belongs to "
+                            "it") from error
         for module in model.modules():                       # the only buffers, not in the file: 0, 1, 2, ...
             for name, buffer in module._buffers.items():
                 module._buffers[name] = torch.arange(buffer.numel()).view(buffer.shape)
@@ -242,7 +234,8 @@ class ImageReward(nn.Module):
 
     @torch.no_grad()
     def score(self, prompt, images, batch_size=8):
-        """Rewards of pictures (paths or PIL images) for a prompt, a list of floats."""
+        """Rewards of pictures (paths or PIL images, or one of them) for a prompt, a list of floats."""
+        images = [images] if isinstance(images, str | Path | Image.Image) else images
         device, size = self.mlp["0"].weight.device, self.vision.config.image_size
         encoded = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=MAX_PROMPT,
                                  return_tensors="pt")

@@ -140,6 +140,9 @@ def images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, items = run.o, []
     needed(o.generator, "--generator", "the folder of Stable Diffusion 3 in diffusers' layout")
+    if o.preset == "classroom" and not Path(o.generator).exists():
+        raise UserError(f"{o.generator} is missing: `python classroom/synthesis.py` trains the built-in "
+                        "models; --preset pds-dpo takes yours")
     made_by = [identity(o.generator), o.steps, o.size, o.dtype]
     for p in run.rows("prompts", "prompts"):
         for k, scale in enumerate(o.guidance, 1):

@@ -41,6 +41,7 @@ import lora
 import losses
 import metrics
 import options
+import plan
 import vlm
 from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
 from records import Records, check
@@ -160,15 +161,18 @@ def train(o, rank, world, device):
     if o.shard and not sharding:
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
+    front = vlm.front(o.model, o.template or None, o.images)
+    good, lengths = from_rank_0(lambda: usable(front, records, good, o, needs), rank, world)
+    from_rank_0(lambda: plan.refuse(front.config, o, lengths, dtype, device, world), rank, world)
+
     def load(place=device):
-        m = vlm.load(o.model, dtype=getattr(torch, dtype), device=place, template=o.template or None)
+        m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
         lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
         return m
     m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
     sharded = m.model.model.language_model if sharding else None
     if m.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
-    good = from_rank_0(lambda: usable(m, records, good, o), rank, world)
     if o.checkpointing:
         m.model.model.language_model.train()                # transformers recomputes in train mode only
         m.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -193,6 +197,7 @@ def train(o, rank, world, device):
     if state["step"] == 0:
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
+                   "images": m.preparation, "official": options.departures(o),
                    "base_bytes": frozen_bytes(m.model), **options.provenance()})
     stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(1)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,6 +1,7 @@
 """Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
 
-    python vlm.py info MODEL          what a folder is: size, template, image tokens, what is missing
+    python vlm.py info MODEL                         a folder: size, template, image tokens, what is missing
+    python vlm.py info MODEL --preset P --data F     what a run would need: pairs, steps, tokens, GiB per GPU
 
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
@@ -19,8 +20,11 @@ Departures from the published code:
     alike (the official trainers encode an image up to eight times a pair). Both are frozen: nothing changes.
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
+import argparse
 import bisect
+import ctypes
 import hashlib
+import mmap
 import re
 import sys
 from dataclasses import dataclass
@@ -36,7 +40,7 @@ import data
 import families
 import lora
 import losses
-from families import prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
+from families import counts, front, info, prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
 
 
 @dataclass
@@ -52,32 +56,63 @@ class VLM(families.Front):
 
 # -------------------------------------------------------------------------------- loading
 def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
-    """A VLM from a llava-hf folder, frozen and in eval mode.
+    """A VLM from a llava-hf folder, or from its Front, frozen and in eval mode.
 
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as families.front takes them. Raises
     UserError for a folder that is not llava-hf or lacks a part, AdapterError for a bad adapter.
     """
     import transformers
-    front = families.front(folder, template, preparation)
+    ready = isinstance(folder, families.Front)
+    before = folder if ready else families.front(folder, template, preparation)
     _register_attention()
     for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):        # Departure 2
-        if hasattr(front.config.text_config, name):
-            setattr(front.config.text_config, name, 0.0)
-    kind = getattr(transformers, families.CLASSES[front.config.model_type])
-    model, found = families.part(front.folder, kind, "model", "copy the checkpoint again", dtype=dtype,
-                                 config=front.config, output_loading_info=True)
+        if hasattr(before.config.text_config, name):
+            setattr(before.config.text_config, name, 0.0)
+    kind = getattr(transformers, families.CLASSES[before.config.model_type])
+    model, found = families.part(before.folder, kind, "model", "copy the checkpoint again",
+                                 dtype=stored_types(before.folder) or dtype, config=before.config,
+                                 output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
-        raise data.UserError(f"{front.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+        raise data.UserError(f"{before.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
+    for weight in model.parameters():                              # mapped until here, not read
+        mapped, weight.data = weight.data, weight.data.to(device, dtype)
+        if weight.data_ptr() != mapped.data_ptr():
+            forget(mapped)
     model.requires_grad_(False).eval().to(device)
     model.model.language_model.set_attn_implementation("packed")    # once for all calls: see packed_attention
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
-    words, weight = front.image_token_id, model.lm_head.weight
+    words, weight = before.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(**vars(front), model=model, words=words)
+    return VLM(**vars(before), model=model, words=words)
+
+
+def stored_types(folder):
+    """{part of the config: its weights' type in the files}, where each part has one; {} otherwise.
+
+    Loaded in those types, transformers maps the files and copies nothing: what follows reads them once.
+    """
+    parts = {"text_config": set(), "vision_config": set(), "": set()}
+    for path in folder.glob("*.safetensors"):
+        for name, about in families.read_header(path).items():
+            part = "text_config" if "language_model" in name else ""
+            parts["vision_config" if "vision_tower" in name else part].add(about["dtype"])
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if all(len(found) == 1 and found <= types.keys() for found in parts.values()):
+        return {part: types[found.pop()] for part, found in parts.items()}
+    return {}
+
+
+def forget(tensor):
+    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes."""
+    page = mmap.PAGESIZE
+    first, last = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if sys.platform == "linux" and last > first:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def identity(m):
@@ -303,41 +338,17 @@ def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
 
 
 # -------------------------------------------------------------------------------- python vlm.py info
-def info(folder):
-    """Lines that say what a model folder is, read from its files alone (no weights are loaded)."""
-    from safetensors import safe_open
-    folder = resolve(folder)
-    config = families.read_config(folder)
-    vision, text = config["vision_config"], config["text_config"]
-    parameters, size, types = 0, 0, set()
-    for path in sorted(folder.glob("*.safetensors")):
-        size += path.stat().st_size
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():
-                piece = tensors.get_slice(name)
-                parameters += torch.Size(piece.get_shape()).numel()
-                types.add(piece.get_dtype())
-    parts = {"weights": ["*.safetensors", "*.bin"],
-             "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"],
-             "chat template (the vicuna one is used)": ["chat_template.j*", "tokenizer_config.json"],
-             "image processor": ["preprocessor_config.json", "processor_config.json"]}
-    missing = [what for what, names in parts.items() if not any(any(folder.glob(n)) for n in names)]
-    patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
-    return [f"folder          {folder}",
-            f"model           llava: {vision.get('model_type')} + {text.get('model_type')}",
-            f"parameters      {parameters:,} in {', '.join(sorted(types)) or '-'}, {size / 2**20:,.1f} MiB",
-            f"image           {vision.get('image_size')} pixels, {patches} tokens",
-            f"vocabulary      {text.get('vocab_size')}",
-            f"missing         {', '.join(missing) or 'nothing'}"]
-
-
 def main():
-    parser = data.Parser(prog="vlm.py", description=__doc__.split("\n")[0])
+    parser = data.Parser(prog="vlm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     command = parser.add_subparsers(dest="command", required=True)
-    info_parser = command.add_parser("info", help="what a model folder is")
+    info_parser = command.add_parser("info", help="what a model folder is, and what a run with it would need")
     info_parser.add_argument("model", help="llava-hf folder, or classroom")
+    args, more = parser.parse_known_args()
     try:
-        print("\n".join(info(parser.parse_args().model)))
+        print("\n".join(info(args.model)))
+        if more:                                     # options of train_dpo.py
+            import plan
+            print("\n".join(plan.show(args.model, more)))
     except data.UserError as e:
         sys.exit(f"vlm.py: {e}")
 

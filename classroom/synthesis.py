@@ -6,7 +6,8 @@
     python classroom/synthesis.py study                 DPO on the pairs of every scorer: study.jsonl
 
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
-                 text models and a T5 whose tokens are words, a transformer over the 16 cells
+                 text models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if
+                 there is one
     imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above one
                  with another object, another colour or one object less, or spoilt by contrast and noise
     clip         transformers' CLIP by contrast: the control that CLIP-DPO is
@@ -83,6 +84,12 @@ def pictures(scenes):
     return torch.from_numpy(np.stack([world.draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def device():
+    """A GPU if there is one: for the generator alone, the rest takes a few minutes anywhere."""
+    import torch
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def fit(name, parameters, loss_of, steps, lr, minutes=math.inf, after=None):
     """AdamW with warm-up and cosine, for so many steps or, if that is sooner, minutes of processor time. An
     interrupt (Ctrl-C, SIGTERM) ends it with what was learned so far."""
@@ -132,21 +139,21 @@ def train_vae(steps, minutes=math.inf):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     vae = AutoencoderKL(**blocks, block_out_channels=(8, 16, 32), latent_channels=CHANNELS, norm_num_groups=4,
                         layers_per_block=1, sample_size=world.SIZE, mid_block_add_attention=False,
-                        use_quant_conv=False, use_post_quant_conv=False)
+                        use_quant_conv=False, use_post_quant_conv=False).to(device())
     rng = random.Random("vae")
     half = world.SIZE // 2
 
     def loss_of(step):
         whole = pictures([easy(rng) for _ in range(16)])
         x, y = rng.choice((0, half)), rng.choice((0, half))
-        whole = torch.cat([whole[:8, :, :half, :half], whole[8:, :, y:y + half, x:x + half]])
+        whole = torch.cat([whole[:8, :, :half, :half], whole[8:, :, y:y + half, x:x + half]]).to(device())
         latent = vae.encode(whole).latent_dist
         shown = vae.decode(latent.sample()).sample
         return (shown - whole).abs().mean() + ((shown - whole) ** 2).mean() + 1e-6 * latent.kl().mean()
     fit("vae", list(vae.parameters()), loss_of, steps, 4e-3, minutes)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        z = vae.encode(pictures([easy(rng) for _ in range(64)])).latent_dist.mean
+        z = vae.encode(pictures([easy(rng) for _ in range(64)]).to(device())).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / z.std().item(), shift_factor=z.mean().item())
     return vae
 
@@ -163,6 +170,7 @@ def sd3(minutes):
     else:
         vae = train_vae(4000, minutes / 4)
         vae.save_pretrained(folder / "vae")
+    vae.to(device())
     torch.manual_seed(1)
     tokenizer, pieces = clip_tokenizer(ROOM), t5_tokenizer(ROOM)
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=JOINT // 2, intermediate_size=JOINT,
@@ -184,11 +192,11 @@ def sd3(minutes):
     with torch.no_grad():
         for _ in range(min(128, round(8 * minutes))):       # up to 16,384 scenes, encoded once
             scenes = [easy(rng) for _ in range(128)]
-            z = vae.encode(pictures(scenes)).latent_dist.mean
+            z = vae.encode(pictures(scenes).to(device())).latent_dist.mean
             latents.append((z - config.shift_factor) * config.scaling_factor)
             ids.append(both([prompt(s) for s in scenes]))
-    latents, ids, empty = torch.cat(latents), torch.cat(ids), both([""])
-    parts = torch.nn.ModuleList([transformer, *clips, t5])
+    latents, ids, empty = torch.cat(latents), torch.cat(ids).to(device()), both([""]).to(device())
+    parts = torch.nn.ModuleList([transformer, *clips, t5]).to(device())
     average = copy.deepcopy(parts).requires_grad_(False)
     draw = torch.Generator().manual_seed(2)
 
@@ -197,8 +205,8 @@ def sd3(minutes):
         some = torch.randint(len(latents), (64,), generator=draw)
         x, token = latents[some], ids[some].clone()
         token[torch.rand(len(token), generator=draw) < .1] = empty              # for guidance
-        noise = torch.randn(x.shape, generator=draw)
-        time_ = torch.randn(len(x), 1, 1, 1, generator=draw).sigmoid()
+        noise = torch.randn(x.shape, generator=draw).to(x.device)
+        time_ = torch.randn(len(x), 1, 1, 1, generator=draw).sigmoid().to(x.device)
         seen = [clip(token[:, :ROOM], output_hidden_states=True) for clip in clips]
         joint = torch.cat([out.hidden_states[-2] for out in seen], -1)           # (B, ROOM, JOINT)
         joint = torch.cat([joint, t5(token[:, ROOM:])[0]], 1)                    # (B, 2 ROOM, JOINT)
@@ -212,7 +220,8 @@ def sd3(minutes):
             for kept, p in zip(average.parameters(), parts.parameters(), strict=True):
                 kept.lerp_(p, .005)
     fit("sd3", list(parts.parameters()), loss_of, 20_000, 2e-3, minutes * .75, after)
-    transformer, *clips, t5 = average
+    transformer, *clips, t5 = average.cpu()
+    vae.cpu()
     pipeline = Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
                         text_encoder=clips[0], tokenizer=tokenizer, text_encoder_2=clips[1],
                         tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=pieces)

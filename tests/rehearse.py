@@ -179,13 +179,14 @@ def two_pairs(folder):
 
 
 def rehearse(preset, folder, steps=2, sizes=None, options=()):
-    """Write, import, train; returns the lines of log.jsonl."""
+    """Write and import, where that is not done yet, and train; returns the lines of log.jsonl."""
     import import_checkpoint
     kind = preset.partition("-")[2]
-    original, tower = write_original(kind, folder / "original", sizes,
-                                     torch.float16 if kind == "llava" else torch.bfloat16)
-    import_checkpoint.run(original, folder / "imported", tower, lambda line: print(line, file=sys.stderr))
-    shutil.rmtree(original)
+    if not (folder / "imported").exists():
+        original, tower = write_original(kind, folder / "original", sizes,
+                                         torch.float16 if kind == "llava" else torch.bfloat16)
+        import_checkpoint.run(original, folder / "imported", tower, lambda line: print(line, file=sys.stderr))
+        shutil.rmtree(original)
     subprocess.run([sys.executable, ROOT / "train_dpo.py", "--preset", preset, "--model", folder / "imported",
                     "--data", two_pairs(folder), "--max_steps", str(steps), "--out", folder / "run",
                     "--batch", "1", "--micro_batch", "1", *options], check=True)

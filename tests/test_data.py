@@ -273,3 +273,25 @@ def test_truncation_shortens_responses_only_and_counts():
 def test_a_prompt_that_leaves_no_room_is_a_sentence():
     with pytest.raises(UserError, match="the prompt of a has 10 tokens.*max_length 10; raise it or drop"):
         data.truncate(Pair("a", [1] * 10, [], [2], [3]), 10)
+
+
+def test_a_sliver_of_a_picture_is_refused_in_a_sentence(tmp_path):
+    """20,000 x 10 pixels: the shorter side scaled to 336 would make the longer 672,000."""
+    Image.new("RGB", (20_000, 10)).save(tmp_path / "sliver.png")
+    for read in (data.read_image, data.image_size):
+        with pytest.raises(data.UserError, match="sliver.png is 20000 x 10 pixels, .* crop it or drop"):
+            read(tmp_path / "sliver.png")
+    Image.new("RGB", (1000, 10)).save(tmp_path / "narrow.png")
+    assert data.read_image(tmp_path / "narrow.png").size == (1000, 10)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_from_the_header_is_that_of_the_upright_picture(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert data.image_size(tmp_path / "a.jpg") == data.read_image(tmp_path / "a.jpg").size
+    assert data.image_size((tmp_path / "a.jpg").read_bytes()) == data.image_size(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    with pytest.raises(data.UserError, match="is unreadable"):
+        data.image_size(tmp_path / "a.jpg")

@@ -153,6 +153,7 @@ def test_score_refuses_an_unfinished_file(m, tmp_path):
     (["score", "pope"], "--answers"),
     (["score", "chess"], "chess"),
     (["answers", "pope", "--model", "m", "--data", "none.json", "--out", "o"], "none.json"),
+    (["answers", "classroom", "--model", "m", "--data", "d", "--out", "o", "--limit", "3"], "--limit"),
     (["answers", "classroom", "--model", "m", "--data", "d", "--out", "o", "--batch_size=0"], "batch_size"),
     (["score", "classroom", "--nonsense"], "score"),
     (["score", "classroom", "--answers", "none.jsonl", "--out", "o.json"], "none.jsonl"),

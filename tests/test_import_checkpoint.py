@@ -224,6 +224,9 @@ def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forwa
             assert [t for t in labels if t != -100][:length] == getattr(pairs[-1], role)
         image = data.read_image(case / row["img_path"])
         torch.testing.assert_close(vlm.prepare(m, [image])[0], pixels[f"image.{i}"], rtol=0, atol=2e-7)
+        box = [about["crop"]["boxes"][i][k] for k in ("left", "top", "width", "height")]
+        cropped = data.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
+        torch.testing.assert_close(cropped, pixels[f"image_rejected.{i}"], rtol=0, atol=1e-6)
     n = len(pairs)
     shown = torch.stack([pixels[f"{kind}.{i}"] for kind in ("image", "image_rejected") for i in range(n)])
     features, needs = vlm.encode_images(m, shown), {"chosen", "rejected", "image_rejected"}

@@ -729,6 +729,20 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
         (whole / name).unlink()
 
 
+# ---- the built-in default ----
+
+@pytest.mark.skipif(not (synth.BUILT_IN / "sd3").exists(), reason="run `python classroom/synthesis.py` first")
+def test_the_built_in_models_run_every_stage(tmp_path):
+    synth.main(["all", "--out", str(tmp_path), "--per_topic=1", "--threshold=-1000", "--guidance=1,4"])
+    assert len(lines(tmp_path, "prompts")) == 4 and len(lines(tmp_path, "images")) == 8
+    for row in lines(tmp_path, "ranked"):
+        assert set(row["scores"]) == {"imagereward", "clip"}
+    scored = lines(tmp_path, "scores-armorm")
+    assert len({r["model"] for r in scored}) >= 3 and len(scored[0]["rewards"]) == 5
+    run_size = sum(f.stat().st_size for f in synth.BUILT_IN.rglob("*.safetensors"))
+    assert run_size < 14e6
+
+
 # ---- the command line ----
 
 @pytest.mark.parametrize("argv, says", [

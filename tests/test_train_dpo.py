@@ -535,6 +535,64 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(world, tmp_path, unint
     assert adapter(tmp_path / "run") == adapter(uninterrupted)
 
 
+@pytest.mark.parametrize("preset", ["mdpo-bunny", "mdpo-llava", "pds-llava"])
+def test_official_takes_the_official_codes_values_and_names_each(preset):
+    """An option of one's own goes first, and is then not named."""
+    argv = ["--preset", preset, "--model", "M", "--data", "D", "--set", "official=true"]
+    o = options.parse(argv, "")
+    wanted = {k: value for k, (value, _) in options.OFFICIAL[preset].items()}
+    assert {k: getattr(o, k) for k in wanted} == wanted
+    assert [x.partition(":")[0] for x in options.departures(o)] == [f"{k} {v}" for k, v in wanted.items()]
+    own = options.parse([*argv, "--set", "weight_decay=0.3"], "")
+    assert own.weight_decay == 0.3 and len(options.departures(own)) == len(wanted) - 1
+    assert options.departures(options.parse(argv[:-2], "")) == []
+    assert (preset == "pds-llava") == (o.images == "pad") == (o.batch == 2)
+
+
+def test_official_crops_the_prepared_pixels_anew_each_epoch_and_the_log_says_so(tmp_path, world):
+    trained(arguments(world, tmp_path / "run", "--preset", "mdpo-llava", "--epochs", "2",
+                      "--set", "official=true", "--set", "template=", "--lora_r", "4"))
+    first, steps = log_of(tmp_path / "run")
+    assert [x.split()[0] for x in first["official"]] == list(options.OFFICIAL["mdpo-llava"])
+    assert first["images"] == "resized to 28, the middle cut out (CLIPImageProcessorPil)"
+    assert steps[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
+    m, records = vlm.load(world[0]), Records(world[1])
+    o = options.Options(crop_pixels=True, redraw=True)
+    once, again, later = (train_dpo.read_pair(m, records, range(12), 3, o, {"image_rejected"}, epoch)
+                          for epoch in (0, 0, 1))
+    assert torch.equal(once[2], again[2]) and not torch.equal(once[2], later[2])
+    assert torch.equal(once[1], later[1]) and once[1].shape == once[2].shape
+
+
+@pytest.mark.parametrize("rejected", ["crop", "random"])
+def test_a_llava_1_6_trains_on_pictures_of_many_shapes(tmp_path, rejected):
+    """Their tokens vary; with `random` the two prompts of a pair are of different lengths."""
+    from test_vlm import SIZES, write_next
+    write_next(tmp_path / "model")
+    pairs = write_pairs(tmp_path, n=6)
+    for i, size in enumerate(SIZES):
+        picture(i, size).save(tmp_path / "images" / f"{i}.png")
+    trained(arguments((tmp_path / "model", pairs), tmp_path / "run", "--image_rejected", rejected,
+                      "--epochs", "2", "--set", "checkpointing=true", "--val_data", str(pairs)))
+    first, steps = log_of(tmp_path / "run")
+    assert steps[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6) and len(steps) == 4
+    assert first["images"].startswith("the whole and tiles of 5 shapes")
+    trained(arguments((tmp_path / "model", pairs), tmp_path / "naive", "--image_rejected", rejected,
+                      "--epochs", "2", "--forward", "naive"))
+    for step, other in zip(steps, log_of(tmp_path / "naive")[1], strict=True):
+        assert step["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_what_cannot_fit_is_refused_before_the_weights_are_read(world, tmp_path):
+    def small():
+        import plan
+        plan.capacity = lambda device: (1 << 20, "this machine's memory")
+        vlm.load = None                                 # nobody may call it
+    code, said = run(arguments(world, tmp_path / "run"), before=small)
+    assert code == 1 and "the run needs about" in said and "check_memory=false" in said
+    assert "Traceback" not in said
+
+
 def test_help_lists_every_option():
     done = subprocess.run([sys.executable, ROOT / "train_dpo.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--image_rejected" in done.stdout and "max_length=2048" in done.stdout

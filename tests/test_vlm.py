@@ -246,7 +246,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
+    with pytest.raises(data.UserError, match="model.safetensors is torn .*: copy it again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
@@ -404,6 +404,33 @@ def test_the_tokens_of_a_picture_are_counted_as_transformers_counts_them(tmp_pat
     assert [vlm.tokens_of(m, size) for size in sizes] == counted and len(set(counted)) > 5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_path, dtype, monkeypatch):
+    """In shards with processor and template beside them: transformers' logits are the policy's."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import lora
+    m = with_lora(other)
+    lora.save(m.model, tmp_path / "adapter", str(other))
+    monkeypatch.setattr(lora, "SHARD", "40KB")
+    lora.merge_folder(str(other), tmp_path / "adapter", tmp_path / "merged", dtype)
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == getattr(torch, dtype)
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    content = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=picture(0, (90, 20)), text=text, return_tensors="pt")
+    with torch.no_grad():
+        policy = m.model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}).logits
+        got = merged(**inputs | {"pixel_values": inputs["pixel_values"].to(merged.dtype)}).logits
+    error = 1e-4 if dtype == "float32" else 0.05 * policy.abs().max().item()
+    torch.testing.assert_close(got.double(), policy, rtol=0, atol=error)
+    again = vlm.load(tmp_path / "merged")
+    assert (again.words, again.template, again.preparation) == (m.words, m.template, m.preparation)
+    assert vlm.identity(again) != vlm.identity(m)
+
+
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
     m = vlm.load(write_next(tmp_path))
     for layer in m.model.model.language_model.layers:
@@ -538,3 +565,34 @@ def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder
     padded = families.front(folder, preparation="pad")
     assert padded.preparation.startswith("padded to a square with (122, 116, 104), resized to 28")
     assert families.front(folder).preparation.startswith("resized to 28, the middle cut out")
+
+
+# ---- memory ----
+
+MEASURE = """
+import resource, sys
+import torch, transformers, vlm
+from transformers import AutoImageProcessor, LlavaForConditionalGeneration
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+m = vlm.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+total = sum(float(p.sum(dtype=torch.float32)) for p in m.model.parameters())        # every page is read
+weights = sum(p.nbytes for p in m.model.parameters())
+print((peak() - before) / weights, weights / 2**20, total)
+"""
+
+
+def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
+    """Peak memory at most 1.15 x the weights, in the files' own type and in others; a 7B scaled down."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    write_llava(tmp_path, hidden=512, layers=40, dtype="float16")
+    for dtype in ("float16", "bfloat16", "float32"):
+        done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], cwd=ROOT, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        ratio, size, _ = map(float, done.stdout.split())
+        assert size > 150 and ratio <= 1.15

@@ -72,26 +72,16 @@ def shards(folder):
 def weights(file):
     """The tensors of a weights file. Raises UserError where it is torn or no file of tensors."""
     size = file.stat().st_size
-    torn = data.UserError(f"{file} ({size:,} bytes) is torn or no weights file: download it again")
     if file.suffix != ".safetensors":
         tensors = unpickle(file)
         if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise torn
+            raise data.UserError(f"{file} ({size:,} bytes) is torn or no weights file: download it again")
         return [Weight(file, n, TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), -1)
                 for n, t in tensors.items()]
-    with open(file, "rb") as f:
-        try:
-            length, = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(length)) if length < size else None
-            header.pop("__metadata__", None)
-            found = [Weight(file, n, t["dtype"], tuple(t["shape"]), 8 + length + t["data_offsets"][0])
-                     for n, t in header.items()]
-            end = 8 + length + max(t["data_offsets"][1] for t in header.values())
-        except (struct.error, ValueError, AttributeError, KeyError, TypeError, MemoryError):
-            raise torn from None
-    if end != size:
-        raise torn
-    return found
+    header = families.read_header(file)
+    start = size - max(about["data_offsets"][1] for about in header.values())
+    return [Weight(file, n, about["dtype"], tuple(about["shape"]), start + about["data_offsets"][0])
+            for n, about in header.items()]
 
 
 def unpickle(file):
