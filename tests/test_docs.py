@@ -20,7 +20,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "nouns": "", "pairing": "",
            "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families lora losses", "chat": "data vlm",
+           "report": "data metrics", "vlm": "data families lora losses plan", "chat": "data vlm",
            "reference": "data lora losses ranks vlm",
            "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
@@ -29,7 +29,8 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",
-           "train_dpo": "data eval_hallu lora losses metrics options ranks records reference report vlm"}
+           "plan": "data families losses options records reference",
+           "train_dpo": "data eval_hallu lora losses metrics options plan ranks records reference report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
