@@ -115,10 +115,10 @@ def read_config(folder):
 
 def read_header(path):
     """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
+    size = path.stat().st_size
     try:
         with open(path, "rb") as file:
             length, = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
             header = json.loads(file.read(length)) if length < size else None
             header.pop("__metadata__", None)
             if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:

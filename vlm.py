@@ -70,7 +70,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             setattr(before.config.text_config, name, 0.0)
     kind = getattr(transformers, families.CLASSES[before.config.model_type])
     model, found = families.part(before.folder, kind, "model", "copy the checkpoint again",
-                                 dtype=stored_types(before.folder) or dtype, config=before.config,
+                                 dtype=stored_type(before.folder) or dtype, config=before.config,
                                  output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{before.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
@@ -90,20 +90,15 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     return VLM(**vars(before), model=model, words=words)
 
 
-def stored_types(folder):
-    """{part of the config: its weights' type in the files}, where each part has one; {} otherwise.
+def stored_type(folder):
+    """The type of all weights in the files; None where they differ.
 
-    Loaded in those types, transformers maps the files and copies nothing: what follows reads them once.
+    Loaded in that type, transformers maps the files and copies nothing: what follows reads them once.
     """
-    parts = {"text_config": set(), "vision_config": set(), "": set()}
-    for path in folder.glob("*.safetensors"):
-        for name, about in families.read_header(path).items():
-            part = "text_config" if "language_model" in name else ""
-            parts["vision_config" if "vision_tower" in name else part].add(about["dtype"])
+    headers = [families.read_header(path) for path in folder.glob("*.safetensors")]
+    found = {about["dtype"] for header in headers for about in header.values()}
     types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if all(len(found) == 1 and found <= types.keys() for found in parts.values()):
-        return {part: types[found.pop()] for part, found in parts.items()}
-    return {}
+    return types.get(found.pop()) if len(found) == 1 else None
 
 
 def forget(tensor):

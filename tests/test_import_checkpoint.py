@@ -302,6 +302,17 @@ def test_every_tensor_arrives_bit_for_bit_in_shards_of_the_asked_size(original, 
     assert grown == {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 
 
+def test_a_tower_in_float32_takes_the_language_models_type(tmp_path):
+    """So that a folder has one type, and is mapped when it is loaded."""
+    src, tower = write_original("llava", tmp_path / "src", TINY["llava"], torch.float16)
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    got = load_file(tmp_path / "dst" / "model.safetensors")
+    assert {t.dtype for t in got.values()} == {torch.float16} == {vlm.stored_type(tmp_path / "dst")}
+    whole = torch.load(tower / "pytorch_model.bin")
+    for name in ("pre_layrnorm.bias", "encoder.layers.1.mlp.fc1.weight"):
+        assert torch.equal(got[f"model.vision_tower.{name}"], whole[f"vision_model.{name}"].half())
+
+
 def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
     """The imported folder through AutoProcessor and AutoModel: the same ids, pixels and logits."""
     from transformers import AutoModelForImageTextToText, AutoProcessor

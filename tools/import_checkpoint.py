@@ -4,9 +4,8 @@
     python tools/import_checkpoint.py Bunny-v1_0-3B  bunny-3b        (its SigLIP tower lies in the checkpoint)
 
 DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
-others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor in
-their own type, so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or
-not at all.
+others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor,
+so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or not at all.
 
 --vision_tower: the folder of CLIP or SigLIP, needed where the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
@@ -14,7 +13,8 @@ for a tower of unpublished size its config.json alone, since the number of heads
 What is not the same as in the published folders:
  1. `<image>` becomes a token behind the vocabulary: a row of zeros in the embedding and in lm_head. It is
     never predicted (generation_config's suppress_tokens), and vlm.py leaves it out of the softmax.
- 2. Of SigLIP's layers the last is dropped, as Bunny's code does while loading: the features are the output of
+ 2. A tower published in another type than the language model (CLIP: float32) is cast to that one's.
+ 3. Of SigLIP's layers the last is dropped, as Bunny's code does while loading: the features are the output of
     the last but one, before the final norm.
 """
 import json
@@ -158,7 +158,7 @@ def vision_config(kind, tower, found):
         raise data.UserError(f"a vision tower of width {hidden} is not the published one, and its number of "
                              "heads is in no weight: give --vision_tower DIR with its config.json")
     clip = kind == "llava"
-    layers = given.get("num_hidden_layers", 24 if clip else 27) - (not clip)                     # Departure 2
+    layers = given.get("num_hidden_layers", 24 if clip else 27) - (not clip)                     # Departure 3
     sizes = dict(hidden_size=hidden, intermediate_size=fc1.shape[0], num_attention_heads=heads,
                  patch_size=patch, num_hidden_layers=layers, image_size=isqrt(places.shape[0] - clip) * patch)
     if odd := [f"{k} {given[k]}, not {v}" for k, v in sizes.items()
@@ -238,6 +238,7 @@ class Plan(NamedTuple):
     config: Any
     tokenizer: Any
     kind: str
+    type: str                  # of all weights in DST
     tensors: dict              # {name in DST: Weight}
     shapes: dict               # {name in DST: shape}; a row more than the Weight's: zeros
 
@@ -250,7 +251,7 @@ def plan(src, tower=None):
     if tower and shards_there(tower) and not any(n.startswith("model.vision_tower.") for n in found):
         found |= collect(shards(tower), lambda name: name.startswith("vision_model."))
     vision = vision_config(kind, tower, found)
-    if kind == "bunny":                                # Departure 2
+    if kind == "bunny":                                # Departure 3
         extra = re.compile(rf"model\.vision_tower\.encoder\.layers\.{vision.num_hidden_layers}\.")
         found = {n: w for n, w in found.items() if not extra.match(n)}
     image_id = tokenizer.convert_tokens_to_ids(families.IMAGE)
@@ -271,8 +272,9 @@ def plan(src, tower=None):
     if odd := [n for n in wanted if found[n].shape != wanted[n]]:
         raise data.UserError(f"{src}: {found[odd[0]].name} is {found[odd[0]].shape}, by config.json it is "
                              f"{wanted[odd[0]]}: one of the two is not this model's")
-    new.dtype = NAMES[found["model.language_model.embed_tokens.weight"].type]
-    return Plan(new, tokenizer, kind, found, shapes)
+    type = found["model.language_model.embed_tokens.weight"].type
+    new.dtype = NAMES[type]
+    return Plan(new, tokenizer, kind, type, found, shapes)
 
 
 def shards_there(folder):
@@ -282,7 +284,7 @@ def shards_there(folder):
 def write_weights(todo, dst, report=print):
     """The plan's tensors as safetensors of at most SHARD bytes with an index, one in memory at a time."""
     groups, total = [[]], 0
-    sizes = {n: BYTES[w.type] * torch.Size(todo.shapes[n]).numel() for n, w in todo.tensors.items()}
+    sizes = {n: BYTES[todo.type] * torch.Size(todo.shapes[n]).numel() for n in todo.tensors}
     for name, size in sizes.items():
         if total + size > SHARD and groups[-1]:
             groups, total = [*groups, []], 0
@@ -295,7 +297,7 @@ def write_weights(todo, dst, report=print):
         report(f"{file}: {sum(sizes[n] for n in names) / 2**30:.2f} GiB")
         header, at = {"__metadata__": {"format": "pt"}}, 0
         for n in names:
-            header[n] = {"dtype": todo.tensors[n].type, "shape": todo.shapes[n],
+            header[n] = {"dtype": todo.type, "shape": todo.shapes[n],
                          "data_offsets": [at, at := at + sizes[n]]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -306,7 +308,7 @@ def write_weights(todo, dst, report=print):
                 if weight.start < 0 and pickle[0] != weight.file:
                     pickle = None, {}                  # let go of the old one first
                     pickle = weight.file, unpickle(weight.file)
-                written = out.write(content(weight, pickle[1]))
+                written = out.write(content(weight, pickle[1], todo.type))
                 out.write(bytes(sizes[n] - written))               # <image>'s row of zeros
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())},
@@ -314,13 +316,21 @@ def write_weights(todo, dst, report=print):
         (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def content(weight, pickled):
-    """The bytes of a tensor."""
+def content(weight, pickled, type):
+    """The bytes of a tensor, cast to `type` where it has another."""
     if weight.start < 0:
-        return pickled[weight.name].contiguous().view(-1).view(torch.uint8).numpy().data
-    with open(weight.file, "rb") as f:
-        f.seek(weight.start)
-        return f.read(BYTES[weight.type] * torch.Size(weight.shape).numel())
+        tensor = pickled[weight.name]
+    else:
+        tensor = torch.empty(weight.shape, dtype=getattr(torch, NAMES[weight.type]))
+        with open(weight.file, "rb") as f:
+            f.seek(weight.start)
+            f.readinto(raw(tensor))
+    return raw(tensor.to(getattr(torch, NAMES[type])))
+
+
+def raw(tensor):
+    """The memory of a tensor."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_rest(todo, dst, config):

@@ -1,0 +1,429 @@
+"""How near a training step comes to the machine's own rate of matrix products, and where the rest goes.
+
+    python bench/limit.py                                      one pinned core, float32: two minutes
+    python bench/limit.py --threads 0                          all cores
+    python bench/limit.py --shape 7b --device cuda --dtype bfloat16      LLaVA-1.5-7B's shape on a GPU
+
+The model is random, of LLaVA's classes: weights do not change what a step costs. A step is what train_dpo.py
+does with a micro-batch: encode the images, score with the reference, forward, loss, backward, AdamW. Reading
+and tokenising are not in it; a thread does them ahead of the step.
+
+minimum     the operations that the step cannot do without, from the shapes alone: every token once through
+            every layer, forward and back to the adapters, attention over what a token may see, lm_head where
+            a response token is predicted, the layers of the vision tower that are read. Not counted: weight
+            gradients of frozen layers, gradients towards the images, attention scores made a second time.
+rate        the fastest matrix product of this model's shapes, measured between the steps
+fraction    minimum / rate / seconds
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import lora  # noqa: E402
+import losses  # noqa: E402
+import options  # noqa: E402
+import reference  # noqa: E402
+import vlm  # noqa: E402
+from ranks import ShardedAdamW  # noqa: E402
+from train_dpo import measures  # noqa: E402
+
+BETA = 0.1
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+class Shape(NamedTuple):
+    """A LLaVA, and the lengths of its pairs in tokens."""
+    hidden: int
+    inner: int                 # of the MLP
+    layers: int
+    heads: int
+    vision: tuple              # CLIP's hidden, inner, layers, heads
+    pixels: int                # side of an image; patches of 14
+    question: int              # with the BOS, without the image
+    response: int              # with the EOS
+    vocabulary: int
+    rank: int                  # LoRA's
+
+
+SHAPES = {
+    # LLaVA-1.5-7B at a quarter of its width and an eighth of its depth, in its proportions: lm_head 2% of the
+    # weights, the vision tower 5%, LoRA a sixteenth of the width at rank 64 of 4096.
+    "prop": Shape(1024, 2752, 4, 8, (256, 1024, 3, 4), 336, 60, 120, 1024, 16),
+    "half": Shape(512, 1376, 4, 8, (128, 512, 3, 4), 336, 60, 120, 512, 8),
+    "tiny": Shape(32, 64, 2, 4, (16, 32, 3, 2), 28, 6, 9, 64, 4),
+    "7b": Shape(4096, 11008, 32, 32, (1024, 4096, 24, 16), 336, 60, 120, 32064, 64),
+}
+
+
+# ------------------------------------------------------------------------------------- a model and its pairs
+def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
+    """A llava-hf folder with random weights; its tokens are <unk> <pad> <s> </s> <image> and numbered words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(5, shape.vocabulary))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>",
+                                        bos_token="<s>", eos_token="</s>",
+                                        additional_special_tokens=["<image>"])
+    hidden, inner, layers, heads = shape.vision
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                                       num_attention_heads=heads, image_size=shape.pixels, patch_size=14),
+        text_config=LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.inner,
+                                num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                                num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
+                                bos_token_id=2, eos_token_id=3, pad_token_id=1, tie_word_embeddings=False),
+        image_token_id=4, tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder)
+    side = {"height": shape.pixels, "width": shape.pixels}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": shape.pixels}, crop_size=side)
+    LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pictures.save_pretrained(folder)
+    return Path(folder)
+
+
+def random_records(shape, n=2, seed=0):
+    """[{"prompt", "chosen", "rejected": texts of numbered words, "image", "image_rejected": pictures}]."""
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(seed)
+
+    def words(count):
+        return " ".join(f"w{i}" for i in rng.integers(5, shape.vocabulary, count))
+
+    def picture():
+        return Image.fromarray(rng.integers(0, 256, (shape.pixels, shape.pixels, 3), dtype=np.uint8))
+    return [{"prompt": f"<s> <image> {words(shape.question - 1)}",
+             "chosen": f"{words(shape.response - 1)} </s>", "rejected": f"{words(shape.response - 1)} </s>",
+             "image": picture(), "image_rejected": picture()} for _ in range(n)]
+
+
+def batch_of(m, records, needs, first=0):
+    """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, pixels of the rejected image, key)]."""
+    batch = []
+    for i, record in enumerate(records, first):
+        ids = {part: m.tokenizer(record[part], add_special_tokens=False).input_ids
+               for part in ("prompt", "chosen", "rejected")}
+        prompt = [t for t in ids["prompt"] for _ in range(m.image_tokens if t == m.image_token_id else 1)]
+        pair = data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"])
+        damaged = vlm.prepare(m, [record["image_rejected"]]) if "image_rejected" in needs else torch.zeros(0)
+        batch.append((pair, vlm.prepare(m, [record["image"]]), damaged, i + 1))
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------- the step
+class Ours:
+    """The product's step: the functions that train_dpo.py's loop calls, in its order."""
+
+    def __init__(self, folder, shape, dtype="float32", device="cpu", rank=0, world=1, places=64):
+        self.m = vlm.load(folder, dtype=getattr(torch, dtype), device=device)
+        lora.add_lora(self.m.model, shape.rank, 2 * shape.rank)
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():                       # a policy that differs from its reference
+            for name, p in lora.lora_parameters(self.m.model).items():
+                if name.endswith("lora_B"):
+                    p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
+        self.optimiser = ShardedAdamW(lora.lora_parameters(self.m.model), options.Options(lr=1e-6), rank, world)
+        self.reference = reference.Reference(places, world)
+
+    def loss(self, batch, loss, cached, forward=vlm.packed):
+        """The mean loss of a micro-batch, its gradient added to the adapter's, and what is logged."""
+        loss_of = losses.resolve(loss)
+        needs = losses.needs(loss_of) | {"chosen"}
+        pairs, places = [b[0] for b in batch], [b[3] - 1 for b in batch]
+        if not cached:
+            self.reference.key.zero_()
+        features = reference.encode(self.m, batch)
+        frozen = self.reference(self.m, places, batch, features, forward, needs, False)
+        policy = forward(self.m, pairs, features, needs)
+        value = loss_of(policy, frozen, BETA, 0.0)
+        (value.sum() / len(batch)).backward()
+        measures(policy, frozen, value, BETA)
+        return value.mean().item()
+
+    def step(self, batch, loss, cached, forward=vlm.packed):
+        value = self.loss(batch, loss, cached, forward)
+        self.optimiser.step(1e-6)
+        return value
+
+
+def clock(device):
+    """Seconds, when what was asked of the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rounds(sides, n, device="cpu", warm=1):
+    """{name: [seconds]} of n rounds in which every side runs once, after `warm` that do not count.
+
+    A side that slows down with the whole machine does so beside the others: compare within a round.
+    """
+    taken = {name: [] for name in sides}
+    for k in range(warm + n):
+        for name, run in sides.items():
+            start = clock(device)
+            run()
+            if k >= warm:
+                taken[name].append(clock(device) - start)
+    return taken
+
+
+def middle(values):
+    """(median, least, most)."""
+    return statistics.median(values), min(values), max(values)
+
+
+# ---------------------------------------------------------------------------------------------- the minimum
+def minimum(m, pairs, loss, cached):
+    """Operations (a multiply-add is two) of a step over data.Pairs, by part. Not counted: see the docstring."""
+    needs = losses.needs(losses.resolve(loss)) | {"chosen"}
+    twice, both = "image_rejected" in needs, "rejected" in needs
+    forwards, text, vision = 1 if cached else 2, m.config.text_config, m.config.vision_config
+    segments = [(len(p.prompt), len(p.chosen), len(p.rejected) if both else 0) for p in pairs]
+    segments += [(len(p.prompt_rejected), len(p.chosen), 0) for p in pairs] if twice else []
+    T, N = sum(map(sum, segments)), sum(c + r for _, c, r in segments)
+    seen = sum((p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2 for p, c, r in segments)
+    width = text.num_attention_heads * (getattr(text, "head_dim", None)
+                                        or text.hidden_size // text.num_attention_heads)
+    parts = {"layers": 0, "LoRA": 0, "attention": 2 * (2 * forwards + 4) * seen * width * text.num_hidden_layers}
+    for name, layer in lora.layers(m.model).items():
+        i, o, r = layer.in_features, layer.out_features, layer.lora_A.shape[1]
+        # nothing trains below the first layer's inputs: no gradient goes back to them
+        first = ".layers.0." in name and name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "v_proj")
+        parts["layers"] += 2 * T * i * o * (forwards + 1 - first)
+        parts["LoRA"] += 2 * T * r * (3 * (i + o) - first * i)
+    parts["lm_head"] = 2 * N * text.hidden_size * m.words * (forwards + 1)
+    images = sum(len([t for t in p.prompt if t == m.image_token_id]) for p in pairs) / m.image_tokens
+    patches, width = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
+    layers = vision.num_hidden_layers + 1 + m.config.vision_feature_layer            # -2: all but the last
+    tower = layers * (2 * (patches + 1) * (4 * width ** 2 + 2 * width * vision.intermediate_size)
+                      + 4 * (patches + 1) ** 2 * width) + 2 * patches * width * 3 * vision.patch_size ** 2
+    projector = 2 * patches * (width * text.hidden_size + text.hidden_size ** 2)
+    parts["vision"] = int(images * (1 + twice) * (tower + projector))
+    return parts
+
+
+def products(m, pairs, loss, dtype, device):
+    """{name: function} of matrix products in this model's shapes, for rounds(), and the operations of each."""
+    needs, text = losses.needs(losses.resolve(loss)), m.config.text_config
+    T = len(data.pack(pairs, needs | {"chosen"}).ids)
+    D, inner = text.hidden_size, text.intermediate_size
+    run, operations = {}, {}
+    for rows, i, o in {(T, D, D), (T, D, inner), (T, inner, D), (max(T, inner),) * 3}:
+        x, w = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in ((rows, i), (o, i)))
+        out, name = torch.empty(rows, o, device=device, dtype=getattr(torch, dtype)), f"{rows} x {i} x {o}"
+        run[name] = lambda x=x, w=w, out=out: torch.mm(x, w.T, out=out)
+        operations[name] = 2 * rows * i * o
+    return run, operations
+
+
+# ------------------------------------------------------------------------------------------------ the parts
+PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"),
+         "attention": ("aten::_scaled_dot", "aten::_flash", "aten::_efficient", "aten::_cudnn_attention"),
+         "optimiser": ("aten::_fused", "aten::_foreach", "aten::lerp", "aten::addc"),
+         "copies": ("aten::copy_", "aten::cat", "aten::clone", "aten::index", "aten::masked_sc",
+                    "aten::gather", "aten::select_b", "aten::slice_b", "aten::embedding", "aten::zero",
+                    "aten::fill", "aten::empty", "aten::resize", "aten::_to_copy")}
+
+
+def profile(run, device="cpu"):
+    """({part: share of a run's time}, operations per second of its matrix products), by torch's profiler."""
+    from torch.profiler import ProfilerActivity
+    on_gpu = torch.device(device).type == "cuda"
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=kinds, with_flops=True, acc_events=True) as found:
+        run()
+        clock(device)
+    times, operations = dict.fromkeys([*PARTS, "element by element"], 0.0), 0
+    for event in found.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        part = next((p for p, names in PARTS.items() if event.key.startswith(names)), "element by element")
+        times[part] += spent
+        operations += event.flops if part == "matrix products" else 0
+    whole = sum(times.values()) or 1.0
+    rate = operations / times["matrix products"] * 1e6 if times["matrix products"] else 0.0
+    return {part: spent / whole for part, spent in times.items()}, rate
+
+
+# ------------------------------------------------------------------------------------------------- reporting
+def pin(threads, core=None):
+    """One thread on one core, or (0) all of them; returns in words what was done."""
+    if not threads:
+        return f"{torch.get_num_threads()} threads"
+    torch.set_num_threads(threads)
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, allowed[-threads:] if core is None else {core})
+    return f"{threads} pinned thread{'s' * (threads > 1)}"
+
+
+def machine(device="cpu"):
+    """The machine and the versions, in words."""
+    name = platform.processor() or platform.machine()
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        name = (f"{found.get('model name', name)}, {os.cpu_count()} cores"
+                + ", AVX-512" * ("avx512f" in found.get("flags", "")))
+    packages = ("torch", "transformers", "trl", "peft")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except ImportError:
+            versions[package] = "not installed"
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {"machine": name, "versions": versions, "date": date.today().isoformat(),
+            "commit": commit.stdout.strip() or "unknown"}
+
+
+def heading(title, about, how):
+    """The first lines of a section of RESULTS.md."""
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    return [f"\n## {title}\n", f"`{how}`, {about['date']}, commit {about['commit']}; {about['machine']}; {versions}.\n"]
+
+
+def report(lines, found, o):
+    """Print a section, append it where --results says, write what was found to --out."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if o.out:
+        data.atomic_write(Path(o.out), json.dumps(found, indent=1))
+    if o.results:
+        with open(o.results, "a") as file:
+            file.write(text)
+
+
+def command():
+    """This run's command, without where it wrote."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word in ("--out", "--results"):
+            next(words, None)
+        elif not word.startswith(("--out=", "--results=")):
+            kept.append(word)
+    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *kept])
+
+
+def arguments(description, n):
+    """The parser that the three scripts share."""
+    parser = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="prop", choices=SHAPES, help="of the random model [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=n, help="that count, after one that does not [%(default)s]")
+    parser.add_argument("--threads", type=int, default=1, help="pinned; 0: all cores, not pinned [%(default)s]")
+    parser.add_argument("--core", type=int, help="to pin to [the last that is allowed]")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
+    parser.add_argument("--out", help="JSON")
+    parser.add_argument("--results", default=str(RESULTS), help="append here; '' for nowhere [bench/RESULTS.md]")
+    return parser
+
+
+# What the papers' runs cost: name: (loss, pairs, epochs), facts of the presets in options.py.
+RUNS = {"PDS-DPO": ("dpo", 9000, 2), "mDPO": ("mdpo", 10000, 3)}
+
+
+def measure(side, records, o):
+    """Seconds, minimum, limit and fraction of four kinds of step, the rate, a profile of the first."""
+    kinds = {"dpo": ("dpo", False), "dpo_cached": ("dpo", True), "mdpo": ("mdpo", False), "mdpo_cached": ("mdpo", True)}
+    batch = {loss: batch_of(side.m, records, losses.needs(losses.resolve(loss)), first)
+             for loss, first in (("dpo", 0), ("mdpo", len(records)))}
+    pairs = [b[0] for b in batch["dpo"]]
+    run, operations = products(side.m, pairs, "dpo", o.dtype, o.device)
+    sides = {kind: lambda loss=loss, cached=cached: side.step(batch[loss], loss, cached)
+             for kind, (loss, cached) in kinds.items()}
+    taken = rounds({**run, **sides}, o.rounds, o.device)
+    rates = {name: operations[name] / statistics.median(taken[name]) for name in run}
+    rate, steps = max(rates.values()), {}
+    for kind, (loss, cached) in kinds.items():
+        parts, seconds = minimum(side.m, pairs, loss, cached), middle(taken[kind])
+        whole = sum(parts.values())
+        steps[kind] = {"seconds": seconds, "gflop": {k: v / 1e9 for k, v in parts.items()},
+                       "limit_seconds": whole / rate, "fraction": whole / rate / seconds[0],
+                       "pairs_per_second": len(pairs) / seconds[0]}
+    row = data.pack(pairs, {"chosen", "rejected"})
+    parts, products_rate = profile(sides["dpo"], o.device)
+    return {"shape": SHAPES[o.shape]._asdict(), "gflops": {k: v / 1e9 for k, v in rates.items()},
+            "limit_fraction": steps["dpo"]["fraction"], "steps": steps, "tokens": len(row.ids),
+            "profile": parts, "products_at": products_rate / rate}
+
+
+def table(found, o, about, threads):
+    lines = heading("How near the step is to this machine's matrix products", about, command())
+    lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}; medians of {o.rounds} interleaved rounds "
+              f"(least, most). Matrix products alone: {max(found['gflops'].values()):,.0f} GFLOP/s.\n",
+              "| step of two pairs | seconds | minimum, GFLOP | at the limit | fraction | pairs/s |",
+              "|---|---|---|---|---|---|"]
+    names = {"dpo": "DPO, first epoch", "dpo_cached": "DPO, later epochs (reference cached)",
+             "mdpo": "mDPO, first epoch", "mdpo_cached": "mDPO, later epochs"}
+    for kind, step in found["steps"].items():
+        seconds, least, most = step["seconds"]
+        lines.append(f"| {names[kind]} | {seconds:.2f} ({least:.2f}, {most:.2f}) | "
+                     f"{sum(step['gflop'].values()):,.0f} | {step['limit_seconds']:.2f} s | "
+                     f"{step['fraction']:.0%} | {step['pairs_per_second']:.2f} |")
+    shares = ", ".join(f"{part} {share:.0%}" for part, share in found["profile"].items())
+    lines.append(f"\nWhere the first row's time goes (torch's profiler): {shares}. Its matrix products, adapters' "
+                 f"narrow ones included, run at {found['products_at']:.0%} of the rate above.")
+    if "hours" in found:
+        said = ", ".join(f"{name} {hours:.1f}" for name, hours in found["hours"].items())
+        lines.append(f"\nAt these speeds, hours of training alone on {about['machine']}: {said}. "
+                     f"Peak memory {found['peak_gib']:.1f} GiB.")
+    return lines
+
+
+def main():
+    o = arguments(__doc__, 3).parse_args()
+    threads, about = pin(o.threads, o.core) if o.device == "cpu" else o.device, machine(o.device)
+    shape = SHAPES[o.shape]
+    with tempfile.TemporaryDirectory() as folder:
+        side = Ours(write_model(folder, shape, o.dtype, o.device), shape, o.dtype, o.device)
+        found = measure(side, random_records(shape), o)
+    if o.shape == "7b":
+        found["hours"] = {}
+        for name, (loss, pairs, epochs) in RUNS.items():
+            first, later = (found["steps"][kind]["pairs_per_second"] for kind in (loss, f"{loss}_cached"))
+            found["hours"][name] = (pairs / first + (epochs - 1) * pairs / later) / 3600
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30 if o.device == "cuda" else 0.0
+    report(table(found, o, about, threads), {**found, **about, "threads": threads}, o)
+
+
+if __name__ == "__main__":
+    main()
