@@ -73,6 +73,10 @@ class Options:
     questions: int = 2000
     split: str = "print"              # scenes to report on; tune: to choose settings on
     max_new_tokens: int = 64
+    eval_data: str = ""               # a small file of POPE's, or of questions about COCO images, asked too
+    eval_images: str = ""             # the folder of its images ("": beside it)
+    eval_annotations: str = ""        # for questions about COCO images: COCO's annotations, for CHAIR
+    eval_synonyms: str = ""           # and CHAIR's synonyms file
     device: str = ""                  # "": cuda, else mps, else cpu
 
 

@@ -68,7 +68,19 @@ def classroom_files(o, out):
 
 
 def evaluate(m, o, out, name, val):
-    """Metrics of the model as it stands: the classroom's, or else loss, margin and accuracy on val_data."""
+    """Metrics of the model as it stands: of the classroom or of val_data, and of eval_data's questions."""
+    found = measured(m, o, out, name, val)
+    if o.eval_data:
+        import eval_hallu
+        asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
+                                 o.eval_annotations or None, o.eval_synonyms or None,
+                                 description=f"{name}: questions")
+        found |= {f"questions_{key}": value for key, value in asked.items()}
+    return found
+
+
+def measured(m, o, out, name, val):
+    """The classroom's metrics where the model is the classroom's, else loss, margin, accuracy on val_data."""
     if m.is_classroom:
         import eval_hallu
         eval_hallu.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",

@@ -276,6 +276,23 @@ def test_two_ranks_equal_one(world, tmp_path):
     assert log_of(tmp_path / "two")[0]["ranks"] == 2
 
 
+def test_a_small_pope_file_is_asked_before_midway_and_after(world, tmp_path):
+    images = [f"images/{i}.png" for i in range(2)]
+    asked = [{"question_id": i, "image": images[i % 2], "text": f"is there a {WORDS[8 + i]} ?",
+              "label": "yes" if i % 2 else "no"} for i in range(4)]
+    (tmp_path / "pope.json").write_text("".join(json.dumps(q) + "\n" for q in asked))
+    more = ("--eval_every", "4", "--set", f"eval_data={tmp_path / 'pope.json'}",
+            "--set", f"eval_images={Path(world[1]).parent}")
+    trained(arguments(world, tmp_path / "run", *more))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    keys = {"questions_pope_accuracy", "questions_pope_f1", "questions_pope_yes_ratio"}
+    assert keys <= set(summary["before"]) & set(summary["after"])
+    midway = [line["eval"] for line in log_of(tmp_path / "run")[1] if "eval" in line]
+    assert len(midway) == 2 and all(0 <= x[key] <= 100 for x in midway for key in keys)
+    code, said = run(arguments(world, tmp_path / "other", "--set", f"eval_data={tmp_path / 'none.json'}"))
+    assert code == 1 and "none.json" in said and "Traceback" not in said
+
+
 # ---------------------------------------------------------------------------------------- --shard
 def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
