@@ -8,8 +8,9 @@
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
                  text models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if
                  there is one
-    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above one
-                 with another object, another colour or one object less, or spoilt by contrast and noise
+    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above
+                 another scene's, and above one with another object, another colour, one object less, or
+                 spoilt by contrast and noise
     clip         transformers' CLIP by contrast: the control that CLIP-DPO is
     armorm       rewards.ArmoRM: five attributes and a gate over questions and answers. It sees no picture
                  and no scene's truth, here as in use: its labels are computed from the words alone
@@ -190,7 +191,7 @@ def sd3(minutes):
         """Tokens of CLIP and of T5: (N, 2 ROOM)."""
         return torch.cat([words(tokenizer, texts), words(pieces, texts)], 1)
     with torch.no_grad():
-        for _ in range(min(128, round(8 * minutes))):       # up to 16,384 scenes, encoded once
+        for _ in range(min(128, round(3 * minutes))):       # up to 16,384 scenes, encoded once
             scenes = [easy(rng) for _ in range(128)]
             z = vae.encode(pictures(scenes).to(device())).latent_dist.mean
             latents.append((z - config.shift_factor) * config.scaling_factor)
@@ -323,7 +324,8 @@ def imagereward(minutes):
         seen = model.vision(pixel_values=torch.cat([own, worse])).last_hidden_state
         ids, mask = (text[k].repeat(2, 1) for k in ("input_ids", "attention_mask"))
         better, less = model.read(ids, mask, seen).chunk(2)
-        ranking = -F.logsigmoid(better - less).mean()               # ImageReward's own loss
+        other = model.read(ids[:48], mask[:48], seen[:48].roll(1, 0))           # another scene's picture
+        ranking = -F.logsigmoid(better - less).mean() - F.logsigmoid(better - other).mean()
         return ranking + cells(scenes, seen[:48]) + 1e-3 * (better ** 2 + less ** 2).mean()
     fit("imagereward", [*model.parameters(), *head.parameters()], loss_of, 3000, 1.5e-3, minutes)
     state = {rewards.to_published(k): x.half().contiguous() for k, x in model.state_dict().items()}
