@@ -14,7 +14,7 @@
     clip         transformers' CLIP by contrast: the control that CLIP-DPO is
     armorm       rewards.ArmoRM: five attributes and a gate over questions and answers. It sees no picture
                  and no scene's truth, here as in use: its labels are computed from the words alone
-    llava0..3    four of classroom/make.py's models, differently careless and trained for different times
+    llava0..3    four responders: the classroom's bases, trained further on differently careless captions
 
 Everything is small and trained on scenes of the train split, whose pictures the generator learns in an easy
 form: two or three objects, each once, in the middle of its cell.
@@ -442,15 +442,22 @@ def armorm(minutes):
 
 
 # ---------------------------------------------------------------------------- responders, prompts
-# level (how often what tempts is added) and omit (how often what is there is left out), share of the steps
-RESPONDERS = ((.1, .05, .5), (.4, .08, .5), (.7, .15, .5), (.9, .3, .35))
+# base (of classroom/models), level (how often what tempts is added), omit (what is there left out), steps
+RESPONDERS = (("base0", 0., 0., 150), ("base1", .5, .1, 150), ("base2", 1., .1, 150), ("base0", .3, .5, 150))
 
 
 def llava(k, scale=1.):
-    level, omit, share = RESPONDERS[k]
-    model, tokenizer = make.train(20 + k, level, omit, scale=share * scale)
-    card = {"world": world.VERSION, "seed": 20 + k, "level": level, "omit": omit, "scale": share * scale}
-    make.save(model, tokenizer, OUT / f"llava{k}", card)
+    """A base trained a little further, on captions more or less careless than its own."""
+    import vlm
+    base, level, omit, steps = RESPONDERS[k]
+    m = vlm.load(base)
+    m.model.model.language_model.set_attn_implementation("sdpa")        # vlm's own takes no mask of parts
+    m.model.model.language_model.requires_grad_(True)
+    speaking = [p for p in m.model.parameters() if p.requires_grad]
+    learn = make.talk(m.model, m.tokenizer, level, omit)
+    make.stage(f"llava{k}", speaking, max(2, round(steps * scale)), 1e-3, learn, random.Random(f"llava-{k}"))
+    card = {"world": world.VERSION, "base": base, "level": level, "omit": omit, "steps": steps}
+    make.save(m.model, m.tokenizer, OUT / f"llava{k}", card)
 
 
 def prompts(n=30):
