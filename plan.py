@@ -225,7 +225,3 @@ def show(folder, argv):
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu") if o.device == "cpu" else None
     return lines(front, o, records, rows, world, device)
-
-
-if __name__ == "__main__":
-    sys.exit("plan.py: run `python vlm.py info MODEL --preset P --data F`")
