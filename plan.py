@@ -1,4 +1,4 @@
-"""What a run will need, told before a weight is read: pairs, steps, tokens, GiB per GPU, and what cannot fit.
+"""Pairs as tokens, and what a run of them needs before a weight is read: GiB per GPU, and what cannot fit.
 
     python vlm.py info llava-1.5-7b --preset mdpo-llava --data pairs.jsonl [any option of train_dpo.py]
 
@@ -12,6 +12,7 @@ import os
 import sys
 
 import torch
+from tqdm import tqdm
 
 import data
 import families
@@ -23,6 +24,48 @@ SLACK = 1.06                   # what the allocator cannot use
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
+# -------------------------------------------------------------------------------- pairs as tokens
+def tokenise(m, record, o, damaged=None):
+    """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
+
+    damaged: the rejected images' (width, height), if they are not the images' own; LLaVA-1.6 alone cares.
+    """
+    counts = [] if o.image_rejected == "none" else families.counts(m, record["images"])
+    prompt = families.prompt_ids(m, record["question"], history=record["history"], counts=counts)
+    other = [families.tokens_of(m, size) for size in damaged or []] or counts
+    again = prompt
+    if other != counts:
+        again = families.prompt_ids(m, record["question"], history=record["history"], counts=other)
+    chosen, rejected = (families.response_ids(m, record[role]) for role in ("chosen", "rejected"))
+    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected), o.max_length)
+
+
+def usable(m, records, good, o, needs):
+    """(indices whose responses have tokens and whose prompts fit, lengths of their pairs).
+
+    Faults are printed one a line, cuts counted.
+    """
+    kept, cut, lengths = [], 0, []
+    twice, both = "image_rejected" in needs, "rejected" in needs
+    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
+        try:
+            record = records[i]
+            pair, lost = tokenise(m, record, o)
+            cut += lost > 0
+            kept.append(i)
+            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
+                            len(pair.prompt_rejected) * twice, len(record["images"]) * (1 + twice)))
+        except data.UserError as e:
+            print(f"{records.where(i)}: {e}", file=sys.stderr)
+    if len(kept) < len(good) and not (o.skip_bad and kept):
+        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
+        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
+    if cut:
+        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
+    return kept, lengths
+
+
+# -------------------------------------------------------------------------------- memory
 def shapes(config):
     """{name: shape} of a model's weights, by transformers' class: no weight is read."""
     import transformers
@@ -171,19 +214,14 @@ def lines(front, o, records, rows, world=1, device=None):
 def show(folder, argv):
     """The plan of `train_dpo.py --model FOLDER argv`, as lines."""
     import options
-    import reference
     from records import Records, check
     o = options.parse(["--model", str(folder), *argv], "the options of train_dpo.py")
     front = families.front(folder, o.template or None, o.images)
     records = Records(o.data, o.image_root or None)
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
     good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
-    _, rows = reference.usable(front, records, good, o, needs)
+    _, rows = usable(front, records, good, o, needs)
     gpus = torch.cuda.device_count()
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu") if o.device == "cpu" else None
     return lines(front, o, records, rows, world, device)
-
-
-if __name__ == "__main__":
-    sys.exit("plan.py: run `python vlm.py info MODEL --preset P --data F`")

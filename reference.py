@@ -1,59 +1,19 @@
-"""What a step reads (train_dpo.py would be too long with it): pairs as tokens and pixels, and the reference.
+"""What a step reads (train_dpo.py would be too long with it): pairs with their pixels, and the reference.
 
 A record becomes a data.Pair, the pixels of its images and of the rejected ones, and a key over all of them.
 The reference's log-probs are kept under that key: what a pair was scored with is what it is compared with.
 """
 import hashlib
-import sys
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import lora
 import losses
 import vlm
+from plan import tokenise
 from ranks import on_any
-
-
-def tokenise(m, record, o, damaged=None):
-    """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
-
-    damaged: the rejected images' (width, height), if they are not the images' own; LLaVA-1.6 alone cares.
-    """
-    counts = [] if o.image_rejected == "none" else vlm.counts(m, record["images"])
-    prompt = vlm.prompt_ids(m, record["question"], history=record["history"], counts=counts)
-    other = [vlm.tokens_of(m, size) for size in damaged or []] or counts
-    again = prompt if other == counts else vlm.prompt_ids(m, record["question"], history=record["history"],
-                                                          counts=other)
-    chosen, rejected = (vlm.response_ids(m, record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected), o.max_length)
-
-
-def usable(m, records, good, o, needs):
-    """(indices whose responses have tokens and whose prompts fit, plan.py's lengths of their pairs).
-
-    Faults are printed one a line, cuts counted.
-    """
-    kept, cut, lengths = [], 0, []
-    twice, both = "image_rejected" in needs, "rejected" in needs
-    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
-        try:
-            record = records[i]
-            pair, lost = tokenise(m, record, o)
-            cut += lost > 0
-            kept.append(i)
-            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
-                            len(pair.prompt_rejected) * twice, len(record["images"]) * (1 + twice)))
-        except data.UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
-        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
-    if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, lengths
 
 
 def read_pair(m, records, good, place, o, needs, epoch):

@@ -45,7 +45,7 @@ import plan
 import vlm
 from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
 from records import Records, check
-from reference import Reference, encode, read_pair, usable
+from reference import Reference, encode, read_pair
 
 
 # ---------------------------------------------------------------------------------------- before and after
@@ -174,7 +174,7 @@ def train(o, rank, world, device):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     front = vlm.front(o.model, o.template or None, o.images)
-    good, lengths = from_rank_0(lambda: usable(front, records, good, o, needs), rank, world)
+    good, lengths = from_rank_0(lambda: plan.usable(front, records, good, o, needs), rank, world)
     from_rank_0(lambda: plan.refuse(front.config, o, lengths, dtype, device, world), rank, world)
 
     def load(place=device):

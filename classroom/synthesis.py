@@ -8,12 +8,13 @@
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
                  text models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if
                  there is one
-    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above one
-                 with another object, another colour or one object less, or spoilt by contrast and noise
+    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above
+                 another scene's, and above one with another object, another colour, one object less, or
+                 spoilt by contrast and noise
     clip         transformers' CLIP by contrast: the control that CLIP-DPO is
     armorm       rewards.ArmoRM: five attributes and a gate over questions and answers. It sees no picture
                  and no scene's truth, here as in use: its labels are computed from the words alone
-    llava0..3    four of classroom/make.py's models, differently careless and trained for different times
+    llava0..3    four responders: the classroom's bases, trained further on differently careless captions
 
 Everything is small and trained on scenes of the train split, whose pictures the generator learns in an easy
 form: two or three objects, each once, in the middle of its cell.
@@ -190,7 +191,7 @@ def sd3(minutes):
         """Tokens of CLIP and of T5: (N, 2 ROOM)."""
         return torch.cat([words(tokenizer, texts), words(pieces, texts)], 1)
     with torch.no_grad():
-        for _ in range(min(128, round(8 * minutes))):       # up to 16,384 scenes, encoded once
+        for _ in range(min(128, round(3 * minutes))):       # up to 16,384 scenes, encoded once
             scenes = [easy(rng) for _ in range(128)]
             z = vae.encode(pictures(scenes).to(device())).latent_dist.mean
             latents.append((z - config.shift_factor) * config.scaling_factor)
@@ -323,7 +324,8 @@ def imagereward(minutes):
         seen = model.vision(pixel_values=torch.cat([own, worse])).last_hidden_state
         ids, mask = (text[k].repeat(2, 1) for k in ("input_ids", "attention_mask"))
         better, less = model.read(ids, mask, seen).chunk(2)
-        ranking = -F.logsigmoid(better - less).mean()               # ImageReward's own loss
+        other = model.read(ids[:48], mask[:48], seen[:48].roll(1, 0))           # another scene's picture
+        ranking = -F.logsigmoid(better - less).mean() - F.logsigmoid(better - other).mean()
         return ranking + cells(scenes, seen[:48]) + 1e-3 * (better ** 2 + less ** 2).mean()
     fit("imagereward", [*model.parameters(), *head.parameters()], loss_of, 3000, 1.5e-3, minutes)
     state = {rewards.to_published(k): x.half().contiguous() for k, x in model.state_dict().items()}
@@ -440,15 +442,22 @@ def armorm(minutes):
 
 
 # ---------------------------------------------------------------------------- responders, prompts
-# level (how often what tempts is added) and omit (how often what is there is left out), share of the steps
-RESPONDERS = ((.1, .05, .5), (.4, .08, .5), (.7, .15, .5), (.9, .3, .35))
+# base (of classroom/models), level (how often what tempts is added), omit (what is there left out), steps
+RESPONDERS = (("base0", 0., 0., 150), ("base1", .5, .1, 150), ("base2", 1., .1, 150), ("base0", .3, .5, 150))
 
 
 def llava(k, scale=1.):
-    level, omit, share = RESPONDERS[k]
-    model, tokenizer = make.train(20 + k, level, omit, scale=share * scale)
-    card = {"world": world.VERSION, "seed": 20 + k, "level": level, "omit": omit, "scale": share * scale}
-    make.save(model, tokenizer, OUT / f"llava{k}", card)
+    """A base trained a little further, on captions more or less careless than its own."""
+    import vlm
+    base, level, omit, steps = RESPONDERS[k]
+    m = vlm.load(base)
+    m.model.model.language_model.set_attn_implementation("sdpa")        # vlm's own takes no mask of parts
+    m.model.model.language_model.requires_grad_(True)
+    speaking = [p for p in m.model.parameters() if p.requires_grad]
+    learn = make.talk(m.model, m.tokenizer, level, omit)
+    make.stage(f"llava{k}", speaking, max(2, round(steps * scale)), 1e-3, learn, random.Random(f"llava-{k}"))
+    card = {"world": world.VERSION, "base": base, "level": level, "omit": omit, "steps": steps}
+    make.save(m.model, m.tokenizer, OUT / f"llava{k}", card)
 
 
 def prompts(n=30):
