@@ -21,7 +21,7 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
            "report": "data metrics", "vlm": "data families lora losses plan", "chat": "data vlm",
-           "reference": "data lora losses ranks vlm",
+           "reference": "data lora losses plan ranks vlm",
            "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
            "compare": "ballot chat data metrics tally",
@@ -29,7 +29,7 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",
-           "plan": "data families losses options records reference",
+           "plan": "data families losses options records",
            "train_dpo": "data eval_hallu lora losses metrics options plan ranks records reference report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
