@@ -1,7 +1,7 @@
 """Train a paper's run at full size on random weights, without a download: what can be checked but the
 weights.
 
-    python tests/rehearse.py mdpo-bunny [--keep DIR]      24 GB of memory, 13 GB of disk, two cores
+    python tests/rehearse.py mdpo-bunny [--keep DIR]      14 GB of memory, 13 GB of disk, two cores
     python tests/rehearse.py mdpo-llava|pds-llava         7B: a GPU, or 64 GB of memory; 40 GB of disk
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
