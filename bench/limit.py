@@ -73,7 +73,7 @@ SHAPES = {
 
 # ------------------------------------------------------------------------------------- a model and its pairs
 def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
-    """A llava-hf folder with random weights; its tokens are <unk> <pad> <s> </s> <image> and numbered words."""
+    """A llava-hf folder of random weights; its tokens are <unk> <pad> <s> </s> <image> and numbered words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessorPil,
@@ -99,6 +99,7 @@ def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
                                 num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
                                 bos_token_id=2, eos_token_id=3, pad_token_id=1, tie_word_embeddings=False),
         image_token_id=4, tie_word_embeddings=False)
+    transformers_quietly()
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -115,6 +116,12 @@ def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
     tokenizer.save_pretrained(folder)
     pictures.save_pretrained(folder)
     return Path(folder)
+
+
+def transformers_quietly():
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def random_records(shape, n=2, seed=0):
@@ -134,7 +141,7 @@ def random_records(shape, n=2, seed=0):
 
 
 def batch_of(m, records, needs, first=0):
-    """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, pixels of the rejected image, key)]."""
+    """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, the rejected image's, key)]."""
     batch = []
     for i, record in enumerate(records, first):
         ids = {part: m.tokenizer(record[part], add_special_tokens=False).input_ids
@@ -151,6 +158,7 @@ class Ours:
     """The product's step: the functions that train_dpo.py's loop calls, in its order."""
 
     def __init__(self, folder, shape, dtype="float32", device="cpu", rank=0, world=1, places=64):
+        transformers_quietly()
         self.m = vlm.load(folder, dtype=getattr(torch, dtype), device=device)
         lora.add_lora(self.m.model, shape.rank, 2 * shape.rank)
         draw = torch.Generator().manual_seed(1)
@@ -158,7 +166,8 @@ class Ours:
             for name, p in lora.lora_parameters(self.m.model).items():
                 if name.endswith("lora_B"):
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
-        self.optimiser = ShardedAdamW(lora.lora_parameters(self.m.model), options.Options(lr=1e-6), rank, world)
+        trained = lora.lora_parameters(self.m.model)
+        self.optimiser = ShardedAdamW(trained, options.Options(lr=1e-6), rank, world)
         self.reference = reference.Reference(places, world)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
@@ -204,6 +213,19 @@ def rounds(sides, n, device="cpu", warm=1):
     return taken
 
 
+def resident(key, device="cpu"):
+    """MiB that this process holds now (VmRSS) or held at most (VmHWM); of a GPU's where it runs there."""
+    if torch.device(device).type == "cuda":
+        bytes_of = torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated
+        return bytes_of() / 2 ** 20
+    status = Path("/proc/self/status")
+    if not status.exists():                                                       # a Mac: the most, in bytes
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    found = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(found.split()[1]) / 1024
+
+
 def middle(values):
     """(median, least, most)."""
     return statistics.median(values), min(values), max(values)
@@ -211,7 +233,7 @@ def middle(values):
 
 # ---------------------------------------------------------------------------------------------- the minimum
 def minimum(m, pairs, loss, cached):
-    """Operations (a multiply-add is two) of a step over data.Pairs, by part. Not counted: see the docstring."""
+    """Operations (a multiply-add is two) of a step over data.Pairs, by part; what counts: see the top."""
     needs = losses.needs(losses.resolve(loss)) | {"chosen"}
     twice, both = "image_rejected" in needs, "rejected" in needs
     forwards, text, vision = 1 if cached else 2, m.config.text_config, m.config.vision_config
@@ -221,7 +243,8 @@ def minimum(m, pairs, loss, cached):
     seen = sum((p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2 for p, c, r in segments)
     width = text.num_attention_heads * (getattr(text, "head_dim", None)
                                         or text.hidden_size // text.num_attention_heads)
-    parts = {"layers": 0, "LoRA": 0, "attention": 2 * (2 * forwards + 4) * seen * width * text.num_hidden_layers}
+    parts = {"layers": 0, "LoRA": 0,
+             "attention": 2 * (2 * forwards + 4) * seen * width * text.num_hidden_layers}
     for name, layer in lora.layers(m.model).items():
         i, o, r = layer.in_features, layer.out_features, layer.lora_A.shape[1]
         # nothing trains below the first layer's inputs: no gradient goes back to them
@@ -240,14 +263,14 @@ def minimum(m, pairs, loss, cached):
 
 
 def products(m, pairs, loss, dtype, device):
-    """{name: function} of matrix products in this model's shapes, for rounds(), and the operations of each."""
+    """{name: function} of matrix products in this model's shapes, for rounds(), and each one's operations."""
     needs, text = losses.needs(losses.resolve(loss)), m.config.text_config
     T = len(data.pack(pairs, needs | {"chosen"}).ids)
     D, inner = text.hidden_size, text.intermediate_size
-    run, operations = {}, {}
+    run, operations, kind = {}, {}, {"device": device, "dtype": getattr(torch, dtype)}
     for rows, i, o in {(T, D, D), (T, D, inner), (T, inner, D), (max(T, inner),) * 3}:
-        x, w = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for shape in ((rows, i), (o, i)))
-        out, name = torch.empty(rows, o, device=device, dtype=getattr(torch, dtype)), f"{rows} x {i} x {o}"
+        x, w, out = torch.randn(rows, i, **kind), torch.randn(o, i, **kind), torch.empty(rows, o, **kind)
+        name = f"{rows} x {i} x {o}"
         run[name] = lambda x=x, w=w, out=out: torch.mm(x, w.T, out=out)
         operations[name] = 2 * rows * i * o
     return run, operations
@@ -263,22 +286,20 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
 
 
 def profile(run, device="cpu"):
-    """({part: share of a run's time}, operations per second of its matrix products), by torch's profiler."""
+    """({part: share of a run's time}, seconds of its matrix products), by torch's profiler."""
     from torch.profiler import ProfilerActivity
     on_gpu = torch.device(device).type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with torch.profiler.profile(activities=kinds, with_flops=True, acc_events=True) as found:
+    with torch.profiler.profile(activities=kinds, acc_events=True) as found:
         run()
         clock(device)
-    times, operations = dict.fromkeys([*PARTS, "element by element"], 0.0), 0
+    times = dict.fromkeys([*PARTS, "element by element"], 0.0)
     for event in found.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         part = next((p for p, names in PARTS.items() if event.key.startswith(names)), "element by element")
         times[part] += spent
-        operations += event.flops if part == "matrix products" else 0
-    whole = sum(times.values()) or 1.0
-    rate = operations / times["matrix products"] * 1e6 if times["matrix products"] else 0.0
-    return {part: spent / whole for part, spent in times.items()}, rate
+    whole = sum(times.values())
+    return {part: spent / whole for part, spent in times.items()}, times["matrix products"] / 1e6
 
 
 # ------------------------------------------------------------------------------------------------- reporting
@@ -310,7 +331,8 @@ def machine(device="cpu"):
             versions[package] = version(package)
         except ImportError:
             versions[package] = "not installed"
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True,
+                            text=True)
     return {"machine": name, "versions": versions, "date": date.today().isoformat(),
             "commit": commit.stdout.strip() or "unknown"}
 
@@ -318,7 +340,8 @@ def machine(device="cpu"):
 def heading(title, about, how):
     """The first lines of a section of RESULTS.md."""
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    return [f"\n## {title}\n", f"`{how}`, {about['date']}, commit {about['commit']}; {about['machine']}; {versions}.\n"]
+    return [f"\n## {title}\n",
+            f"`{how}`, {about['date']}, commit {about['commit']}; {about['machine']}; {versions}.\n"]
 
 
 def report(lines, found, o):
@@ -347,13 +370,13 @@ def arguments(description, n):
     """The parser that the three scripts share."""
     parser = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="prop", choices=SHAPES, help="of the random model [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=n, help="that count, after one that does not [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="pinned; 0: all cores, not pinned [%(default)s]")
+    parser.add_argument("--rounds", type=int, default=n, help="after one that does not count [%(default)s]")
+    parser.add_argument("--threads", type=int, default=1, help="pinned; 0: all, not pinned [%(default)s]")
     parser.add_argument("--core", type=int, help="to pin to [the last that is allowed]")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
     parser.add_argument("--out", help="JSON")
-    parser.add_argument("--results", default=str(RESULTS), help="append here; '' for nowhere [bench/RESULTS.md]")
+    parser.add_argument("--results", default=str(RESULTS), help="append here; '': nowhere [bench/RESULTS.md]")
     return parser
 
 
@@ -363,7 +386,8 @@ RUNS = {"PDS-DPO": ("dpo", 9000, 2), "mDPO": ("mdpo", 10000, 3)}
 
 def measure(side, records, o):
     """Seconds, minimum, limit and fraction of four kinds of step, the rate, a profile of the first."""
-    kinds = {"dpo": ("dpo", False), "dpo_cached": ("dpo", True), "mdpo": ("mdpo", False), "mdpo_cached": ("mdpo", True)}
+    kinds = {"dpo": ("dpo", False), "dpo_cached": ("dpo", True),
+             "mdpo": ("mdpo", False), "mdpo_cached": ("mdpo", True)}
     batch = {loss: batch_of(side.m, records, losses.needs(losses.resolve(loss)), first)
              for loss, first in (("dpo", 0), ("mdpo", len(records)))}
     pairs = [b[0] for b in batch["dpo"]]
@@ -380,16 +404,17 @@ def measure(side, records, o):
                        "limit_seconds": whole / rate, "fraction": whole / rate / seconds[0],
                        "pairs_per_second": len(pairs) / seconds[0]}
     row = data.pack(pairs, {"chosen", "rejected"})
-    parts, products_rate = profile(sides["dpo"], o.device)
+    parts, seconds = profile(sides["dpo"], o.device)
+    linear = sum(v for part, v in minimum(side.m, pairs, "dpo", False).items() if part != "attention")
     return {"shape": SHAPES[o.shape]._asdict(), "gflops": {k: v / 1e9 for k, v in rates.items()},
             "limit_fraction": steps["dpo"]["fraction"], "steps": steps, "tokens": len(row.ids),
-            "profile": parts, "products_at": products_rate / rate}
+            "profile": parts, "products_at": linear / rate / seconds}
 
 
 def table(found, o, about, threads):
     lines = heading("How near the step is to this machine's matrix products", about, command())
-    lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}; medians of {o.rounds} interleaved rounds "
-              f"(least, most). Matrix products alone: {max(found['gflops'].values()):,.0f} GFLOP/s.\n",
+    lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}; medians of {o.rounds} interleaved "
+              f"rounds (least, most). Matrix products alone: {max(found['gflops'].values()):,.0f} GFLOP/s.\n",
               "| step of two pairs | seconds | minimum, GFLOP | at the limit | fraction | pairs/s |",
               "|---|---|---|---|---|---|"]
     names = {"dpo": "DPO, first epoch", "dpo_cached": "DPO, later epochs (reference cached)",
@@ -400,8 +425,8 @@ def table(found, o, about, threads):
                      f"{sum(step['gflop'].values()):,.0f} | {step['limit_seconds']:.2f} s | "
                      f"{step['fraction']:.0%} | {step['pairs_per_second']:.2f} |")
     shares = ", ".join(f"{part} {share:.0%}" for part, share in found["profile"].items())
-    lines.append(f"\nWhere the first row's time goes (torch's profiler): {shares}. Its matrix products, adapters' "
-                 f"narrow ones included, run at {found['products_at']:.0%} of the rate above.")
+    lines.append(f"\nWhere the first row's time goes (torch's profiler): {shares}. Its matrix products, "
+                 f"adapters' narrow ones included, run at {found['products_at']:.0%} of the rate above.")
     if "hours" in found:
         said = ", ".join(f"{name} {hours:.1f}" for name, hours in found["hours"].items())
         lines.append(f"\nAt these speeds, hours of training alone on {about['machine']}: {said}. "
@@ -421,7 +446,7 @@ def main():
         for name, (loss, pairs, epochs) in RUNS.items():
             first, later = (found["steps"][kind]["pairs_per_second"] for kind in (loss, f"{loss}_cached"))
             found["hours"][name] = (pairs / first + (epochs - 1) * pairs / later) / 3600
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30 if o.device == "cuda" else 0.0
+        found["peak_gib"] = resident("VmHWM", o.device) / 1024
     report(table(found, o, about, threads), {**found, **about, "threads": threads}, o)
 
 

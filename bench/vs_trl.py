@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 from limit import (
@@ -48,6 +49,7 @@ from limit import (
     products,
     random_records,
     report,
+    resident,
     rounds,
     write_model,
 )
@@ -91,8 +93,9 @@ def mdpo_trainer():
             hook.remove()
             chosen, reference = (rows.chunk(2)[0] for rows in scored)
             n = len(chosen)
-            end = int(inputs["attention_mask"][:n].sum(1).max())         # no padding up to the rejected's length
-            ids, mask, response = (inputs[k][:n, :end] for k in ("input_ids", "attention_mask", "completion_mask"))
+            end = int(inputs["attention_mask"][:n].sum(1).max())     # no padding up to the rejected's length
+            ids, mask, response = (inputs[key][:n, :end] for key in
+                                   ("input_ids", "attention_mask", "completion_mask"))
             again = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False,
                          labels=ids.masked_fill(response == 0, -100), fused_lm_head=True)
             policy_image = model(**again).log_probs.sum(1)
@@ -111,23 +114,22 @@ class TRL:
         import transformers
         from peft import LoraConfig
         from trl import DPOConfig, DPOTrainer
-        transformers.logging.set_verbosity_error()
         self.responses_only = not defaults
         processor = transformers.AutoProcessor.from_pretrained(folder, use_fast=False)
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, o.dtype))
-        model.to(o.device)
+        kind = transformers.LlavaForConditionalGeneration
+        model = kind.from_pretrained(folder, dtype=getattr(torch, o.dtype)).to(o.device)
         for name, p in model.named_parameters() if ours else ():
             p.data = ours.m.model.get_parameter(name).data
         config = DPOConfig(
-            output_dir=out or str(Path(folder) / "trl"), per_device_train_batch_size=2, beta=BETA, max_length=None,
-            learning_rate=1e-6, gradient_checkpointing=defaults, bf16=o.dtype == "bfloat16", report_to="none",
-            use_cpu=o.device == "cpu", disable_tqdm=True, dataloader_pin_memory=False)
+            output_dir=out or str(Path(folder) / "trl"), per_device_train_batch_size=2, beta=BETA,
+            max_length=None, learning_rate=1e-6, gradient_checkpointing=defaults, bf16=o.dtype == "bfloat16",
+            report_to="none", use_cpu=o.device == "cpu", disable_tqdm=True, dataloader_pin_memory=False)
         adapter = LoraConfig(r=shape.rank, lora_alpha=2 * shape.rank, lora_dropout=0.0,
                              target_modules=r".*language_model.*_proj")
         row = {"prompt": "<s> <image>", "chosen": "</s>", "rejected": "</s>", "images": [None]}
         self.trainer = (mdpo_trainer() if loss == "mdpo" else DPOTrainer)(
-            model=model, args=config, train_dataset=datasets.Dataset.from_list([row]), processing_class=processor,
-            peft_config=adapter)
+            model=model, args=config, peft_config=adapter, processing_class=processor,
+            train_dataset=datasets.Dataset.from_list([row]))
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1
         if defaults:                                            # what train() does before its first step
@@ -144,7 +146,8 @@ class TRL:
 
     def collate(self, records, loss):
         """The batch that TRL's own collator makes, and mDPO's rejected images beside it."""
-        rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} | {"images": [r["image"]]} for r in records]
+        texts = ("prompt", "chosen", "rejected")
+        rows = [{"images": [r["image"]], **{k: r[k] for k in texts}} for r in records]
         batch = dict(self.trainer.data_collator(rows))
         if loss == "mdpo":
             images = [r["image_rejected"] for r in records]
@@ -184,7 +187,7 @@ def concatenated(m, pairs, features, needs):
 
 
 def equality(ours, theirs, batch, collated, loss):
-    """(relative difference of the loss, of the flat LoRA gradient), or SystemExit where they are too large."""
+    """(relative difference of the loss, of the flat LoRA gradient), or SystemExit where one is too large."""
     theirs.take(ours)
     value, other = ours.loss(batch, loss, cached=False), theirs.loss(collated)
     square = error = 0.0
@@ -226,23 +229,25 @@ def real_records(shape, shared=None):
         chosen, rejected = (row[key][1]["value"] for key in ("conversations", "rejected_conversations"))
         if chosen.strip() and rejected.strip():
             image = data.read_image(sample / row["image"])
+            other = data.rejected_image("crop", image, 0, row["id"])
             records.append({"prompt": f"<s> {mapped('USER:')} <image> {mapped(question + ' ASSISTANT:')}",
                             "chosen": f"{mapped(chosen)} </s>", "rejected": f"{mapped(rejected)} </s>",
-                            "image": image, "image_rejected": data.rejected_image("crop", image, 0, row["id"])})
+                            "image": image, "image_rejected": other})
     return records, ""
 
 
 # ----------------------------------------------------------------------------------------------- measurements
 def measure(ours, theirs, batches, loss, o, n, warm):
-    """{side: seconds of every round of every batch}, the batches one after the other, and both differences."""
+    """{side: seconds of every round of every batch}, batches one after the other, and both differences."""
     taken, worst = {}, (0.0, 0.0)
     for batch, records in batches:
         collated = theirs["trl"].collate(records, loss)
         found = equality(ours, theirs["trl"], batch, collated, loss)
         worst = tuple(max(pair) for pair in zip(worst, found, strict=True))
-        sides = {name: lambda side=side: side.step(collated) for name, side in theirs.items()}
-        sides |= {"concatenated": lambda: ours.step(batch, loss, False, concatenated),
-                  "ours": lambda: ours.step(batch, loss, False), "ours_cached": lambda: ours.step(batch, loss, True)}
+        sides = {name: partial(side.step, collated) for name, side in theirs.items()}
+        sides |= {"concatenated": partial(ours.step, batch, loss, False, concatenated),
+                  "ours": partial(ours.step, batch, loss, False),
+                  "ours_cached": partial(ours.step, batch, loss, True)}
         extra, operations = products(ours.m, [b[0] for b in batch], loss, o.dtype, o.device)
         timed = rounds({**extra, **sides}, n, o.device, warm)
         for name in sides:
@@ -254,16 +259,19 @@ def measure(ours, theirs, batches, loss, o, n, warm):
 
 
 def ratios(taken, base="trl"):
-    """{side: (median, least, most) of base's seconds over the side's}: over the rounds of one batch, or, where
-    there are several, of whole passes, with least and most over the batches."""
+    """{side: (median, least, most) of base's seconds over the side's}: over the rounds of one batch.
+
+    Where there are several batches, of a pass over all of them; least and most are then of the batches.
+    """
     found = {}
     for side in taken:
-        pairs = [[b / s for b, s in zip(*both, strict=True)] for both in zip(taken[base], taken[side], strict=True)]
-        if len(pairs) == 1:
-            found[side] = middle(pairs[0])
+        within = [[b / s for b, s in zip(*both, strict=True)]
+                  for both in zip(taken[base], taken[side], strict=True)]
+        if len(within) == 1:
+            found[side] = middle(within[0])
         else:
             passes = [sum(map(statistics.median, taken[name])) for name in (base, side)]
-            each = [statistics.median(p) for p in pairs]
+            each = [statistics.median(r) for r in within]
             found[side] = passes[0] / passes[1], min(each), max(each)
     return found
 
@@ -274,38 +282,22 @@ def memory(side, folder, shape, o):
     records = random_records(shape)
     if kind.startswith("trl"):
         theirs = TRL(folder, shape, o, loss, defaults=kind == "trl_defaults", out=tempfile.mkdtemp())
-        batch = theirs.collate(records, loss)
-        def run():
-            theirs.step(batch)
+        run = partial(theirs.step, theirs.collate(records, loss))
     else:
         ours = Ours(folder, shape, o.dtype, o.device)
-        batch = batch_of(ours.m, records, losses.needs(losses.resolve(loss)))
-        def run():
-            ours.step(batch, loss, False)
+        run = partial(ours.step, batch_of(ours.m, records, losses.needs(losses.resolve(loss))), loss, False)
     before = resident("VmRSS", o.device)
     for _ in range(2):
         run()
     return {"before": before, "peak": resident("VmHWM", o.device)}
 
 
-def resident(key, device="cpu"):
-    """MiB that this process holds now (VmRSS) or held at most (VmHWM); of a GPU's where it runs there."""
-    if torch.device(device).type == "cuda":
-        of = torch.cuda.memory_allocated if key == "VmRSS" else torch.cuda.max_memory_allocated
-        return of() / 2 ** 20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-    return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1]) / 1024
-
-
 def memories(folder, o, sides):
     """memory() of each side, every one in a process of its own, started anew."""
     found = {}
     for side in sides:
-        asked = [sys.executable, str(Path(__file__).resolve()), "--memory", side, "--model", str(folder), "--shape",
-                 o.shape, "--threads", str(o.threads), "--dtype", o.dtype, "--device", o.device]
+        asked = [sys.executable, str(Path(__file__).resolve()), "--memory", side, "--model", str(folder),
+                 "--shape", o.shape, "--threads", str(o.threads), "--dtype", o.dtype, "--device", o.device]
         done = subprocess.run(asked, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"bench/vs_trl.py: peak memory of {side}: {done.stderr.strip().splitlines()[-1]}")
@@ -314,17 +306,18 @@ def memories(folder, o, sides):
 
 
 # ------------------------------------------------------------------------------------------------- the table
-NAMES = {"trl": "TRL, checkpointing off, responses' positions only", "trl_defaults": "TRL, its defaults in this type",
+NAMES = {"trl": "TRL, checkpointing off, responses' positions only",
+         "trl_defaults": "TRL, its defaults in this type",
          "concatenated": "ours without the shared prompt, nothing padded", "ours": "**ours, first epoch**",
          "ours_cached": "**ours, later epochs (reference cached)**"}
 
 
 def table(found, o, about, threads):
     lines = heading("A step beside TRL's", about, command())
-    lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}, medians of {o.rounds} interleaved rounds after "
-              f"one. The largest relative difference to TRL's loss is {found['loss_difference']:.1e}, of the flat "
-              f"LoRA gradient {found['gradient_difference']:.1e}. In brackets the least and the most of the rounds "
-              "(random pairs) or of the batches (real pairs)."]
+    lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}, medians of {o.rounds} interleaved "
+              "rounds after one; in brackets the least and the most of the rounds (random pairs) or of the "
+              "batches (real pairs, one round each). The largest relative difference to TRL's loss is "
+              f"{found['loss_difference']:.1e}, to its LoRA gradient {found['gradient_difference']:.1e}."]
     for name, part in found["tables"].items():
         if "skipped" in part:
             lines.append(f"\n{name}: skipped, {part['skipped']}.")
@@ -343,12 +336,13 @@ def table(found, o, about, threads):
               "the steps alone |", "|---|---|---|---|"]
     for side, got in found["memory"].items():
         loss, name = side.split("/")
-        lines.append(f"| {'DPO' if loss == 'dpo' else 'mDPO'}: {NAMES[name].replace('*', '')} | {got['before']:,.0f} | "
-                     f"{got['peak']:,.0f} | {got['peak'] - got['before']:,.0f} |")
+        words = f"{'DPO' if loss == 'dpo' else 'mDPO'}: {NAMES[name].replace('*', '')}"
+        steps = got["peak"] - got["before"]
+        lines.append(f"| {words} | {got['before']:,.0f} | {got['peak']:,.0f} | {steps:,.0f} |")
     if found["memory"]:
-        lines.append(f"\nMemory, ours over TRL's (DPO, first epoch): {found['memory_ratio']:.2f} of the process, "
-                     f"{found['memory_ratio_of_steps']:.2f} of the steps alone. ")
-    lines.append(f"The DPO step reaches {found['limit_fraction']:.0%} of this machine's matrix products "
+        lines.append(f"\nMemory, ours over TRL's (DPO, first epoch): {found['memory_ratio']:.2f} of the "
+                     f"process, {found['memory_ratio_of_steps']:.2f} of the steps alone.")
+    lines.append(f"\nThe DPO step reaches {found['limit_fraction']:.0%} of this machine's matrix products "
                  "(bench/limit.py says how that is counted).")
     return lines
 
@@ -391,7 +385,9 @@ def main():
                 batches = [(batch_of(ours.m, records[at:at + 2], needs, at), records[at:at + 2])
                            for at in range(0, len(records), 2)]
                 first = len(batches) == 1
-                sides = {"trl": theirs[loss]} | ({"trl_defaults": defaults} if loss == "dpo" and first else {})
+                sides = {"trl": theirs[loss]}
+                if loss == "dpo" and first:
+                    sides["trl_defaults"] = defaults
                 taken, worst = measure(ours, sides, batches, loss, o, o.rounds if first else 1, int(first))
                 differences.append(worst)
                 part[loss] = {"ratios": ratios(taken), "rounds": taken, "seconds": {
