@@ -2,6 +2,7 @@
 
     python classroom/synthesis.py                       all of them, in this order
     python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
+    python classroom/synthesis.py sharper --minutes 3   train the generator's decoder further
     python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
     python classroom/synthesis.py study                 DPO on the pairs of every scorer: study.jsonl
 
@@ -161,7 +162,7 @@ def train_vae(steps, minutes=math.inf):
 
 
 def sharpen(vae, minutes):
-    """The decoder alone, on whole pictures, whose norms differ from a crop's; an object's pixels count more."""
+    """The decoder alone, on whole pictures, whose norms differ from a crop's; objects' pixels count more."""
     import numpy as np
     import torch
     vae.requires_grad_(False).decoder.requires_grad_(True)
@@ -177,6 +178,15 @@ def sharpen(vae, minutes):
         shown = vae.decode(latent.sample()).sample
         return (weight * ((shown - whole).abs() + (shown - whole) ** 2)).sum() / (3 * weight.sum())
     fit("sharpen", list(vae.decoder.parameters()), loss_of, 4000, 3e-3, minutes)
+
+
+def sharper(minutes):
+    """The same for the generator that is there; its transformer only knows the encoder."""
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained(OUT / "sd3" / "vae").float().to(device())
+    sharpen(vae, minutes)
+    vae.cpu().eval().save_pretrained(OUT / "sd3" / "vae")
+    halved(OUT / "sd3" / "vae")
 
 
 def sd3(minutes):
@@ -652,7 +662,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
     parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
     o = parser.parse_args()
-    if wrong := set(o.parts) - {*PARTS, "study"}:
+    if wrong := set(o.parts) - {*PARTS, "study", "sharper"}:
         sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
     import torch
     torch.set_num_threads(1)
@@ -662,7 +672,7 @@ def main():
         elif part in ("prompts", "measure", "study"):
             globals()[part]()
         else:
-            bound = {"sd3": o.minutes, "armorm": 2 * o.scale, "imagereward": 5 * o.scale, "clip": 3 * o.scale}
+            bound = {"sd3": o.minutes, "sharper": o.minutes, "armorm": 2 * o.scale, "imagereward": 5 * o.scale, "clip": 3 * o.scale}
             globals()[part](bound[part])
 
 
