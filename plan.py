@@ -4,7 +4,9 @@
 
 The memory is arithmetic: weights, LoRA (float32 masters and gradients), Adam's moments, and what autograd
 keeps of the micro-batch with the longest pairs. tests/test_plan.py holds the last against autograd's own
-saved tensors on a CPU; on a GPU none of it has been measured yet.
+saved tensors on a CPU. It is a lower bound: what it refuses cannot fit, what it lets pass may still not. The
+one full-size run so far, Bunny-3B in bfloat16 on a CPU (tests/rehearse.py), peaked at 13.5 GiB where 11 are
+planned; on a GPU nothing has been measured.
 """
 import dataclasses
 import math
@@ -19,7 +21,7 @@ import families
 import losses
 
 GIB = 2 ** 30
-CONTEXT = 1.0 * GIB            # CUDA's context, libraries' workspaces
+CONTEXT = 1.0 * GIB            # CUDA's context or the process, libraries' workspaces
 SLACK = 1.06                   # what the allocator cannot use
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -114,7 +116,7 @@ def memory(config, o, rows, dtype, world=1, weights=None):
                                              + 2 * vision.intermediate_size)
     largest = e * max(count[n] for n in layers) * 2 * bool(dealt)     # a layer's weights, gathered
     got["rest"] = (scored * text.vocab_size * (2 * e + 8) + responses * text.hidden_size * e + seen + largest
-                   + CONTEXT * (o.device != "cpu"))
+                   + CONTEXT)
     got["total"] = sum(got.values()) * SLACK
     return got
 
@@ -185,7 +187,8 @@ def lines(front, o, records, rows, world=1, device=None):
     weights = shapes(front.config)
     got = memory(front.config, o, rows[:o.micro_batch], dtype, world, weights)
     each = [tokens(r) for r in rows]
-    where = f"per GPU, on {world}" if world > 1 else "on the CPU" if dtype == "float32" else "on one GPU"
+    cpu = device is not None and device.type == "cpu"
+    where = f"per GPU, on {world}" if world > 1 else "on the CPU" if cpu else "on one GPU"
     said = [f"pairs           {len(rows):,} of {len(records):,} in {records.path}",
             f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
             f"tokens          {sum(each) / len(each):,.0f} a pair, {each[0]:,} at most; "
