@@ -672,7 +672,8 @@ def main():
         elif part in ("prompts", "measure", "study"):
             globals()[part]()
         else:
-            bound = {"sd3": o.minutes, "sharper": o.minutes, "armorm": 2 * o.scale, "imagereward": 5 * o.scale, "clip": 3 * o.scale}
+            bound = {"sd3": o.minutes, "sharper": o.minutes, "armorm": 2 * o.scale,
+                     "imagereward": 5 * o.scale, "clip": 3 * o.scale}
             globals()[part](bound[part])
 
 
