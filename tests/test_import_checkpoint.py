@@ -5,6 +5,7 @@ The goldens hold bare state dicts of the official classes; each is first written
 """
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from PIL import Image
-from rehearse import TINY, write_original
+from rehearse import TINY, rehearse, write_original
 from safetensors.torch import load_file, save_file
 
 import data
@@ -333,6 +334,16 @@ def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
     assert m.image_token_id not in new
     answer = vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=12)
     assert answer == [m.tokenizer.decode(new, skip_special_tokens=True).strip()]
+
+
+@pytest.mark.parametrize("preset, start, colour", [("mdpo-bunny", 3, "(127, 127, 127)"),
+                                                   ("pds-llava", 1, "(122, 116, 104)")])
+def test_a_papers_run_goes_from_the_published_form_to_two_steps(tmp_path, preset, start, colour):
+    """The rehearsal at tiny sizes: write, import, train; the log says how pictures were prepared."""
+    first, *steps = rehearse(preset, tmp_path, sizes=TINY[preset.partition("-")[2]])
+    assert len(steps) == 2 and steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-5)
+    assert first["images"].startswith(f"padded to a square with {colour}") and first["template"] == "vicuna"
+    assert first["options"]["preset"] == preset and not (tmp_path / "original").exists()
 
 
 def test_a_tower_inside_the_checkpoint_is_found_and_one_apart_is_asked_for(copy, tmp_path):
