@@ -237,25 +237,26 @@ def real_records(shape, shared=None):
 
 
 # ----------------------------------------------------------------------------------------------- measurements
-def measure(ours, theirs, batches, loss, o, n, warm):
+def measure(ours, theirs, batches, loss, o, n):
     """{side: seconds of every round of every batch}, batches one after the other, and both differences."""
-    taken, worst = {}, (0.0, 0.0)
+    taken, differences = {}, None
     for batch, records in batches:
         collated = theirs["trl"].collate(records, loss)
-        found = equality(ours, theirs["trl"], batch, collated, loss)
-        worst = tuple(max(pair) for pair in zip(worst, found, strict=True))
+        # The first batch's is the warming up, too: it is a step of both sides.
+        differences = differences or equality(ours, theirs["trl"], batch, collated, loss)
         sides = {name: partial(side.step, collated) for name, side in theirs.items()}
-        sides |= {"concatenated": partial(ours.step, batch, loss, False, concatenated),
-                  "ours": partial(ours.step, batch, loss, False),
+        if loss == "dpo":
+            sides["concatenated"] = partial(ours.step, batch, loss, False, concatenated)
+        sides |= {"ours": partial(ours.step, batch, loss, False),
                   "ours_cached": partial(ours.step, batch, loss, True)}
         extra, operations = products(ours.m, [b[0] for b in batch], loss, o.dtype, o.device)
-        timed = rounds({**extra, **sides}, n, o.device, warm)
+        timed = rounds({**extra, **sides}, n, o.device, warm=0)
         for name in sides:
             taken.setdefault(name, []).append(timed[name])
         rate = max(operations[name] / statistics.median(timed[name]) for name in extra)
         work = sum(minimum(ours.m, [b[0] for b in batch], loss, False).values())
         taken.setdefault("limit", []).append([work / rate] * n)
-    return taken, worst
+    return taken, differences
 
 
 def ratios(taken, base="trl"):
@@ -315,14 +316,19 @@ NAMES = {"trl": "TRL, checkpointing off, responses' positions only",
 def table(found, o, about, threads):
     lines = heading("A step beside TRL's", about, command())
     lines += [f"Shape {o.shape}, micro-batch 2, {o.dtype}, {threads}, medians of {o.rounds} interleaved "
-              "rounds after one; in brackets the least and the most of the rounds (random pairs) or of the "
-              "batches (real pairs, one round each). The largest relative difference to TRL's loss is "
+              "rounds; in brackets the least and the most of the rounds (random pairs) or of the "
+              "batches (real pairs, once each). The largest relative difference to TRL's loss is "
               f"{found['loss_difference']:.1e}, to its LoRA gradient {found['gradient_difference']:.1e}."]
     for name, part in found["tables"].items():
         if "skipped" in part:
-            lines.append(f"\n{name}: skipped, {part['skipped']}.")
+            lines.append(f"\nReal pairs: skipped, {part['skipped']}.")
             continue
-        lines += [f"\n| {name} | DPO, seconds | x TRL | mDPO, seconds | x TRL |", "|---|---|---|---|---|"]
+        lengths = SHAPES[o.shape]
+        title = f"{part['pairs']} real pairs, their own lengths and pictures, seconds of a mean step"
+        if name == "random":
+            title = (f"two random pairs of {(lengths.pixels // 14) ** 2} image, {lengths.question} question, "
+                     f"{lengths.response} and {lengths.response} response tokens")
+        lines += [f"\n| {title} | DPO, seconds | x TRL | mDPO, seconds | x TRL |", "|---|---|---|---|---|"]
         for side, words in NAMES.items():
             cells = []
             for loss in ("dpo", "mdpo"):
@@ -348,8 +354,9 @@ def table(found, o, about, threads):
 
 
 def main():
-    parser = arguments(__doc__, 4)
-    parser.add_argument("--no_real", action="store_true", help="without the published pairs")
+    parser = arguments(__doc__, 3)
+    parser.add_argument("--tables", default="random,real", help="random: the shape's lengths; real: the "
+                        "published PDS-DPO sample [%(default)s]")
     parser.add_argument("--no_memory", action="store_true", help="without the processes for peak memory")
     parser.add_argument("--memory", help="print one side's peak memory: LOSS/SIDE, with --model")
     parser.add_argument("--model", help="a folder that write_model wrote")
@@ -372,14 +379,12 @@ def main():
         ours, differences = Ours(folder, shape, o.dtype, o.device), []
         theirs = {loss: TRL(folder, shape, o, loss, ours) for loss in ("dpo", "mdpo")}
         defaults = TRL(folder, shape, o, "dpo", ours, defaults=True)
-        real, why = ([], "--no_real") if o.no_real else real_records(shape)
-        tables = {"random pairs, 576 + 60 + 120 and 120 tokens" if o.shape != "tiny" else "random pairs":
-                  random_records(shape), "real pairs": real}
-        for name, records in tables.items():
+        for name in o.tables.split(","):
+            records, why = real_records(shape) if name == "real" else (random_records(shape), "")
             if not records:
                 found["tables"][name] = {"skipped": why}
                 continue
-            found["tables"][name] = part = {}
+            found["tables"][name] = part = {"pairs": len(records)}
             for loss in ("dpo", "mdpo"):
                 needs = losses.needs(losses.resolve(loss))
                 batches = [(batch_of(ours.m, records[at:at + 2], needs, at), records[at:at + 2])
@@ -388,15 +393,15 @@ def main():
                 sides = {"trl": theirs[loss]}
                 if loss == "dpo" and first:
                     sides["trl_defaults"] = defaults
-                taken, worst = measure(ours, sides, batches, loss, o, o.rounds if first else 1, int(first))
-                differences.append(worst)
+                taken, apart = measure(ours, sides, batches, loss, o, o.rounds if first else 1)
+                differences.append(apart)
                 part[loss] = {"ratios": ratios(taken), "rounds": taken, "seconds": {
                     side: statistics.mean(map(statistics.median, rows)) for side, rows in taken.items()}}
-    random = found["tables"][next(iter(tables))]
+    first = found["tables"][o.tables.split(",")[0]]
     for loss in ("dpo", "mdpo"):
         for key, side in ((loss, "ours"), (f"{loss}_cached", "ours_cached")):
-            found["ratios"][key], *found["spread"][key] = random[loss]["ratios"][side]
-    found["limit_fraction"] = random["dpo"]["seconds"]["limit"] / random["dpo"]["seconds"]["ours"]
+            found["ratios"][key], *found["spread"][key] = first[loss]["ratios"][side]
+    found["limit_fraction"] = first["dpo"]["seconds"]["limit"] / first["dpo"]["seconds"]["ours"]
     found["loss_difference"], found["gradient_difference"] = map(max, zip(*differences, strict=True))
     ours_peak, trl_peak = (found["memory"].get(f"dpo/{s}", {"peak": 0, "before": 0}) for s in ("ours", "trl"))
     for key, base in (("memory_ratio", 0), ("memory_ratio_of_steps", 1)):

@@ -92,7 +92,7 @@ def test_vs_trl_finds_both_sides_equal_and_reports_every_ratio(monkeypatch, tmp_
     assert {"limit_fraction", "memory_ratio", "loss_difference", "gradient_difference"} <= set(found)
     assert found["loss_difference"] < 1e-5 and found["gradient_difference"] < 1e-4
     assert all(value > 0 for value in found["ratios"].values())
-    random, real = found["tables"].values()
+    random, real = (found["tables"][name] for name in ("random", "real"))
     assert set(random["dpo"]["ratios"]) == {*vs_trl.NAMES, "limit"}
     assert len(real["mdpo"]["rounds"]["ours"]) == 2                # batches of the four pairs
     assert section.count("**ours, first epoch**") == 2
