@@ -147,7 +147,20 @@ def read_tokenizer(folder, kind=None, **options):
         if lack:
             raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
                                  f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
+        tokenizer = part(folder, kind or AutoTokenizer, "tokenizer", "copy its files", **options)
+        return _merges_by_score(tokenizer, folder / "tokenizer.model")
     return part(folder, kind or AutoTokenizer, "tokenizer", "copy its files", **options)
+
+
+def _merges_by_score(tokenizer, file):
+    """SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
+    if about["model"]["type"] == "BPE":
+        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
+    return tokenizer
 
 
 def _installed(module):

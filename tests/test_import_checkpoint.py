@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, SHARED, need
 from PIL import Image
 from rehearse import TINY, rehearse, write_original
 from safetensors.torch import load_file, save_file
@@ -301,6 +301,24 @@ def test_every_tensor_arrives_bit_for_bit_in_shards_of_the_asked_size(original, 
         assert not got[name][len(wanted):].any()
     grown = {n for n in got if len(got[n]) > todo.tensors[n].shape[0]}
     assert grown == {"lm_head.weight", "model.language_model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("question", ["What color?", "Describe.\nBe brief.", "two  spaces   three", "é 🦤"])
+def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
+    """LLaVA's tokenizer_image_token: split at <image>, SentencePiece on each piece, BOS once."""
+    import sentencepiece
+    file = need(SHARED / "official" / "llama_tokenizer" / "tokenizer.model")
+    size = {**TINY["llava"], "text": TINY["llava"]["text"] | {"vocab_size": 32000}}
+    src, tower = write_original("llava", tmp_path / "src", size, torch.float16)
+    shutil.copyfile(file, src / "tokenizer.model")
+    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
+    m, pieces = families.front(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
+    system = families.TEMPLATES["vicuna"].partition("{%")[0]
+    before, after = pieces.encode(f"{system}USER: "), pieces.encode(f"\n{question} ASSISTANT:")
+    assert m.image_token_id == 32000
+    assert families.prompt_ids(m, question) == [1, *before, *[32000] * m.image_tokens, *after]
+    answer = "The car is red.  It has two doors."
+    assert families.response_ids(m, answer) == [*pieces.encode(answer), 2]
 
 
 def test_a_tower_in_float32_takes_the_language_models_type(tmp_path):
