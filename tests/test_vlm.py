@@ -590,7 +590,7 @@ def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
 
     from conftest import ROOT
     write_llava(tmp_path, hidden=512, layers=40, dtype="float16")
-    for dtype in ("float16", "bfloat16", "float32"):
+    for dtype in ("float16", "bfloat16"):
         done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], cwd=ROOT, text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
