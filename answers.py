@@ -57,8 +57,8 @@ def describe(m, **more):
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return {"model": Path(m.folder).name, "base": vlm.identity(m), "template": m.template,
-            "decoding": "greedy", "adapter": digest.hexdigest()[:16] if weights else None,
-            "dtype": str(m.model.dtype).removeprefix("torch."), **more}
+            "images": m.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
+            "dtype": str(m.model.dtype).removeprefix("torch."), "decoding": "greedy", **more}
 
 
 def check_begun(path, begun, settings):

@@ -195,7 +195,8 @@ def run_answers(o):
     rank, world, device = ranks.distributed(SimpleNamespace(device=None))
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
-        m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device)
+        m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device, template=o.template,
+                     preparation="pad" if o.pad else "")
     except lora.AdapterError as error:
         raise data.UserError(str(error)) from error
     options = {"batch_size": o.batch_size or (64 if questions is None else 16),
@@ -240,6 +241,8 @@ def parse(argv=None):
     p.add_argument("benchmark", choices=tuple(LENGTHS))
     p.add_argument("--model", required=True, help="a llava-hf folder, or classroom")
     p.add_argument("--adapter", help="a LoRA folder in PEFT's format on top of it")
+    p.add_argument("--template", help="of the prompt, as in the run's --set template= [the folder's]")
+    p.add_argument("--pad", action="store_true", help="pad images to a square: as --set images=pad trains")
     p.add_argument("--data", required=True, type=Path, nargs="+",
                    help="the benchmark's question file, or the folder that holds it (POPE: or several files)")
     p.add_argument("--images", type=Path, help="the folder of the images [beside --data]")

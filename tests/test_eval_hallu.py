@@ -294,6 +294,18 @@ def ask(m, benchmark, path, out, **more):
     return chat.read_records(out)
 
 
+def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
+    """--template and --pad go to the model, and stand in the settings: other ones do not continue a file."""
+    model, (path, _) = write_llava(tmp_path / "model"), pope_file(tmp_path / "data")
+    argv = ["answers", "pope", "--model", model, "--data", path, "--out", tmp_path / "a.jsonl", "--limit", 2]
+    code, _, err = run(*argv, "--template", "vicuna", "--pad")
+    assert code == 0, err
+    settings = chat.read_records(tmp_path / "a.jsonl")[0]["settings"]
+    assert "A chat between" in settings["template"] and "pad" in settings["images"]
+    code, _, err = run(*argv, "--pad")
+    assert code == 1 and "template" in err
+
+
 @pytest.mark.parametrize("benchmark", FILES)
 def test_each_benchmark_is_answered_in_its_order_and_goes_on_after_a_kill(m, tmp_path, benchmark):
     path, _ = FILES[benchmark](tmp_path / "data")
