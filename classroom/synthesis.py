@@ -185,6 +185,7 @@ def sharper(minutes):
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(OUT / "sd3" / "vae").float().to(device())
     sharpen(vae, minutes)
+    vae.register_to_config(_name_or_path="")            # else the path on this machine
     vae.cpu().eval().save_pretrained(OUT / "sd3" / "vae")
     halved(OUT / "sd3" / "vae")
 
