@@ -12,7 +12,7 @@ minimum     the operations that the step cannot do without, from the shapes alon
             every layer, forward and back to the adapters, attention over what a token may see, lm_head where
             a response token is predicted, the layers of the vision tower that are read. Not counted: weight
             gradients of frozen layers, gradients towards the images, attention scores made a second time.
-rate        the fastest matrix product of this model's shapes, measured between the steps
+rate        the fastest of the matrix products of this model's linear layers, alone, between the steps
 fraction    minimum / rate / seconds
 """
 import argparse
@@ -192,10 +192,14 @@ class Ours:
 
 
 def clock(device):
-    """Seconds, when what was asked of the device is done."""
+    """Seconds, when what was asked of the device is done.
+
+    Of one thread, its processor's seconds: other programs on the machine take their turns in between, and a
+    step never waits for anything. Else the wall's.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def rounds(sides, n, device="cpu", warm=1):
@@ -268,7 +272,7 @@ def products(m, pairs, loss, dtype, device):
     T = len(data.pack(pairs, needs | {"chosen"}).ids)
     D, inner = text.hidden_size, text.intermediate_size
     run, operations, kind = {}, {}, {"device": device, "dtype": getattr(torch, dtype)}
-    for rows, i, o in {(T, D, D), (T, D, inner), (T, inner, D), (max(T, inner),) * 3}:
+    for rows, i, o in ((T, D, D), (T, D, inner), (T, inner, D)):
         x, w, out = torch.randn(rows, i, **kind), torch.randn(o, i, **kind), torch.empty(rows, o, **kind)
         name = f"{rows} x {i} x {o}"
         run[name] = lambda x=x, w=w, out=out: torch.mm(x, w.T, out=out)
@@ -286,7 +290,7 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
 
 
 def profile(run, device="cpu"):
-    """({part: share of a run's time}, seconds of its matrix products), by torch's profiler."""
+    """{part: share of a run's time}, by torch's profiler."""
     from torch.profiler import ProfilerActivity
     on_gpu = torch.device(device).type == "cuda"
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -299,7 +303,7 @@ def profile(run, device="cpu"):
         part = next((p for p, names in PARTS.items() if event.key.startswith(names)), "element by element")
         times[part] += spent
     whole = sum(times.values())
-    return {part: spent / whole for part, spent in times.items()}, times["matrix products"] / 1e6
+    return {part: spent / whole for part, spent in times.items()}
 
 
 # ------------------------------------------------------------------------------------------------- reporting
@@ -311,7 +315,7 @@ def pin(threads, core=None):
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[-threads:] if core is None else {core})
-    return f"{threads} pinned thread{'s' * (threads > 1)}"
+    return "one pinned thread (seconds are its processor's)" if threads == 1 else f"{threads} pinned threads"
 
 
 def machine(device="cpu"):
@@ -404,7 +408,8 @@ def measure(side, records, o):
                        "limit_seconds": whole / rate, "fraction": whole / rate / seconds[0],
                        "pairs_per_second": len(pairs) / seconds[0]}
     row = data.pack(pairs, {"chosen", "rejected"})
-    parts, seconds = profile(sides["dpo"], o.device)
+    parts = profile(sides["dpo"], o.device)
+    seconds = parts["matrix products"] * steps["dpo"]["seconds"][0]
     linear = sum(v for part, v in minimum(side.m, pairs, "dpo", False).items() if part != "attention")
     return {"shape": SHAPES[o.shape]._asdict(), "gflops": {k: v / 1e9 for k, v in rates.items()},
             "limit_fraction": steps["dpo"]["fraction"], "steps": steps, "tokens": len(row.ids),

@@ -1,6 +1,6 @@
 """What a step costs as its sizes grow, what opening data costs as it grows, and two ranks beside one.
 
-    python bench/scale.py                                   one pinned core, float32: two minutes
+    python bench/scale.py                                   one pinned core, float32: four minutes
     python bench/scale.py --only images,rank --shape prop   some of the parts, at another shape
     python bench/scale.py --shape 7b --device cuda --dtype bfloat16 --only images,response,pairs,rank
 

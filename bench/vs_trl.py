@@ -1,6 +1,6 @@
 """A training step beside TRL's DPOTrainer: the same model, pairs, LoRA, loss; time, memory, gradients.
 
-    python bench/vs_trl.py --out bench.json                  one pinned core, float32: about five minutes
+    python bench/vs_trl.py --out bench.json                  one pinned core, float32: about ten minutes
     python bench/vs_trl.py --threads 0                       all cores
     python bench/vs_trl.py --shape 7b --device cuda --dtype bfloat16      LLaVA-1.5-7B's shape on a GPU
 
@@ -13,7 +13,7 @@ A ratio is taken within a round, so that a machine which slows down slows both.
                       through lm_head, on a GPU only responses': trl.trainer.utils._use_triton decides,
                       and is made to say yes, so that its GPU's arithmetic is what is compared.
     trl_defaults      checkpointing on (its default), every position scored where there is no Triton
-    concatenated      ours without the shared prompt: each response behind a prompt of its own, nothing padded
+    concatenated      (DPO) ours without the shared prompt: each response behind its own, nothing padded
     ours, ours_cached the product's step: its first epoch, and the later ones, whose reference is kept
 
 mDPO is not in TRL. It is compared with DPOTrainer extended as the official mDPO trainer extends it: a second
