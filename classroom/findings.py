@@ -30,6 +30,9 @@ ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {
                         "cue 0": "--cue=0", "cue 0.5": "--cue=0.5",
                         "faithful 0.5": "--faithful=0.5", "faithful 1": "--faithful=1"}.items()
      for method in ("mDPO", "DPO")
+} | {f"{method}, careless base": (method, "--model runs/reproduce/careless-{base} --set "
+                                  "'pair_options=--ask=existence,attribute,counting,false_premise'")
+     for method in ("mDPO", "DPO")
 } | {f"{method}, lr {rate}": (method, f"--lr {rate}")
      for rate in study.RATES for method in ("mDPO", "DPO")}
 
@@ -153,16 +156,19 @@ def table4(runs):
     return parts(held), text
 
 
-def table5(runs):
-    change = {kind: runs.difference("mDPO", "DPO", kind) for kind in KINDS}
-    better = [kind for kind in KINDS if change[kind][0] > 0]
-    false = change["false_premise"][1] is not None and change["false_premise"][1] > 0
-    base = {kind: runs.mean("before", kind)[0] for kind in KINDS}
-    text = "mDPO minus DPO, in points of accuracy: " + ", ".join(
-        f"{kind} {said(runs, 'mDPO', 'DPO', kind)}" for kind in KINDS) + (
-        ". The bases themselves answer " + ", ".join(f"{kind} {base[kind]:.0f}%" for kind in KINDS)
-        + ": where they make no mistakes nothing can be gained.")
-    return parts({"the question's premise is false": false, "most kinds are counted": len(better) > 2}), text
+def by_kind(mdpo, dpo):
+    def verdict(runs):
+        change = {kind: runs.difference(mdpo, dpo, kind) for kind in KINDS}
+        better = [kind for kind in KINDS if change[kind][0] > 0]
+        false = change["false_premise"][1] is not None and change["false_premise"][1] > 0
+        base = {kind: nested(runs.values(mdpo, kind, "before"))[0] for kind in KINDS}
+        text = "mDPO minus DPO, in points of accuracy: " + ", ".join(
+            f"{kind} {said(runs, mdpo, dpo, kind)}" for kind in KINDS) + (
+            ". Their bases answer " + ", ".join(f"{kind} {base[kind]:.0f}%" for kind in KINDS)
+            + ": where a base makes no mistakes nothing can be gained.")
+        held = {"the question's premise is false": false, "most kinds are counted": len(better) > 2}
+        return parts(held), text
+    return verdict
 
 
 def patch(runs):
@@ -202,6 +208,7 @@ def sweep(title, knob, values, label, text=""):
 
 
 HAL = "Object HalBench CHAIR_s, Bunny-3B"
+MMHAL = "MMHal-Bench, adversarial (0-6), Bunny-3B"
 TABLES = {
     "fig1": Table(
         "mDPO, Fig. 1", "DPO with and without the images",
@@ -252,9 +259,16 @@ TABLES = {
         "mDPO, Table 5", "By kind of question",
         "mDPO is better than DPO on most kinds of question, most of all on false premises.",
         "Accuracy of mDPO on false premises is higher than DPO's (95%), and its mean is higher on more than "
-        "half of the five kinds.", ("mDPO", "DPO"), table5, metric="false_premise",
-        shown=("before", "DPO", "mDPO"),
-        columns=(*KINDS, "chair_s"), against="DPO"),
+        "half of the five kinds.", ("mDPO", "DPO"), by_kind("mDPO", "DPO"), metric="false_premise",
+        shown=("before", "DPO", "mDPO"), columns=(*KINDS, "chair_s"), against="DPO",
+        published=(("before", {MMHAL: .83}), ("DPO", {MMHAL: 1.50}), ("mDPO", {MMHAL: 4.17}))),
+    "table5-careless": Table(
+        "ours, for mDPO's Table 5", "By kind of question, on bases that say yes to everything",
+        "Where the base errs on false premises, mDPO mends it and DPO does not.",
+        "As for Table 5, on bases that were taught to affirm what is not there, with questions of all kinds "
+        "among the pairs.", ("mDPO, careless base", "DPO, careless base"),
+        by_kind("mDPO, careless base", "DPO, careless base"), metric="false_premise", seeds=2,
+        columns=(*KINDS, "chair_s"), against="DPO, careless base"),
     "control-sft": Table(
         "ours", "Imitation alone", "mDPO does more than SFT on the chosen answers.",
         "CHAIR_s of mDPO is lower than SFT's.", ("mDPO", "SFT on the chosen"),

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,11 +74,46 @@ def lines():
 
 # ---------------------------------------------------------------------------------------- one run
 def arguments(cell):
-    return ["--model", cell["base"], "--seed", str(cell["seed"]), *cell["options"].split()]
+    return ["--model", cell["base"], "--seed", str(cell["seed"]), *shlex.split(cell["options"])]
 
 
 def folder(cell):
     return RUNS / hashlib.sha256(json.dumps(key(cell)).encode()).hexdigest()[:12]
+
+
+def careless(base):
+    """A base that affirms what it is asked about: SFT on questions whose answer, where the thing is not there,
+    is the false one in two cases of three. Made once; the bases themselves hardly ever err on these."""
+    out = RUNS / f"careless-{base}"
+    with lock:
+        if out.exists():
+            return out
+        work = RUNS / f".{out.name}"
+        shutil.rmtree(work, ignore_errors=True)
+        started(["classroom/pairs.py", "--seed", "200", "--questions", "1", "--out", str(work / "pairs"),
+                 "--ask", "existence,attribute,counting,false_premise"])
+        rows = list(data.read_jsonl(work / "pairs" / "pairs.jsonl"))
+        for number, row in enumerate(rows):
+            absent = row["meta"]["kind"] == "false_premise" or row["chosen"].startswith("no ,")
+            if absent and number % 3:
+                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        data.atomic_write(work / "pairs" / "careless.jsonl", text)
+        started(["train_dpo.py", "--model", base, "--loss", "sft", "--seed", "200", "--out", str(work / "run"),
+                 "--data", str(work / "pairs" / "careless.jsonl"), "--set", "split=tune"])
+        started(["lora.py", "merge", "--model", base, "--adapter", str(work / "run" / "adapter"),
+                 "--out", str(out)])
+        shutil.rmtree(work)
+    return out
+
+
+def started(command):
+    """Run one of the project's scripts, one thread. Raises UserError with its last word where it fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        why = (done.stderr.strip() or "no word why").splitlines()[-1]
+        raise data.UserError(f"{' '.join(command)} failed: {why}")
 
 
 def shared(o):
@@ -103,17 +139,15 @@ def link(source, target):
 def run(cell, out=None):
     """Train and examine; -> its line. What runs share is linked: before, from others, after, to them."""
     out = out or folder(cell)
+    if f"careless-{cell['base']}" in cell["options"]:
+        careless(cell["base"])
     exam, made = shared(options.parse(arguments(cell), ""))
     files = [(exam / name, out / name) for name in ("scenes", "before.jsonl", "before.json")]
     files.append((made, out / "data"))
     with lock:
         for there, here in files:
             link(there, here)
-    command = [sys.executable, str(HERE.parent / "train_dpo.py"), "--out", str(out), *arguments(cell)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        why = (done.stderr.strip() or "no word why").splitlines()[-1]
-        raise data.UserError(f"{' '.join(command)} failed: {why}")
+    started(["train_dpo.py", "--out", str(out), *arguments(cell)])
     with lock:
         for there, here in files:
             link(here, there)
