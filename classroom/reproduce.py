@@ -82,7 +82,7 @@ def folder(cell):
 
 
 def careless(base):
-    """A base that affirms what it is asked about: SFT on questions whose answer, where the thing is not there,
+    """A base that affirms what it is asked about: SFT on questions whose answer, where the thing is missing,
     is the false one in two cases of three. Made once; the bases themselves hardly ever err on these."""
     out = RUNS / f"careless-{base}"
     with lock:
@@ -108,7 +108,7 @@ def careless(base):
 
 
 def started(command):
-    """Run one of the project's scripts, one thread. Raises UserError with its last word where it fails."""
+    """Run one of the project's scripts on one thread. Raises UserError with its last word where it fails."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -44,7 +44,7 @@ TUNE = "--set split=tune --set scenes=600 --set questions=1200"
 # for reproduce.py: the ablations are methods too; what is tried beyond the best rate, where that is the last
 ABLATIONS = {"DPO + AncPO": "--loss dpo+ancpo", "DPO + CoPO": "--loss dpo+copo"}
 BEYOND = {"2e-5": "1e-5", "4e-4": "8e-4"}
-CHANGES = ("--beta 0.03", "--beta 0.3", "--epochs 1")
+CHANGES = ("--beta 0.3", "--epochs 1")
 CAUSES = {"lr 4e-4": "", "without CoPO": "--loss dpo+ancpo",
           "rejected image: random": "--image_rejected random",
           "rejected image: crop 20-50": "--image_rejected crop20-50",
