@@ -99,8 +99,8 @@ def careless(base):
                 row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         data.atomic_write(work / "pairs" / "careless.jsonl", text)
-        started(["train_dpo.py", "--model", base, "--loss", "sft", "--seed", "200", "--out", str(work / "run"),
-                 "--data", str(work / "pairs" / "careless.jsonl"), "--set", "split=tune"])
+        started(["train_dpo.py", "--model", base, "--loss", "sft", "--seed", "200", "--set", "split=tune",
+                 "--out", str(work / "run"), "--data", str(work / "pairs" / "careless.jsonl")])
         started(["lora.py", "merge", "--model", base, "--adapter", str(work / "run" / "adapter"),
                  "--out", str(out)])
         shutil.rmtree(work)
