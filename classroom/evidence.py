@@ -68,11 +68,18 @@ class Runs:
         return low is not None and -margin < low and high < margin
 
 
+LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "other"), "chosen": ("logps_chosen_change",)}
+
+
 def value(line, measure, when):
-    """A number of a run: a score, or of what diagnose.py found (`kl`, `look`, `chosen`)."""
-    if measure in ("kl", "look", "chosen"):
-        return (line[when].get("look") or {}).get(measure, math.nan)
-    return line[when][measure]
+    """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true image
+    minus with another), `chosen` (how far log p of the chosen has moved). nan where it was not measured."""
+    if measure not in LOOK:
+        return line[when][measure]
+    found = line[when].get("look") or {}
+    for part in LOOK[measure]:
+        found = found.get(part, {})
+    return found[0] if found else math.nan
 
 
 def judged(line, other):

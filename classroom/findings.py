@@ -12,7 +12,7 @@ from classroom import study
 from classroom.evidence import MARGIN, Runs, judged, nested
 
 KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
-COLUMNS = ("chair_s", "chair_i", "cover", "pope_random_acc", "counting", "words", "kl")
+COLUMNS = ("chair_s", "chair_i", "cover", "pope_random_acc", "counting", "words", "kl", "look", "chosen")
 
 # arm: (method, whose best setting on tuning scenes it takes; what it changes). {base} is the run's base.
 ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {

@@ -38,7 +38,7 @@ RESULTS = HERE / "results" / "reproduce.jsonl"
 RUNS = HERE.parent / "runs" / "reproduce"
 SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
-EXAM = ("model", "seed", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look")
+EXAM = ("model", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look", "pair_options")
 PAIRS = ("seed", "pairs", "pair_options", "data")
 lock = Lock()
 
@@ -142,7 +142,7 @@ def run(cell, out=None):
     if f"careless-{cell['base']}" in cell["options"]:
         careless(cell["base"])
     exam, made = shared(options.parse(arguments(cell), ""))
-    files = [(exam / name, out / name) for name in ("scenes", "before.jsonl", "before.json")]
+    files = [(exam / name, out / name) for name in ("scenes", "held_out", "before.jsonl", "before.json")]
     files.append((made, out / "data"))
     with lock:
         for there, here in files:
