@@ -132,7 +132,8 @@ def bench_opera(shared, golden):
             words = ["", *map(str.lower, line["tokens"]), ""]
             for before, word, after, tag in zip(words, words[1:], words[2:], line["tags"], strict=False):
                 if re.search("...(ing|ed)$", word):
-                    verbs, right = verbs + 1, right + (nouns._is_verb(word, before, after) == (tag[0] == "V"))
+                    verbs += 1
+                    right += nouns._is_verb(word, before, after) == (tag[0] == "V")
         print(f"| {path.name} | {len(lines(path))} | {' | '.join(map(str, cells))} |")
     if verbs:
         print(f"\nOf {verbs} words in -ing and -ed, {100 * right / verbs:.1f}% are verbs to both or to neither.")
