@@ -45,7 +45,8 @@ lock = Lock()
 
 # ---------------------------------------------------------------------------------------- cells
 def cells(names, quick=False):
-    """The runs that tables need, each once: [{"arm", "base", "seed", "options"}]."""
+    """The runs that tables need, each once, seed after seed, so that every table has something early.
+    -> [{"arm", "base", "seed", "options"}]"""
     settings, out = study.best_settings(), {}
     for name in names:
         table = findings.TABLES[name]
@@ -55,7 +56,7 @@ def cells(names, quick=False):
                 for base in bases:
                     cell = {"arm": arm, "base": base, "seed": seed, "options": line_of(arm, base, settings)}
                     out.setdefault(key(cell), cell)
-    return list(out.values())
+    return sorted(out.values(), key=lambda cell: cell["seed"])
 
 
 def line_of(arm, base, settings):

@@ -31,7 +31,8 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "synth": "data gallery journal pairing responders rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data lora plan records tally vlm",
-           "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference report vlm"}
+           "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
+                        "report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
