@@ -1,0 +1,202 @@
+"""What a finding of reproduce.py holds, and what is said of it as plain texts, for page.py and figures.py.
+
+A finding is a dict with the keys of FINDING, its rows with those of ROW; reproduce.py leaves out what it has
+not. A number is (mean, low, high), or as much of it as there is. A cell of a table may have a second line.
+"""
+import re
+import sys
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import report  # noqa: E402
+
+FINDING = {"paper": "", "title": "", "claim": "", "rule": "", "verdict": "", "found": "", "metric": "",
+           "exploratory": False, "rows": [], "contrasts": [], "paper_measure": "", "figure": "", "xlabel": "",
+           "xlog": False, "columns": [], "trace": "", "links": {}}        # what stands where nothing is given
+ROW = {"runs": None, "x": None, "series": "", "values": {}, "bases": {}, "paper": {}, "points": []}
+KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
+METRICS = {key: (key.replace("_", " "), 1, "%") for key in KINDS} | {   # label, better (-1: lower), unit
+    "chair_s": ("CHAIR_s", -1, "%"), "chair_i": ("CHAIR_i", -1, "%"), "cover": ("Cover", 1, "%"),
+    "hal": ("Hal", -1, "%"), "cog": ("Cog", -1, "%"), "pope_random_acc": ("POPE random", 1, "%"),
+    "pope_adversarial_acc": ("POPE adversarial", 1, "%"), "words": ("words a caption", 0, ""),
+    "kl": ("KL, nats an answer", 0, ""), "logps_chosen": ("log p of the chosen", 0, ""),
+    "look": ("margin, true minus other image", 1, ""), "win": ("win", 1, "%"), "tie": ("tie", 0, "%"),
+    "loss": ("loss", -1, "%")}
+SIGNS = {"appears": ("✓", "yes"), "does not appear": ("✗", "no"), "not run": ("○", "none")}  # CSS's class
+
+
+def numbers(values):
+    """-> (mean, low, high), None for each that is absent."""
+    values = values if isinstance(values, list | tuple) else [values]
+    return tuple(None if report.num(x) == "–" else x for x in (*values, None, None, None)[:3])
+
+
+def complete(finding):
+    """A finding with every key there, and in each row's values only those that have a mean."""
+    def fill(defaults, given):
+        return defaults | {key: value for key, value in given.items() if value is not None}
+    finding = fill(FINDING, finding)
+    rows = [fill(ROW, row) for row in finding["rows"]]
+    rows = [row | {"values": {k: numbers(v) for k, v in row["values"].items() if numbers(v)[0] is not None}}
+            for row in rows]
+    return finding | {"rows": rows, "paper": finding["paper"] or finding["name"]}
+
+
+def metric(key):
+    """-> (label, better, unit); a key unknown here goes by its own name."""
+    return METRICS.get(key, (key, 0, ""))
+
+
+def heading(key):
+    label, better, _ = metric(key)
+    return label + {-1: "\u00a0↓", 0: "", 1: "\u00a0↑"}[better]
+
+
+def three(values, key, sign=""):
+    """(mean, low, high) for reading, the interval in a second line."""
+    mean, low, high = numbers(values)
+    form = f"{sign}z.1f" if metric(key)[2] == "%" else "+.3g" if sign else None
+    spread = "" if None in (low, high) else f"\n{report.num(low, form)} to {report.num(high, form)}"
+    return report.num(mean, form) + spread
+
+
+def flat(cell):
+    """A cell of two lines in one, the second in brackets."""
+    first, *second = cell.split("\n")
+    return first + "".join(f" ({line})" for line in second)
+
+
+def means(finding, row):
+    """[(base, its mean)] of the primary measure."""
+    return sorted(row["bases"].get(finding["metric"], {}).items())
+
+
+def paper(finding, row):
+    """The paper's number beside a row, or None."""
+    return row["paper"].get(finding["paper_measure"])
+
+
+def verdict(finding):
+    """[(CSS's class, sign and words)]: the verdict, and beside it that it is exploratory."""
+    words = finding["verdict"] or ("exploratory" if finding["exploratory"] else "not run")
+    sign, kind = SIGNS.get(words, ("◐", "part") if words.startswith("appears") else ("", "free"))
+    also = [("free", "exploratory")] * bool(finding["exploratory"] and words != "exploratory")
+    return [(kind, f"{sign} {words}".strip()), *also]
+
+
+def table(finding):
+    """[head, *rows]: every arm with its intervals, its bases, and the paper's numbers beside."""
+    rows, main = finding["rows"], finding["metric"]
+    bases = sorted({base for row in rows for base, _ in means(finding, row)})
+    columns = {"": [row["arm"] + f"\n{report.num(row['runs'])} runs" * bool(row["runs"]) for row in rows]}
+    if any(row["series"] not in row["arm"] for row in rows):
+        columns["series"] = [row["series"] for row in rows]
+    if any(row["x"] is not None for row in rows):
+        columns[finding["xlabel"]] = [report.num(row["x"]) for row in rows]
+    columns |= {heading(key): [three(row["values"].get(key), key) for row in rows]
+                for key in finding["columns"] or [main] if any(key in row["values"] for row in rows)}
+    if bases:
+        columns[f"{metric(main)[0]} of {', '.join(bases)}"] = [
+            " · ".join(three(dict(means(finding, row)).get(base), main) for base in bases)
+            for row in rows]
+    columns |= {f"paper: {key}": [report.num(row["paper"].get(key)) for row in rows]
+                for key in dict.fromkeys(key for row in rows for key in row["paper"])}
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def reading(difference, key):
+    """What a difference says of its first arm, by its interval alone."""
+    _, low, high = numbers(difference)
+    if None in (low, high):
+        return "no interval"
+    if low <= 0 <= high:
+        return "not told apart"
+    better = metric(key)[1]
+    return ("better" if low * better > 0 else "worse") if better else "more" if low > 0 else "less"
+
+
+def contrasts(finding):
+    """[head, *rows]: the differences."""
+    return [["difference", "points", "the\u00a0first\u00a0is"], *(
+        [f"{c['what']}\n{heading(c['metric'])}",
+         three(c["difference"], c["metric"], "+").replace("\n", f"\n{report.num(c.get('level'))}%: "),
+         reading(c["difference"], c["metric"])] for c in finding["contrasts"])]
+
+
+def primary(finding):
+    """[text]: the primary numbers, an arm each; of a line its first and its last."""
+    kind, key, rows = finding["figure"], finding["metric"], finding["rows"]
+    if kind == "stacked":
+        return [f"{row['arm']}: " + ", ".join(f"{key} {flat(three(row['values'].get(key), key))}"
+                                              for key in ("win", "tie", "loss")) for row in rows]
+    texts = {}
+    for row in sorted(rows, key=lambda row: row["x"]) if kind == "lines" else rows:
+        at = f" at {report.num(row['x'])}" if kind == "lines" else ""
+        texts.setdefault(row["series"] if at else row["arm"], []).append(
+            f"{flat(three(row['values'].get(key), key))}{at}")
+    said = [f"{name} {', '.join(mine[:1] + mine[1:][-1:])}" for name, mine in texts.items()]
+    return [heading(key), *said] if said else []
+
+
+def apart(first, second, better):
+    """Is the first interval wholly better than the second? A mean without one is a point."""
+    first, second = ([better * x for x in values if x is not None] for values in (first, second))
+    return better != 0 and min(first) > max(second)
+
+
+def defeats(findings):
+    """[head, *rows]: each comparison that mDPO does not win. A method is an arm's series or the arm itself;
+    arms without a contrast are compared where they are of one x, or of one category."""
+    found = []
+    for f in findings:
+        compared = set()
+        for c in f["contrasts"]:
+            sides, key = re.split(r" [-−–] ", c["what"]), c["metric"]
+            ours = [re.split(r", | \(", side)[0] == "mDPO" for side in sides]
+            if len(sides) != 2 or sum(ours) != 1 or not metric(key)[1]:
+                continue
+            mean, low, high = numbers(c["difference"])
+            if ours[1] and None not in (low, high):                        # then mDPO is what is taken away
+                mean, low, high = -mean, -high, -low
+            other, says = sides[ours[0]], reading((mean, low, high), key)
+            compared.add((key, other))
+            if says != "better":
+                against = {"worse": "than", "not told apart": "from"}.get(says, "against")
+                found.append([f"{f['paper']}\n{heading(key)}", f"{says} {against} {other}",
+                              f"{c['what']}: {flat(three(c['difference'], key, '+'))}"])
+        for key, ours, row in product(dict.fromkeys([f["metric"], *f["columns"]]), f["rows"], f["rows"]):
+            mine, theirs = ours["values"].get(key), row["values"].get(key)
+            if (method(ours) == "mDPO" and mine and theirs and place(ours) == place(row)
+                    and (key, method(row)) not in compared and apart(theirs, mine, metric(key)[1])):
+                values = f"{ours['arm']} {flat(three(mine, key))}; {row['arm']} {flat(three(theirs, key))}"
+                found.append([f"{f['paper']}\n{heading(key)}", f"worse than {row['arm']}", values])
+    return [["where", "mDPO is", "numbers"], *found]
+
+
+def method(row):
+    return row["series"] or row["arm"]
+
+
+def place(row):
+    """What two rows must share to be compared."""
+    return row["x"] if row["x"] is not None else row["arm"] if row["series"] else None
+
+
+def said(finding):
+    """[(label, paragraph)] of a finding: what was claimed, how it is decided, what was found."""
+    rule = finding["rule"] or "none was fixed beforehand: this is exploratory." * finding["exploratory"]
+    found = finding["found"] or (f"Not run: `python classroom/reproduce.py {finding['name']}` runs it."
+                                 * (not finding["rows"]))
+    return [pair for pair in (("Claim", finding["claim"]), ("Rule", rule), ("Found", found)) if pair[1]]
+
+
+def tally(findings):
+    """One sentence: how many of each verdict."""
+    signs = Counter(verdict(finding)[0][0] for finding in findings)
+    counts = [f"{signs[kind]} {words}" for kind, words in (
+        ("yes", "✓ appear"), ("part", "◐ appear under a condition"), ("no", "✗ do not appear"),
+        ("none", "○ not run"), ("free", "without a verdict")) if signs[kind]]
+    free = sum(bool(finding["exploratory"]) for finding in findings)
+    return f"{len(findings)} tables and figures: {', '.join(counts)}; {free} of them exploratory."
