@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import options  # noqa: E402
-from classroom import findings, pairs, study, world  # noqa: E402
+from classroom import findings, pairs, pds, study, world  # noqa: E402
 
 RESULTS = HERE / "results" / "reproduce.jsonl"
 RUNS = HERE.parent / "runs" / "reproduce"
@@ -231,7 +231,7 @@ def write_page(quick=False):
     rows = lines()
     if quick:
         rows = [row for row in rows if row["base"] in QUICK["bases"] and row["seed"] in QUICK["seeds"]]
-    found = [findings.finding(name, rows) for name in findings.TABLES]
+    found = [findings.finding(name, rows) for name in findings.TABLES] + pds.findings()
     page.write(found, findings.about(rows), RUNS / "quick" if quick else HERE)
     for f in found:
         print(f"{f['name']:16} {f['verdict']}")
@@ -240,7 +240,7 @@ def write_page(quick=False):
 def main():
     parser = data.Parser(prog="reproduce.py", description=__doc__,
                          formatter_class=argparse.RawTextHelpFormatter)
-    known = ", ".join(findings.TABLES)
+    known = ", ".join([*findings.TABLES, *pds.TABLES])
     parser.add_argument("what", nargs="+", help=f"all, page, verify, or some of {known}")
     parser.add_argument("--quick", action="store_true", help="one base, two seeds, the main tables")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
@@ -249,13 +249,17 @@ def main():
         names = o.what
         if names == ["all"]:
             names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
+            names += [] if o.quick else list(pds.TABLES)
         if o.what == ["verify"]:
             verify(o.n)
             return
-        unknown = set(names) - set(findings.TABLES) - {"page"}
+        unknown = set(names) - set(findings.TABLES) - set(pds.TABLES) - {"page"}
         if unknown:
             raise data.UserError(f"{', '.join(sorted(unknown))}: give all, page, verify, or some of {known}")
-        go(cells([n for n in names if n != "page"], o.quick))
+        go(cells([name for name in names if name in findings.TABLES], o.quick))
+        if set(names) & set(pds.TABLES):
+            for step in ("pairs", "tuning", "print"):
+                started(["classroom/scorers.py", step])
         write_page(o.quick)
     except data.UserError as e:
         sys.exit(f"reproduce.py: {e}")

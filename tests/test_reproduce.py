@@ -6,7 +6,7 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from classroom import evidence, findings, pairs, reproduce, study, world
+from classroom import evidence, findings, pairs, pds, reproduce, study, world
 
 LINES = reproduce.lines()
 BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
@@ -188,3 +188,55 @@ def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path
         assert (a / shared).stat().st_ino == (b / shared).stat().st_ino
     again = reproduce.run(second, tmp_path / "again")
     assert all(again[k] == rows[1][k] for k in rows[1] if k not in ("seconds", "run"))
+
+
+# --- the synthesis half -------------------------------------------------------------------------------
+
+
+def scored(name, seed, chair, pope=99.0, pairs=100):
+    scores = dict.fromkeys(pds.COLUMNS, 90.0)
+    return {"name": name, "base": "base0", "seed": seed, "pairs": pairs,
+            "before": scores | {"chair_s": 50.0, "pope_random_acc": 99.0},
+            "after": scores | {"chair_s": chair, "pope_random_acc": pope}}
+
+
+def test_synthetic_pairs_must_lower_chair_and_keep_pope():
+    others = [scored(name, s, 45 + s) for name in ("clip", "length", "random", "oracle") for s in range(5)]
+    for pope, holds in ((98.9, True), (97.0, False)):
+        lines = [scored("armorm", s, 40 + s, pope) for s in range(5)] + others
+        assert pds.table2(lines, None)[0] is holds
+    lines = [scored("armorm", s, x) for s, x in enumerate((20, 80, 30, 70, 49))] + others
+    assert not pds.table2(lines, None)[0]
+
+
+def test_more_synthetic_pairs_are_compared_seed_by_seed():
+    def lines(gain):
+        return [scored(name, s, 45 + 10 * s - gain * k) for k, name in enumerate(pds.SIZES) for s in range(5)]
+    assert pds.table3(lines(3), None)[0] and not pds.table3(lines(0), None)[0]
+
+
+ANALYSIS = {"guidance": {"all": {"5.0": .3, "7.0": .3, "9.0": .2, "11.0": .2}, "street": {"5.0": .6}},
+            "agreement": [{"rankers": ["imagereward", "clip"], "k": k, "agree": x, "chance": k / 4, "n": 400}
+                          for k, x in ((1, .4), (2, .6), (3, .8))],
+            "judge": {"rankers": ["imagereward", "clip"], "wins": 70, "losses": 30, "ties": 5,
+                      "same_pick": 20},
+            "similarity": {"prompts": {"n": 9, "mean": .1, "deciles": [.1] * 9},
+                           "responses": {"n": 9, "mean": .5, "deciles": [.3] * 9}}}
+
+
+def test_the_analyses_have_rules_that_can_fail():
+    for work in (pds.fig4, pds.table4, pds.table5, pds.fig6):
+        assert work(None, ANALYSIS)[0]
+    one = ANALYSIS["guidance"] | {"all": {"5.0": .9, "7.0": .1}}
+    assert not pds.fig4(None, ANALYSIS | {"guidance": one})[0]
+    chance = [found | {"agree": found["chance"]} for found in ANALYSIS["agreement"]]
+    assert not pds.table4(None, ANALYSIS | {"agreement": chance})[0]
+    assert not pds.table5(None, ANALYSIS | {"judge": ANALYSIS["judge"] | {"wins": 30}})[0]
+    alike = ANALYSIS["similarity"] | {"prompts": {"n": 9, "mean": .9, "deciles": [.9] * 9}}
+    assert not pds.fig6(None, ANALYSIS | {"similarity": alike})[0]
+
+
+def test_what_has_no_data_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(pds, "ANALYSIS", tmp_path / "none.json")
+    assert {found["verdict"] for found in pds.findings()} == {"not run"}
