@@ -148,6 +148,14 @@ def capacity(device):
         return None, ""
 
 
+def peak(device):
+    """GiB that were in use at most, of the GPU or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
+
+
 def mend(config, o, longest, dtype, world, room, weights):
     """The first change of options that makes it fit, in words; or what it would take."""
     slim, one = {"checkpointing": True}, {"micro_batch": 1}

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 import data
-import lora
 import losses
 import vlm
 from plan import tokenise
@@ -60,12 +59,15 @@ class Reference:
         """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
         pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
         kept = needs - {"image_rejected"} if redraw else needs
-        shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
-        true, damaged = features.flatten(0, -2).tensor_split([shown])                           # (T, D)
-        with torch.no_grad(), lora.lora_disabled(m.model):
-            stale = not torch.equal(self.key[places], keys)
-            if on_any(stale) if self.sharded else stale:
-                logps = forward(m, pairs, true if redraw else features, kept)
+        stale = not torch.equal(self.key[places], keys)
+        stale = on_any(stale) if self.sharded else stale
+        with torch.no_grad(), vlm.base_of(m) as base:
+            if base is not m and (stale or redraw):             # the policy's projector trains, too
+                features = encode(base, batch)
+            shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
+            true, damaged = features.flatten(0, -2).tensor_split([shown])                       # (T, D)
+            if stale:
+                logps = forward(base, pairs, true if redraw else features, kept)
                 for i, field in enumerate(self.FIELDS):
                     if field in kept:
                         self.logps[places, i] = getattr(logps, field).cpu().double()
@@ -75,7 +77,7 @@ class Reference:
                       for i, f in enumerate(self.FIELDS)]
             if redraw:
                 again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
-                values[2] = forward(m, again, damaged, {"chosen"}).chosen
+                values[2] = forward(base, again, damaged, {"chosen"}).chosen
         tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=features.device)
                   for f in ("chosen", "rejected")]
         return losses.Logps(*values, *tokens)

@@ -88,19 +88,18 @@ def measured(m, o, out, name, val):
         return eval_hallu.score_classroom(out / f"{name}.jsonl")
     if val is None:
         return {}
-    (records, good), forward = val, vlm.FORWARDS[o.forward]
+    (records, good, reference), forward = val, vlm.FORWARDS[o.forward]
     loss_of = losses.resolve(o.loss, anchors=o.anchors)
     needs, rows = losses.needs(loss_of) | {"chosen", "rejected"}, []
     for at in tqdm(range(0, len(good), o.micro_batch), f"{name}: validation pairs"):
-        places = range(at, min(at + o.micro_batch, len(good)))
+        places = [*range(at, min(at + o.micro_batch, len(good)))]
         batch = [read_pair(m, records, good, p, o, needs, 0) for p in places]
-        pairs, features = [b[0] for b in batch], encode(m, batch)
         with torch.no_grad():
-            policy = forward(m, pairs, features, needs)
-            with lora.lora_disabled(m.model):
-                reference = forward(m, pairs, features, needs)
-        chosen, rejected, _ = losses.rewards(policy, reference, o.beta)
-        loss = loss_of(policy, reference, o.beta, o.delta)
+            features = encode(m, batch)
+            frozen = reference(m, places, batch, features, forward, needs, False)
+            policy = forward(m, [b[0] for b in batch], features, needs)
+        chosen, rejected, _ = losses.rewards(policy, frozen, o.beta)
+        loss = loss_of(policy, frozen, o.beta, o.delta)
         rows += zip(loss.tolist(), (chosen - rejected).tolist(), strict=True)
     n = len(rows)
     return {"loss": sum(x for x, _ in rows) / n, "margin": sum(x for _, x in rows) / n,
@@ -168,6 +167,7 @@ def train(o, rank, world, device):
                                                   cache_dir=cache), rank, world)
     records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
     val = checked(o.val_data) if o.val_data else None
+    val = val and (*val, Reference(len(val[1]), 1))                 # of rank 0, which evaluates alone
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     sharding = o.shard and world > 1
     if o.shard and not sharding:
@@ -179,10 +179,13 @@ def train(o, rank, world, device):
 
     def load(place=device):
         m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
-        lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+        if o.lora_r:
+            lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+        else:
+            vlm.train_whole(m)
         return m
     m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
-    sharded = m.model.model.language_model if sharding else None
+    sharded = [x.model.model.language_model for x in (m, m.frozen) if x] if sharding else ()
     if m.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     if o.checkpointing:
@@ -201,7 +204,8 @@ def train(o, rank, world, device):
 
     per_epoch = math.ceil(len(good) / o.batch)
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
-    optimiser = ShardedAdamW(lora.lora_parameters(m.model), o, rank, world)
+    trained = {name: p for name, p in m.model.named_parameters() if p.requires_grad}
+    optimiser = ShardedAdamW(trained, o, rank, world)
     reference, base = Reference(len(good), world, sharding), vlm.identity(m)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
@@ -210,14 +214,14 @@ def train(o, rank, world, device):
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
                    "images": m.preparation, "official": options.departures(o),
-                   "base_bytes": frozen_bytes(m.model), **options.provenance()})
-    stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(1)
+                   "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()})
+    stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(o.workers)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop.armed = True
 
     def fetch(step):
-        """(pairs in the step, this rank's micro-batches as (places, counts, future)), read by a thread.
+        """(pairs in the step, this rank's micro-batches as (places, counts, futures)), read by threads.
 
         One that does not count repeats the first: with --shard all ranks run equally many forwards.
         """
@@ -226,18 +230,20 @@ def train(o, rank, world, device):
         micros = [(places[k:k + o.micro_batch], True) for k in range(0, len(places), o.micro_batch)]
         micros += [(micros[0][0], False)] * (-len(micros) % world if sharding else 0)
 
-        def read(micro):
-            return [read_pair(m, records, good, place, o, needs, epoch) for place in micro]
-        return len(places), [(*micro, pool.submit(read, micro[0])) for micro in micros[rank::world]]
+        def read(place):
+            return pool.submit(read_pair, m, records, good, place, o, needs, epoch)
+        return len(places), [(micro, counts, [*map(read, micro)]) for micro, counts in micros[rank::world]]
 
     ahead = fetch(state["step"]) if state["step"] < steps else None
     bar = tqdm(range(state["step"], steps), "training", initial=state["step"], total=steps, disable=rank > 0)
     for step in bar:
         tick, (size, micros) = time.monotonic(), ahead
         ahead = fetch(step + 1) if step + 1 < steps else None
-        sums, tokens, bad = {}, 0, []
-        for places, counts, future in micros:
-            batch = future.result()
+        sums, tokens, waited, bad = {}, 0, 0.0, []
+        for places, counts, futures in micros:
+            since = time.monotonic()
+            batch = [future.result() for future in futures]
+            waited += time.monotonic() - since
             pairs, features = [b[0] for b in batch], encode(m, batch)
             frozen = reference(m, places, batch, features, forward, needs, redraw)
             policy = forward(m, pairs, features, needs)
@@ -251,10 +257,10 @@ def train(o, rank, world, device):
             tokens += sum(map(len, [x for p in pairs for x in (
                 p.prompt, p.chosen, p.rejected if "rejected" in needs else "",
                 *((p.prompt_rejected, p.chosen) if "image_rejected" in needs else ()))]))
-        everyone = [(sums, tokens, bad, stop.asked)] * world
+        everyone = [(sums, tokens, waited, bad, stop.asked)] * world
         if world > 1:
-            dist.all_gather_object(everyone, (sums, tokens, bad, stop.asked))
-        bad = [i for each in everyone for i in each[2]]
+            dist.all_gather_object(everyone, everyone[0])
+        bad = [i for each in everyone for i in each[3]]
         rate = learning_rate(step, steps, o)
         norm = math.nan if bad else optimiser.step(rate)
         if not math.isfinite(norm):
@@ -266,7 +272,8 @@ def train(o, rank, world, device):
         mean = {k: sum(each[0].get(k, 0.0) for each in everyone) / size for k in everyone[0][0]}
         line = {"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "lr": rate, "grad_norm": norm,
                 **mean, "tokens_per_second": round(sum(each[1] for each in everyone) / (now - tick)),
-                "seconds": round(now - began, 2), "memory_gib": round(memory(device), 3)}
+                "waiting": round(max(each[2] for each in everyone) / (now - tick), 4),
+                "seconds": round(now - began, 2), "memory_gib": round(plan.peak(device), 3)}
         state["chosen"] = [*state["chosen"], mean["rewards/chosen"]][-40:]
         if falling(state["chosen"]) and not state.get("warned"):
             state["warned"] = True
@@ -277,7 +284,7 @@ def train(o, rank, world, device):
             line["eval"] = evaluated(f"step-{step + 1}")
         log.write(line)
         bar.set_postfix(loss=f"{mean['loss']:.3f}", chosen=f"{mean['rewards/chosen']:+.2f}")
-        stopping = any(each[3] for each in everyone)
+        stopping = any(each[4] for each in everyone)
         if stopping or step + 1 == steps or not (step + 1) % o.save_every or not (step + 1) % per_epoch:
             state |= {"step": step + 1, "seconds": now - began, "log_bytes": log.size()}
             save(out, optimiser, reference, base, state, rank)
@@ -289,8 +296,13 @@ def train(o, rank, world, device):
     summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
                "seconds": round(state["seconds"], 1), "options": asdict(o)}
 
+    weights = optimiser.whole("weight") if sharding else None
+
     def finish():
-        lora.save(m.model, out / "adapter", str(m.folder))
+        if o.lora_r:
+            lora.save(m.model, out / "adapter", str(m.folder))
+        elif not (out / "model").exists():
+            lora.write_folder(m.model, m.folder, out / "model", weights)
         if m.is_classroom:
             import eval_hallu
             summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
@@ -343,14 +355,6 @@ class Log:
 
     def size(self):
         return os.fstat(self.file.fileno()).st_size if self.file else 0
-
-
-def memory(device):
-    """Peak memory in GiB, of the GPU or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def falling(chosen):
