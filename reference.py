@@ -3,7 +3,11 @@
 A record becomes a data.Pair, the pixels of its images and of the rejected ones, and a key over all of them.
 The reference's log-probs are kept under that key: what a pair was scored with is what it is compared with.
 """
+import functools
 import hashlib
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -40,6 +44,47 @@ def read_pair(m, records, good, place, o, needs, epoch):
     for x in pixels if o.redraw else (*pixels, *pixels_damaged):
         key.update(getattr(x, "pixels", x).numpy().tobytes())
     return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
+
+
+@functools.lru_cache(2)
+def order(n, seed, epoch):
+    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
+    places = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(places)
+    return places
+
+
+class Feed:
+    """What the steps read, by threads and a step ahead: the pairs are the same with any number of them.
+
+    tokens: of each pair. Ranks take micro-batches of much the same length. equal: as many each, of which one
+    that does not count repeats another; with --shard all ranks run equally many forwards.
+    """
+    def __init__(self, m, records, good, tokens, o, needs, steps, rank=0, world=1, equal=False):
+        self.tokens, self.o, self.steps = tokens, o, steps
+        self.rank, self.world, self.equal = rank, world, equal
+        self.read = functools.partial(read_pair, m, records, good, o=o, needs=needs)
+        self.pool, self.begun = ThreadPoolExecutor(o.workers), {}
+
+    def __call__(self, step):
+        """(pairs in the step, this rank's micro-batches [(places, counts, a future of each pair)])."""
+        for ahead in (step, step + 1):
+            if ahead not in self.begun and ahead < self.steps:
+                self.begun[ahead] = self.begin(ahead)
+        return self.begun.pop(step)
+
+    def begin(self, step):
+        epoch, at = divmod(step, math.ceil(len(self.tokens) / self.o.batch))
+        places = order(len(self.tokens), self.o.seed, epoch)[at * self.o.batch:(at + 1) * self.o.batch]
+        size = self.o.micro_batch
+        micros = [(places[k:k + size], True) for k in range(0, len(places), size)]
+        micros += [(micros[0][0], False)] * (-len(micros) % self.world if self.equal else 0)
+        if self.world > 1:                                      # the longest first, dealt back and forth
+            micros.sort(key=lambda micro: -sum(self.tokens[place] for place in micro[0]))
+            turns = [*range(self.world), *reversed(range(self.world))]
+            micros = [x for k, x in enumerate(micros) if turns[k % len(turns)] == self.rank]
+        return len(places), [(micro, counts, [self.pool.submit(self.read, place=place, epoch=epoch)
+                                              for place in micro]) for micro, counts in micros]
 
 
 class Reference:

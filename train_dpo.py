@@ -18,17 +18,14 @@ Departures from the official code:
     `--shard` also deals the frozen base to them, for models that one GPU cannot hold.
 """
 import errno
-import functools
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +42,7 @@ import plan
 import vlm
 from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
 from records import Records, check
-from reference import Reference, encode, read_pair
+from reference import Feed, Reference, encode, read_pair
 
 
 # ---------------------------------------------------------------------------------------- before and after
@@ -123,14 +120,6 @@ def learning_rate(step, steps, o):
     if step < warm:
         return o.lr * step / warm
     return o.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@functools.lru_cache(2)
-def order(n, seed, epoch):
-    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
-    places = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(places)
-    return places
 
 
 def measures(policy, reference, loss, beta):
@@ -215,30 +204,15 @@ def train(o, rank, world, device):
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
                    "images": m.preparation, "official": options.departures(o),
                    "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()})
-    stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(o.workers)
+    stop, began = Stop(), time.monotonic() - state["seconds"]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop.armed = True
 
-    def fetch(step):
-        """(pairs in the step, this rank's micro-batches as (places, counts, futures)), read by threads.
-
-        One that does not count repeats the first: with --shard all ranks run equally many forwards.
-        """
-        epoch, at = divmod(step, per_epoch)
-        places = order(len(good), o.seed, epoch)[at * o.batch:(at + 1) * o.batch]
-        micros = [(places[k:k + o.micro_batch], True) for k in range(0, len(places), o.micro_batch)]
-        micros += [(micros[0][0], False)] * (-len(micros) % world if sharding else 0)
-
-        def read(place):
-            return pool.submit(read_pair, m, records, good, place, o, needs, epoch)
-        return len(places), [(micro, counts, [*map(read, micro)]) for micro, counts in micros[rank::world]]
-
-    ahead = fetch(state["step"]) if state["step"] < steps else None
+    feed = Feed(m, records, good, [*map(plan.tokens, lengths)], o, needs, steps, rank, world, sharding)
     bar = tqdm(range(state["step"], steps), "training", initial=state["step"], total=steps, disable=rank > 0)
     for step in bar:
-        tick, (size, micros) = time.monotonic(), ahead
-        ahead = fetch(step + 1) if step + 1 < steps else None
+        tick, (size, micros) = time.monotonic(), feed(step)
         sums, tokens, waited, bad = {}, 0, 0.0, []
         for places, counts, futures in micros:
             since = time.monotonic()
@@ -291,7 +265,6 @@ def train(o, rank, world, device):
         if stopping and step + 1 < steps:
             raise KeyboardInterrupt
     stop.armed = False
-    pool.shutdown()
     after = evaluated("after")
     summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
                "seconds": round(state["seconds"], 1), "options": asdict(o)}
