@@ -205,8 +205,11 @@ def read_answers(path):
 def word_rewards(m, run_folder, beta, images=12, n=4):
     """Does the model look? beta (log p_policy - log p_reference) of each word of an answer after training,
     with the true image and with another. For n of the run's first captions; hallucinating ones first."""
-    import lora
     import vlm
+
+    def logps(m, pixels, new):
+        features = vlm.encode_images(m, pixels)                                                 # (2, K, D)
+        return [vlm.word_logps(m, one, new["question"], new["answer"]) for one in features.split(1)]
     run = Path(run_folder)
     (settings, before), (_, after) = (read_answers(run / f"{name}.jsonl") for name in ("before", "after"))
     both = [(b, a) for b, a in zip(before, after, strict=True) if a["kind"] == "caption" and a["answer"]]
@@ -219,13 +222,11 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
         if other is None:
             continue
         paths = [image_path(file, name) for name in (new["image"], other)]
-        rewards = []
-        features = vlm.encode_images(m, vlm.prepare(m, [data.read_image(p) for p in paths]))    # (2, K, D)
-        for one in features.split(1):
-            policy = vlm.word_logps(m, one, new["question"], new["answer"])
-            with lora.lora_disabled(m.model):
-                reference = vlm.word_logps(m, one, new["question"], new["answer"])
-            rewards.append([(w, beta * (p - r)) for (w, p), (_, r) in zip(policy, reference, strict=True)])
+        pixels = vlm.prepare(m, [data.read_image(p) for p in paths])
+        with vlm.base_of(m) as base:
+            reference = logps(base, pixels, new)
+        rewards = [[(w, beta * (p - r)) for (w, p), (_, r) in zip(*both, strict=True)]
+                   for both in zip(logps(m, pixels, new), reference, strict=True)]
         image, other_image = (os.path.relpath(p, os.path.realpath(run)) for p in paths)
         out.append({"id": new["id"], "image": image, "other_image": other_image, "question": new["question"],
                     "answer_before": old["answer"], "answer_after": new["answer"], "truth": new["truth"],

@@ -34,7 +34,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import lora
 import tally
 import vlm
 from plan import tokenise
@@ -43,15 +42,14 @@ from records import Records
 RESPONSES = {"chosen", "rejected"}
 
 
-def look(m, records, good, o, name, reference=lora.lora_disabled):
+def look(m, records, good, o, name):
     """The numbers above, of the model as it stands; {} where fewer than two records have one image.
 
     records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
     micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
-    and reference are one. reference(m.model): a `with` in which the model is the reference. Nothing is left
-    changed, random generators included. Raises UserError.
+    and reference are one. Nothing is left changed, random generators included. Raises UserError.
     """
-    reference = reference if name != "before" else None
+    moved = name != "before"
     shown = list(islice((r for r in map(records.__getitem__, good) if len(r["images"]) == 1), o.look))
     if len(shown) < 2:
         return {}
@@ -70,7 +68,7 @@ def look(m, records, good, o, name, reference=lora.lora_disabled):
         pairs = [tokenise(m, shown[i], o, [picture.size])[0]
                  for (_, i, _), picture in zip(some, pictures, strict=True)]
         pairs = [pair._replace(prompt=pair.prompt_rejected) for pair in pairs]   # with this very picture
-        rows = score(m, pairs, pictures, RESPONSES, o, reference)
+        rows = score(m, pairs, pictures, RESPONSES, o, moved)
         for (kind, i, _), mine, frozen in zip(some, *rows, strict=True):
             policy[kind][i], change[kind][i] = mine, mine - frozen
 
@@ -85,7 +83,7 @@ def look(m, records, good, o, name, reference=lora.lora_disabled):
                                        if kind != "true"}
     return found | {"logps_chosen": mean(policy["true"][:, 0]),
                     "logps_chosen_change": mean(change["true"][:, 0]),
-                    "kl": mean(moved(m, shown, o, reference))}
+                    "kl": mean(divergence(m, shown, o, moved))}
 
 
 def made(out):
@@ -117,24 +115,23 @@ def shut(picture, kind):
     return data.rejected_image("blank", picture, 0, "") if kind == "blank" else picture
 
 
-def score(m, pairs, pictures, needs, o, reference):
+def score(m, pairs, pictures, needs, o, moved):
     """log p under policy and reference: two float64 arrays (B, number of needs), chosen first."""
-    features = vlm.encode_images(m, vlm.prepare(m, pictures))
-
     @torch.no_grad()
-    def scores():
-        logps = vlm.FORWARDS[o.forward](m, pairs, features, needs)
+    def scores(model):
+        features = vlm.encode_images(model, vlm.prepare(model, pictures))
+        logps = vlm.FORWARDS[o.forward](model, pairs, features, needs)
         return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
-    mine = scores()
-    if not reference:
+    mine = scores(m)
+    if not moved:
         return mine, mine
-    with reference(m.model):
-        return mine, scores()
+    with vlm.base_of(m) as base:
+        return mine, scores(base)
 
 
-def moved(m, shown, o, reference):
+def divergence(m, shown, o, moved):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    if not reference:
+    if not moved:
         return np.zeros(len(shown))
     pictures = [data.read_image(r["images"][0]) for r in shown]
     texts = vlm.generate(m, [[p] for p in pictures], [r["question"] for r in shown], o.max_new_tokens,
@@ -144,7 +141,7 @@ def moved(m, shown, o, reference):
         prompt = vlm.prompt_ids(m, r["question"], counts=[vlm.tokens_of(m, picture.size)])
         ids = [t for t in m.tokenizer(text, add_special_tokens=False).input_ids if t != m.image_token_id]
         pairs.append(data.Pair(r["id"], prompt, prompt, [*ids, m.eos_id][:o.max_new_tokens], []))
-    parts = [score(m, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch], {"chosen"}, o, reference)
+    parts = [score(m, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch], {"chosen"}, o, moved)
              for at in range(0, len(pairs), o.micro_batch)]
     return np.concatenate([(mine - frozen)[:, 0] for mine, frozen in parts])
 

@@ -187,19 +187,32 @@ def merge_folder(model, adapter, out, dtype="auto"):
     source = next((place for place in places if place.is_dir()), None)
     if source is None or out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"--model {model} must be a folder, and --out {out} an empty or a new one.")
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         merged = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         load(merged, adapter)
         merge(merged)
-        merged.save_pretrained(temporary, max_shard_size=SHARD)
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"{model} cannot be merged into {out}: {e}") from e
+    write_folder(merged, source, out)
+
+
+def write_folder(model, source, out, weights=None):
+    """A folder that transformers alone loads, whole or not at all: `model`, the rest as it is in `source`.
+
+    weights: {name: tensor} in the place of what other ranks hold a part of.
+    """
+    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    state = {name: x if weights is None or name not in weights else weights[name].to(model.dtype)
+             for name, x in model.state_dict().items()}
+    try:
+        model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
         kept = [f for f in source.iterdir() if f.suffix in (".json", ".jinja", ".model", ".txt")]
         for file in kept:
             if not file.name.endswith(".index.json") and not (temporary / file.name).exists():
                 shutil.copyfile(file, temporary / file.name)
         os.replace(temporary, out)
     except (OSError, ValueError) as e:
-        raise AdapterError(f"{model} cannot be merged into {out}: {e}") from e
+        raise AdapterError(f"{out} cannot hold the model ({e}): make room there.") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -44,7 +44,7 @@ class Options:
     batch: int = option(16, "pairs per optimiser step, over all ranks")
     micro_batch: int = option(8, "pairs per forward")
     lr: float = option(2e-4, "peak learning rate")
-    lora_r: int = option(64, "LoRA rank")
+    lora_r: int = option(64, "LoRA rank; 0, or --no-lora: no adapter, all but the vision tower trains")
     seed: int = option(0, "pairs, LoRA, order and draws")
     eval_seed: int = option(0, "the scenes of the printed table")
     eval_every: int = option(0, "evaluate every N steps too (0: before and after only)")
@@ -66,6 +66,7 @@ class Options:
     official: bool = False            # a paper's preset with the departures of its official code, OFFICIAL
     checkpointing: bool = False       # recompute activations in the backward
     check_memory: bool = True         # refuse what plan.py says cannot fit
+    workers: int = 4                  # threads that read the next step's pairs
     save_every: int = 50              # steps between checkpoints
     pairs: int = 1000                 # of the classroom
     pair_options: str = ""            # more options of classroom/pairs.py
@@ -120,6 +121,7 @@ def parse(argv, description):
             kind = {"action": argparse.BooleanOptionalAction}
         if f.metadata:
             parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default!r}]", **kind)
+    parser.add_argument("--no-lora", dest="lora_r", action="store_const", const=0, help="--lora_r 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="behind",
                         help="one of\n" + "\n".join(f"  {f.name}={f.default}" for f in behind.values()))
     given = vars(parser.parse_args(argv))
@@ -162,11 +164,11 @@ def check(o):
     if o.image_rejected == "none" and "image_rejected" in needs:
         raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
-    for name in ("epochs", "batch", "micro_batch", "lora_r", "lora_alpha", "save_every", "max_length",
+    for name in ("epochs", "batch", "micro_batch", "lora_alpha", "workers", "save_every", "max_length",
                  "pairs", "scenes", "questions", "max_new_tokens", "beta", "lr"):
         if not 0 < getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must be a number above 0")
-    for name in ("max_steps", "eval_every", "look", "warmup", "clip", "weight_decay"):
+    for name in ("lora_r", "max_steps", "eval_every", "look", "warmup", "clip", "weight_decay"):
         if not 0 <= getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
     if o.official and o.preset not in OFFICIAL:

@@ -83,9 +83,10 @@ def tokens(length):
 
 
 def memory(config, o, rows, dtype, world=1, weights=None):
-    """Bytes per GPU: {"weights", "LoRA", "optimiser", "activations", "rest", "total"}.
+    """Bytes per GPU: {"weights", "LoRA" or "gradients", "optimiser", "activations", "rest", "total"}.
 
     rows: the lengths of the pairs in the largest micro-batch. world: GPUs. weights: shapes(config), if known.
+    Without an adapter the weights are those that train and the frozen copy of them.
     """
     e, weights, text = BYTES[dtype], weights or shapes(config), config.text_config
     count = {n: math.prod(s) for n, s in weights.items()}
@@ -93,15 +94,21 @@ def memory(config, o, rows, dtype, world=1, weights=None):
     linear = [s for n, s in weights.items() if n in layers and len(s) == 2]
     dealt = sum(count[n] for n in layers) if o.shard and world > 1 else 0
     adapter = o.lora_r * sum(sum(s) for s in linear)
-    got = {"weights": e * (sum(count.values()) - dealt + dealt / world),
-           "LoRA": 8 * adapter,                                       # float32, the gradient as large
-           "optimiser": 12 * adapter / world}                         # two moments and the shard's gradient
+    got = {"weights": e * (sum(count.values()) - dealt + dealt / world)}
+    if o.lora_r:
+        got |= {"LoRA": 8 * adapter,                                  # float32, the gradient as large
+                "optimiser": 12 * adapter / world}                    # two moments and the shard's gradient
+    else:
+        flat, master = sum(count[n] for n in count if ".vision_tower." not in n) - dealt, max(4, e)
+        got["weights"] += e * flat + master * dealt / world           # the frozen copy; masters, where dealt
+        got |= {"gradients": master * (flat + dealt / world),
+                "optimiser": master * (2 * dealt + (3 + (e < master)) * flat) / world}
 
     T = sum(map(tokens, rows))
     if o.forward == "naive":                                          # padded to the longest
         longest = max(max(p, a) + max(c, r) for p, c, r, a, _ in rows)
         T = longest * sum(1 + bool(r) + bool(a) for _, _, r, a, _ in rows)
-    whole, copied = per_layer(text, e, o.lora_r * len(linear) / text.num_hidden_layers)
+    whole, copied = per_layer(text, e, o.lora_r * len(linear) / text.num_hidden_layers, not o.lora_r)
     forked = sum(p + r for p, _, r, _, _ in rows if r) if o.forward == "packed" else 0
     layer = whole * T + copied * forked + (e < 4) * e * adapter / text.num_hidden_layers     # A, B cast to e
     hidden, wide = e * text.hidden_size * T, e * (2 * text.intermediate_size + 4 * text.hidden_size) * T
@@ -114,18 +121,20 @@ def memory(config, o, rows, dtype, world=1, weights=None):
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     seen = pictures * tiles * patches * e * (vision.hidden_size * (vision.num_hidden_layers + 8)
                                              + 2 * vision.intermediate_size)
-    largest = e * max(count[n] for n in layers) * 2 * bool(dealt)     # a layer's weights, gathered
-    got["rest"] = (scored * text.vocab_size * (2 * e + 8) + responses * text.hidden_size * e + seen + largest
-                   + CONTEXT)
+    gathered = (2 * e + 4 * (not o.lora_r)) * dealt / n               # two layers' weights, one's gradient
+    head = 0 if o.lora_r else 2 * e * text.vocab_size * text.hidden_size                 # lm_head's gradient
+    got["rest"] = (scored * text.vocab_size * (2 * e + 8) + responses * text.hidden_size * e + seen + gathered
+                   + head + CONTEXT)
     got["total"] = sum(got.values()) * SLACK
     return got
 
 
-def per_layer(text, e, ranks):
+def per_layer(text, e, ranks, trains=False):
     """Bytes that autograd keeps of a decoder layer: per token, and per token of a prompt with two responses.
 
     Counted on transformers' code: what a frozen linear layer reads is kept for LoRA's A alone, and once for
-    all layers that read it. e: bytes of a number. ranks: LoRA's rank times the layer's linear layers.
+    all layers that read it. e: bytes of a number. ranks: LoRA's rank times the layer's linear layers. trains:
+    the layer's own weights do, the norms' too.
     """
     D, inner = text.hidden_size, text.intermediate_size
     kv = 2 * (getattr(text, "head_dim", None) or D // text.num_attention_heads) * text.num_key_value_heads
@@ -133,7 +142,7 @@ def per_layer(text, e, ranks):
     if text.model_type == "phi":                                      # one norm; its GELU keeps five tensors
         kept = 2 * e * D + attention + 5 * e * inner
     else:                                                             # two RMSNorms, in float32; a gated SiLU
-        kept = 2 * (max(4, e) * D + e * D) + attention + 4 * e * inner
+        kept = 2 * (max(4, e) * D + (1 + trains) * e * D) + attention + 4 * e * inner
     return kept + e * ranks, e * kv
 
 
@@ -146,6 +155,14 @@ def capacity(device):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
     except (ValueError, OSError, AttributeError):
         return None, ""
+
+
+def peak(device):
+    """GiB that were in use at most, of the GPU or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
 
 
 def mend(config, o, longest, dtype, world, room, weights):

@@ -1,9 +1,11 @@
 """Several processes as one run: who is who under torchrun; AdamW, and on request the base, in shards.
 
 Gradients are summed over ranks once per optimiser step, by hand, without a DDP wrapper. `--shard` puts the
-frozen decoder layers, nine tenths of a 7B, under PyTorch's FSDP2. Tested with two ranks over gloo on a CPU,
+decoder layers, nine tenths of a 7B, under PyTorch's FSDP2: the frozen base's, or, without an adapter, those
+that train and those of the frozen copy. Tested with two ranks over gloo on a CPU,
 as one node and as two; NCCL, and ranks that share a GPU, have not been run.
 """
+import functools
 import math
 import os
 from datetime import timedelta
@@ -11,11 +13,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import data
 import lora
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")                   # what a checkpoint keeps of each weight
 
 
 def distributed(o):
@@ -33,29 +37,33 @@ def distributed(o):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def from_rank_0(work, rank, world, sharded=None):
+def from_rank_0(work, rank, world, sharded=()):
     """work() on rank 0, its result on every rank; a user's mistake there, which rank 0 says, ends them all.
 
-    sharded: the language model of shard(), if work uses it. Rank 0 then runs any number of forwards, and for
-    each of them the other ranks send a token of their own through: the layers' weights come from all ranks.
+    sharded: the language models that load_in_shards dealt, if work uses them. Rank 0 then runs any number of
+    forwards, and for each the other ranks send a token of their own through the same model: the layers'
+    weights come from all ranks.
     """
-    def forward_follows(*_):
-        told_by_rank_0(1)
+    def forward_follows(number, *_):
+        told_by_rank_0(number)
     result = [None, None]
     if rank == 0:
-        hook = sharded.register_forward_pre_hook(forward_follows) if sharded else None
+        hooks = [language.register_forward_pre_hook(functools.partial(forward_follows, number))
+                 for number, language in enumerate(sharded, 1)]
         try:
             result[0] = work()
         except (data.UserError, lora.AdapterError) as e:
             result[1] = e
-        if sharded:
+        for hook in hooks:
             hook.remove()
+        if sharded:
             told_by_rank_0(0)
     elif sharded:
-        token = torch.zeros(1, 1, sharded.config.hidden_size, dtype=sharded.dtype, device=sharded.device)
-        while told_by_rank_0():
+        one = sharded[0]
+        token = torch.zeros(1, 1, one.config.hidden_size, dtype=one.dtype, device=one.device)
+        while number := told_by_rank_0():
             with torch.no_grad():
-                sharded(inputs_embeds=token, use_cache=False)
+                sharded[number - 1](inputs_embeds=token, use_cache=False)
     if world > 1:
         dist.broadcast_object_list(result)
     if result[1] is not None:
@@ -82,7 +90,7 @@ def load_in_shards(load, device):
 
     A layer's whole weight is gathered while it runs. Embeddings, lm_head, vision tower, projector and LoRA
     stay whole. The ranks of a node take turns, and the layers go one by one: the host never holds more than
-    one whole model, a GPU never more than one whole layer.
+    one whole model (and its frozen copy, if it trains itself), a GPU never more than one whole layer.
     """
     if device.type not in ("cuda", "cpu"):
         raise data.UserError(f"--shard on {device.type}: PyTorch can do it on CUDA and on the CPU only")
@@ -91,15 +99,27 @@ def load_in_shards(load, device):
     for turn in range(dist.get_world_size()):
         if turn == int(os.environ["LOCAL_RANK"]):
             m = load()
-            language, adapter = m.model.model.language_model, set(lora.lora_parameters(m.model).values())
-            dealt = {p for layer in language.layers for p in layer.parameters()} - adapter
-            for x in {*m.model.parameters(), *m.model.buffers()} - dealt:
-                x.data = x.data.to(device)
-            for layer in language.layers:
-                fully_shard(layer, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
-            fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))    # joins the layers
+            for each in (m, m.frozen) if m.frozen else (m,):
+                deal(each.model, device, mesh)
         dist.barrier()
     return m
+
+
+def deal(model, device, mesh):
+    """Put a model's decoder layers under FSDP2; what trains of them is float32 and computes in their type."""
+    language, adapter = model.model.language_model, set(lora.lora_parameters(model).values())
+    dealt = {p for layer in language.layers for p in layer.parameters()} - adapter
+    for x in {*model.parameters(), *model.buffers()} - dealt:
+        x.data = x.data.to(device)
+    master = torch.promote_types(language.dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=language.dtype, reduce_dtype=master)
+    for layer in language.layers:
+        if any(p.requires_grad for p in dealt):
+            layer.to(master)
+        fully_shard(layer, mesh=mesh, ignored_params=adapter, reshard_after_forward=True, mp_policy=policy)
+        layer.set_gradient_divide_factor(1.0)                          # a sum over the ranks, not their mean
+        layer.set_force_sum_reduction_for_comms(True)
+    fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))            # joins the layers
 
 
 def frozen_bytes(model):
@@ -121,27 +141,38 @@ def all_reduce(x):
 
 
 class ShardedAdamW:
-    """AdamW over one flat vector of all LoRA weights; a rank owns a shard of its gradient and moments.
+    """AdamW with its float32 masters and moments dealt to the ranks.
 
-    reduce-scatter the gradient, step the shard, all-gather the weights: ZeRO-2 (arXiv 1910.02054, section 5).
+    Weights that every rank holds whole lie in one flat vector, and a rank owns a shard of it: reduce-scatter
+    the gradient, step the shard, all-gather the weights: ZeRO-2 (arXiv 1910.02054, section 5). Of those that
+    deal() dealt a rank steps the part that it has, whose gradient FSDP2 has summed.
     """
     def __init__(self, parameters, o, rank, world):
-        self.world, self.clip, self.place, at = world, o.clip, {}, 0
-        first = next(iter(parameters.values()))
-        per_rank = -(-sum(p.numel() for p in parameters.values()) // world)           # rounded up
-        self.flat, self.grad = (first.new_zeros(per_rank * world) for _ in range(2))
-        for name, p in parameters.items():
+        self.rank, self.world, self.clip, self.place, at = rank, world, o.clip, {}, 0
+        self.dealt = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
+        whole = {n: p for n, p in parameters.items() if n not in self.dealt}
+        first = next(iter(whole.values()))
+        master = torch.promote_types(first.dtype, torch.float32)
+        per_rank = -(-sum(p.numel() for p in whole.values()) // world)                # rounded up
+        self.flat = first.new_zeros(per_rank * world)
+        self.grad = self.flat.new_zeros(per_rank * world, dtype=master)
+        for name, p in whole.items():
             self.place[name], at = (slice(at, at + p.numel()), p.shape), at + p.numel()
             self.flat[self.place[name][0]] = p.data.flatten()
-            p.data, p.grad = (x[self.place[name][0]].view(p.shape) for x in (self.flat, self.grad))
+            p.data, grad = (x[self.place[name][0]].view(p.shape) for x in (self.flat, self.grad))
+            if p.dtype == master:
+                p.grad = grad
+            else:
+                p.register_post_accumulate_grad_hook(functools.partial(add_and_clear, grad))
         self.mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.shard = torch.nn.Parameter(self.flat[self.mine])                      # the same memory
+        self.shard = torch.nn.Parameter(self.flat[self.mine].to(master))       # float32: the same memory
         self.shard.grad = torch.zeros_like(self.shard)
-        self.adam = torch.optim.AdamW([self.shard], o.lr, (o.adam_beta1, o.adam_beta2),
+        self.parts = [self.shard, *(torch.nn.Parameter(p.detach().to_local()) for p in self.dealt.values())]
+        self.adam = torch.optim.AdamW(self.parts, o.lr, (o.adam_beta1, o.adam_beta2),
                                       weight_decay=o.weight_decay)
-        self.adam.state[self.shard] = self.moments = {
-            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(self.flat[self.mine]),
-            "exp_avg_sq": torch.zeros_like(self.flat[self.mine])}
+        for part in self.parts:
+            self.adam.state[part] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(part),
+                                     "exp_avg_sq": torch.zeros_like(part)}
 
     def gather(self, shard):
         """The shards of all ranks as one flat vector."""
@@ -161,33 +192,62 @@ class ShardedAdamW:
         else:
             self.shard.grad.copy_(self.grad)
         self.grad.zero_()
+        for part, p in zip(self.parts[1:], self.dealt.values(), strict=True):
+            part.grad, p.grad = p.grad.to_local(), None
         exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
-        square = self.shard.grad.to(exact).square().sum()
+        square = sum(part.grad.to(exact).square().sum() for part in self.parts)
         if self.world > 1:
             all_reduce(square)
         norm = square.sqrt().item()
         if math.isfinite(norm):
-            self.shard.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
+            for part in self.parts:
+                part.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
-            if self.world > 1:
-                self.flat.copy_(self.gather(self.shard.detach()))
+            if self.world > 1 or self.shard.dtype != self.flat.dtype:
+                self.flat.copy_(self.gather(self.shard.detach().to(self.flat.dtype)))
         return norm
 
+    def kept(self, kind):
+        """Of each part, what a checkpoint keeps: the masters ("weight") or one of the moments."""
+        return [part.detach() if kind == "weight" else self.adam.state[part][kind] for part in self.parts]
+
+    def whole(self, kind):
+        """One of KINDS as {name: tensor}, unsharded, on the CPU; {} but on rank 0. All ranks must call it."""
+        mine, *parts = self.kept(kind)
+        flat, found = self.gather(mine), {}
+        for name, (at, shape) in self.place.items() if self.rank == 0 else ():
+            found[name] = flat[at].view(shape).cpu().clone()
+        for (name, p), part in zip(self.dealt.items(), parts, strict=True):
+            part = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            part = part.full_tensor()
+            if self.rank == 0:
+                found[name] = part.cpu()
+        return found
+
     def state(self):
-        """{kind/name: tensor}, unsharded and named: weights and both moments. Every rank must call it."""
-        whole = {"lora": self.flat, **{k: self.gather(self.moments[k]) for k in ("exp_avg", "exp_avg_sq")}}
-        return {f"{kind}/{name}": vector[at].view(shape).cpu().clone()
-                for kind, vector in whole.items() for name, (at, shape) in self.place.items()}
+        """{kind/name: tensor}: masters and both moments, as whole() gives them."""
+        return {f"{kind}/{name}": x for kind in KINDS for name, x in self.whole(kind).items()}
 
     def load(self, tensors, step):
         """Take up state() of any number of ranks."""
-        for kind in ("lora", "exp_avg", "exp_avg_sq"):
-            whole = torch.zeros_like(self.flat)
+        for kind in KINDS:
+            mine, *parts = self.kept(kind)
+            flat = torch.zeros_like(self.flat, dtype=mine.dtype)
             for name, (at, _) in self.place.items():
-                whole[at] = tensors[f"{kind}/{name}"].flatten().to(whole.device)
-            if kind == "lora":
-                self.flat.copy_(whole)
-            else:
-                self.moments[kind].copy_(whole[self.mine])
-        self.moments["step"].fill_(step)
+                flat[at] = tensors[f"{kind}/{name}"].flatten().to(flat.device)
+            mine.copy_(flat[self.mine])
+            if kind == "weight":
+                self.flat.copy_(flat)
+            for (name, p), part in zip(self.dealt.items(), parts, strict=True):
+                whole = tensors[f"{kind}/{name}"].to(part.device)
+                part.copy_(distribute_tensor(whole, p.device_mesh, p.placements,
+                                             src_data_rank=None).to_local())
+        for part in self.parts:
+            self.adam.state[part]["step"].fill_(step)
+
+
+def add_and_clear(total, p):
+    """A gradient of this backward, in the weight's own type, into the float32 sum over micro-batches."""
+    total += p.grad
+    p.grad = None

@@ -3,13 +3,16 @@
 A record becomes a data.Pair, the pixels of its images and of the rejected ones, and a key over all of them.
 The reference's log-probs are kept under that key: what a pair was scored with is what it is compared with.
 """
+import functools
 import hashlib
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 
 import data
-import lora
 import losses
 import vlm
 from plan import tokenise
@@ -43,6 +46,47 @@ def read_pair(m, records, good, place, o, needs, epoch):
     return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
 
 
+@functools.lru_cache(2)
+def order(n, seed, epoch):
+    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
+    places = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(places)
+    return places
+
+
+class Feed:
+    """What the steps read, by threads and a step ahead: the pairs are the same with any number of them.
+
+    tokens: of each pair. Ranks take micro-batches of much the same length. equal: as many each, of which one
+    that does not count repeats another; with --shard all ranks run equally many forwards.
+    """
+    def __init__(self, m, records, good, tokens, o, needs, steps, rank=0, world=1, equal=False):
+        self.tokens, self.o, self.steps = tokens, o, steps
+        self.rank, self.world, self.equal = rank, world, equal
+        self.read = functools.partial(read_pair, m, records, good, o=o, needs=needs)
+        self.pool, self.begun = ThreadPoolExecutor(o.workers), {}
+
+    def __call__(self, step):
+        """(pairs in the step, this rank's micro-batches [(places, counts, a future of each pair)])."""
+        for ahead in (step, step + 1):
+            if ahead not in self.begun and ahead < self.steps:
+                self.begun[ahead] = self.begin(ahead)
+        return self.begun.pop(step)
+
+    def begin(self, step):
+        epoch, at = divmod(step, math.ceil(len(self.tokens) / self.o.batch))
+        places = order(len(self.tokens), self.o.seed, epoch)[at * self.o.batch:(at + 1) * self.o.batch]
+        size = self.o.micro_batch
+        micros = [(places[k:k + size], True) for k in range(0, len(places), size)]
+        micros += [(micros[0][0], False)] * (-len(micros) % self.world if self.equal else 0)
+        if self.world > 1:                                      # the longest first, dealt back and forth
+            micros.sort(key=lambda micro: -sum(self.tokens[place] for place in micro[0]))
+            turns = [*range(self.world), *reversed(range(self.world))]
+            micros = [x for k, x in enumerate(micros) if turns[k % len(turns)] == self.rank]
+        return len(places), [(micro, counts, [self.pool.submit(self.read, place=place, epoch=epoch)
+                                              for place in micro]) for micro, counts in micros]
+
+
 class Reference:
     """Log-probs of the frozen reference, kept per pair beside the key of the inputs that they were made from.
 
@@ -60,12 +104,15 @@ class Reference:
         """losses.Logps of a micro-batch; with redraw the rejected image's term is scored every time."""
         pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
         kept = needs - {"image_rejected"} if redraw else needs
-        shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
-        true, damaged = features.flatten(0, -2).tensor_split([shown])                           # (T, D)
-        with torch.no_grad(), lora.lora_disabled(m.model):
-            stale = not torch.equal(self.key[places], keys)
-            if on_any(stale) if self.sharded else stale:
-                logps = forward(m, pairs, true if redraw else features, kept)
+        stale = not torch.equal(self.key[places], keys)
+        stale = on_any(stale) if self.sharded else stale
+        with torch.no_grad(), vlm.base_of(m) as base:
+            if base is not m and (stale or redraw):             # the policy's projector trains, too
+                features = encode(base, batch)
+            shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
+            true, damaged = features.flatten(0, -2).tensor_split([shown])                       # (T, D)
+            if stale:
+                logps = forward(base, pairs, true if redraw else features, kept)
                 for i, field in enumerate(self.FIELDS):
                     if field in kept:
                         self.logps[places, i] = getattr(logps, field).cpu().double()
@@ -75,7 +122,7 @@ class Reference:
                       for i, f in enumerate(self.FIELDS)]
             if redraw:
                 again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
-                values[2] = forward(m, again, damaged, {"chosen"}).chosen
+                values[2] = forward(base, again, damaged, {"chosen"}).chosen
         tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=features.device)
                   for f in ("chosen", "rejected")]
         return losses.Logps(*values, *tokens)

@@ -18,17 +18,14 @@ Departures from the official code:
     `--shard` also deals the frozen base to them, for models that one GPU cannot hold.
 """
 import errno
-import functools
 import json
 import math
 import os
-import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,7 +43,7 @@ import plan
 import vlm
 from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
 from records import Records, check
-from reference import Reference, encode, read_pair
+from reference import Feed, Reference, encode, read_pair
 
 
 # ---------------------------------------------------------------------------------------- before and after
@@ -75,7 +72,7 @@ def evaluate(m, o, out, name, val):
     """Metrics of the model as it stands: of the classroom or of val_data, and of eval_data's questions."""
     found = measured(m, o, out, name, val)
     if o.look and (held_out := val or diagnose.made(out)):
-        found["look"] = diagnose.look(m, *held_out, o, name)
+        found["look"] = diagnose.look(m, *held_out[:2], o, name)
     if o.eval_data:
         import eval_hallu
         asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
@@ -94,19 +91,18 @@ def measured(m, o, out, name, val):
         return eval_hallu.score_classroom(out / f"{name}.jsonl")
     if val is None:
         return {}
-    (records, good), forward = val, vlm.FORWARDS[o.forward]
+    (records, good, reference), forward = val, vlm.FORWARDS[o.forward]
     loss_of = losses.resolve(o.loss, anchors=o.anchors)
     needs, rows = losses.needs(loss_of) | {"chosen", "rejected"}, []
     for at in tqdm(range(0, len(good), o.micro_batch), f"{name}: validation pairs"):
-        places = range(at, min(at + o.micro_batch, len(good)))
+        places = [*range(at, min(at + o.micro_batch, len(good)))]
         batch = [read_pair(m, records, good, p, o, needs, 0) for p in places]
-        pairs, features = [b[0] for b in batch], encode(m, batch)
         with torch.no_grad():
-            policy = forward(m, pairs, features, needs)
-            with lora.lora_disabled(m.model):
-                reference = forward(m, pairs, features, needs)
-        chosen, rejected, _ = losses.rewards(policy, reference, o.beta)
-        loss = loss_of(policy, reference, o.beta, o.delta)
+            features = encode(m, batch)
+            frozen = reference(m, places, batch, features, forward, needs, False)
+            policy = forward(m, [b[0] for b in batch], features, needs)
+        chosen, rejected, _ = losses.rewards(policy, frozen, o.beta)
+        loss = loss_of(policy, frozen, o.beta, o.delta)
         rows += zip(loss.tolist(), (chosen - rejected).tolist(), strict=True)
     n = len(rows)
     return {"loss": sum(x for x, _ in rows) / n, "margin": sum(x for _, x in rows) / n,
@@ -130,14 +126,6 @@ def learning_rate(step, steps, o):
     if step < warm:
         return o.lr * step / warm
     return o.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-@functools.lru_cache(2)
-def order(n, seed, epoch):
-    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
-    places = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(places)
-    return places
 
 
 def measures(policy, reference, loss, beta):
@@ -174,6 +162,7 @@ def train(o, rank, world, device):
                                                   cache_dir=cache), rank, world)
     records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
     val = checked(o.val_data) if o.val_data else None
+    val = val and (*val, Reference(len(val[1]), 1))                 # of rank 0, which evaluates alone
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
     sharding = o.shard and world > 1
     if o.shard and not sharding:
@@ -185,10 +174,13 @@ def train(o, rank, world, device):
 
     def load(place=device):
         m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
-        lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+        if o.lora_r:
+            lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+        else:
+            vlm.train_whole(m)
         return m
     m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
-    sharded = m.model.model.language_model if sharding else None
+    sharded = [x.model.model.language_model for x in (m, m.frozen) if x] if sharding else ()
     if m.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     if o.checkpointing:
@@ -207,7 +199,8 @@ def train(o, rank, world, device):
 
     per_epoch = math.ceil(len(good) / o.batch)
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
-    optimiser = ShardedAdamW(lora.lora_parameters(m.model), o, rank, world)
+    trained = {name: p for name, p in m.model.named_parameters() if p.requires_grad}
+    optimiser = ShardedAdamW(trained, o, rank, world)
     reference, base = Reference(len(good), world, sharding), vlm.identity(m)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
@@ -216,34 +209,21 @@ def train(o, rank, world, device):
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
                    "images": m.preparation, "official": options.departures(o),
-                   "base_bytes": frozen_bytes(m.model), **options.provenance()}, before)
-    stop, began, pool = Stop(), time.monotonic() - state["seconds"], ThreadPoolExecutor(1)
+                   "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()}, before)
+    stop, began = Stop(), time.monotonic() - state["seconds"]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     stop.armed = True
 
-    def fetch(step):
-        """(pairs in the step, this rank's micro-batches as (places, counts, future)), read by a thread.
-
-        One that does not count repeats the first: with --shard all ranks run equally many forwards.
-        """
-        epoch, at = divmod(step, per_epoch)
-        places = order(len(good), o.seed, epoch)[at * o.batch:(at + 1) * o.batch]
-        micros = [(places[k:k + o.micro_batch], True) for k in range(0, len(places), o.micro_batch)]
-        micros += [(micros[0][0], False)] * (-len(micros) % world if sharding else 0)
-
-        def read(micro):
-            return [read_pair(m, records, good, place, o, needs, epoch) for place in micro]
-        return len(places), [(*micro, pool.submit(read, micro[0])) for micro in micros[rank::world]]
-
-    ahead = fetch(state["step"]) if state["step"] < steps else None
+    feed = Feed(m, records, good, [*map(plan.tokens, lengths)], o, needs, steps, rank, world, sharding)
     bar = tqdm(range(state["step"], steps), "training", initial=state["step"], total=steps, disable=rank > 0)
     for step in bar:
-        tick, (size, micros) = time.monotonic(), ahead
-        ahead = fetch(step + 1) if step + 1 < steps else None
-        sums, tokens, bad = {}, 0, []
-        for places, counts, future in micros:
-            batch = future.result()
+        tick, (size, micros) = time.monotonic(), feed(step)
+        sums, tokens, waited, bad = {}, 0, 0.0, []
+        for places, counts, futures in micros:
+            since = time.monotonic()
+            batch = [future.result() for future in futures]
+            waited += time.monotonic() - since
             pairs, features = [b[0] for b in batch], encode(m, batch)
             frozen = reference(m, places, batch, features, forward, needs, redraw)
             policy = forward(m, pairs, features, needs)
@@ -257,10 +237,10 @@ def train(o, rank, world, device):
             tokens += sum(map(len, [x for p in pairs for x in (
                 p.prompt, p.chosen, p.rejected if "rejected" in needs else "",
                 *((p.prompt_rejected, p.chosen) if "image_rejected" in needs else ()))]))
-        everyone = [(sums, tokens, bad, stop.asked)] * world
+        everyone = [(sums, tokens, waited, bad, stop.asked)] * world
         if world > 1:
-            dist.all_gather_object(everyone, (sums, tokens, bad, stop.asked))
-        bad = [i for each in everyone for i in each[2]]
+            dist.all_gather_object(everyone, everyone[0])
+        bad = [i for each in everyone for i in each[3]]
         rate = learning_rate(step, steps, o)
         norm = math.nan if bad else optimiser.step(rate)
         if not math.isfinite(norm):
@@ -272,7 +252,8 @@ def train(o, rank, world, device):
         mean = {k: sum(each[0].get(k, 0.0) for each in everyone) / size for k in everyone[0][0]}
         line = {"step": step + 1, "epoch": round((step + 1) / per_epoch, 4), "lr": rate, "grad_norm": norm,
                 **mean, "tokens_per_second": round(sum(each[1] for each in everyone) / (now - tick)),
-                "seconds": round(now - began, 2), "memory_gib": round(memory(device), 3)}
+                "waiting": round(max(each[2] for each in everyone) / (now - tick), 4),
+                "seconds": round(now - began, 2), "memory_gib": round(plan.peak(device), 3)}
         state["chosen"] = [*state["chosen"], mean["rewards/chosen"]][-40:]
         if falling(state["chosen"]) and not state.get("warned"):
             state["warned"] = True
@@ -284,21 +265,25 @@ def train(o, rank, world, device):
         if step + 1 < steps:                                # the last line waits for `after`
             log.write(line, line.get("eval", {}))
         bar.set_postfix(loss=f"{mean['loss']:.3f}", chosen=f"{mean['rewards/chosen']:+.2f}")
-        stopping = any(each[3] for each in everyone)
+        stopping = any(each[4] for each in everyone)
         if stopping or step + 1 == steps or not (step + 1) % o.save_every or not (step + 1) % per_epoch:
             state |= {"step": step + 1, "seconds": now - began, "log_bytes": log.size(), "line": line}
             save(out, optimiser, reference, base, state, rank)
         if stopping and step + 1 < steps:
             raise KeyboardInterrupt
     stop.armed = False
-    pool.shutdown()
     after = evaluated("after")
     log.write(state["line"], after)
     summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
                "seconds": round(state["seconds"], 1), "options": asdict(o)}
 
+    weights = optimiser.whole("weight") if sharding else None
+
     def finish():
-        lora.save(m.model, out / "adapter", str(m.folder))
+        if o.lora_r:
+            lora.save(m.model, out / "adapter", str(m.folder))
+        elif not (out / "model").exists():
+            lora.write_folder(m.model, m.folder, out / "model", weights)
         if m.is_classroom:
             import eval_hallu
             summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
@@ -351,14 +336,6 @@ class Log:
 
     def size(self):
         return os.fstat(self.file.fileno()).st_size if self.file else 0
-
-
-def memory(device):
-    """Peak memory in GiB, of the GPU or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def falling(chosen):

@@ -16,18 +16,21 @@ The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs 
              ends, and its attention skips `chosen`. Only what predicts a response token meets the lm_head.
 
 Departures from the published code:
- 1. Vision tower and projector run once per image under no_grad, for policy and reference, chosen and rejected
-    alike (the official trainers encode an image up to eight times a pair). Both are frozen: nothing changes.
+ 1. Vision tower and projector run once per image, for policy and reference, chosen and rejected alike (the
+    official trainers encode an image up to eight times a pair). Both are frozen: nothing changes. Without an
+    adapter the projector trains, and the reference's encodes once more.
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
 import argparse
 import bisect
+import contextlib
+import copy
 import ctypes
 import hashlib
 import mmap
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 import data
 import families
@@ -48,6 +52,7 @@ class VLM(families.Front):
     """A loaded model and what belongs to it."""
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: those that the softmax goes over
+    frozen: Any = None         # where the model itself trains: a VLM, the copy that does not
 
     @property
     def device(self):
@@ -90,6 +95,27 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     return VLM(**vars(before), model=model, words=words)
 
 
+def train_whole(m):
+    """Without an adapter: all but the vision tower trains, as in LLaVA's own fine-tuning.
+
+    m.frozen becomes a copy of what trains, and shares the tower.
+    """
+    tower = m.model.model.vision_tower
+    m.frozen = replace(m, model=copy.deepcopy(m.model, {id(tower): tower}))
+    m.model.requires_grad_(True)
+    tower.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def base_of(m):
+    """The model as it was before training, inside the `with`: m without its adapter, or its frozen copy."""
+    if m.frozen:
+        yield m.frozen
+    else:
+        with lora.lora_disabled(m.model):
+            yield m
+
+
 def stored_type(folder):
     """The type of all weights in the files; None where they differ.
 
@@ -128,9 +154,10 @@ def identity(m):
 
 
 # -------------------------------------------------------------------------------- images in the model
-@torch.no_grad()
 def encode_images(m, pixels):
     """What prepare() made, or a list of its parts -> features in the language model's space, or UserError.
+
+    Autograd keeps nothing of it unless the projector trains.
 
     (N, 3, H, W) -> (N, K, D); Tiles -> (T, D), image after image, since their numbers of tokens differ.
     """
@@ -250,7 +277,16 @@ def packed_token_logps(m, row, features):
         inputs_embeds=embed(m, ids, features)[None], position_ids=row.positions.to(m.device)[None],
         attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False).last_hidden_state[0]
     hidden = hidden[row.predict.to(m.device)]                          # (T, D) -> (N, D)
-    return ChunkedLogps.apply(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device), 1024)
+    weight, target, chunk = m.model.lm_head.weight[:m.words], row.target.to(m.device), 1024
+    if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
+        return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
+                          for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
+    return ChunkedLogps.apply(hidden, weight, target, chunk)
+
+
+def _token_logps(hidden, weight, target):
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
+    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
 
 
 class ChunkedLogps(torch.autograd.Function):

@@ -30,7 +30,7 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",
            "plan": "data families losses options records",
-           "diagnose": "data lora plan records tally vlm",
+           "diagnose": "data plan records tally vlm",
            "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
                         "report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}

@@ -48,19 +48,20 @@ def family(request, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("rank", [8, 0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_activations_of_a_layer_are_what_autograd_keeps(family, dtype):
+def test_the_activations_of_a_layer_are_what_autograd_keeps(family, dtype, rank):
     """Two models that differ by two layers: the plan's difference is autograd's to 5%."""
     measured, planned = [], []
     for layers in (1, 3):
         m = vlm.load(family(layers), dtype=getattr(torch, dtype))
-        lora.add_lora(m.model, r=8, alpha=16)
+        lora.add_lora(m.model, r=8, alpha=16) if rank else vlm.train_whole(m)
         prompt = vlm.prompt_ids(m, "what is this ?")
         chosen, rejected = vlm.response_ids(m, "a red cat " * 30), vlm.response_ids(m, "a blue dog " * 20)
         features = torch.zeros(2, m.image_tokens, m.config.text_config.hidden_size, dtype=m.model.dtype)
         measured.append(kept_bytes(m, [data.Pair("", prompt, prompt, chosen, rejected)], features))
         row = len(prompt), len(chosen), len(rejected), len(prompt), 2
-        o = options.Options(lora_r=8, device="cpu")
+        o = options.Options(lora_r=rank, device="cpu")
         planned.append(plan.memory(m.config, o, [row], dtype)["activations"])
     assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.05)
 
@@ -78,6 +79,25 @@ def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
     assert two["weights"] == got["weights"] - layers / 2 and two["optimiser"] == got["optimiser"] / 2
     slim = plan.memory(m.config, dataclasses.replace(o, checkpointing=True), row, "float32")
     assert slim["activations"] < got["activations"]
+
+
+def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
+    from ranks import ShardedAdamW
+    o, row = options.Options(lora_r=0, device="cpu"), [(20, 5, 5, 20, 2)]
+    for dtype in ("float32", "bfloat16"):
+        m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
+        vlm.train_whole(m)
+        got = plan.memory(m.config, o, row, dtype)
+        assert got["weights"] == sum(p.nbytes for p in {*m.model.parameters(), *m.frozen.model.parameters()})
+        adam = ShardedAdamW({n: p for n, p in m.model.named_parameters() if p.requires_grad}, o, 0, 1)
+        assert got["gradients"] == adam.grad.nbytes
+        held = [adam.shard.grad, *list(adam.adam.state[adam.shard].values())[1:]]
+        held += [adam.shard] * (dtype == "bfloat16")                   # in float32 it is the weights' memory
+        assert got["optimiser"] == sum(x.nbytes for x in held)
+    two = plan.memory(m.config, dataclasses.replace(o, shard=True), row, "bfloat16", world=2)
+    layers = sum(p.numel() for p in m.model.model.language_model.layers.parameters())
+    assert two["weights"] == got["weights"] - 4 * layers + (4 + 2) * layers / 2
+    assert two["gradients"] == got["gradients"] - 4 * layers / 2
 
 
 class Seven:

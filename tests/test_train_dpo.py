@@ -293,6 +293,65 @@ def test_a_small_pope_file_is_asked_before_midway_and_after(world, tmp_path):
     assert code == 1 and "none.json" in said and "Traceback" not in said
 
 
+# ---------------------------------------------------------------------------------------- --no-lora
+def weights(out):
+    """What --no-lora saves, in one vector."""
+    found = load_file(out / "model" / "model.safetensors")
+    return torch.cat([v.flatten().double() for _, v in sorted(found.items())])
+
+
+def test_without_lora_naive_and_packed_train_to_the_same_model_that_transformers_loads(world, tmp_path):
+    """Each step's reference is the untouched base: 3 ln 2 before a weight has moved; the loss falls."""
+    from transformers import LlavaForConditionalGeneration
+    for forward in ("naive", "packed"):
+        trained(arguments(world, tmp_path / forward, "--no-lora", "--forward", forward, "--dtype", "float64",
+                          "--val_data", str(world[1])))
+    assert ((weights(tmp_path / "naive") - weights(tmp_path / "packed")).norm()
+            / weights(tmp_path / "naive").norm()).item() < 1e-6
+    summary = json.loads((tmp_path / "packed" / "summary.json").read_text())
+    assert log_of(tmp_path / "packed")[1][0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-9)
+    assert summary["before"]["loss"] == pytest.approx(3 * math.log(2), abs=1e-9)
+    assert summary["after"]["loss"] < summary["before"]["loss"] and summary["after"]["accuracy"] == 100
+    assert not (tmp_path / "packed" / "adapter").exists()
+    saved, base = tmp_path / "packed" / "model", dict(vlm.load(world[0]).model.named_parameters())
+    theirs, m = LlavaForConditionalGeneration.from_pretrained(saved), vlm.load(saved, dtype=torch.float64)
+    ids = torch.tensor([vlm.prompt_ids(m, "what is this ?", 0)])
+    torch.testing.assert_close(theirs(input_ids=ids).logits, m.model(input_ids=ids).logits)
+    for name, p in m.model.named_parameters():
+        assert torch.equal(p.float(), base[name]) == ("vision_tower" in name), name
+
+
+@pytest.mark.parametrize("ranks, more", [(1, ["--dtype", "bfloat16"]),
+                                         (2, ["--shard", "--set", "redraw=true"])])
+def test_without_lora_a_killed_run_called_again_ends_with_the_same_bytes(world, tmp_path, ranks, more):
+    """A bfloat16 model's masters are in the checkpoint; the frozen copy is read from the base again."""
+    more = ("--no-lora", "--set", "save_every=2", *more)
+    for name, breaks in (("never", None), ("killed", kill_at(8)), ("killed", None)):
+        code, text = run(arguments(world, tmp_path / name, *more), breaks, ranks=ranks)
+        assert code == (-signal.SIGKILL if breaks else 0), text
+    assert torch.equal(weights(tmp_path / "never"), weights(tmp_path / "killed"))
+    one, two = (log_of(tmp_path / name)[1] for name in ("never", "killed"))
+    assert [x["loss"] for x in one] == [x["loss"] for x in two]
+
+
+def test_without_lora_two_ranks_with_half_the_model_and_of_the_copy_equal_one(world, tmp_path):
+    """Three micro-batches a step for two ranks; evaluation, in which rank 0 runs both models alone."""
+    more = ("--no-lora", "--batch", "6", "--val_data", str(world[1]), "--eval_every", "4")
+    for name, ranks, extra in (("one", 1, ()), ("two", 2, ("--shard",))):
+        trained(arguments(world, tmp_path / name, *more, *extra), ranks=ranks)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert ((one - two).norm() / one.norm()).item() < 1e-6
+    for a, b in zip(*(log_of(tmp_path / name)[1] for name in ("one", "two")), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    for name in ("before", "step-4", "after"):
+        one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+    layers = vlm.load(world[0]).model.model.language_model.layers
+    dealt = sum(p.nbytes for p in layers.parameters())
+    whole, half = (log_of(tmp_path / name)[0]["base_bytes"] for name in ("one", "two"))
+    assert half == whole - dealt // 2                                  # of the frozen copy
+
+
 # ---------------------------------------------------------------------------------------- --shard
 def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
