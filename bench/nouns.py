@@ -135,7 +135,7 @@ def bench_opera(shared, golden):
                     verbs, right = verbs + 1, right + (nouns._is_verb(word, before, after) == (tag[0] == "V"))
         print(f"| {path.name} | {len(lines(path))} | {' | '.join(map(str, cells))} |")
     if verbs:
-        print(f"\nOf {verbs} words in -ing and -ed, {100 * right / verbs:.1f}% are verbs to both or to neither.")
+        print(f"\nOf {verbs} words in -ing and -ed, {100 * right / verbs:.1f}% are verbs to both or neither.")
 
 
 def main():
