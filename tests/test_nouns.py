@@ -167,7 +167,9 @@ def test_verbs_are_wordnets(word, base):
     ("They are seated.", "seat"), ("He is skiing.", "ski"), ("the skiing", "skiing"),
     ("It provides seating for two.", "seat"), ("comfortable seating for two", "seating"),
     ("next to a parking meter", "parking"), ("Parking meters line it.", "parking"),
-    ("two parking meters", "park"), ("a potted plant", "potted"), ("some potted plants", "potted"),
+    ("two parking meters", "park"), ("a flooded parking lot", "parking"), ("2 potted plants", "potted"),
+    ("a white stove", "stove"), ("with bananas inside", "banana"), ("a potted plant", "potted"),
+    ("some potted plants", "potted"),
     ("trees, potted plants and more", "pot"), ("There is a stove.", "stove"), ("a steel stove", "stave"),
     ("a gosling swimming", "gosling"), ("two umbrellas", "umbrella"), ("with pizzas inside", "pizzas")])
 def test_a_word_is_a_noun_or_a_verb_by_its_neighbours(text, word):
