@@ -99,14 +99,16 @@ def lines(axes, other, finding, rows, label):
 
 
 def stacked(axes, other, finding, rows, label):
-    """Win, tie and loss in percent, with the intervals of win and loss where they end."""
-    looks = {"win": ("c0", "59", ""), "tie": ("line", "59", "...."), "loss": ("c1", "40", "////")}
+    """Win, tie and loss in percent, with the intervals of win and loss where they end. A hatch is drawn over
+    its colour and not with it, since in print it would lose the colour's transparency."""
+    looks = {"win": ("c0", "70", None), "tie": ("line", "30", "..."), "loss": ("c1", "50", "///")}
     for y, row in enumerate(rows):
         left = 0
         for key, (colour, shade, hatch) in looks.items():
             values = row["values"].get(key, (0, None, None))
-            axes.barh(y, values[0], .66, left, fc=INK[colour] + shade, ec=INK["ink"], hatch=hatch, lw=1,
-                      label=key if y == 0 else None)
+            for fill, lines in [(INK[colour] + shade, None), *[("none", hatch)] * bool(hatch)]:
+                axes.barh(y, values[0], .66, left, fc=fill, ec=INK["ink"], hatch=lines, lw=1,
+                          label=key if y == 0 and lines == hatch else None)
             if values[0] >= 8:
                 axes.text(left + values[0] / 2, y + .05, report.num(values[0]), ha="center", va="center",
                           bbox={"fc": INK["card"], "ec": "none", "boxstyle": "round,pad=.2"})
@@ -161,7 +163,7 @@ def caption(finding):
     filled = {"stacked": "Error bars: the intervals of win and of loss", "histogram": "Mark on top: the mean"}
     bases = sorted({base for row in rows for base, _ in means(finding, row)})
     hollow = ", ".join(f"{BASES[k % 5][1]} {base}" for k, base in enumerate(bases)) * (kind not in filled)
-    theirs = f"◆ the paper: {finding['paper_measure']}"
+    theirs = f"◆ the paper: {finding['paper_measure']}{', in its series’ dash' * (kind == 'lines')}"
     parts = [filled.get(kind, "Filled mark: the mean, with its interval"), hollow,
              theirs * any(paper(finding, row) is not None for row in rows)]
     return "; ".join(filter(None, parts)) + "."
