@@ -18,7 +18,7 @@ from classroom.finding import heading, means, metric, paper  # noqa: E402
 
 INK = {name: f"#0a0b{k:02x}" for k, name in enumerate(("ink", "soft", "line", "card", "c0", "c1", "c2"), 16)}
 BASES = (("o", "○"), ("s", "□"), ("^", "△"), ("v", "▽"), ("p", "⬠"))     # matplotlib's marker, a text's
-LOOKS = (("c0", "o", "-", ""), ("c1", "s", "--", "////"), ("c2", "^", ":", "...."), ("ink", "P", "-.", "xx"),
+LOOKS = (("c0", "o", "-", ""), ("c1", "s", "--", "////"), ("c2", "^", ":", "----"), ("ink", "P", "-.", "xx"),
          ("soft", "v", (0, (6, 2, 1, 2)), "\\\\\\\\"))           # a series' colour, marker, dash, hatch
 WIDTH = 360                                                             # units, of which a letter has 12
 STYLE = {"svg.fonttype": "none", "font.size": 12, "font.family": "DejaVu Sans", "text.parse_math": False,
@@ -72,7 +72,8 @@ def bars(axes, other, finding, rows, label):
 
 def lines(axes, other, finding, rows, label):
     """One line a series over x, its points beside those of the others and not on top of them."""
-    key, xs, log = finding["metric"], sorted({row["x"] for row in rows}), finding["xlog"]
+    key, xs = finding["metric"], sorted({row["x"] for row in rows})
+    log = finding["xlog"] and xs[0] > 0
     axes.set_xscale("log" if log else "linear")
     for k, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
         colour, marker, dash, _ = LOOKS[k % 5]
@@ -101,7 +102,7 @@ def lines(axes, other, finding, rows, label):
 def stacked(axes, other, finding, rows, label):
     """Win, tie and loss in percent, with the intervals of win and loss where they end. A hatch is drawn over
     its colour and not with it, since in print it would lose the colour's transparency."""
-    looks = {"win": ("c0", "70", None), "tie": ("line", "30", "..."), "loss": ("c1", "50", "///")}
+    looks = {"win": ("c0", "70", None), "tie": ("line", "30", "--"), "loss": ("c1", "50", "///")}
     for y, row in enumerate(rows):
         left = 0
         for key, (colour, shade, hatch) in looks.items():

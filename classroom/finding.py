@@ -39,8 +39,8 @@ def complete(finding):
         return defaults | {key: value for key, value in given.items() if value is not None}
     finding = fill(FINDING, finding)
     rows = [fill(ROW, row) for row in finding["rows"]]
-    rows = [row | {"values": {k: numbers(v) for k, v in row["values"].items() if numbers(v)[0] is not None}}
-            for row in rows]
+    rows = [row | {"values": {k: numbers(v) for k, v in row["values"].items() if numbers(v)[0] is not None},
+                   "points": [x for x in row["points"] if numbers(x)[0] is not None]} for row in rows]
     return finding | {"rows": rows, "paper": finding["paper"] or finding["name"]}
 
 
@@ -70,12 +70,13 @@ def flat(cell):
 
 def means(finding, row):
     """[(base, its mean)] of the primary measure."""
-    return sorted(row["bases"].get(finding["metric"], {}).items())
+    found = sorted(row["bases"].get(finding["metric"], {}).items())
+    return [(base, mean) for base, mean in found if numbers(mean)[0] is not None]
 
 
 def paper(finding, row):
     """The paper's number beside a row, or None."""
-    return row["paper"].get(finding["paper_measure"])
+    return numbers(row["paper"].get(finding["paper_measure"]))[0]
 
 
 def verdict(finding):
@@ -173,7 +174,8 @@ def defeats(findings):
         for key, ours, row in product(dict.fromkeys([f["metric"], *f["columns"]]), f["rows"], f["rows"]):
             mine, theirs = ours["values"].get(key), row["values"].get(key)
             if (method(ours) == "mDPO" and mine and theirs and place(ours) == place(row)
-                    and (key, method(row)) not in compared and apart(theirs, mine, metric(key)[1])):
+                    and not compared & {(key, method(row)), (key, row["arm"])}
+                    and apart(theirs, mine, metric(key)[1])):
                 values = f"{ours['arm']} {flat(three(mine, key))}; {row['arm']} {flat(three(theirs, key))}"
                 found.append([f"{f['paper']}\n{heading(key)}", f"worse than {row['arm']}", values])
     return [["where", "mDPO is", "numbers"], *found]

@@ -140,7 +140,8 @@ def html_section(f):
 
 
 def html(findings, about):
-    body = f"""<p>{tally(findings)}</p><p class="soft">{LEGEND}</p>
+    body = f"""<p>{tally(findings)} <a href="#defeats">Where mDPO does not win</a></p>
+<p class="soft">{LEGEND}</p>
 {"" if find_spec("matplotlib") else f"<p>{rich(NO_FIGURES)}</p>"}
 <div class="over"><table>
 <thead><tr><th>table or figure</th><th>claim</th><th>verdict</th><th>primary measure</th></tr></thead>

@@ -30,7 +30,8 @@ def contrast(what, mean, low, high, key="chair_s"):
 FINDINGS = [
     {"name": "table1", "paper": "mDPO, Table 1", "title": "Base, DPO, mDPO",
      "claim": "mDPO hallucinates less.", "rule": "The interval lies below 0.", "verdict": "appears",
-     "found": "It does; `--gap 1` undoes it.", "metric": "chair_s", "exploratory": False, "paper_measure": PAPER, "figure": "bars",
+     "found": "It does; `--gap 1` undoes it.", "metric": "chair_s", "exploratory": False,
+     "paper_measure": PAPER, "figure": "bars",
      "rows": [arm("base", 50., paper={PAPER: 43.}),
               arm("SFT on the chosen", 18.5), arm("SFT, on policy", 9.),
               arm("DPO", 43.25, paper={PAPER: 44.3, "MMHal score": 2.28}),
@@ -107,13 +108,13 @@ def test_the_page_needs_nothing_else(written):
     identities = [value for name, value in seen.attributes if name == "id"]
     assert {a or b for a, b in used} <= set(identities) and len(set(identities)) == len(identities)
     links = {value for name, value in seen.attributes if name == "href"}
-    assert links == {"fig4.html", *(f"#{name}" for name in NAMES)}
+    assert links == {"fig4.html", "#defeats", *(f"#{name}" for name in NAMES)}
     assert "prefers-color-scheme:dark" in html and "@media print" in html and "width=device-width" in html
 
 
 def test_every_table_and_figure_is_in_the_overview_with_its_verdict(written):
     html, text = written
-    head, rows = html.split("<section")[0], text.split("## Where")[0]
+    head, rows = html[html.index("<table"):].split("<section")[0], text.split("## Where")[0]
     assert re.findall(r'<a href="#(\w+)">', head) == NAMES
     assert re.findall(r'class="chip (\w+)">([^<]*)<', head) == [
         ("yes", "✓ appears"), ("part", "◐ appears when there are 500 pairs"), ("no", "✗ does not appear"),
@@ -221,7 +222,7 @@ def test_the_same_findings_give_the_same_bytes_and_stay_as_they_were(tmp_path, w
 
 
 def test_whatever_is_missing_is_a_dash_and_no_fault(tmp_path):
-    empty = {"chair_s": [None, None, None], "win": [float("nan")]}
+    empty = {"chair_s": [None, None, None], "win": [float("nan")], "cover": None}
     nothing = [{"name": kind or "none", "figure": kind, "metric": "chair_s", "verdict": None,
                 "rows": [{"arm": "a", "x": 1}, {"arm": "b", "values": empty}]}
                for kind in (None, "bars", "lines", "stacked", "histogram")]
@@ -231,9 +232,12 @@ def test_whatever_is_missing_is_a_dash_and_no_fault(tmp_path):
 
 
 def test_one_mean_without_interval_is_drawn(tmp_path):
-    html, _ = write(tmp_path, [{"name": kind, "figure": kind, "metric": "chair_s", "rows": [
-        {"arm": "a $x_1$", "x": 1, "values": {"chair_s": [5.], "win": [50.]}, "points": [.5]}]}
-        for kind in ("bars", "lines", "stacked", "histogram")], {})
+    """Whatever else the row has that is no number: a base, the paper's, an x that has no logarithm."""
+    row = {"arm": "a $x_1$", "x": 0, "values": {"chair_s": [5.], "win": [50.]}, "points": [.5, None],
+           "bases": {"chair_s": {"base0": None}}, "paper": {"p": None}}
+    html, _ = write(tmp_path, [{"name": kind, "figure": kind, "metric": "chair_s", "xlog": True,
+                                "paper_measure": "p", "rows": [row]}
+                               for kind in ("bars", "lines", "stacked", "histogram")], {})
     assert html.count("<svg") == 4 and "a $x_1$" in html and "Nowhere." in html
 
 
