@@ -18,7 +18,7 @@ from classroom.finding import heading, means, metric, paper  # noqa: E402
 
 INK = {name: f"#0a0b{k:02x}" for k, name in enumerate(("ink", "soft", "line", "card", "c0", "c1", "c2"), 16)}
 BASES = (("o", "○"), ("s", "□"), ("^", "△"), ("v", "▽"), ("p", "⬠"))     # matplotlib's marker, a text's
-LOOKS = (("c0", "o", "-", ""), ("c1", "s", "--", "////"), ("c2", "^", ":", "...."), ("ink", "P", "-.", "xx"),
+LOOKS = (("c0", "o", "-", ""), ("c1", "s", "--", "////"), ("c2", "^", ":", "----"), ("ink", "P", "-.", "xx"),
          ("soft", "v", (0, (6, 2, 1, 2)), "\\\\\\\\"))           # a series' colour, marker, dash, hatch
 WIDTH = 360                                                             # units, of which a letter has 12
 STYLE = {"svg.fonttype": "none", "font.size": 12, "font.family": "DejaVu Sans", "text.parse_math": False,
@@ -72,7 +72,8 @@ def bars(axes, other, finding, rows, label):
 
 def lines(axes, other, finding, rows, label):
     """One line a series over x, its points beside those of the others and not on top of them."""
-    key, xs, log = finding["metric"], sorted({row["x"] for row in rows}), finding["xlog"]
+    key, xs = finding["metric"], sorted({row["x"] for row in rows})
+    log = finding["xlog"] and xs[0] > 0
     axes.set_xscale("log" if log else "linear")
     for k, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
         colour, marker, dash, _ = LOOKS[k % 5]
@@ -99,14 +100,16 @@ def lines(axes, other, finding, rows, label):
 
 
 def stacked(axes, other, finding, rows, label):
-    """Win, tie and loss in percent, with the intervals of win and loss where they end."""
-    looks = {"win": ("c0", "59", ""), "tie": ("line", "59", "...."), "loss": ("c1", "40", "////")}
+    """Win, tie and loss in percent, with the intervals of win and loss where they end. A hatch is drawn over
+    its colour and not with it, since in print it would lose the colour's transparency."""
+    looks = {"win": ("c0", "70", None), "tie": ("line", "30", "--"), "loss": ("c1", "50", "///")}
     for y, row in enumerate(rows):
         left = 0
         for key, (colour, shade, hatch) in looks.items():
             values = row["values"].get(key, (0, None, None))
-            axes.barh(y, values[0], .66, left, fc=INK[colour] + shade, ec=INK["ink"], hatch=hatch, lw=1,
-                      label=key if y == 0 else None)
+            for fill, lines in [(INK[colour] + shade, None), *[("none", hatch)] * bool(hatch)]:
+                axes.barh(y, values[0], .66, left, fc=fill, ec=INK["ink"], hatch=lines, lw=1,
+                          label=key if y == 0 and lines == hatch else None)
             if values[0] >= 8:
                 axes.text(left + values[0] / 2, y + .05, report.num(values[0]), ha="center", va="center",
                           bbox={"fc": INK["card"], "ec": "none", "boxstyle": "round,pad=.2"})
@@ -161,7 +164,7 @@ def caption(finding):
     filled = {"stacked": "Error bars: the intervals of win and of loss", "histogram": "Mark on top: the mean"}
     bases = sorted({base for row in rows for base, _ in means(finding, row)})
     hollow = ", ".join(f"{BASES[k % 5][1]} {base}" for k, base in enumerate(bases)) * (kind not in filled)
-    theirs = f"◆ the paper: {finding['paper_measure']}"
+    theirs = f"◆ the paper: {finding['paper_measure']}{', in its series’ dash' * (kind == 'lines')}"
     parts = [filled.get(kind, "Filled mark: the mean, with its interval"), hollow,
              theirs * any(paper(finding, row) is not None for row in rows)]
     return "; ".join(filter(None, parts)) + "."

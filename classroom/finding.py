@@ -39,8 +39,8 @@ def complete(finding):
         return defaults | {key: value for key, value in given.items() if value is not None}
     finding = fill(FINDING, finding)
     rows = [fill(ROW, row) for row in finding["rows"]]
-    rows = [row | {"values": {k: numbers(v) for k, v in row["values"].items() if numbers(v)[0] is not None}}
-            for row in rows]
+    rows = [row | {"values": {k: numbers(v) for k, v in row["values"].items() if numbers(v)[0] is not None},
+                   "points": [x for x in row["points"] if numbers(x)[0] is not None]} for row in rows]
     return finding | {"rows": rows, "paper": finding["paper"] or finding["name"]}
 
 
@@ -70,17 +70,19 @@ def flat(cell):
 
 def means(finding, row):
     """[(base, its mean)] of the primary measure."""
-    return sorted(row["bases"].get(finding["metric"], {}).items())
+    found = sorted(row["bases"].get(finding["metric"], {}).items())
+    return [(base, mean) for base, mean in found if numbers(mean)[0] is not None]
 
 
 def paper(finding, row):
     """The paper's number beside a row, or None."""
-    return row["paper"].get(finding["paper_measure"])
+    return numbers(row["paper"].get(finding["paper_measure"]))[0]
 
 
 def verdict(finding):
     """[(CSS's class, sign and words)]: the verdict, and beside it that it is exploratory."""
-    words = finding["verdict"] or ("exploratory" if finding["exploratory"] else "not run")
+    words = finding["verdict"] or (
+        "exploratory" if finding["exploratory"] else "no verdict" if finding["rows"] else "not run")
     sign, kind = SIGNS.get(words, ("◐", "part") if words.startswith("appears") else ("", "free"))
     also = [("free", "exploratory")] * bool(finding["exploratory"] and words != "exploratory")
     return [(kind, f"{sign} {words}".strip()), *also]
@@ -90,11 +92,12 @@ def table(finding):
     """[head, *rows]: every arm with its intervals, its bases, and the paper's numbers beside."""
     rows, main = finding["rows"], finding["metric"]
     bases = sorted({base for row in rows for base, _ in means(finding, row)})
-    columns = {"": [row["arm"] + f"\n{report.num(row['runs'])} runs" * bool(row["runs"]) for row in rows]}
+    runs = [f"\n{report.num(row['runs'])} run{'s' * (row['runs'] != 1)}" * bool(row["runs"]) for row in rows]
+    columns = {"": [row["arm"] + more for row, more in zip(rows, runs, strict=True)]}
     if any(row["series"] not in row["arm"] for row in rows):
         columns["series"] = [row["series"] for row in rows]
     if any(row["x"] is not None for row in rows):
-        columns[finding["xlabel"]] = [report.num(row["x"]) for row in rows]
+        columns[finding["xlabel"] or "x"] = [report.num(row["x"]) for row in rows]
     columns |= {heading(key): [three(row["values"].get(key), key) for row in rows]
                 for key in finding["columns"] or [main] if any(key in row["values"] for row in rows)}
     if bases:
@@ -132,7 +135,9 @@ def primary(finding):
         return [f"{row['arm']}: " + ", ".join(f"{key} {flat(three(row['values'].get(key), key))}"
                                               for key in ("win", "tie", "loss")) for row in rows]
     texts = {}
-    for row in sorted(rows, key=lambda row: row["x"]) if kind == "lines" else rows:
+    if kind == "lines":
+        rows = sorted((row for row in rows if row["x"] is not None), key=lambda row: row["x"])
+    for row in rows:
         at = f" at {report.num(row['x'])}" if kind == "lines" else ""
         texts.setdefault(row["series"] if at else row["arm"], []).append(
             f"{flat(three(row['values'].get(key), key))}{at}")
@@ -169,7 +174,8 @@ def defeats(findings):
         for key, ours, row in product(dict.fromkeys([f["metric"], *f["columns"]]), f["rows"], f["rows"]):
             mine, theirs = ours["values"].get(key), row["values"].get(key)
             if (method(ours) == "mDPO" and mine and theirs and place(ours) == place(row)
-                    and (key, method(row)) not in compared and apart(theirs, mine, metric(key)[1])):
+                    and not compared & {(key, method(row)), (key, row["arm"])}
+                    and apart(theirs, mine, metric(key)[1])):
                 values = f"{ours['arm']} {flat(three(mine, key))}; {row['arm']} {flat(three(theirs, key))}"
                 found.append([f"{f['paper']}\n{heading(key)}", f"worse than {row['arm']}", values])
     return [["where", "mDPO is", "numbers"], *found]
@@ -195,8 +201,8 @@ def said(finding):
 def tally(findings):
     """One sentence: how many of each verdict."""
     signs = Counter(verdict(finding)[0][0] for finding in findings)
-    counts = [f"{signs[kind]} {words}" for kind, words in (
-        ("yes", "✓ appear"), ("part", "◐ appear under a condition"), ("no", "✗ do not appear"),
-        ("none", "○ not run"), ("free", "without a verdict")) if signs[kind]]
+    counts = [f"{signs[kind]}\u00a0{words}" for kind, words in (
+        ("yes", "✓\u00a0appear"), ("part", "◐\u00a0appear under a condition"), ("no", "✗\u00a0do not appear"),
+        ("none", "○\u00a0not run"), ("free", "without a verdict")) if signs[kind]]
     free = sum(bool(finding["exploratory"]) for finding in findings)
     return f"{len(findings)} tables and figures: {', '.join(counts)}; {free} of them exploratory."

@@ -50,7 +50,9 @@ grid-template-columns:minmax(0,1fr)}.finding figure{max-width:560px;align-self:s
 figcaption{font-size:.84rem;line-height:1.4;color:var(--soft)}th{vertical-align:bottom}th:first-child{
 text-align:left;padding-left:0}.scroll{overflow-x:auto;margin:.6em 0 1em}.scroll table{width:auto;
 max-width:none;font-size:.84rem;overflow-wrap:normal;border-collapse:separate;border-spacing:0}
-.scroll td{white-space:nowrap}.scroll .wide,.scroll .paper{min-width:13em}.scroll td:first-child{
+.scroll small{font-size:.93em}.scroll td{white-space:nowrap;border-top:1px solid var(--line)}.scroll th,
+.scroll td{border-bottom:0}.scroll .wide,.scroll .paper{min-width:8em}.scroll tr>:first-child{padding-left:0}
+.scroll td:first-child{
 white-space:normal;min-width:7.5em;position:sticky;left:0;background:var(--bg)}.paper{font-style:italic}
 .over table{max-width:none}.over td,.over th{text-align:left;padding-left:0;
 padding-right:1.2em}
@@ -58,13 +60,14 @@ padding-right:1.2em}
 width:18%}
 @media(min-width:900px){.finding{grid-template:"head plot" auto "rest plot" 1fr/minmax(0,1fr) 470px}
 .head{grid-area:head}.rest{grid-area:rest}.finding figure{grid-area:plot}}
-@media(max-width:640px){.over table,.over tbody,.over tr,.over td{display:block;width:auto!important}
-.over tr:first-child{display:none}.over td{border:0;padding:.12em 0}.over tr{padding:.7em 0;
-border-bottom:1px solid var(--line)}.card{padding:8px}}
+@media(max-width:640px){.over table,.over tbody,.over tbody tr,.over td{display:block;width:auto!important}
+.over thead{display:none}.over td{border:0;padding:.12em 0}.over tr{padding:.7em 0;
+border-bottom:1px solid var(--line)}.card{padding:8px}.scroll .wide,.scroll .paper{min-width:13em}}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--c0:#1f6cb0;
---c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e}body{font-size:10.5pt}main{padding:0;max-width:none}h2,.chip,.head{
-break-after:avoid}figure,tr{break-inside:avoid}.scroll{overflow:visible}.scroll th,.scroll td,
-.scroll td:first-child,.scroll .wide,.scroll .paper{font-size:.68rem;padding-left:.5em;min-width:0}
+--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e}body{font-size:10.5pt}main{padding:0;max-width:none}h2,.head{
+break-after:avoid}figure,tr,.head{break-inside:avoid}.scroll{overflow:visible}.scroll th,.scroll td,
+.scroll .wide,.scroll .paper{font-size:.68rem;padding-left:.5em;min-width:5em}
+.finding{display:block}thead{break-after:avoid}
 .finding figure{max-width:400px}}
 @page{margin:15mm}
 """
@@ -94,14 +97,15 @@ def rich(text):
 def html_table(lines, kind="scroll"):
     """[head, *rows] -> HTML, "" where there is no row. `kind`: `scroll`s sideways, or lies `over` the width
     and stacks its cells on a narrow page."""
-    kinds = [' class="paper"' if title.startswith("paper: ") else ' class="wide"' * (len(title) > 20)
+    kinds = [' class="paper"' if title.startswith("paper: ") else ' class="wide"' * (len(title) >= 30)
              for title in lines[0]]
     rows = ""
     for k, line in enumerate(lines):
         cells = (f"{rich(first)}<small>{rich(second)}</small>" if second else rich(first)
                  for first, _, second in (cell.partition("\n") for cell in line))
         tag = "td" if k else "th"
-        rows += f"<tr>{''.join(f'<{tag}{x}>{y}</{tag}>' for x, y in zip(kinds, cells, strict=True))}</tr>"
+        row = f"<tr>{''.join(f'<{tag}{x}>{y}</{tag}>' for x, y in zip(kinds, cells, strict=True))}</tr>"
+        rows += row if k else f"<thead>{row}</thead>"
     return f'<div class="{kind}" tabindex="0"><table>{rows}</table></div>' if len(lines) > 1 else ""
 
 
@@ -129,21 +133,23 @@ def html_section(f):
     first, rest = ([part for part in said(f) if (part[0] == "Found") == last] for last in (False, True))
     links = "".join(f' <a href="{escape(to)}">{rich(words)}</a>' for words, to in f["links"].items())
     return f"""<section id="{escape(f["name"])}"><div class="finding"><div class="head">
-<h2>{rich(f["title"] or f["name"])}<small>{rich(f["paper"])}</small></h2><p>{chips(f)}</p>
+<h2>{rich(f["title"] or f["paper"])}<small>{rich(f["paper"]) * bool(f["title"])}</small></h2><p>{chips(f)}</p>
 {paragraphs(first)}</div>{figure(f)}<div class="rest">{paragraphs(rest)}{html_table(contrasts(f))}</div></div>
 {html_table(table(f))}
 <p class="soft"><small>{"Trace: " * bool(f["trace"])}{rich(f["trace"])}</small>{links}</p></section>"""
 
 
 def html(findings, about):
-    body = f"""<p>{tally(findings)}</p><p class="soft">{LEGEND}</p>
+    body = f"""<p>{tally(findings)} <a href="#defeats">Where mDPO does not win</a></p>
+<p class="soft">{LEGEND}</p>
 {"" if find_spec("matplotlib") else f"<p>{rich(NO_FIGURES)}</p>"}
 <div class="over"><table>
-<tr><th>table or figure</th><th>claim</th><th>verdict</th><th>primary measure</th></tr>
+<thead><tr><th>table or figure</th><th>claim</th><th>verdict</th><th>primary measure</th></tr></thead>
 {"".join(map(overview, findings))}</table></div>
 <section id="defeats"><h2>Where mDPO does not win</h2><p class="soft">{DEFEATS}</p>
 {html_table(defeats(findings), "over") or "<p>Nowhere.</p>"}</section>{"".join(map(html_section, findings))}
-<section><h2>How it was made</h2>{paragraphs(history(about))}{html_table(settings(about))}</section>"""
+<section><h2>How it was made</h2>{paragraphs(history(about))}
+{html_table(settings(about), "over")}</section>"""
     return report.page(TITLE, body).replace("</style>", CSS + "</style>", 1)
 
 
@@ -166,9 +172,13 @@ def md_paragraphs(parts):
 
 def md_section(f):
     links = [f"[{plain(words)}]({to})" for words, to in f["links"].items()]
-    return [f"## {plain(f['paper'])}: {plain(f['title'])}", "", f"**{plain(words_of(f))}**", "",
+    return [f"## {plain(named(f))}", "", f"**{plain(words_of(f))}**", "",
             *md_paragraphs(said(f)), *md_table(table(f)), *md_table(contrasts(f)),
             " ".join([f"Trace: {plain(f['trace'])}"] * bool(f["trace"]) + links), ""]
+
+
+def named(finding):
+    return ": ".join(filter(None, (finding["paper"], finding["title"])))
 
 
 def words_of(finding):
@@ -177,7 +187,7 @@ def words_of(finding):
 
 def markdown(findings, about):
     first = [["table or figure", "claim", "verdict", "primary measure"], *(
-        [f"{f['paper']}: {f['title']}", f["claim"], words_of(f), "; ".join(primary(f)) or "–"]
+        [named(f), f["claim"], words_of(f), "; ".join(primary(f)) or "–"]
         for f in findings)]
     text = [f"# {TITLE}", "", tally(findings), "", LEGEND, "", *md_table(first),
             "## Where mDPO does not win", "", DEFEATS, "", *(md_table(defeats(findings)) or ["Nowhere."]), "",
