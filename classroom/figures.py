@@ -26,8 +26,8 @@ STYLE = {"svg.fonttype": "none", "font.size": 12, "font.family": "DejaVu Sans", 
          "text.color": INK["ink"], "axes.labelcolor": INK["soft"], "axes.edgecolor": INK["soft"],
          "xtick.color": INK["soft"], "ytick.color": INK["soft"], "xtick.labelcolor": INK["ink"],
          "ytick.labelcolor": INK["ink"], "legend.frameon": False, "legend.fontsize": 12,
-         "grid.color": INK["line"], "axes.facecolor": "none",
-         "figure.facecolor": "none", "savefig.facecolor": "none"}
+         "grid.color": INK["line"], "axes.facecolor": "none", "figure.facecolor": "none",
+         "savefig.facecolor": "none"}
 
 
 def error(values):
@@ -47,8 +47,8 @@ def arms(axes, rows):
 
 
 def bars(axes, other, finding, rows, label):
-    """A mean with its interval; above it the bases, below it the paper's number. Points in place of bars
-    where all numbers are far from 0: a bar's length would say nothing."""
+    """A mean with its interval; above it the bases, below it the paper's number. Where all numbers are far
+    from 0 there are no bars, whose length would say nothing, and the axis says so."""
     key = finding["metric"]
     seen = [x for row in rows for x in (*row["values"][key], *(mean for _, mean in means(finding, row)),
                                         None if other is not axes else paper(finding, row)) if x is not None]
@@ -67,7 +67,7 @@ def bars(axes, other, finding, rows, label):
         other.set_xlim(0, 1.1 * max(paper(finding, row) or 0 for row in rows))
     arms(axes, rows)
     axes.grid(axis="x")
-    axes.set_xlabel(label)
+    axes.set_xlabel(label if zero else f"{label}, not from 0")
 
 
 def lines(axes, other, finding, rows, label):
@@ -205,7 +205,7 @@ def svg(finding):
             other = axes.twiny() if flat else axes.twinx()
             other.spines["top" if flat else "right"].set_visible(True)
             says = textwrap.fill(f"◆ paper: {theirs}", 44 if flat else 32)
-            (other.set_xlabel if flat else other.set_ylabel)(says, color=INK["ink"])
+            (other.set_xlabel if flat else other.set_ylabel)(says, color=INK["ink"], labelpad=6)
         DRAW[kind](axes, other, finding, rows, label)
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:

@@ -6,7 +6,6 @@ not. A number is (mean, low, high), or as much of it as there is. A cell of a ta
 import re
 import sys
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -151,36 +150,6 @@ def apart(first, second, better):
     return better != 0 and min(first) > max(second)
 
 
-def defeats(findings):
-    """[head, *rows]: each comparison that mDPO does not win. A method is an arm's series or the arm itself;
-    arms without a contrast are compared where they are of one x, or of one category."""
-    found = []
-    for f in findings:
-        compared = set()
-        for c in f["contrasts"]:
-            sides, key = re.split(r" [-−–] ", c["what"]), c["metric"]
-            ours = [re.split(r", | \(", side)[0] == "mDPO" for side in sides]
-            if len(sides) != 2 or sum(ours) != 1 or not metric(key)[1]:
-                continue
-            mean, low, high = numbers(c["difference"])
-            if ours[1] and None not in (low, high):                        # then mDPO is what is taken away
-                mean, low, high = -mean, -high, -low
-            other, says = sides[ours[0]], reading((mean, low, high), key)
-            compared.add((key, other))
-            if says != "better":
-                against = {"worse": "than", "not told apart": "from"}.get(says, "against")
-                found.append([f"{f['paper']}\n{heading(key)}", f"{says} {against} {other}",
-                              f"{c['what']}: {flat(three(c['difference'], key, '+'))}"])
-        for key, ours, row in product(dict.fromkeys([f["metric"], *f["columns"]]), f["rows"], f["rows"]):
-            mine, theirs = ours["values"].get(key), row["values"].get(key)
-            if (method(ours) == "mDPO" and mine and theirs and place(ours) == place(row)
-                    and not compared & {(key, method(row)), (key, row["arm"])}
-                    and apart(theirs, mine, metric(key)[1])):
-                values = f"{ours['arm']} {flat(three(mine, key))}; {row['arm']} {flat(three(theirs, key))}"
-                found.append([f"{f['paper']}\n{heading(key)}", f"worse than {row['arm']}", values])
-    return [["where", "mDPO is", "numbers"], *found]
-
-
 def method(row):
     return row["series"] or row["arm"]
 
@@ -188,6 +157,53 @@ def method(row):
 def place(row):
     """What two rows must share to be compared."""
     return row["x"] if row["x"] is not None else row["arm"] if row["series"] else None
+
+
+def compared_with(c):
+    """-> (the arm that a contrast compares mDPO with, what it says of mDPO); (None, None) without mDPO."""
+    sides = re.split(r" [-−–] ", c["what"])
+    ours = [re.split(r", | \(", side)[0] == "mDPO" for side in sides]
+    if len(sides) != 2 or sum(ours) != 1 or not metric(c["metric"])[1]:
+        return None, None
+    mean, low, high = numbers(c["difference"])
+    if ours[1] and None not in (low, high):                                # mDPO is what is taken away
+        mean, low, high = -mean, -high, -low
+    return sides[ours[0]], reading((mean, low, high), c["metric"])
+
+
+def behind(rows, key, compared):
+    """("worse than ...", numbers) of each arm of mDPO's behind others that no contrast compares it with."""
+    for ours in (row for row in rows if method(row) == "mDPO" and key in row["values"]):
+        ahead = [row for row in rows if key in row["values"] and place(row) == place(ours)
+                 and not compared & {(key, method(row)), (key, row["arm"])}
+                 and apart(row["values"][key], ours["values"][key], metric(key)[1])]
+        if ahead:
+            yield (f"worse than {', '.join(row['arm'] for row in ahead)}",
+                   "; ".join(f"{row['arm']} {flat(three(row['values'][key], key))}"
+                             for row in (ours, *ahead)))
+
+
+def defeats(findings):
+    """[head, *rows]: each comparison that mDPO does not win. An arm of votes names first whose wins count."""
+    found = []
+    for f in findings:
+        compared, keys = set(), dict.fromkeys([f["metric"], *f["columns"]])
+        for c in f["contrasts"]:
+            other, says = compared_with(c)
+            compared.add((c["metric"], other))
+            if says not in ("better", None):
+                against = {"worse": "than", "not told apart": "from"}.get(says, "against")
+                found.append([f"{f['paper']}\n{heading(c['metric'])}", f"{says} {against} {other}",
+                              f"{c['what']}: {flat(three(c['difference'], c['metric'], '+'))}"])
+        for row in f["rows"] if f["figure"] == "stacked" else ():
+            win, loss = (row["values"].get(key) for key in ("win", "loss"))
+            if row["arm"].startswith("mDPO") and win and loss and not apart(win, loss, 1):
+                says = "worse" if apart(loss, win, 1) else "not told apart"
+                votes = f"win {flat(three(win, 'win'))}, loss {flat(three(loss, 'loss'))}"
+                found.append([f"{f['paper']}\nvotes", says, f"{row['arm']}: {votes}"])
+        for key in keys if f["figure"] != "stacked" else ():
+            found += [[f"{f['paper']}\n{heading(key)}", *texts] for texts in behind(f["rows"], key, compared)]
+    return [["where", "mDPO is", "numbers"], *found]
 
 
 def said(finding):

@@ -143,7 +143,9 @@ def test_where_mdpo_does_not_win_cannot_be_left_out(written):
         "| mDPO, Table 1 (CHAIR_s ↓) | worse than SFT, on policy | "
         "mDPO 19.0 (17.0 to 21.0); SFT, on policy 9.0 (7.0 to 11.0) |",
         "| mDPO, Figure 5 (CHAIR_s ↓) | worse than DPO, 1000 | "
-        "mDPO, 1000 16.0 (14.0 to 18.0); DPO, 1000 10.0 (8.0 to 12.0) |"]
+        "mDPO, 1000 16.0 (14.0 to 18.0); DPO, 1000 10.0 (8.0 to 12.0) |",
+        "| mDPO, Figure 4 (votes) | not told apart | "
+        "mDPO against DPO: win 30.0 (25.0 to 35.0), loss 30.0 (24.0 to 36.0) |"]
     assert "not told apart from SFT on the chosen" in part(written[0], "defeats")
 
 
