@@ -76,14 +76,11 @@ def ranked_rates(rows):
 
 
 def best_rate(method):
-    """Of all rates tried, those of `settings` too. An ablation's were tried once on each base."""
+    """Of all rates tried; a method of METHODS starts from chosen_rates()."""
+    tried = [row for row in read("settings") if " --" not in row["name"]]
     if method in METHODS:
-        first = chosen_rates()[method]
-        beyond = [row for row in read("settings") if row["name"] == f"{method}, lr {BEYOND.get(first)}"]
-        same = [row for row in read("tuning") if row["name"] == f"{method}, lr {first}"]
-        return ranked(beyond + same, method)[0].removeprefix("lr ") if beyond else first
-    rates = [row for row in read("settings") if ", lr " in row["name"] and len(row["name"].split(", ")) == 2]
-    return ranked(rates, method)[0].removeprefix("lr ")
+        tried += [row for row in read("tuning") if row["name"] == f"{method}, lr {chosen_rates()[method]}"]
+    return ranked(tried, method)[0].removeprefix("lr ")
 
 
 def best_settings():
@@ -119,9 +116,10 @@ def cells(name):
     if name == "causes":
         return [{"name": cause, "base": base, "seed": 100, "options": f"{options} --lr 4e-4 {TUNE}"}
                 for (cause, options), base in product(CAUSES.items(), BASES)]
-    if name == "settings":
-        rates = [(method, rate) for method, rate in product(ABLATIONS, RATES)]
-        rates += [(method, BEYOND[rate]) for method, rate in chosen_rates().items() if rate in BEYOND]
+    if name in ("settings", "beyond"):
+        rates = product(ABLATIONS, RATES) if name == "settings" else [
+            (method, BEYOND[rate]) for method, rate in chosen_rates().items() if rate in BEYOND] + [
+            (method, BEYOND[rate]) for method in ABLATIONS if (rate := best_rate(method)) in BEYOND]
         return [{"name": f"{method}, lr {rate}", "base": base, "seed": 100,
                  "options": f"{(METHODS | ABLATIONS)[method]} --lr {rate} {TUNE}"}
                 for (method, rate), base in product(rates, BASES)]
@@ -156,7 +154,7 @@ def run(cell, results):
 
 
 def study(name):
-    file = {"again": "tuning", "changes": "settings"}.get(name, name)
+    file = {"again": "tuning", "beyond": "settings", "changes": "settings"}.get(name, name)
     results = HERE / "results" / f"{file}.jsonl"
     results.parent.mkdir(exist_ok=True)
     there = {tuple(row[k] for k in ("name", "base", "seed")) for row in read(file)}
@@ -196,8 +194,7 @@ if __name__ == "__main__":
     if wanted[:1] == ["table"] and len(wanted) == 2:
         print("\n".join(table(wanted[1])))
     elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes", "settings"):
-        study(wanted[0])
-        if wanted[0] == "settings":
-            study("changes")
+        for name in ("settings", "beyond", "changes") if wanted == ["settings"] else wanted:
+            study(name)
     else:
         sys.exit(f"study.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file.")
