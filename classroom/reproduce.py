@@ -44,13 +44,13 @@ lock = Lock()
 
 
 # ---------------------------------------------------------------------------------------- cells
-def cells(names, quick=False):
+def cells(names, quick=False, most=len(SEEDS)):
     """The runs that tables need, each once, seed after seed, so that every table has something early.
     -> [{"arm", "base", "seed", "options"}]"""
     settings, out = study.best_settings(), {}
     for name in names:
         table = findings.TABLES[name]
-        bases, seeds = (QUICK["bases"], QUICK["seeds"]) if quick else (study.BASES, SEEDS[:table.seeds])
+        bases, seeds = (QUICK["bases"], QUICK["seeds"]) if quick else (study.BASES, SEEDS[:min(most, table.seeds)])
         for arm in table.arms:
             for seed in seeds:
                 for base in bases:
@@ -243,6 +243,7 @@ def main():
     known = ", ".join([*findings.TABLES, *pds.TABLES])
     parser.add_argument("what", nargs="+", help=f"all, page, verify, or some of {known}")
     parser.add_argument("--quick", action="store_true", help="one base, two seeds, the main tables")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of each base's (%(default)s)")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
     try:
         o = parser.parse_args()
@@ -256,7 +257,7 @@ def main():
         unknown = set(names) - set(findings.TABLES) - set(pds.TABLES) - {"page"}
         if unknown:
             raise data.UserError(f"{', '.join(sorted(unknown))}: give all, page, verify, or some of {known}")
-        go(cells([name for name in names if name in findings.TABLES], o.quick))
+        go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds))
         if set(names) & set(pds.TABLES):
             for step in ("pairs", "tuning", "print"):
                 started(["classroom/scorers.py", step])

@@ -244,7 +244,15 @@ def test_learning_rates_are_the_rules_choice():
         assert row["options"].endswith(f"--lr {rates[row['name']]}")
 
 
-@pytest.mark.parametrize("study", ["print", "tuning", "causes"])
+def test_the_settings_of_the_papers_tables_are_what_their_rule_chooses():
+    sys.path.insert(0, str(ROOT / "classroom"))
+    import study
+    page = (ROOT / "classroom" / "README.md").read_text()
+    for method, options in study.best_settings().items():
+        assert f"| {method} | `{options}` |" in page
+
+
+@pytest.mark.parametrize("study", ["print", "tuning", "causes", "settings"])
 def test_the_tables_of_results_are_what_the_study_makes_of_its_log(study):
     """README's table, and those of classroom/README.md, line by line from classroom/results/*.jsonl."""
     sys.path.insert(0, str(ROOT / "classroom"))
