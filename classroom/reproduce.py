@@ -44,13 +44,15 @@ lock = Lock()
 
 
 # ---------------------------------------------------------------------------------------- cells
-def cells(names, quick=False, most=len(SEEDS)):
+def cells(names, quick=False, most=None):
     """The runs that tables need, each once, seed after seed, so that every table has something early.
     -> [{"arm", "base", "seed", "options"}]"""
     settings, out = study.best_settings(), {}
     for name in names:
         table = findings.TABLES[name]
-        bases, seeds = (QUICK["bases"], QUICK["seeds"]) if quick else (study.BASES, SEEDS[:min(most, table.seeds)])
+        bases, seeds = study.BASES, SEEDS[:table.seeds][:most]
+        if quick:
+            bases, seeds = QUICK["bases"], QUICK["seeds"]
         for arm in table.arms:
             for seed in seeds:
                 for base in bases:
