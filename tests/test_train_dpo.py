@@ -297,7 +297,8 @@ def test_a_small_pope_file_is_asked_before_midway_and_after(world, tmp_path):
 def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
     deep = write_llava(tmp_path / "model", layers=6), world[1]
-    more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4")
+    more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4",
+            "--set", "max_new_tokens=8")
     trained(arguments(deep, tmp_path / "one", *more, "--micro_batch", "4"))
     meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}"
     torchrun(*arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"),
