@@ -73,7 +73,7 @@ class Options:
     scenes: int = 1000                # of the classroom, in the printed table
     questions: int = 2000
     split: str = "print"              # scenes to report on; tune: to choose settings on
-    look: int = 200                   # held-out pairs that diagnose.py looks at (0: none)
+    look: int = 200                   # held-out pairs that diagnose.py looks at, no more than pairs; 0: none
     max_new_tokens: int = 64
     eval_data: str = ""               # a small file of POPE's, or of questions about COCO images, asked too
     eval_images: str = ""             # the folder of its images ("": beside it)

@@ -64,7 +64,7 @@ def classroom_files(o, out):
         make(out / "data", "--seed", str(o.seed), "--n", str(o.pairs), *shlex.split(o.pair_options))
         if o.look and not o.val_data:
             make(out / "held_out", *shlex.split(o.pair_options), "--split", "tune",
-                 "--seed", str(o.eval_seed), "--n", str(o.look))
+                 "--seed", str(o.eval_seed), "--n", str(min(o.look, o.pairs)))
     return out / "data" / "pairs.jsonl" if o.data == "classroom" else Path(o.data)
 
 

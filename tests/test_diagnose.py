@@ -187,21 +187,19 @@ def looks(out):
 @pytest.mark.parametrize("more", [("--loss", "sft"), ("--loss", "copo"),
                                   ("--loss", "dpo", "--image_rejected", "none")])
 def test_every_loss_is_looked_at_before_midway_and_after(world, tmp_path, more):
-    """One line a step, as ever; training is what it is without looking."""
-    argv = ["--val_data", str(world[1]), "--eval_every", "4", "--set", "max_new_tokens=4", *more]
-    trained(arguments(world, tmp_path / "run", *argv))
+    """And one line of the log is one step, as ever."""
+    trained(arguments(world, tmp_path / "run", "--val_data", str(world[1]), "--eval_every", "2",
+                      "--epochs", "1", "--set", "max_new_tokens=4", *more))
     found = looks(tmp_path / "run")
-    assert [step for step, _ in found] == [0, 4, 8, 9] and len(log_of(tmp_path / "run")[1]) == 9
+    assert [step for step, _ in found] == [0, 2, 3] and len(log_of(tmp_path / "run")[1]) == 3
     assert found[0][1]["margin"]["true"] == [0, 0, 0] != found[-1][1]["margin"]["true"]
     assert found[-1][1]["n"] == 12 and list(found[-1][1]["margin"]) == KINDS
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [summary[name]["look"] for name in ("before", "after")] == [found[0][1], found[-1][1]]
-    trained(arguments(world, tmp_path / "off", *argv, "--set", "look=0"))
-    assert adapter(tmp_path / "off") == adapter(tmp_path / "run")
-    assert looks(tmp_path / "off") == [] and "look" not in (tmp_path / "off" / "after.json").read_text()
 
 
 def test_a_run_killed_while_it_trains_or_looks_has_the_same_log_in_the_end(world, tmp_path):
+    """And the adapter of a run that never looked."""
     def while_looking():
         import os
         original, calls = diagnose.look, []
@@ -220,6 +218,9 @@ def test_a_run_killed_while_it_trains_or_looks_has_the_same_log_in_the_end(world
     assert adapter(tmp_path / "never") == adapter(tmp_path / "killed")
     assert looks(tmp_path / "never") == looks(tmp_path / "killed") and len(looks(tmp_path / "killed")) == 2
     assert [line["step"] for line in log_of(tmp_path / "killed")[1]] == list(range(1, 10))
+    trained(arguments(world, tmp_path / "off", *argv, "--set", "look=0"))
+    assert adapter(tmp_path / "off") == adapter(tmp_path / "never")
+    assert looks(tmp_path / "off") == [] and "look" not in (tmp_path / "off" / "after.json").read_text()
 
 
 def test_the_classrooms_runs_look_at_pairs_of_tuning_scenes_by_the_same_recipe(tmp_path):
