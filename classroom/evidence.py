@@ -68,12 +68,12 @@ class Runs:
         return low is not None and -margin < low and high < margin
 
 
-LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "other"), "chosen": ("logps_chosen_change",)}
+LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "same_theme"), "chosen": ("logps_chosen_change",)}
 
 
 def value(line, measure, when):
     """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true image
-    minus with another), `chosen` (how far log p of the chosen has moved). nan where it was not measured."""
+    minus with another of its theme), `chosen` (how far log p of the chosen has moved). nan where it was not measured."""
     if measure not in LOOK:
         return line[when][measure]
     found = line[when].get("look") or {}

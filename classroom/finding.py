@@ -22,7 +22,7 @@ METRICS = {key: (key.replace("_", " "), 1, "%") for key in KINDS} | {   # label,
     "pope_adversarial_acc": ("POPE adversarial", 1, "%"), "words": ("words a caption", 0, ""),
     "kl": ("KL, nats an answer", 0, ""), "logps_chosen": ("log p of the chosen", 0, ""),
     "chosen": ("change of log p of the chosen", 0, ""),
-    "look": ("margin, true minus other image", 1, ""), "win": ("win", 1, "%"), "tie": ("tie", 0, "%"),
+    "look": ("margin, true minus same theme", 1, ""), "win": ("win", 1, "%"), "tie": ("tie", 0, "%"),
     "loss": ("loss", -1, "%")}
 SIGNS = {"appears": ("✓", "yes"), "does not appear": ("✗", "no"), "not run": ("○", "none")}  # CSS's class
 

@@ -139,7 +139,7 @@ def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
     for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare", "vlm.py info",
                     "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
                     "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
-                    "classroom/make.py", "classroom/synthesis.py"):
+                    "classroom/make.py", "classroom/synthesis.py", "classroom/reproduce.py"):
         script, *words = command.split()
         monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
         monkeypatch.setenv("COLUMNS", "200")
