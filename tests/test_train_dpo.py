@@ -598,7 +598,8 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
     (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
-    (["--lr", "-1"], "above 0"), (["--lr", "nan"], "above 0"), (["--dtype", "float8"], "float8"),
+    (["--lr", "-1"], "above 0"), (["--lora_r", "-1"], "below 0"), (["--set", "workers=0"], "above 0"),
+    (["--lr", "nan"], "above 0"), (["--dtype", "float8"], "float8"),
     (["--model", "/nowhere"], "no such folder"), (["--data", "/nowhere.jsonl"], "nowhere"),
 ])
 def test_a_mistake_is_refused_in_one_sentence(tmp_path, argv, words):
