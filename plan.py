@@ -1,6 +1,6 @@
 """Pairs as tokens, and what a run of them needs before a weight is read: GiB per GPU, and what cannot fit.
 
-    python vlm.py info llava-1.5-7b --preset mdpo-llava --data pairs.jsonl [any option of train_dpo.py]
+    python train_dpo.py --dry_run --preset mdpo-llava --model llava-1.5-7b --data pairs.jsonl [its options]
 
 The memory is arithmetic: weights, LoRA (float32 masters and gradients), Adam's moments, and what autograd
 keeps of the micro-batch with the longest pairs. tests/test_plan.py holds the last against autograd's own
@@ -179,7 +179,8 @@ def mend(config, o, longest, dtype, world, room, weights):
     least = dataclasses.replace(o, **slim, **one)
     need = memory(config, least, longest[:1], dtype, world, weights)["total"] / GIB
     return (f"even --set checkpointing=true --micro_batch 1 needs {need:.1f} GiB: shorten the pairs (--set "
-            "max_length), deal the base to several GPUs (torchrun, --shard), or take a larger one")
+            "max_length), deal the base to several GPUs (torchrun, --shard), "
+            + "train an adapter (--lora_r 64), " * (not o.lora_r) + "or take a larger one")
 
 
 def refuse(config, o, rows, dtype, device, world=1):
@@ -231,12 +232,14 @@ def lines(front, o, records, rows, world=1, device=None):
     return said
 
 
-def show(folder, argv):
-    """The plan of `train_dpo.py --model FOLDER argv`, as lines."""
+def show(argv):
+    """The plan of `train_dpo.py argv`, as lines."""
     import options
     from records import Records, check
-    o = options.parse(["--model", str(folder), *argv], "the options of train_dpo.py")
-    front = families.front(folder, o.template or None, o.images)
+    o = options.parse(argv, "the options of train_dpo.py")
+    front = families.front(o.model, o.template or None, o.images)
+    if o.data == "classroom":
+        raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
     records = Records(o.data, o.image_root or None)
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
     good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)

@@ -4,18 +4,21 @@
     python train_dpo.py --loss dpo --image_rejected none          another loss, the same pairs
     python train_dpo.py --preset mdpo-llava --model DIR --data F  LLaVA-1.5-7B on one GPU
     torchrun --nproc_per_node 2 train_dpo.py --preset ...         the same run on two
+    python train_dpo.py --dry_run --preset ...                    what it would need: steps, tokens, GiB a GPU
 
 A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out): log.jsonl, summary.json, adapter/ (PEFT's format),
-report.html, last/ (the checkpoint). The same command again goes on where a killed run stopped, bit for bit on
-a CPU; a finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+or model/ (a llava-hf folder) with --no-lora, report.html, last/ (the checkpoint). The same command again goes
+on where a killed run stopped, bit for bit on a CPU; a finished run prints its table again. Papers: mDPO,
+arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
  1. The rejected image is drawn once per pair and run (`--set redraw=true`: once per epoch). The official mDPO
     code draws it anew in every forward, so that policy and reference score different crops.
- 2. The reference is the policy with LoRA switched off; its log-probs are kept from the first epoch on.
+ 2. The reference is the policy with LoRA switched off, or (--no-lora) a frozen copy of what trains; its
+    log-probs are kept from the first epoch on.
  3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare).
  4. Gradients and Adam's moments are sharded over the ranks by hand: ZeRO-2's saving without DeepSpeed.
-    `--shard` also deals the frozen base to them, for models that one GPU cannot hold.
+    `--shard` also deals the base (and the copy) to them, for models that one GPU cannot hold.
 """
 import errno
 import json
@@ -346,6 +349,8 @@ def falling(chosen):
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
+        if "--dry_run" in sys.argv:
+            return print("\n".join(plan.show([x for x in sys.argv[1:] if x != "--dry_run"])))
         o = options.parse(sys.argv[1:], __doc__)
         rank, world, device = distributed(o)
         summary, out = train(o, rank, world, device)

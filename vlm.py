@@ -80,10 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{before.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for weight in model.parameters():                              # mapped until here, not read
-        mapped, weight.data = weight.data, weight.data.to(device, dtype)
-        if weight.data_ptr() != mapped.data_ptr():
-            forget(mapped)
+    for weight in model.parameters():      # mapped until here, not read; in the file they lie unaligned, and
+        mapped, weight.data = weight.data, weight.data.to(device, dtype, copy=True)    # products are slower
+        forget(mapped)
     model.requires_grad_(False).eval().to(device)
     model.model.language_model.set_attn_implementation("packed")    # once for all calls: see packed_attention
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
@@ -379,7 +378,7 @@ def main():
         print("\n".join(info(args.model)))
         if more:                                     # options of train_dpo.py
             import plan
-            print("\n".join(plan.show(args.model, more)))
+            print("\n".join(plan.show(["--model", args.model, *more])))
     except data.UserError as e:
         sys.exit(f"vlm.py: {e}")
 

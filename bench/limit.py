@@ -266,10 +266,13 @@ def minimum(m, pairs, loss, cached):
     return parts
 
 
+def needs_of(loss):
+    return losses.needs(losses.resolve(loss)) | {"chosen"}
+
+
 def products(m, pairs, loss, dtype, device):
     """{name: function} of matrix products in this model's shapes, for rounds(), and each one's operations."""
-    needs, text = losses.needs(losses.resolve(loss)), m.config.text_config
-    T = len(data.pack(pairs, needs | {"chosen"}).ids)
+    text, T = m.config.text_config, len(data.pack(pairs, needs_of(loss)).ids)
     D, inner = text.hidden_size, text.intermediate_size
     run, operations, kind = {}, {}, {"device": device, "dtype": getattr(torch, dtype)}
     for rows, i, o in ((T, D, D), (T, D, inner), (T, inner, D)):
@@ -406,7 +409,8 @@ def measure(side, records, o):
         whole = sum(parts.values())
         steps[kind] = {"seconds": seconds, "gflop": {k: v / 1e9 for k, v in parts.items()},
                        "limit_seconds": whole / rate, "fraction": whole / rate / seconds[0],
-                       "pairs_per_second": len(pairs) / seconds[0]}
+                       "pairs_per_second": len(pairs) / seconds[0],
+                       "tokens_per_second": len(data.pack(pairs, needs_of(loss)).ids) / seconds[0]}
     row = data.pack(pairs, {"chosen", "rejected"})
     parts = profile(sides["dpo"], o.device)
     seconds = parts["matrix products"] * steps["dpo"]["seconds"][0]
@@ -446,12 +450,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         side = Ours(write_model(folder, shape, o.dtype, o.device), shape, o.dtype, o.device)
         found = measure(side, random_records(shape), o)
+    found["peak_gib"] = resident("VmHWM", o.device) / 1024
     if o.shape == "7b":
         found["hours"] = {}
         for name, (loss, pairs, epochs) in RUNS.items():
             first, later = (found["steps"][kind]["pairs_per_second"] for kind in (loss, f"{loss}_cached"))
             found["hours"][name] = (pairs / first + (epochs - 1) * pairs / later) / 3600
-        found["peak_gib"] = resident("VmHWM", o.device) / 1024
     report(table(found, o, about, threads), {**found, **about, "threads": threads}, o)
 
 

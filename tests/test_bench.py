@@ -145,7 +145,42 @@ def test_real_pairs_come_in_file_order_without_the_empty_ones(tmp_path):
     assert all(record["prompt"].count("<image>") == 1 for record in records)
 
 
+# ---- in one command
+
+@needs_trl
+def test_the_gpus_command_makes_one_table_of_both(monkeypatch, tmp_path):
+    """Here on a CPU; as processes of their own, so that the real pairs are read where they are."""
+    import gpu
+    found, section = run(gpu, monkeypatch, tmp_path, "--device", "cpu", "--dtype", "float32")
+    assert set(found) >= {"limit", "vs_trl", "machine"}
+    rows = [line for line in section.splitlines() if line.startswith("| mDPO, later epochs |")]
+    assert rows[-1].count("|") == 6 and "Peak memory" in section and "A step beside TRL" in section
+
+
+# ---- what is imported
+
+def test_importing_every_script_takes_under_three_seconds_beyond_torch():
+    """The processor's seconds, of all of them together."""
+    import subprocess
+    names = ", ".join(sorted(path.stem for path in ROOT.glob("*.py")))
+    code = ("import torch, time; start = time.process_time(); "
+            f"import {names}; print(time.process_time() - start)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3
+
+
 # ---- scale
+
+def test_scale_reads_pictures_ahead_of_a_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(scale, "STEPS", 1)
+    monkeypatch.setattr(scale, "WORKERS", (1, 2))
+    monkeypatch.setattr(scale, "PACES", (500,))
+    monkeypatch.setattr(scale, "SIDE", 64)
+    found, section = run(scale, monkeypatch, tmp_path, "--records", "40", "--only", "reading")
+    assert [row["workers"] for row in found["reading"]] == [1, 2]
+    assert all(row["pairs_per_second"] > 0 and 0 <= row["waiting"]["500"] <= 1 for row in found["reading"])
+    assert "threads that read" in section
+
 
 def test_scale_reports_each_size_the_records_and_two_ranks(monkeypatch, tmp_path):
     monkeypatch.setattr(scale, "TURNS", 1)

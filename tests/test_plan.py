@@ -150,6 +150,10 @@ def test_info_prints_the_folder_and_the_plan(tmp_path, monkeypatch, capsys):
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory " in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said and "fits  " in said
+    import train_dpo
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--dry_run", "--model", *command[2:]])
+    train_dpo.main()
+    assert capsys.readouterr().out.splitlines() == said.splitlines()[-len(said.splitlines()) + 7:]
     monkeypatch.setattr(sys, "argv", [*command[:4], "nothing"])
     with pytest.raises(SystemExit, match="vlm.py: --preset nothing: give one of"):
         vlm.main()

@@ -26,6 +26,7 @@ import train_dpo
 import vlm
 from ranks import ShardedAdamW
 from records import Records
+from reference import Feed
 
 
 def write_pairs(folder, n=12, seed=0):
@@ -115,6 +116,7 @@ def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, lo
     trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1])))
     first, steps = log_of(tmp_path / "run")
     assert first["options"]["loss"] == loss and len(steps) == 3
+    assert all(0 <= step["waiting"] <= 1 for step in steps)
     if start:
         assert steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-6)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -416,6 +418,40 @@ def test_a_run_of_one_rank_goes_on_with_two_to_rounding(world, tmp_path, uninter
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
 
 
+def test_pairs_are_read_ahead_and_are_the_same_with_any_number_of_threads(world):
+    m, records, needs, got = vlm.load(world[0]), Records(world[1]), {"chosen", "image_rejected"}, []
+    for workers in (1, 5):
+        o = options.Options(batch=4, micro_batch=2, workers=workers)
+        feed = Feed(m, records, range(12), [1] * 12, o, needs, 3)
+        steps = []
+        for step in range(3):
+            size, micros = feed(step)
+            assert size == 4 and list(feed.begun) == [step + 1] * (step < 2)
+            steps += [(place, pair) for places, _, futures in micros
+                      for place, pair in zip(places, [f.result() for f in futures], strict=True)]
+        got.append(steps)
+    assert sorted(place for place, _ in got[0]) == list(range(12))
+    for (place, one), (same, two) in zip(*got, strict=True):
+        assert place == same and one[0] == two[0] and one[3] == two[3]
+        assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(world, equal):
+    tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
+    o, seen, loads = options.Options(batch=10, micro_batch=2), [], []
+    for rank in range(2):
+        feed = Feed(None, None, range(10), tokens, o, set(), 1, rank, 2, equal)
+        feed.read = lambda place, epoch: place
+        size, micros = feed(0)
+        assert size == 10
+        assert len(micros) == 3 if equal else len(micros) in (2, 3)    # five, and one that does not count
+        seen += [place for places, counts, _ in micros if counts for place in places]
+        loads.append(sum(tokens[p] for places, counts, _ in micros for p in places if counts))
+    assert sorted(seen) == list(range(10))
+    assert max(loads) - min(loads) < 1000                              # of 4,550
+
+
 def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world, monkeypatch):
     """One draw per pair and run: both forwards get what read_pair gives, in every epoch and process."""
     model, pairs = world
@@ -568,7 +604,8 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
     (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
-    (["--lr", "-1"], "above 0"), (["--lr", "nan"], "above 0"), (["--dtype", "float8"], "float8"),
+    (["--lr", "-1"], "above 0"), (["--lora_r", "-1"], "below 0"), (["--set", "workers=0"], "above 0"),
+    (["--lr", "nan"], "above 0"), (["--dtype", "float8"], "float8"),
     (["--model", "/nowhere"], "no such folder"), (["--data", "/nowhere.jsonl"], "nowhere"),
 ])
 def test_a_mistake_is_refused_in_one_sentence(tmp_path, argv, words):
