@@ -228,13 +228,29 @@ def verify(n, seed=0):
               f"differs in {differ}" if differ else "the same")
 
 
+def for_people(rows, out):
+    """The blind page of Fig. 4: captions of two runs of the same base and seed. Its path, if it is there."""
+    page = out / "people.html"
+    first = {row["arm"]: RUNS / row["run"] for row in reversed(rows) if row["base"] == study.BASES[0]}
+    runs = [first.get(arm, RUNS / "-") for arm in ("mDPO", "DPO")]
+    if all((run / "after.jsonl").exists() for run in runs):
+        answers = [str(run / "after.jsonl") for run in runs]
+        started(["eval_hallu.py", "compare", *answers, "--out", str(page),
+                 "--images", str(runs[0] / "scenes")])
+    return page if page.exists() else None
+
+
 def write_page(quick=False):
     from classroom import page
     rows = lines()
     if quick:
         rows = [row for row in rows if row["base"] in QUICK["bases"] and row["seed"] in QUICK["seeds"]]
     found = [findings.finding(name, rows) for name in findings.TABLES] + pds.findings()
-    page.write(found, findings.about(rows), RUNS / "quick" if quick else HERE)
+    out = RUNS / "quick" if quick else HERE
+    out.mkdir(parents=True, exist_ok=True)
+    if people := for_people(rows, out):
+        next(f for f in found if f["name"] == "fig4")["links"] = {"the page for people": people.name}
+    page.write(found, findings.about(rows), out)
     for f in found:
         print(f"{f['name']:16} {f['verdict']}")
 
