@@ -242,14 +242,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
                              f"{window}: pass --forward naive, or a smaller --set max_length")
     gqa = key.shape[1] != query.shape[1]
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
-    out = []
-    for start, prompt, chosen, rejected in segments:
-        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
-        out.append(attend(*(x[:, :, start:middle] for x in (query, key, value)), is_causal=True))
+    # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
+    lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
+    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
+        out.append(attend(*whole, is_causal=True))                                  # prompt + chosen
         if rejected:
-            k, v = (torch.cat([x[:, :, start:start + prompt], x[:, :, middle:end]], 2) for x in (key, value))
-            out.append(attend(query[:, :, middle:end], k, v,
-                              attn_mask=causal_lower_right(rejected, prompt + rejected)))
+            k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
+            out.append(attend(q, k, v, attn_mask=causal_lower_right(rejected, prompt + rejected)))
     return torch.cat(out, 2).transpose(1, 2), None                     # (1, T, H, d)
 
 
