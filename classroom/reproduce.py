@@ -40,7 +40,7 @@ SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
 EXAM = ("model", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look", "pair_options")
 PAIRS = ("seed", "pairs", "pair_options", "data")
-lock = Lock()
+lock, making = Lock(), {base: Lock() for base in study.BASES}
 
 
 # ---------------------------------------------------------------------------------------- cells
@@ -88,7 +88,7 @@ def careless(base):
     """A base that affirms what it is asked about: SFT on questions whose answer, where the thing is missing,
     is the false one in two cases of three. Made once; the bases themselves hardly ever err on these."""
     out = RUNS / f"careless-{base}"
-    with lock:
+    with making[base]:
         if out.exists():
             return out
         work = RUNS / f".{out.name}"
