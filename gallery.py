@@ -58,6 +58,15 @@ def agreement(ranked):
     return out
 
 
+def duel(row, seed):
+    """(A, B, is A the first ranker's): the places of two rankers' picks in random order; None if equal."""
+    ours, theirs = (max(range(len(s)), key=s.__getitem__) for s in list(row["scores"].values())[:2])
+    if ours == theirs:
+        return None
+    first = bool(data.draw(seed, "judge", row["id"]).integers(2))
+    return (ours, theirs, first) if first else (theirs, ours, first)
+
+
 def judged(run, ranked):
     """Table 5's counts, or None without --judge or with one ranker."""
     o, names = run.o, list(ranked[0]["scores"])[:2] if ranked else []
@@ -65,13 +74,12 @@ def judged(run, ranked):
         return None
     asked, first, same = [], {}, 0
     for r in ranked:
-        ours, theirs = (max(range(len(s)), key=s.__getitem__) for s in (r["scores"][n] for n in names))
-        same += ours == theirs
-        if ours == theirs:
+        pair = duel(r, o.seed)
+        if not pair:
+            same += 1
             continue
-        first[r["id"]] = bool(data.draw(o.seed, "judge", r["id"]).integers(2))     # is A the first ranker's?
-        pair = (ours, theirs) if first[r["id"]] else (theirs, ours)
-        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in pair]
+        *places, first[r["id"]] = pair
+        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in places]
         text = {"type": "text", "text": ASK_JUDGE.format(prompt=r["prompt"])}
         asked.append({"id": r["id"], "messages": [{"role": "user", "content": [*pictures, text]}]})
     said, count = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
