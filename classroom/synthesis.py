@@ -4,6 +4,7 @@
     python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
     python classroom/synthesis.py sharper --minutes 3   train the generator's decoder further
     python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
+    python classroom/synthesis.py table                 the same as Markdown
     python classroom/scorers.py                         what the pairs are worth to DPO
 
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
@@ -599,7 +600,12 @@ def faithfulness(shown, scenes):
 
 
 def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
-    """Tune scenes: the generator at each scale with the same seeds, and what the rewards say of it."""
+    """Tune scenes: the generator at each scale with the same seeds, and what the rewards say of it.
+
+    synth.py's threshold for these models is set here: halfway between ImageReward's mean for a prompt's true
+    picture and its mean for another prompt's. No generated picture has a say in it.
+    """
+    import numpy as np
     import torch
     from PIL import Image
 
@@ -625,6 +631,14 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
         name: float(torch.tensor(s[g]).mean()) for name, s in scored.items()} for g in scales}
     for name, s in scored.items():
         table["true pictures"][name] = float(torch.tensor(s["true"]).mean())
+    four = scales[1:5]                              # synth.py's: of each prompt's four the one that is picked
+    for name, s in scored.items():
+        best = [max(four, key=lambda g, k=k: s[g][k]) for k in range(n)]
+        table[f"picked by {name}"] = faithfulness([shown[g][k] for k, g in enumerate(best)], scenes)
+    judge = judges["imagereward"]
+    strange = [judge.score(prompt(s), [x])[0] for s, x in zip(scenes, true[1:] + true[:1], strict=True)]
+    table["another prompt's picture"] = {"imagereward": float(np.mean(strange))}
+    table["threshold"] = (table["true pictures"]["imagereward"] + float(np.mean(strange))) / 2
     others = [other_scene(rng, s) for s in scenes]
     for name, judge in judges.items():
         worse = [judge.score(prompt(s), [Image.fromarray(world.draw(x))])[0]
@@ -643,16 +657,34 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
     print(json.dumps(rounded, indent=1))
 
 
+def table():
+    """statistics.json as Markdown."""
+    told = json.loads((OUT / "statistics.json").read_text())
+    columns = {g.removesuffix(".0"): row for g, row in told["guidance"].items()}
+    columns |= {name: told[name] for name in ("picked by imagereward", "picked by clip", "true pictures")}
+    lines = [f"| guidance | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for says, name, form in (("objects of the prompt that are drawn, %", "recall", ".0f"),
+                             ("and in their colour, %", "recall_with_colour", ".0f"),
+                             ("of what is drawn, asked for, %", "precision", ".0f"),
+                             ("distance from clean glyphs", "distance", ".1f"),
+                             ("ImageReward, mean", "imagereward", ".2f"), ("CLIP, mean", "clip", ".2f")):
+        cells = (format(c[name], form) if name in c else "" for c in columns.values())
+        lines.append(f"| {says} | {' | '.join(cells)} |")
+    return lines
+
+
 PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2", "llava3", "sd3", "measure")
 
 
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), or sharper")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), sharper, or table")
     parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
     parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
     o = parser.parse_args()
+    if o.parts == ["table"]:
+        return print("\n".join(table()))
     if wrong := set(o.parts) - {*PARTS, "sharper"}:
         sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
     import torch
