@@ -1,6 +1,6 @@
 """What synthetic pairs are worth: DPO of the classroom's base on the pairs of every scorer, and of fewer.
 
-    python classroom/scorers.py pairs       1000 prompts through synth.py; every scorer's pairs     20 minutes
+    python classroom/scorers.py pairs       600 prompts through synth.py; every scorer's pairs     20 minutes
     python classroom/scorers.py tuning      the learning rate, on tuning scenes                      5 minutes
     python classroom/scorers.py print       every scorer, and ArmoRM's pairs at 1/4 and 1/2: five seeds     30
     python classroom/scorers.py table F     means, intervals and what was trained on, as Markdown
@@ -16,7 +16,8 @@ The rule for the learning rate, written before any of it was run: DPO on the ora
 study.RATES on tuning scenes, two seeds each, and the rate is chosen as study.py chooses: lowest mean CHAIR_s
 among those that cost at most 6 points of Cover (mean and two standard deviations), else the one that costs
 least. All scorers are trained at that rate: it is the one at which right pairs do most, and favours none of
-the scorers that a user can have. All else is the preset's, as the pairs' margin and threshold are synth.py's.
+the scorers that a user can have. All else is the preset's, as the pairs' margin and threshold are synth.py's;
+500 questions are asked and not 2000, since it is the captions that these pairs are about.
 """
 import json
 import os
@@ -65,7 +66,7 @@ def judge(run):
     run.write("judge", rows)
 
 
-def pairs(n=250):
+def pairs(n=150):
     """n prompts a theme through every stage, and pairs-NAME.jsonl of every scorer and share."""
     import synth
     synthesis.prompts(n, OUT)
@@ -89,7 +90,7 @@ def pairs(n=250):
 def cell(name, file, seed, options):
     count = len((OUT / f"{file}.jsonl").read_text().splitlines())
     return {"name": name, "base": "base0", "seed": seed, "pairs": count,
-            "options": f"--loss dpo --data {OUT}/{file}.jsonl {options}"}
+            "options": f"--loss dpo --data {OUT}/{file}.jsonl --set questions=500 {options}"}
 
 
 def rate():
@@ -100,7 +101,7 @@ def rate():
 
 def cells(name):
     if name == "tuning":
-        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} {study.TUNE}")
+        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} --set split=tune --set scenes=600")
                 for rate in study.RATES for seed in (100, 101)]
     files = {s: f"pairs-{s}" for s in SCORERS} | {s: f"pairs-armorm-{n}" for s, n in SHARES.items()}
     return [cell(s, file, seed, f"--lr {rate()}") for seed in range(5) for s, file in files.items()]
