@@ -101,7 +101,8 @@ def rate():
 
 def cells(name):
     if name == "tuning":
-        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} --set split=tune --set scenes=600")
+        tune = "--set split=tune --set scenes=600"
+        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} {tune}")
                 for rate in study.RATES for seed in (100, 101)]
     files = {s: f"pairs-{s}" for s in SCORERS} | {s: f"pairs-armorm-{n}" for s, n in SHARES.items()}
     return [cell(s, file, seed, f"--lr {rate()}") for seed in range(5) for s, file in files.items()]
