@@ -1,6 +1,6 @@
 """What synthetic pairs are worth: DPO of the classroom's base on the pairs of every scorer, and of fewer.
 
-    python classroom/scorers.py pairs       600 prompts through synth.py; every scorer's pairs     20 minutes
+    python classroom/scorers.py pairs       400 prompts through synth.py; every scorer's pairs     20 minutes
     python classroom/scorers.py tuning      the learning rate, on tuning scenes                      5 minutes
     python classroom/scorers.py print       every scorer, and ArmoRM's pairs at 1/4 and 1/2: five seeds     30
     python classroom/scorers.py table F     means, intervals and what was trained on, as Markdown
@@ -66,7 +66,7 @@ def judge(run):
     run.write("judge", rows)
 
 
-def pairs(n=150):
+def pairs(n=100):
     """n prompts a theme through every stage, and pairs-NAME.jsonl of every scorer and share."""
     import synth
     synthesis.prompts(n, OUT)
