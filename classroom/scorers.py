@@ -17,13 +17,15 @@ study.RATES on tuning scenes, two seeds each, and the rate is chosen as study.py
 among those that cost at most 6 points of Cover (mean and two standard deviations), else the one that costs
 least. All scorers are trained at that rate: it is the one at which right pairs do most, and favours none of
 the scorers that a user can have. All else is the preset's, as the pairs' margin and threshold are synth.py's;
-500 questions are asked and not 2000, since it is the captions that these pairs are about.
+500 captions and 200 questions are scored, half and a tenth of what the preset asks.
 """
+import contextlib
 import json
+import multiprocessing
 import os
+import shutil
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -90,7 +92,7 @@ def pairs(n=100):
 def cell(name, file, seed, options):
     count = len((OUT / f"{file}.jsonl").read_text().splitlines())
     return {"name": name, "base": "base0", "seed": seed, "pairs": count,
-            "options": f"--loss dpo --data {OUT}/{file}.jsonl --set questions=500 {options}"}
+            "options": f"--loss dpo --data {OUT}/{file}.jsonl --set questions=200 --set scenes=500 {options}"}
 
 
 def rate():
@@ -101,11 +103,41 @@ def rate():
 
 def cells(name):
     if name == "tuning":
-        tune = "--set split=tune --set scenes=600"
-        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} {tune}")
+        return [cell(f"oracle, lr {rate}", "pairs-oracle", seed, f"--lr {rate} --set split=tune")
                 for rate in study.RATES for seed in (100, 101)]
     files = {s: f"pairs-{s}" for s in SCORERS} | {s: f"pairs-armorm-{n}" for s, n in SHARES.items()}
     return [cell(s, file, seed, f"--lr {rate()}") for seed in range(5) for s, file in files.items()]
+
+
+def train(argv):
+    """`train_dpo.py argv`, in a process of its own."""
+    import torch
+
+    import train_dpo
+    torch.set_num_threads(1)
+    sys.argv = ["train_dpo.py", *argv]
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        train_dpo.main()
+
+
+def run(cell, results):
+    """One training run; appends the cell and its scores to the results. The process is forked: most of a
+    short run's time would go into imports."""
+    out = OUT / f"dpo-{cell['name'].replace(', ', '-').replace(' ', '-')}-{cell['seed']}"
+    argv = ["--model", cell["base"], "--out", str(out), "--seed", str(cell["seed"]), *cell["options"].split()]
+    child = multiprocessing.get_context("fork").Process(target=train, args=(argv,))
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(f"scorers.py: train_dpo.py {' '.join(argv)} failed; run it alone to see why")
+    done = json.loads((out / "summary.json").read_text())
+    scores = {when: {k: v for k, v in done[when].items() if k in (*study.KEYS, "by_kind")}
+              for when in ("before", "after")}
+    with open(results, "a") as file:
+        file.write(json.dumps(cell | scores | {k: done[k] for k in ("steps", "seconds")}) + "\n")
+    shutil.rmtree(out)
+    print(cell["name"], cell["seed"], *(f"{k} {scores['before'][k]:.1f} -> {scores['after'][k]:.1f}"
+                                        for k in study.KEYS), flush=True)
 
 
 def table(path):
@@ -140,9 +172,9 @@ def main():
         file = "scorers-tuning" if wanted == ["tuning"] else "scorers"
         there = {(row["name"], row["seed"]) for row in study.read(file)}
         todo = [c for c in cells(wanted[0]) if (c["name"], c["seed"]) not in there]
-        results = study.HERE / "results" / f"{file}.jsonl"
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda c: study.run(c, results), todo))
+        import train_dpo  # noqa: F401, so that the forks need not
+        for c in todo:
+            run(c, study.HERE / "results" / f"{file}.jsonl")
     else:
         sys.exit(f"scorers.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file")
 
