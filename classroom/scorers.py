@@ -90,8 +90,7 @@ def pairs(n=100):
 
 
 def cell(name, file, seed, options):
-    count = len((OUT / f"{file}.jsonl").read_text().splitlines())
-    return {"name": name, "base": "base0", "seed": seed, "pairs": count,
+    return {"name": name, "base": "base0", "seed": seed,
             "options": f"--loss dpo --data {OUT}/{file}.jsonl --set questions=200 --set scenes=500 {options}"}
 
 
@@ -134,7 +133,7 @@ def run(cell, results):
     scores = {when: {k: v for k, v in done[when].items() if k in (*study.KEYS, "by_kind")}
               for when in ("before", "after")}
     with open(results, "a") as file:
-        file.write(json.dumps(cell | scores | {k: done[k] for k in ("steps", "seconds")}) + "\n")
+        file.write(json.dumps(cell | scores | {k: done[k] for k in ("pairs", "steps", "seconds")}) + "\n")
     shutil.rmtree(out)
     print(cell["name"], cell["seed"], *(f"{k} {scores['before'][k]:.1f} -> {scores['after'][k]:.1f}"
                                         for k in study.KEYS), flush=True)
