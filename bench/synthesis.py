@@ -1,4 +1,4 @@
-"""What each stage of synth.py needs on a GPU, as Markdown: the published models are built without weights, from
+"""What each stage of synth.py needs on a GPU, as Markdown: published models are built without weights, from
 their published sizes, and their numbers counted. Seconds on any machine, and nothing is downloaded.
 
     python bench/synthesis.py

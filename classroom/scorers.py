@@ -79,6 +79,7 @@ def pairs(n=100):
     judge(run)
     run.lock.close()
     synth.main(["analyse", *given, "--set", f"judge={OUT}/judge.jsonl"])
+    shutil.copyfile(OUT / "analysis.json", study.HERE / "results" / "synthesis.json")          # for pds.py
     for scorer in SCORERS:
         for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
             synth.main([stage, *given, "--scorer", scorer])

@@ -244,6 +244,11 @@ def test_learning_rates_are_the_rules_choice():
         assert row["options"].endswith(f"--lr {rates[row['name']]}")
 
 
+def test_the_memory_of_synthesis_is_computed_from_the_published_sizes():
+    from bench import synthesis as program
+    assert [line for line in program.table() if line not in README] == []
+
+
 def test_the_settings_of_the_papers_tables_are_what_their_rule_chooses():
     sys.path.insert(0, str(ROOT / "classroom"))
     import study
