@@ -56,6 +56,7 @@ from limit import (
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")       # nothing here may reach for a hub
 import torch  # noqa: E402
+import transformers.models.llama.modeling_llama as llama  # noqa: E402
 from torch.nn.functional import logsigmoid  # noqa: E402
 
 import data  # noqa: E402
@@ -63,10 +64,21 @@ import lora  # noqa: E402
 import losses  # noqa: E402
 import vlm  # noqa: E402
 
+STOCK = llama.rotate_half
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 
 # ----------------------------------------------------------------------------------------------- TRL's side
+@contextlib.contextmanager
+def stock():
+    """transformers as it comes: vlm.load puts a faster rotate_half into it, which is not TRL's to have."""
+    before, llama.rotate_half = llama.rotate_half, STOCK
+    try:
+        yield
+    finally:
+        llama.rotate_half = before
+
+
 @contextlib.contextmanager
 def responses_only(wanted):
     """TRL's fused head scores only responses' positions inside, as it does where there is Triton."""
@@ -157,7 +169,7 @@ class TRL:
         return {k: v.to(kind) if v.is_floating_point() else v for k, v in batch.items()}
 
     def loss(self, batch):
-        with responses_only(self.responses_only):
+        with stock(), responses_only(self.responses_only):
             return self.trainer.training_step(self.trainer.model_wrapped, dict(batch)).item()
 
     def step(self, batch):

@@ -119,6 +119,23 @@ def test_forwards_equal_transformers_own_forward(model):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
+def test_rotate_half_is_transformers_own_bit_for_bit(folder):
+    """Values and gradients; load() puts it where transformers looks it up."""
+    from transformers.models.llama import modeling_llama
+    vlm.load(folder)
+    assert modeling_llama.rotate_half is vlm.rotate_half
+
+    def own(x):
+        return torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1)
+    one, two = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+                for _ in range(2))
+    up = torch.randn(2, 3, 5, 8)
+    assert torch.equal(own(one), vlm.rotate_half(two))
+    for function, x in ((own, one), (vlm.rotate_half, two)):
+        (function(x) * up + x).sum().backward()
+    assert torch.equal(one.grad, two.grad)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_chunked_logps_equal_log_softmax(chunk):
     torch.manual_seed(0)
