@@ -232,12 +232,13 @@ def sd3(minutes):
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from diffusers import StableDiffusion3Pipeline as Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-    folder, rng, shift = OUT / "sd3", random.Random("sd3"), 3.
+    folder, rng, shift, start = OUT / "sd3", random.Random("sd3"), 3., time.process_time()
     if (folder / "vae").exists():               # trained before: delete the folder to train it again
         vae = AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
         vae.register_to_config(_name_or_path="")        # else the path on this machine
     else:
         vae = train_vae(4000, minutes / 4)
+        vae.save_pretrained(folder / "vae")
     vae.to(device())
     torch.manual_seed(1)
     tokenizer, pieces = clip_tokenizer(ROOM), t5_tokenizer(ROOM)
@@ -298,7 +299,7 @@ def sd3(minutes):
                  text_encoder=parts[2], tokenizer=tokenizer, text_encoder_2=parts[3], tokenizer_2=tokenizer,
                  text_encoder_3=parts[4], tokenizer_3=pieces).save_pretrained(folder)
         halved(folder)
-    left = minutes - time.process_time() / 60
+    left = minutes - (time.process_time() - start) / 60
     fit("sd3", list(transformer.parameters()), loss_of, 40_000, 2e-3, left, after)
     keep()
 
