@@ -221,7 +221,7 @@ def sweep(title, knob, values, label, text=""):
     """mDPO and DPO along one knob of the pairs; the default's value is None: the arms themselves."""
     arm = {v: {m: m if d else f"{m}, {knob} {v}" for m in ("mDPO", "DPO")} for v, d in values.items()}
     return Table(
-        "ours", title, "mDPO is lower than DPO whatever the pairs are like.",
+        "Sweep", title, "mDPO is lower than DPO whatever the pairs are like.",
         "CHAIR_s of mDPO is lower than DPO's at each value.",
         tuple(a for v in arm.values() for a in v.values()),
         both([(f"{knob} {v}", arm[v]["mDPO"], arm[v]["DPO"]) for v in values], text),
@@ -285,43 +285,43 @@ TABLES = {
         shown=("before", "DPO", "mDPO"), columns=(*KINDS, "chair_s"), against="DPO",
         published=(("before", {MMHAL: .83}), ("DPO", {MMHAL: 1.50}), ("mDPO", {MMHAL: 4.17}))),
     "table5-careless": Table(
-        "ours, for mDPO's Table 5", "By kind of question, on bases that say yes to everything",
+        "Control, for mDPO's Table 5", "By kind of question, on bases that say yes to everything",
         "Where the base errs on false premises, mDPO mends it and DPO does not.",
         "As for Table 5, on bases that were taught to affirm what is not there, with questions of all kinds "
         "among the pairs.", ("mDPO, careless base", "DPO, careless base"),
         by_kind("mDPO, careless base", "DPO, careless base"), metric="false_premise", seeds=2,
         columns=(*KINDS, "chair_s"), against="DPO, careless base"),
     "control-sft": Table(
-        "ours", "Imitation alone", "mDPO does more than SFT on the chosen answers.",
+        "Control", "Imitation alone", "mDPO does more than SFT on the chosen answers.",
         "CHAIR_s of mDPO is lower than SFT's.", ("mDPO", "SFT on the chosen"),
         against("mDPO", "SFT on the chosen", "Four in five chosen captions are true."),
         against="SFT on the chosen"),
     "control-onpolicy": Table(
-        "ours", "The model's own samples, ranked by a noisy scorer",
+        "Control", "The model's own samples, ranked by a noisy scorer",
         "mDPO is better than DPO on on-policy pairs too.",
         "CHAIR_s of mDPO is lower than DPO's on pairs of the base's own samples.",
         ("mDPO, on policy", "DPO, on policy"), against("mDPO, on policy", "DPO, on policy", ""), seeds=3,
         against="mDPO, on policy"),
     "control-place": Table(
-        "ours", "Where the invented words stand",
+        "Control", "Where the invented words stand",
         "mDPO's gain does not depend on where in the caption the invented words stand.",
         "CHAIR_s of mDPO is lower than DPO's with the words in random places and at the end.",
         ("mDPO", "DPO", "mDPO, invented words last", "DPO, invented words last"),
         both([("random places", "mDPO", "DPO"),
               ("at the end", "mDPO, invented words last", "DPO, invented words last")]), seeds=3),
     "control-crop": Table(
-        "ours", "Content or magnification",
+        "Control", "Content or magnification",
         "CoPO learns that content is missing, not that the picture is enlarged.",
         f"A patch (what the crop keeps, neither moved nor enlarged) does as well as the crop: the 90% "
         f"interval of the difference of CHAIR_s lies within {MARGIN} points.", ("mDPO", "patch"), patch,
         seeds=3, against="mDPO"),
     "equal-compute": Table(
-        "ours", "Equal compute", "mDPO is better than DPO that runs as long.",
+        "Control", "Equal compute", "mDPO is better than DPO that runs as long.",
         "CHAIR_s of mDPO is lower than that of DPO with five epochs in place of three: a pair is three "
         "sequences of mDPO's, and two of DPO's.", ("mDPO", "DPO, equal compute"),
         against("mDPO", "DPO, equal compute", ""), seeds=3, against="mDPO"),
     "equal-kl": Table(
-        "ours", "Equal distance from the reference", "At the same KL mDPO is better than DPO.",
+        "Control", "Equal distance from the reference", "At the same KL mDPO is better than DPO.",
         "None: CHAIR_s against KL along the learning rates, one seed a base.",
         tuple(f"{m}, lr {rate}" for rate in study.RATES for m in ("mDPO", "DPO")),
         both([(f"lr {rate}", f"mDPO, lr {rate}", f"DPO, lr {rate}") for rate in study.RATES],

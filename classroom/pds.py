@@ -95,7 +95,7 @@ def fig4(_, analysis):
 def table4(_, analysis):
     rows, above = [], []
     for found in analysis["agreement"]:
-        point = share(round(found["agree"] * found["n"] * found["k"]), found["n"] * found["k"])
+        point = share(found["agree"] * found["n"], found["n"])     # as if all or nothing: wide for k > 1
         above.append(point[1] > 100 * found["chance"])
         rows.append({"arm": f"top {found['k']}, "
                             f"{' and '.join(found['rankers'])}", "runs": found["n"], "bases": {},
