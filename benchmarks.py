@@ -268,12 +268,21 @@ def amber_nouns(path):
 
 
 def lemmas(path):
-    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
+    """-> a function text -> its words in the singular, by a JSON file {word: singular}; or, for words that a
+    tagger read in their context, {text: [its words]}, which has to hold every text, COCO's captions too."""
     table = read_json(path, dict)
-    if not all(isinstance(word, str) for word in table.values()):
-        raise data.UserError(f"{path} is no table of words (a value is no string); give builtin, nltk or "
-                             "such a table")
-    return lambda text: [table.get(word, word) for word in nouns.tokens(text.lower())]
+    kinds = {kind for value in table.values() for kind in (type(value), *map(type, value))}
+    if not (kinds <= {str} or kinds == {list, str} and all(isinstance(v, list) for v in table.values())):
+        raise data.UserError(f"{path} is no table of words (a value is no string, or no list of strings "
+                             "among lists); give builtin, nltk or such a table")
+    texts = {" ".join(text.split()): words for text, words in table.items()}
+
+    def found(text):
+        if (text := " ".join(text.split())) not in texts:
+            raise data.UserError(f"{path} holds no words of the text {text[:60]!r}; extract them again, of "
+                                 "the answers and of COCO's captions")
+        return texts[text]
+    return found if list in kinds else lambda text: [table.get(w, w) for w in nouns.tokens(text.lower())]
 
 
 def coco(folder, images):

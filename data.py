@@ -256,6 +256,11 @@ def _crop(image, rng, area):
     return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
 
 
+def _blank(image):
+    """A picture that is zeros once normalised."""
+    return Image.new("RGB", image.size, tuple((MEAN * 255).round().astype(int).tolist()))
+
+
 def _moco(image, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
     image = _crop(image, rng, (0.2, 1.0))
@@ -291,7 +296,7 @@ def _noise(image, rng, step=500):
 
 
 AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop80-100": (0.8, 1.0)}      # the share that is kept
-REJECTED = (*AREAS, "random", "moco", "blank", "noise")
+REJECTED = (*AREAS, "patch", "random", "moco", "blank", "noise")
 
 
 def rejected_image(strategy, image, seed, id, other=None, epoch=None):
@@ -302,8 +307,13 @@ def rejected_image(strategy, image, seed, id, other=None, epoch=None):
             return other
         case "moco":
             return _moco(image, rng)
-        case "blank":                                   # zeros once normalised
-            return Image.new("RGB", image.size, tuple((MEAN * 255).round().astype(int).tolist()))
+        case "blank":
+            return _blank(image)
+        case "patch":                                   # what crop keeps, neither moved nor magnified
+            x, y, w, h = _box(*image.size, draw(seed, "crop", id, epoch), AREAS["crop"])
+            patch, box = _blank(image), (x, y, x + w, y + h)
+            patch.paste(image.crop(box), box)
+            return patch
         case "noise":
             return _noise(image, rng)
     if strategy not in AREAS:

@@ -58,6 +58,15 @@ def agreement(ranked):
     return out
 
 
+def duel(row, seed):
+    """(A, B, is A the first ranker's): the places of two rankers' picks in random order; None if equal."""
+    ours, theirs = (max(range(len(s)), key=s.__getitem__) for s in list(row["scores"].values())[:2])
+    if ours == theirs:
+        return None
+    first = bool(data.draw(seed, "judge", row["id"]).integers(2))
+    return (ours, theirs, first) if first else (theirs, ours, first)
+
+
 def judged(run, ranked):
     """Table 5's counts, or None without --judge or with one ranker."""
     o, names = run.o, list(ranked[0]["scores"])[:2] if ranked else []
@@ -65,13 +74,12 @@ def judged(run, ranked):
         return None
     asked, first, same = [], {}, 0
     for r in ranked:
-        ours, theirs = (max(range(len(s)), key=s.__getitem__) for s in (r["scores"][n] for n in names))
-        same += ours == theirs
-        if ours == theirs:
+        pair = duel(r, o.seed)
+        if not pair:
+            same += 1
             continue
-        first[r["id"]] = bool(data.draw(o.seed, "judge", r["id"]).integers(2))     # is A the first ranker's?
-        pair = (ours, theirs) if first[r["id"]] else (theirs, ours)
-        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in pair]
+        *places, first[r["id"]] = pair
+        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in places]
         text = {"type": "text", "text": ASK_JUDGE.format(prompt=r["prompt"])}
         asked.append({"id": r["id"], "messages": [{"role": "user", "content": [*pictures, text]}]})
     said, count = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
@@ -162,7 +170,7 @@ def figures(out, found):
             axes.bar([i + k * width for i in range(len(table))], heights, width, label=f"guidance {g:g}")
         axes.set_xticks([i + .4 - width / 2 for i in range(len(table))], table, rotation=30, ha="right")
         axes.set_ylabel("best image, % of prompts")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=len(scales), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         save("guidance.png", figure)
     if found["agreement"]:
         figure, axes = plt.subplots(figsize=(5, 3.2))
@@ -171,6 +179,7 @@ def figures(out, found):
             for kind, style, label in (("agree", "o-", " and ".join(group)), ("chance", ":", "chance")):
                 axes.plot([r["k"] for r in rows], [100 * r[kind] for r in rows], f"C{k}{style}", label=label)
         axes.set_xlabel("k of the top k")
+        axes.set_xticks(sorted({r["k"] for r in found["agreement"]}))
         axes.set_ylabel("in common, %")
         axes.legend(fontsize=7)
         save("agreement.png", figure)
@@ -244,9 +253,14 @@ def page(run, found, ranked):
               r["n"]) for r in found["agreement"]]
     body += report.section("Agreement", "Share in common of the rankers' top k, in percent.",
                            table(("rankers", "k", "agree", "chance", "prompts"), agree) if agree else "")
-    if found["judge"]:
-        body += report.section("Judge", " against ".join(found["judge"]["rankers"]) + ".",
-                               table(found["judge"], [found["judge"].values()]))
+    if judge := found["judge"]:
+        ours, theirs = judge["rankers"]
+        rate = [f"{100 * x:.0f}" for x in ((judge["win_rate"] or 0.), *judge["interval"])]
+        body += report.section(
+            "Judge", f"How often {ours}'s pick is preferred to {theirs}'s; the rate is of the decided.",
+            table(("better", "worse", "ties", "same pick", "unread", "not answered", "win rate, %", "95%"),
+                  [[judge[k] for k in ("wins", "losses", "ties", "same_pick", "unread", "not_answered")]
+                   + [rate[0], f"{rate[1]} to {rate[2]}"]]))
     shown = ranked[::max(1, len(ranked) // max(1, o.gallery))][:o.gallery]
     cards = "".join(entry(run, r, questions.get(r["id"]), said.get(r["id"], ()), scores, faults,
                           pairs.get(r["id"]), reasons.get(r["id"]) or r.get("dropped")) for r in shown)

@@ -21,7 +21,8 @@ joined by + are summed (`--loss dpo+mine`), and an argument named `anchors` rece
     reward            r         beta * (policy - reference)
 
 Log-probabilities are SUMS over a response's tokens, its end-of-sequence token included, in float32.
-DPO is arXiv 2305.18290; mDPO, the sum of DPO, CoPO and AncPO, is arXiv 2406.11839.
+DPO is arXiv 2305.18290; mDPO, the sum of DPO, CoPO and AncPO, is arXiv 2406.11839, whose equations have no
+numbers: section 3.1 is CoPO, 3.2 is AncPO and the sum.
 Where this departs from the papers and from the official mDPO code:
 1. AncPO has the paper's delta; the official code has none (delta 0, the default here, is the same).
 2. AncPO can anchor y_l and m_l too, as in the paper's ablation (`anchors="wl"`, `"wlm"`); the official code
@@ -64,7 +65,7 @@ def dpo(policy, reference, beta, delta=0.0):
 def copo(policy, reference, beta, delta=0.0):
     """Prefer the chosen response with its own image to the same response with the rejected image."""
     margin = (policy.chosen - policy.image_rejected) - (reference.chosen - reference.image_rejected)
-    return -logsigmoid(beta * margin)                                      # arXiv 2406.11839, CoPO
+    return -logsigmoid(beta * margin)                                      # arXiv 2406.11839, §3.1
 
 
 def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
@@ -73,7 +74,7 @@ def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
         raise ValueError(f"anchors {anchors!r} is not made of the letters w, l and m: give w, wl or wlm.")
     loss = 0.0
     if "w" in anchors:
-        loss = loss - logsigmoid(beta * (policy.chosen - reference.chosen) - delta)      # 2406.11839, AncPO
+        loss = loss - logsigmoid(beta * (policy.chosen - reference.chosen) - delta)     # 2406.11839, §3.2
     if "l" in anchors:
         loss = loss - logsigmoid(delta - beta * (policy.rejected - reference.rejected))
     if "m" in anchors:
@@ -81,7 +82,7 @@ def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
     return loss
 
 
-def mdpo(policy, reference, beta, delta=0.0, anchors="w"):                 # arXiv 2406.11839, their sum
+def mdpo(policy, reference, beta, delta=0.0, anchors="w"):                 # arXiv 2406.11839, §3.2
     return (dpo(policy, reference, beta, delta) + copo(policy, reference, beta, delta)
             + ancpo(policy, reference, beta, delta, anchors))
 

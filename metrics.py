@@ -412,8 +412,8 @@ def _amber_counters(total, added):
 
 # ---------------------------------------------------------------------------------------------- CHAIR
 def _captions(answers):
-    """[(id, caption, line)], the captions without "Assistant:"."""
-    return [(name, text.replace("Assistant:", "").strip(), line)
+    """[(id, text, caption, line)], the captions being the texts without "Assistant:"."""
+    return [(name, text, text.replace("Assistant:", "").strip(), line)
             for name, text, line in read(answers, "objhal")]
 
 
@@ -421,37 +421,38 @@ def extraction_requests(answers):
     """The captions that an extractor is asked about, [{"id", "question", "answer"}]: one of at most three
     words has no objects, unasked."""
     return [{"id": name, "question": str(first(line, "prompt", "question", "query") or ""), "answer": caption}
-            for name, caption, line in _captions(answers) if len(caption.split()) > 3]
+            for name, _, caption, line in _captions(answers) if len(caption.split()) > 3]
 
 
 def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust", partial=False, seed=0,
           resamples=1000):
     """CHAIR, and Object HalBench, which is CHAIR with other synonyms and lemmas and often an extractor's
     replies. -> fractions {"chair_s", "chair_s_refine" (of the captions with an object), "chair_i", "recall"},
-    "n", "n_with_objects", "mean_words", "unparsed", "counts", ...; and the items.
+    "len" (tokens, in hundreds: OPERA's Len), "n", "n_with_objects", "mean_words", "unparsed", "counts", ...;
+    and the items.
 
     answers: {"question_id", "image_id", "prompt", "text"}. truth, table: from objects.py. words: a function
-    text -> its words in the singular: nouns.lemmas for the scorer objhal, nouns.singulars for the original.
+    text -> its words in the singular: nouns.lemmas for the scorer objhal, nouns.singulars for the original,
+    nouns.in_context for opera.
     replies: {id: an extractor's reply}, with phrase: a function of one object's name -> its words in the
     singular, and its runs of nouns (nouns.phrase). A caption whose reply cannot be read is left out and
     counted as unparsed; in official mode that is refused, since the official code asks until it can read.
     """
     found, items, unread = _captions(answers), [], []
     join([name for name, *_ in found], {name: "captions" for name, *_ in found}, partial)
-    images = {name: image_number(first(line, "image_id", "image")) for name, _, line in found}
+    images = {name: image_number(first(line, "image_id", "image")) for name, *_, line in found}
     if strangers := [name for name in images if images[name] not in truth]:
         raise AnswerError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
                           f"{few(strangers)}); give COCO's 2014 annotations, or the right answers.")
-    asked = {name for name, caption, _ in found if replies is not None and len(caption.split()) > 3}
+    asked = {name for name, _, caption, _ in found if replies is not None and len(caption.split()) > 3}
     if replies is not None:
         join([name for name in replies if name in asked or name not in images],
              dict.fromkeys(asked, "replies"), partial, "replies", "captions")
         found = [line for line in found if line[0] not in asked or line[0] in replies]
-    for name, caption, _ in found:
-        item = {"id": name, "image": images[name]}
-        if replies is None:
-            named = joined(words(caption), table)
-        else:
+    for name, text, caption, _ in found:
+        item, named = {"id": name, "image": images[name]}, joined(words(text), table)
+        tokens = len(named) + named.count("dining table")           # no word of its own to the first CHAIR
+        if replies is not None:
             listed = object_list(replies[name], mode) if name in asked else []
             if listed is None:
                 unread.append(name)
@@ -463,7 +464,7 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
         misses = [kind for _, kind in named if kind not in truth[images[name]]]
         items.append(item | {
             "generated": named, "hallucinated": misses, "chair_s": int(bool(misses)),
-            "chair_i": ratio(len(misses), len(named)), "words": len(caption.split(" ")),
+            "chair_i": ratio(len(misses), len(named)), "words": len(caption.split(" ")), "tokens": tokens,
             "covered": len({kind for _, kind in named} - set(misses)), "present": len(truth[images[name]])})
     if unread and mode == "official" and not partial:
         raise AnswerError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
@@ -474,14 +475,15 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
             return {"unparsed": 1}
         return {"n": 1, "with": int(bool(item["generated"])), "captions": item["chair_s"],
                 "mentions": len(item["generated"]), "misses": len(item["hallucinated"]),
-                "covered": item["covered"], "present": item["present"], "words": item["words"]}
+                "covered": item["covered"], "present": item["present"], "words": item["words"],
+                "tokens": item["tokens"]}
 
     def measure(sums):
         return {"chair_s": ratio(sums["captions"], sums["n"]),
                 "chair_s_refine": ratio(sums["captions"], sums["with"]),
                 "chair_i": ratio(sums["misses"], sums["mentions"]),
                 "recall": ratio(sums["covered"], sums["present"]),
-                "mean_words": ratio(sums["words"], sums["n"])}
+                "mean_words": ratio(sums["words"], sums["n"]), "len": ratio(.01 * sums["tokens"], sums["n"])}
 
     total, draws = add_up(items, counts, seed, resamples)
     scores = measure(total)

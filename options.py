@@ -30,7 +30,7 @@ class Options:
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
     model: str = option("classroom", "a llava-hf folder, or classroom")
     data: str = option("classroom", "preference pairs in any format of records.py; classroom makes its own")
-    val_data: str = option("", "held-out pairs: loss and margin before and after, for your own models")
+    val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
@@ -73,6 +73,7 @@ class Options:
     scenes: int = 1000                # of the classroom, in the printed table
     questions: int = 2000
     split: str = "print"              # scenes to report on; tune: to choose settings on
+    look: int = 200                   # held-out pairs that diagnose.py looks at, no more than pairs; 0: none
     max_new_tokens: int = 64
     eval_data: str = ""               # a small file of POPE's, or of questions about COCO images, asked too
     eval_images: str = ""             # the folder of its images ("": beside it)
@@ -167,7 +168,7 @@ def check(o):
                  "pairs", "scenes", "questions", "max_new_tokens", "beta", "lr"):
         if not 0 < getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must be a number above 0")
-    for name in ("lora_r", "max_steps", "eval_every", "warmup", "clip", "weight_decay"):
+    for name in ("lora_r", "max_steps", "eval_every", "look", "warmup", "clip", "weight_decay"):
         if not 0 <= getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
     if o.official and o.preset not in OFFICIAL:

@@ -2,9 +2,9 @@
 
     python report.py runs/NAME      writes runs/NAME/report.html, in a second; train_dpo.py does it by itself
 
-It shows what the folder holds: the table before and after (summary.json), curves (log.jsonl), the reward of
-words with their own and another image (words.json), and the first dozen images with both answers
-(before.jsonl, after.jsonl). Text is escaped, images are encoded anew, scripts are forbidden.
+It shows what the folder holds: the table before and after (summary.json), curves and what diagnose.py found
+(log.jsonl), the reward of words with their own and another image (words.json), and the first dozen images
+with both answers (before.jsonl, after.jsonl). Text is escaped, images are encoded anew, no script may run.
 """
 import base64
 import io
@@ -30,6 +30,7 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
     ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
+IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
 --c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e;--pos:31,108,176;--neg:200,96,30}
@@ -49,6 +50,8 @@ td:first-child{text-align:left;padding-left:0}td small,.key span{display:block}.
 .row{display:flex;gap:16px;flex-wrap:wrap}.row figure{margin:0;width:112px}.row>div{flex:1 1 220px}
 svg{display:block;width:100%;margin:.3em 0}path{fill:none;stroke-width:2}.rule{stroke:var(--line)}
 .s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:7 3}.s2{stroke:var(--c2);stroke-dasharray:2 3}
+rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{stroke:var(--ink);stroke-width:1.4}
+.grid+table{margin:14px 0 22px}
 .raw{stroke-width:1;opacity:.3;stroke-dasharray:none}.key svg{width:26px;display:inline;margin:0 .5em 3px 0}
 img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
@@ -185,8 +188,55 @@ def answers(run, images=12):
     return section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
 
 
-def looks(run):
-    """The reward of each word of an answer, with the true image and with another."""
+def bars(title, says, sides):
+    """Bars with their intervals: {side: {image: [mean, low, high]}}; `before` is hollow, `after` filled."""
+    rows = [(kind, side, *sides[side][kind]) for kind in IMAGES for side in sides if kind in sides[side]]
+    low, high = min(0, *(row[3] for row in rows)), max(0, *(row[4] for row in rows))
+    scale, body, y, last = 180 / (high - low or 1), "", -8, ""
+    zero = 88 - low * scale
+    for kind, side, *values in rows:
+        y += 14 if kind == last else 22
+        mean, left, right = (zero + x * scale for x in values)
+        body += (f'<text y="{y + 9}">{IMAGES[kind] if kind != last else ""}</text><rect class="{side}" '
+                 f'x="{min(zero, mean):.1f}" y="{y}" width="{abs(mean - zero):.1f}" height="10"/>'
+                 f'<path class="ends" d="M{left:.1f} {y + 1}v8m0-4H{right:.1f}m0-4v8"/>'
+                 f'<text x="322" y="{y + 9}" text-anchor="end">{num(values[0], "+z.2f")}</text>')
+        last = kind
+    keys = "".join('<span><svg viewBox="0 0 26 10"><rect x="1" y="1" width="24" height="8" '
+                   f'class="{side}"/></svg>{side}</span>' for side in sides)
+    return (f'<figure class="card"><h3>{title}</h3><svg viewBox="0 0 324 {y + 20}" role="img" aria-label="'
+            f'{title}"><path class="rule" d="M{zero:.1f} 6V{y + 18}"/>{body}</svg><div class="key">{keys}'
+            f"{says}</div></figure>")
+
+
+def held_out(lines):
+    """What diagnose.py found first and last, as figures and a table. lines: those of log.jsonl."""
+    found = [line["look"] for line in lines if line.get("look")]
+    if not found:
+        return ""
+    sides = dict(zip(("before", "after"), (found[0], *found[1:][-1:]), strict=False))
+    body, figures = "", bars("Preference", "log p(chosen) − log p(rejected), nats, by the image shown",
+                             {side: look["preference"] for side, look in sides.items()})
+    if len(found) > 1:
+        for title, key, says in (("Margin", "margin", "what training added to the preference, × β"),
+                                 ("Margin, true image minus", "margin_true_minus", "pair by pair")):
+            figures += bars(title, says, {"after": found[-1][key]})
+    for key, label in (("logps_chosen", "log p of the chosen answer"),
+                       ("kl", "KL of an answer from the reference")):
+        body += f"<tr><td>{label}, nats</td>"
+        for look in sides.values():
+            mean, *ends = (num(x, "z.2f") for x in look[key])
+            body += f"<td>{mean}<small>{' to '.join(ends)}</small></td>"
+        body += "</tr>"
+    head = "".join(f"<th>{side}</th>" for side in sides)
+    note = (f"{num(found[0]['n'])} held-out pairs with their own and other images, and 95% intervals. "
+            "Last figure: above 0 where training taught the model to look; at 0 it changed words alone.")
+    return (f'<p class="soft">{note}</p><div class="grid">{figures}</div>'
+            f"<table><tr><th></th>{head}</tr>{body}</table>")
+
+
+def looks(run, lines):
+    """Held-out pairs with their own and other images; the reward of each word of an answer with two."""
     entries = json.loads((run / "words.json").read_text()) if (run / "words.json").exists() else []
     most = max((abs(w[k]) for e in entries for w in e["words"] for k in ("true", "other")), default=0) or 1
     body, form = "", "+z.2f" if most >= .2 else "+z.3f"
@@ -205,11 +255,13 @@ def looks(run):
     note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
             "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
             "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")
-    return section("Does the model look?", note, body and f'<div class="grid" style="--w:100%">{body}</div>')
+    words = body and f'<p class="soft">{note}</p><div class="grid" style="--w:100%">{body}</div>'
+    return section("Does the model look?", "", held_out(lines) + words)
 
 
 def section(title, note, body):
-    return f'<h2>{title}</h2><p class="soft">{note}</p>{body}' if body else ""
+    note = note and f'<p class="soft">{note}</p>'
+    return f"<h2>{title}</h2>{note}{body}" if body else ""
 
 
 def page(title, body):
@@ -231,7 +283,7 @@ def write(run_folder):
             f"{num(summary.get('steps', done.get('step')))} steps in {num(done.get('seconds'))} seconds",
             *(f"{k} {o[k]}" for k in ("beta", "image_rejected", "model", "lora_r", "lr", "seed") if k in o),
             f"commit {first.get('commit', '–')}", *([] if summary else ["not finished"])]
-    body = curves(steps) + looks(run) + (answers(run) if "difference" in summary else "")
+    body = curves(steps) + looks(run, [first, *steps]) + (answers(run) if "difference" in summary else "")
     body = f"<p>{escape(', '.join(said))}.</p>{before_and_after(summary)}{body}"
     data.atomic_write(run / "report.html", page(run.resolve().name, body))
     return run / "report.html"

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import diagnose
 import lora
 import losses
 import metrics
@@ -64,12 +65,17 @@ def classroom_files(o, out):
              "--n", str(o.scenes), "--questions", str(o.questions))
     if o.data == "classroom":
         make(out / "data", "--seed", str(o.seed), "--n", str(o.pairs), *shlex.split(o.pair_options))
+        if o.look and not o.val_data:
+            make(out / "held_out", *shlex.split(o.pair_options), "--split", "tune",
+                 "--seed", str(o.eval_seed), "--n", str(min(o.look, o.pairs)))
     return out / "data" / "pairs.jsonl" if o.data == "classroom" else Path(o.data)
 
 
 def evaluate(m, o, out, name, val):
     """Metrics of the model as it stands: of the classroom or of val_data, and of eval_data's questions."""
     found = measured(m, o, out, name, val)
+    if o.look and (held_out := val or diagnose.made(out)):
+        found["look"] = diagnose.look(m, *held_out[:2], o, name)
     if o.eval_data:
         import eval_hallu
         asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
@@ -206,7 +212,7 @@ def train(o, rank, world, device):
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
                    "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
                    "images": m.preparation, "official": options.departures(o),
-                   "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()})
+                   "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()}, before)
     stop, began = Stop(), time.monotonic() - state["seconds"]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -259,16 +265,18 @@ def train(o, rank, world, device):
             bar.write(f"warning: {line['warning']}", file=sys.stderr)
         if o.eval_every and (step + 1) % o.eval_every == 0 and step + 1 < steps:
             line["eval"] = evaluated(f"step-{step + 1}")
-        log.write(line)
+        if step + 1 < steps:                                # the last line waits for `after`
+            log.write(line, line.get("eval", {}))
         bar.set_postfix(loss=f"{mean['loss']:.3f}", chosen=f"{mean['rewards/chosen']:+.2f}")
         stopping = any(each[4] for each in everyone)
         if stopping or step + 1 == steps or not (step + 1) % o.save_every or not (step + 1) % per_epoch:
-            state |= {"step": step + 1, "seconds": now - began, "log_bytes": log.size()}
+            state |= {"step": step + 1, "seconds": now - began, "log_bytes": log.size(), "line": line}
             save(out, optimiser, reference, base, state, rank)
         if stopping and step + 1 < steps:
             raise KeyboardInterrupt
     stop.armed = False
     after = evaluated("after")
+    log.write(state["line"], after)
     summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
                "seconds": round(state["seconds"], 1), "options": asdict(o)}
 
@@ -325,9 +333,9 @@ class Log:
         if self.file:
             self.file.truncate(size)
 
-    def write(self, line):
+    def write(self, line, scores):
         if self.file:
-            data.append_jsonl(self.file, line)
+            data.append_jsonl(self.file, line | {k: v for k, v in scores.items() if k == "look"})
 
     def size(self):
         return os.fstat(self.file.fileno()).st_size if self.file else 0

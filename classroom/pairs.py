@@ -5,7 +5,8 @@
     python classroom/pairs.py scenes --n 1000 --questions 2000 --out D    D/scenes.jsonl and D/images/*.png
 
 All take a few seconds and are decided by the seed alone; the first 250 of 1000 pairs are those of `--n 250`.
-Pairs come from training scenes. The recipe, knob by knob (the defaults are the calibrated recipe):
+Pairs come from training scenes, or with --split tune from tuning scenes: held-out pairs to look at a model
+with. Printed scenes are never in a pair. The recipe, knob by knob (the defaults are the calibrated recipe):
 
 --faithful   share of chosen captions without a hallucinated object; the others have one. With 1, raising the
              chosen's likelihood alone mends the model, and the anchor does most of the work.
@@ -49,6 +50,7 @@ class Recipe:
     ask: tuple = ("existence",)
     temperature: float = 1.
     scorer_noise: float = 1.
+    split: str = "train"
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -97,14 +99,19 @@ def made(seed, n, recipe):
     """-> n (record, scene): each of its own generator, so that fewer pairs are a prefix of more."""
     out = []
     for i in range(n):
-        rng = random.Random(f"pairs-{seed}-{i}")
-        s = world.scene(rng, "train")
+        rng = random.Random(f"{home(recipe)}pairs-{seed}-{i}")
+        s = world.scene(rng, recipe.split)
         if rng.random() < recipe.questions:
             question, chosen, rejected, kind = question_pair(rng, s, recipe)
         else:
             (question, chosen, rejected), kind = caption_pair(rng, s, recipe), "caption"
-        out.append((record(f"s{seed}-{i:05}", s, question, chosen, rejected, kind), s))
+        out.append((record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind), s))
     return out
+
+
+def home(recipe):
+    """What names and generators begin with outside the training split."""
+    return "" if recipe.split == "train" else f"{recipe.split}-"
 
 
 def record(name, s, question, chosen, rejected, kind):
@@ -120,8 +127,8 @@ def on_policy(seed, n, recipe, model):
     import vlm
     m, out, i = vlm.load(model), [], 0
     while len(out) < n:
-        rngs = [random.Random(f"on-policy-{seed}-{i + k}") for k in range(256)]
-        scenes = [world.scene(rng, "train") for rng in rngs]
+        rngs = [random.Random(f"{home(recipe)}on-policy-{seed}-{i + k}") for k in range(256)]
+        scenes = [world.scene(rng, recipe.split) for rng in rngs]
         images = [[Image.fromarray(world.draw(s))] for s in scenes]
         asked = [rng.choice(world.DESCRIBE) for rng in rngs]
         both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
@@ -130,7 +137,7 @@ def on_policy(seed, n, recipe, model):
         for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, samples, strict=True)):
             ranked = sorted(pair, key=lambda text: score(rng, s, text, recipe.scorer_noise), reverse=True)
             if pair[0] != pair[1] and all(pair) and len(out) < n:
-                out.append((record(f"op{seed}-{i + k:05}", s, question, *ranked, "caption"), s))
+                out.append((record(f"{home(recipe)}op{seed}-{i + k:05}", s, question, *ranked, "caption"), s))
         i += len(scenes)
     return out
 
@@ -287,6 +294,7 @@ def main_pairs(argv):
     add("--on_policy", metavar="MODEL", help="rank two samples of this model instead of making pairs")
     add("--temperature", type=float, default=d.temperature, help="of the samples (%(default)s)")
     add("--scorer_noise", type=float, default=d.scorer_noise, help="of the scorer (%(default)s)")
+    add("--split", choices=("train", "tune"), default=d.split, help="whose scenes (%(default)s)")
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})

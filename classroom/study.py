@@ -4,7 +4,12 @@
     python classroom/study.py again       the two best rates of each with a second seed
     python classroom/study.py print       each at the rate so chosen, on printed scenes: 3 bases x 5 seeds
     python classroom/study.py causes      what POPE and counting fall by, on tuning scenes
+    python classroom/study.py settings    for reproduce.py: two methods more, and every beta and length
     python classroom/study.py table F     means, spreads and the worst run of a file of results, as Markdown
+
+`settings` gives mDPO without one of its terms the same five rates, and a method whose best rate is the last
+of the five one more beyond it; then each method, at its best rate, another beta and a shorter run, one change
+at a time. reproduce.py takes what is best by the rule below, the defaults among it.
 
 A line that stands in classroom/results/NAME.jsonl is not run again. Two runs go at a time, one thread each.
 
@@ -36,6 +41,10 @@ RATES = ("2e-5", "5e-5", "1e-4", "2e-4", "4e-4")
 COVER = 6
 TUNE = "--set split=tune --set scenes=600 --set questions=1200"
 # mDPO at the highest rate, where POPE and counting fall most, with one thing changed at a time
+# for reproduce.py: the ablations are methods too; what is tried beyond the best rate, where that is the last
+ABLATIONS = {"DPO + AncPO": "--loss dpo+ancpo", "DPO + CoPO": "--loss dpo+copo"}
+BEYOND = {"2e-5": "1e-5", "4e-4": "8e-4"}
+CHANGES = ("--beta 0.3", "--epochs 1")
 CAUSES = {"lr 4e-4": "", "without CoPO": "--loss dpo+ancpo",
           "rejected image: random": "--image_rejected random",
           "rejected image: crop 20-50": "--image_rejected crop20-50",
@@ -49,18 +58,40 @@ def read(name):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def ranked(rows, method):
+    """-> a method's settings (what stands in a row's name behind the method's), best first by the rule."""
+    tried = {}
+    for row in rows:
+        if row["name"].startswith(f"{method}, "):
+            tried.setdefault(row["name"].removeprefix(f"{method}, "), []).append(row)
+    cost = {x: [r["before"]["cover"] - r["after"]["cover"] for r in runs] for x, runs in tried.items()}
+    lost = {x: statistics.mean(c) + 2 * statistics.stdev(c) for x, c in cost.items()}
+    chair = {x: statistics.mean(r["after"]["chair_s"] for r in runs) for x, runs in tried.items()}
+    return sorted(lost, key=lambda x: (lost[x] > COVER, chair[x] if lost[x] <= COVER else lost[x]))
+
+
 def ranked_rates(rows):
     """-> {method: its learning rates, best first by the rule}."""
-    ranked = {}
-    for method in METHODS:
-        tried = {rate: [r for r in rows if r["name"] == f"{method}, lr {rate}"] for rate in RATES}
-        cost = {rate: [r["before"]["cover"] - r["after"]["cover"] for r in runs]
-                for rate, runs in tried.items() if runs}
-        lost = {rate: statistics.mean(c) + 2 * statistics.stdev(c) for rate, c in cost.items()}
-        chair = {rate: statistics.mean(r["after"]["chair_s"] for r in tried[rate]) for rate in lost}
-        ranked[method] = sorted(lost, key=lambda rate: (lost[rate] > COVER, chair[rate] if lost[rate] <= COVER
-                                                        else lost[rate]))
-    return ranked
+    return {method: [x.removeprefix("lr ") for x in ranked(rows, method)] for method in METHODS}
+
+
+def best_rate(method):
+    """Of all rates tried; a method of METHODS starts from chosen_rates()."""
+    tried = [row for row in read("settings") if " --" not in row["name"]]
+    if method in METHODS:
+        tried += [row for row in read("tuning") if row["name"] == f"{method}, lr {chosen_rates()[method]}"]
+    return ranked(tried, method)[0].removeprefix("lr ")
+
+
+def best_settings():
+    """-> {method: options of its best setting}, for reproduce.py."""
+    best = {}
+    for method, options in (METHODS | ABLATIONS).items():
+        rate = best_rate(method)
+        rows = [row for row in read("tuning") + read("settings")
+                if row["name"] == f"{method}, lr {rate}" or row["name"].startswith(f"{method}, lr {rate} --")]
+        best[method] = f"{options} --{ranked(rows, method)[0]}"
+    return best
 
 
 def chosen_rates():
@@ -85,6 +116,18 @@ def cells(name):
     if name == "causes":
         return [{"name": cause, "base": base, "seed": 100, "options": f"{options} --lr 4e-4 {TUNE}"}
                 for (cause, options), base in product(CAUSES.items(), BASES)]
+    if name in ("settings", "beyond"):
+        rates = product(ABLATIONS, RATES) if name == "settings" else [
+            (method, BEYOND[rate]) for method, rate in chosen_rates().items() if rate in BEYOND] + [
+            (method, BEYOND[rate]) for method in ABLATIONS if (rate := best_rate(method)) in BEYOND]
+        return [{"name": f"{method}, lr {rate}", "base": base, "seed": 100,
+                 "options": f"{(METHODS | ABLATIONS)[method]} --lr {rate} {TUNE}"}
+                for (method, rate), base in product(rates, BASES)]
+    if name == "changes":
+        return [{"name": f"{method}, lr {best_rate(method)} {change}", "base": base, "seed": 100,
+                 "options": f"{options} --lr {best_rate(method)} {change} {TUNE}"}
+                for (method, options), change, base in product((METHODS | ABLATIONS).items(), CHANGES, BASES)
+                if method != "SFT on the chosen" or "beta" not in change]
     rates = chosen_rates()
     return [{"name": method, "base": base, "seed": seed, "options": f"{options} --lr {rates[method]}"}
             for (method, options), seed, base in product(METHODS.items(), range(5), BASES)]
@@ -111,7 +154,7 @@ def run(cell, results):
 
 
 def study(name):
-    file = "tuning" if name == "again" else name
+    file = {"again": "tuning", "beyond": "settings", "changes": "settings"}.get(name, name)
     results = HERE / "results" / f"{file}.jsonl"
     results.parent.mkdir(exist_ok=True)
     there = {tuple(row[k] for k in ("name", "base", "seed")) for row in read(file)}
@@ -150,7 +193,8 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if wanted[:1] == ["table"] and len(wanted) == 2:
         print("\n".join(table(wanted[1])))
-    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes"):
-        study(wanted[0])
+    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes", "settings"):
+        for name in ("settings", "beyond", "changes") if wanted == ["settings"] else wanted:
+            study(name)
     else:
         sys.exit(f"study.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file.")

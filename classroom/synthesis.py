@@ -4,7 +4,8 @@
     python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
     python classroom/synthesis.py sharper --minutes 3   train the generator's decoder further
     python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
-    python classroom/synthesis.py study                 DPO on the pairs of every scorer: study.jsonl
+    python classroom/synthesis.py table                 the same as Markdown
+    python classroom/scorers.py                         what the pairs are worth to DPO
 
     sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
                  text models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if
@@ -23,11 +24,11 @@ form: two or three objects, each once, in the middle of its cell.
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,11 @@ def easy(rng, split="train"):
 def prompt(s):
     """`street with red car , blue boat`."""
     return f"{s.theme} with " + " , ".join(f"{t.colour} {t.type}" for t in s.things)
+
+
+def reading(s):
+    """The same scene, its objects in the order of reading: the generator learns to place them so."""
+    return dataclasses.replace(s, things=tuple(sorted(s.things, key=lambda t: t.places[0][1::-1])))
 
 
 def clip_tokenizer(length):
@@ -115,7 +121,7 @@ def fit(name, parameters, loss_of, steps, lr, minutes=math.inf, after=None):
         torch.nn.utils.clip_grad_norm_(parameters, 1.)
         optimiser.step()
         if after:
-            after()
+            after(step)
         seen.append(loss.item())
         if (step + 1) % 100 == 0:
             spent = time.process_time() - start
@@ -190,25 +196,55 @@ def sharper(minutes):
     halved(OUT / "sd3" / "vae")
 
 
+def read_texts(clips, t5, tokens):
+    """What SD3's transformer is told, as its pipeline does it: (N, 2 ROOM, JOINT) and pooled (N, JOINT)."""
+    import torch
+    seen = [clip(tokens[:, :ROOM], output_hidden_states=True) for clip in clips]
+    joint = torch.cat([out.hidden_states[-2] for out in seen], -1)
+    return torch.cat([joint, t5(tokens[:, ROOM:])[0]], 1), torch.cat([out.text_embeds for out in seen], -1)
+
+
+def learn_to_read(clips, t5, both, steps=800):
+    """The text models come to know which colour belongs to which object, as the published ones come trained;
+    the prompts are of any objects, so that nothing of the scenes is in them."""
+    import torch
+    rng, heads = random.Random("read"), torch.nn.ModuleList(
+        torch.nn.Linear(JOINT, len(world.TYPES) * len(world.COLOURS)) for _ in range(3))
+    names = [(c, t) for t in world.TYPES for c in world.COLOURS]
+    readers = torch.nn.ModuleList([*clips, t5, heads]).to(device())
+
+    def loss_of(step):
+        asked = [rng.sample(names, rng.choice((2, 3))) for _ in range(128)]
+        there = torch.tensor([[n in some for n in names] for some in asked]).float().to(device())
+        texts = [" , ".join(map(" ".join, some)) for some in asked]
+        texts = [f"{rng.choice(list(world.THEMES))} with {text}" for text in texts]
+        joint, pooled = read_texts(clips, t5, both(texts).to(device()))
+        told = (heads[0](joint[:, :ROOM]).amax(1), heads[1](joint[:, ROOM:]).amax(1), heads[2](pooled))
+        return sum(torch.nn.functional.binary_cross_entropy_with_logits(x - 4, there) for x in told)
+    fit("read", list(readers.parameters()), loss_of, steps, 8e-3)
+    for model in (*clips, t5):
+        model.eval().requires_grad_(False)
+
+
 def sd3(minutes):
-    """The VAE (a quarter of the minutes), then the transformer and both text models by flow matching."""
+    """The VAE (a quarter of the minutes), the text models, then the transformer by flow matching."""
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from diffusers import StableDiffusion3Pipeline as Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-    folder, rng = OUT / "sd3", random.Random("sd3")
+    folder, rng, shift = OUT / "sd3", random.Random("sd3"), 3.
     if (folder / "vae").exists():               # trained before: delete the folder to train it again
-        vae = AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(folder / "vae").float().eval().requires_grad_(False)
+        vae.register_to_config(_name_or_path="")        # else the path on this machine
     else:
         vae = train_vae(4000, minutes / 4)
-        vae.save_pretrained(folder / "vae")
     vae.to(device())
     torch.manual_seed(1)
     tokenizer, pieces = clip_tokenizer(ROOM), t5_tokenizer(ROOM)
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=JOINT // 2, intermediate_size=JOINT,
                           num_hidden_layers=3, num_attention_heads=2, projection_dim=JOINT // 2,
                           max_position_embeddings=ROOM, bos_token_id=len(tokenizer) - 2,
-                          eos_token_id=len(tokenizer) - 1, initializer_factor=10.)
+                          eos_token_id=len(tokenizer) - 1, initializer_factor=1.)
     clips = [CLIPTextModelWithProjection(text) for _ in range(2)]
     t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=JOINT, d_kv=32, d_ff=2 * JOINT, num_layers=2,
                                  num_heads=2, dropout_rate=0.))
@@ -216,49 +252,55 @@ def sd3(minutes):
         sample_size=world.SIZE // 4, patch_size=world.CELL // 4, in_channels=CHANNELS, out_channels=CHANNELS,
         num_layers=LAYERS, attention_head_dim=32, num_attention_heads=WIDTH // 32, joint_attention_dim=JOINT,
         caption_projection_dim=WIDTH, pooled_projection_dim=JOINT, pos_embed_max_size=world.GRID)
-    config, ids, latents = vae.config, [], []
 
     def both(texts):
         """Tokens of CLIP and of T5: (N, 2 ROOM)."""
         return torch.cat([words(tokenizer, texts), words(pieces, texts)], 1)
+    learn_to_read(clips, t5, both)
+    config, latents, told = vae.config, [], []
     with torch.no_grad():
         for _ in range(min(128, round(3 * minutes))):       # up to 16,384 scenes, encoded once
-            scenes = [easy(rng) for _ in range(128)]
+            scenes = [reading(easy(rng)) for _ in range(128)]
             z = vae.encode(pictures(scenes).to(device())).latent_dist.mean
             latents.append((z - config.shift_factor) * config.scaling_factor)
-            ids.append(both([prompt(s) for s in scenes]))
-    latents, ids, empty = torch.cat(latents), torch.cat(ids).to(device()), both([""]).to(device())
-    parts = torch.nn.ModuleList([transformer, *clips, t5]).to(device())
-    average = copy.deepcopy(parts).requires_grad_(False)
+            told.append(read_texts(clips, t5, both([prompt(s) for s in scenes]).to(device())))
+        latents, (joint, pooled) = torch.cat(latents), map(torch.cat, zip(*told, strict=True))
+        empty, empty_pooled = read_texts(clips, t5, both([""]).to(device()))
+    transformer.to(device())
+    average = copy.deepcopy(transformer).requires_grad_(False)
     draw = torch.Generator().manual_seed(2)
 
     def loss_of(step):
-        """Flow matching (SD3, arXiv 2403.03206): noise minus picture, at a logit-normal time."""
+        """Flow matching (SD3, arXiv 2403.03206): noise minus picture, at a logit-normal time, moved towards
+        the noise, where it is decided what stands in which cell."""
         some = torch.randint(len(latents), (64,), generator=draw)
-        x, token = latents[some], ids[some].clone()
-        token[torch.rand(len(token), generator=draw) < .1] = empty              # for guidance
+        x, none = latents[some], torch.rand(len(some), generator=draw).to(latents.device) < .1  # for guidance
         noise = torch.randn(x.shape, generator=draw).to(x.device)
         time_ = torch.randn(len(x), 1, 1, 1, generator=draw).sigmoid().to(x.device)
-        seen = [clip(token[:, :ROOM], output_hidden_states=True) for clip in clips]
-        joint = torch.cat([out.hidden_states[-2] for out in seen], -1)           # (B, ROOM, JOINT)
-        joint = torch.cat([joint, t5(token[:, ROOM:])[0]], 1)                    # (B, 2 ROOM, JOINT)
+        time_ = shift * time_ / (1 + (shift - 1) * time_)
         velocity = transformer(hidden_states=(1 - time_) * x + time_ * noise, timestep=1000 * time_.flatten(),
-                               encoder_hidden_states=joint, return_dict=False,
-                               pooled_projections=torch.cat([out.text_embeds for out in seen], -1))[0]
+                               encoder_hidden_states=torch.where(none[:, None, None], empty, joint[some]),
+                               pooled_projections=torch.where(none[:, None], empty_pooled, pooled[some]),
+                               return_dict=False)[0]
         return ((velocity - (noise - x)) ** 2).mean()
 
-    def after():
+    def after(step):
         with torch.no_grad():
-            for kept, p in zip(average.parameters(), parts.parameters(), strict=True):
-                kept.lerp_(p, .005)
-    fit("sd3", list(parts.parameters()), loss_of, 20_000, 2e-3, minutes * .75, after)
-    transformer, *clips, t5 = average.cpu()
-    vae.cpu()
-    pipeline = Pipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae,
-                        text_encoder=clips[0], tokenizer=tokenizer, text_encoder_2=clips[1],
-                        tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=pieces)
-    pipeline.save_pretrained(folder)
-    halved(folder)
+            for kept, p in zip(average.parameters(), transformer.parameters(), strict=True):
+                kept.lerp_(p, .003)
+        if (step + 1) % 1000 == 0:
+            keep()
+
+    def keep():
+        """Stored every thousand steps: what cuts it off loses little."""
+        parts = [copy.deepcopy(m).cpu() for m in (average, vae, *clips, t5)]
+        Pipeline(transformer=parts[0], scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=parts[1],
+                 text_encoder=parts[2], tokenizer=tokenizer, text_encoder_2=parts[3], tokenizer_2=tokenizer,
+                 text_encoder_3=parts[4], tokenizer_3=pieces).save_pretrained(folder)
+        halved(folder)
+    left = minutes - time.process_time() / 60
+    fit("sd3", list(transformer.parameters()), loss_of, 40_000, 2e-3, left, after)
+    keep()
 
 
 def t5_tokenizer(length):
@@ -384,7 +426,7 @@ def clip(minutes):
                        pixel_values=own).logits_per_image
         right = torch.arange(len(scenes))
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
-    fit("clip", list(model.parameters()), loss_of, 3000, 1.5e-3, minutes)
+    fit("clip", list(model.parameters()), loss_of, 10_000, 1.5e-3, minutes)
     model.save_pretrained(OUT / "clip")
     side = {"height": world.SIZE, "width": world.SIZE}
     CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": world.SIZE}, crop_size=side),
@@ -491,10 +533,10 @@ def llava(k, scale=1.):
     make.save(m.model, m.tokenizer, OUT / f"llava{k}", card)
 
 
-def prompts(n=30):
+def prompts(n=30, folder=OUT):
     """n unlike prompts of each theme, of train scenes, and the two questions."""
     import topics
-    (OUT / "prompts").mkdir(parents=True, exist_ok=True)
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
     rng, found = random.Random("prompts"), {t: [] for t in world.THEMES}
     while min(map(len, found.values())) < n:
         s = easy(rng)
@@ -502,28 +544,36 @@ def prompts(n=30):
         if len(lines) < n and len(topics.distinct([*lines, prompt(s)], .5)) > len(lines):
             lines.append(prompt(s))
     for theme, lines in found.items():
-        (OUT / "prompts" / f"{theme}.txt").write_text("\n".join(lines) + "\n")
-    (OUT / "questions.txt").write_text("\n".join(world.DESCRIBE) + "\n")
+        (folder / "prompts" / f"{theme}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "questions.txt").write_text("\n".join(world.DESCRIBE) + "\n")
 
 
 # ---------------------------------------------------------------------------- what they can do
+NAMES = [None, *((t, c) for t in world.TYPES for c in world.COLOURS)]
+
+
+@functools.cache
+def templates(theme, row):
+    """A row's cell empty, and with each object in each colour in its middle: (145, 20, 20, 3)."""
+    import numpy as np
+    ground = world.ground(theme)[row * world.CELL:(row + 1) * world.CELL, :world.CELL]
+    shown = np.stack([np.array(ground)] * len(NAMES))
+    for cell, name in zip(shown[1:, 1:18, 1:18], NAMES[1:], strict=True):
+        glyph = world.sprite(*name, 17)
+        cell[:] = cell * (1 - glyph[..., 3:]) + glyph[..., :3]
+    return shown
+
+
 def recognise(image, theme):
     """[(type, colour) or None of each cell] and the mean squared distance to what was recognised: the nearest
     of all objects in all colours in the middle of the cell, and of the empty cell. Nothing is trained."""
     import numpy as np
-    cells, ground = [], world.ground(theme)
-    names = [None, *((t, c) for t in world.TYPES for c in world.COLOURS)]
-    x, far = np.asarray(image, np.float32), 0.
+    cells, x, far = [], np.asarray(image, np.float32), 0.
     for row in range(world.GRID):
         for column in range(world.GRID):
-            place = (slice(row * world.CELL, (row + 1) * world.CELL),
-                     slice(column * world.CELL, (column + 1) * world.CELL))
-            shown = np.stack([np.array(ground[place])] * len(names))                 # (145, 20, 20, 3)
-            for k, name in enumerate(names[1:], 1):
-                glyph = world.sprite(*name, 17)
-                shown[k, 1:18, 1:18] = shown[k, 1:18, 1:18] * (1 - glyph[..., 3:]) + glyph[..., :3]
-            distance = ((shown - x[place]) ** 2).mean((1, 2, 3))
-            cells.append(names[int(distance.argmin())])
+            place = (slice(at * world.CELL, (at + 1) * world.CELL) for at in (row, column))
+            distance = ((templates(theme, row) - x[tuple(place)]) ** 2).mean((1, 2, 3))
+            cells.append(NAMES[int(distance.argmin())])
             far += float(distance.min()) / world.GRID ** 2
     return cells, far
 
@@ -550,7 +600,12 @@ def faithfulness(shown, scenes):
 
 
 def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
-    """Tune scenes: the generator at each scale with the same seeds, and what the rewards say of it."""
+    """Tune scenes: the generator at each scale with the same seeds, and what the rewards say of it.
+
+    synth.py's threshold for these models is set here: halfway between ImageReward's mean for a prompt's true
+    picture and its mean for another prompt's. No generated picture has a say in it.
+    """
+    import numpy as np
     import torch
     from PIL import Image
 
@@ -576,6 +631,14 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
         name: float(torch.tensor(s[g]).mean()) for name, s in scored.items()} for g in scales}
     for name, s in scored.items():
         table["true pictures"][name] = float(torch.tensor(s["true"]).mean())
+    four = scales[1:5]                              # synth.py's: of each prompt's four the one that is picked
+    for name, s in scored.items():
+        best = [max(four, key=lambda g, k=k: s[g][k]) for k in range(n)]
+        table[f"picked by {name}"] = faithfulness([shown[g][k] for k, g in enumerate(best)], scenes)
+    judge = judges["imagereward"]
+    strange = [judge.score(prompt(s), [x])[0] for s, x in zip(scenes, true[1:] + true[:1], strict=True)]
+    table["another prompt's picture"] = {"imagereward": float(np.mean(strange))}
+    table["threshold"] = (table["true pictures"]["imagereward"] + float(np.mean(strange))) / 2
     others = [other_scene(rng, s) for s in scenes]
     for name, judge in judges.items():
         worse = [judge.score(prompt(s), [Image.fromarray(world.draw(x))])[0]
@@ -594,63 +657,20 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
     print(json.dumps(rounded, indent=1))
 
 
-# ---------------------------------------------------------------------------- what the pairs are worth
-SCORERS = ("armorm", "clip", "length", "random", "oracle")
-
-
-def oracle(run):
-    """scores-oracle.jsonl: objects of the prompt that a response names, minus those that it makes up."""
-    asked = {r["id"]: set(world.mentions(r["prompt"])) for r in run.rows("ranked")}
-    rows = []
-    for r in run.rows("responses"):
-        said = set(world.mentions(r["response"]))
-        rows.append({"id": r["id"], "model": r["model"], "score": 2 * len(said & asked[r["id"]]) - len(said)})
-    run.write("scores-oracle", rows)
-
-
-def study(seeds=5):
-    """DPO of the default base on the pairs of each scorer, five seeds: study.jsonl, and the table."""
-    from journal import Run
-    root = OUT.parent.parent
-    run = Run(None, root / "runs" / "synth-classroom-s0")
-    train, synth = ([sys.executable, root / name, *more] for name, more in (
-        ("train_dpo.py", ["--loss", "dpo"]), ("synth.py", [])))
-    if not (run.out / "responses.jsonl").exists():
-        subprocess.run([*synth, "all", "--out", run.out], check=True)
-    oracle(run)
-    log = OUT / "study.jsonl"
-    log.unlink(missing_ok=True)
-    for scorer in SCORERS:
-        for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
-            subprocess.run([*synth, stage, "--out", run.out, "--scorer", scorer], check=True)
-        pairs = run.rows("pairs")
-        run.write(f"pairs-{scorer}", pairs)
-        for seed in range(seeds):
-            out = run.out / f"dpo-{scorer}-{seed}"
-            given = ["--data", run.out / f"pairs-{scorer}.jsonl", "--seed", str(seed), "--out", out]
-            subprocess.run([*train, *given], check=True, stdout=subprocess.DEVNULL)
-            done = json.loads((out / "summary.json").read_text())
-            with open(log, "a") as file:
-                file.write(json.dumps({"scorer": scorer, "seed": seed, "pairs": len(pairs)} | {
-                    k: {m: done[k][m] for m in ("chair_s", "cover")} for k in ("before", "after")}) + "\n")
-    table(log)
-
-
-def table(log):
-    """Means over the seeds with 95% intervals (Student's t)."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-    for scorer in SCORERS:
-        mine = [r for r in rows if r["scorer"] == scorer]
-        text = f"{scorer:8} {mine[0]['pairs'] if mine else 0:4} pairs"
-        for name in ("chair_s", "cover"):
-            values = [r["after"][name] for r in mine]
-            if len(values) > 1:
-                mean = sum(values) / len(values)
-                sd = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** .5
-                half = t.get(len(values), 2) * sd / len(values) ** .5
-                text += f"   {name} {mine[0]['before'][name]:.1f} -> {mean:.1f} +- {half:.1f}"
-        print(text)
+def table():
+    """statistics.json as Markdown."""
+    told = json.loads((OUT / "statistics.json").read_text())
+    columns = {g.removesuffix(".0"): row for g, row in told["guidance"].items()}
+    columns |= {name: told[name] for name in ("picked by imagereward", "picked by clip", "true pictures")}
+    lines = [f"| guidance | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for says, name, form in (("objects of the prompt that are drawn, %", "recall", ".0f"),
+                             ("and in their colour, %", "recall_with_colour", ".0f"),
+                             ("of what is drawn, asked for, %", "precision", ".0f"),
+                             ("distance from clean glyphs", "distance", ".1f"),
+                             ("ImageReward, mean", "imagereward", ".2f"), ("CLIP, mean", "clip", ".2f")):
+        cells = (format(c[name], form) if name in c else "" for c in columns.values())
+        lines.append(f"| {says} | {' | '.join(cells)} |")
+    return lines
 
 
 PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2", "llava3", "sd3", "measure")
@@ -659,22 +679,24 @@ PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), or study")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), sharper, or table")
     parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
     parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
     o = parser.parse_args()
-    if wrong := set(o.parts) - {*PARTS, "study", "sharper"}:
+    if o.parts == ["table"]:
+        return print("\n".join(table()))
+    if wrong := set(o.parts) - {*PARTS, "sharper"}:
         sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
     import torch
     torch.set_num_threads(1)
     for part in o.parts or PARTS:
         if part.startswith("llava"):
             llava(int(part[-1]), o.scale)
-        elif part in ("prompts", "measure", "study"):
+        elif part in ("prompts", "measure"):
             globals()[part]()
         else:
             bound = {"sd3": o.minutes, "sharper": o.minutes, "armorm": 2 * o.scale,
-                     "imagereward": 5 * o.scale, "clip": 3 * o.scale}
+                     "imagereward": 5 * o.scale, "clip": 5 * o.scale}
             globals()[part](bound[part])
 
 

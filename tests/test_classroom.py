@@ -143,6 +143,18 @@ def test_fewer_pairs_are_the_first_of_more_and_another_seed_gives_others():
     assert few == more[:20] and few != pairs.made(1, 20, pairs.Recipe())
 
 
+def test_held_out_pairs_are_of_tuning_scenes_and_never_of_printed_ones(tmp_path):
+    held_out = pairs.made(0, 300, pairs.Recipe(split="tune"))
+    trained, shown = pairs.made(0, 1000, pairs.Recipe()), pairs.exam(0, 1000, 0, "print")[1].values()
+    combinations = {frozenset(s.counts) for _, s in held_out}
+    assert {world.split_of(c) for c in combinations} == {"tune"}
+    assert not combinations & {frozenset(s.counts) for s in (*shown, *(s for _, s in trained))}
+    assert not {r["id"] for r, _ in held_out} & {r["id"] for r, _ in trained}
+    ask = ("classroom/pairs.py", "--split", "print", "--n", 2, "--out", tmp_path / "a")
+    done = run(*ask)
+    assert done.returncode == 1 and "--split" in done.stderr and not (tmp_path / "a").exists()
+
+
 def test_the_program_writes_the_same_pairs_and_pictures_again(tmp_path):
     for name in ("a", "b"):
         done = run("classroom/pairs.py", "--seed", 5, "--n", 20, "--out", tmp_path / name)

@@ -221,6 +221,17 @@ def test_a_crop_is_the_cut_resized_back():
     ] < 140  # a part of it, still a gradient
 
 
+def test_patch_keeps_what_crop_keeps_where_it_stands():
+    image = picture((60, 40))
+    x, y, w, h = data._box(60, 40, data.draw(3, "crop", "a", None), data.AREAS["crop"])
+    kept, blank = np.array(rejected_image("patch", image, 3, "a")), rejected_image("blank", image, 0, "")
+    expected = np.array(blank)
+    expected[y:y + h, x:x + w] = np.array(image)[y:y + h, x:x + w]
+    assert (kept == expected).all()
+    enlarged = image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
+    assert (np.array(rejected_image("crop", image, 3, "a")) == np.array(enlarged)).all()
+
+
 def test_blank_has_no_content_and_noise_keeps_half_of_it():
     image = picture((336, 336))
     assert len(set(rejected_image("blank", image, 0, "a").get_flattened_data())) == 1

@@ -30,7 +30,9 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "no
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",
            "plan": "data families losses options records",
-           "train_dpo": "data eval_hallu lora losses metrics options plan ranks records reference report vlm"}
+           "diagnose": "data plan records tally vlm",
+           "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
+                        "report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
@@ -137,7 +139,7 @@ def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
     for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare", "vlm.py info",
                     "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
                     "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
-                    "classroom/make.py", "classroom/synthesis.py"):
+                    "classroom/make.py", "classroom/synthesis.py", "classroom/reproduce.py"):
         script, *words = command.split()
         monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
         monkeypatch.setenv("COLUMNS", "200")
@@ -242,7 +244,20 @@ def test_learning_rates_are_the_rules_choice():
         assert row["options"].endswith(f"--lr {rates[row['name']]}")
 
 
-@pytest.mark.parametrize("study", ["print", "tuning", "causes"])
+def test_the_memory_of_synthesis_is_computed_from_the_published_sizes():
+    from bench import synthesis as program
+    assert [line for line in program.table() if line not in README] == []
+
+
+def test_the_settings_of_the_papers_tables_are_what_their_rule_chooses():
+    sys.path.insert(0, str(ROOT / "classroom"))
+    import study
+    page = (ROOT / "classroom" / "README.md").read_text()
+    for method, options in study.best_settings().items():
+        assert f"| {method} | `{options}` |" in page
+
+
+@pytest.mark.parametrize("study", ["print", "tuning", "causes", "settings"])
 def test_the_tables_of_results_are_what_the_study_makes_of_its_log(study):
     """README's table, and those of classroom/README.md, line by line from classroom/results/*.jsonl."""
     sys.path.insert(0, str(ROOT / "classroom"))

@@ -130,6 +130,36 @@ def test_rewards_of_words_with_both_images(tmp_path):
     assert ">true: +1.25</small>" in looks and ">other: −0.50</small>" in looks
 
 
+def found(shift):
+    """What diagnose.py would have found, all numbers moved by `shift`."""
+    def means(**values):
+        return {k: [x + shift, x + shift - .5, x + shift + .25] for k, x in values.items()}
+    own, minus = means(true=2., blank=-1, other=1, same_theme=.5), means(blank=3., other=1, same_theme=-1)
+    return {"n": 200, "preference": own, "preference_true_minus": minus, "margin": own,
+            "margin_true_minus": minus, "logps_chosen": [-4., -5., -3.], "kl": [shift, shift, shift + 1]}
+
+
+def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path):
+    run = make_run(tmp_path / "run")
+    first, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert "held-out pairs with" not in read(run)                     # a run of before there was diagnose.py
+    lines(run / "log.jsonl", [first | {"look": found(0)}, *steps])
+    html = read(run)                                                  # under way: nothing is after
+    assert html.count('<rect class="before"') == 4 and '<rect class="after"' not in html
+    lines(run / "log.jsonl", [first | {"look": found(0)}, *steps[:-1], steps[-1] | {"look": found(4)}])
+    html = read(run)
+    page = Page(html)
+    assert page.open == [] and "nan" not in html and "200 held-out pairs" in page.text
+    assert html.count('<rect class="before"') == 4 and html.count('<rect class="after"') == 4 + 4 + 3
+    assert html.count('class="ends"') == 4 + 11                       # an interval for every bar
+    assert "true image+2.00+6.00" in page.text and "same theme+3.00" in page.text
+    assert "KL of an answer from the reference, nats0.000.00 to 1.004.004.00 to 5.00" in page.text
+    bars = report.bars("T", "", {"after": {"true": [-1., -2., 0.], "other": [2., 1., 3.]}})
+    true, other = re.findall(r'x="([\d.]+)" y="\d+" width="([\d.]+)" height="10"/>'
+                             r'<path class="ends" d="M([\d.]+) \d+v8m0-4H([\d.]+)m', bars)
+    assert true == ("124.0", "36.0", "88.0", "160.0") and other == ("160.0", "72.0", "196.0", "268.0")
+
+
 def test_hostile_text_is_escaped_everywhere(tmp_path):
     html = read(make_run(tmp_path / "run", evil=EVIL))
     page = Page(html)

@@ -739,8 +739,57 @@ def test_the_built_in_models_run_every_stage(tmp_path):
         assert set(row["scores"]) == {"imagereward", "clip"}
     scored = lines(tmp_path, "scores-armorm")
     assert len({r["model"] for r in scored}) >= 3 and len(scored[0]["rewards"]) == 5
-    run_size = sum(f.stat().st_size for f in synth.BUILT_IN.rglob("*.safetensors"))
-    assert run_size < 14e6
+
+
+def test_the_built_in_models_are_what_their_statistics_say():
+    """Their size, the threshold by its rule, guidance that matters, a reward that prefers what is asked."""
+    assert sum(f.stat().st_size for f in synth.BUILT_IN.rglob("*") if f.is_file()) < 14e6
+    told = json.loads((synth.BUILT_IN / "statistics.json").read_text())
+    true, other = (told[k]["imagereward"] for k in ("true pictures", "another prompt's picture"))
+    assert told["threshold"] == pytest.approx((true + other) / 2, abs=.02)
+    assert synth.PRESETS["classroom"]["threshold"] == pytest.approx(told["threshold"], abs=.05)
+    scales = {float(g): row for g, row in told["guidance"].items()}
+    best = max(scales, key=lambda g: scales[g]["imagereward"])
+    assert 1 < best < max(scales)
+    assert scales[0]["recall"] < 20 < scales[1]["recall"] < scales[best]["recall"]
+    assert scales[best]["distance"] < scales[max(scales)]["distance"]
+    assert told["imagereward prefers the true picture"] > 90
+
+
+def test_the_tables_of_the_built_in_synthesis_are_what_its_files_say():
+    """Line by line in classroom/README.md; every run at the rate that the rule chooses."""
+    sys.path.insert(0, str(ROOT))
+    from classroom import scorers, study, synthesis
+    page = (ROOT / "classroom" / "README.md").read_text()
+    lines = scorers.table(study.HERE / "results" / "scorers.jsonl")
+    for line in [*synthesis.table(), *lines]:
+        assert line in page
+    rows = study.read("scorers")
+    assert len(rows) == 5 * (len(scorers.SCORERS) + len(scorers.SHARES))
+    assert {r["options"].split()[-1] for r in rows} == {scorers.rate()}
+
+
+def test_the_oracle_and_its_judge_go_by_the_prompt(tmp_path):
+    """Its score is objects asked for minus others; its judge prefers the picture with the right object."""
+    sys.path.insert(0, str(ROOT))
+    from PIL import Image
+
+    from classroom import scorers, world
+    for k, colour in enumerate(("red", "blue")):
+        s = world.Scene("street", (world.Thing("car", colour, ((0, 0, 17, 1, 1),)),))
+        Image.fromarray(world.draw(s)).save(tmp_path / f"{k}.png")
+    row = ranked_row("a", "street", 0, imagereward=[2, 1], clip=[1, 2])
+    row |= {"prompt": "street with red car", "candidates": [{"image": "0.png"}, {"image": "1.png"}]}
+    run = journal.Run(synth.Options(), tmp_path)
+    run.write("ranked", [row])
+    run.write("responses", [{"id": "a", "model": m, "response": f"you can see {text} ."}
+                            for m, text in (("x", "a car"), ("y", "a car , a house"), ("z", "two lamps"))])
+    scorers.oracle(run)
+    assert [r["score"] for r in run.rows("scores-oracle")] == [1, 0, -1]
+    scorers.judge(run)
+    run.o.judge = str(tmp_path / "judge.jsonl")
+    found = gallery.judged(run, [row])
+    assert (found["wins"], found["losses"]) == (1, 0)
 
 
 # ---- the command line ----

@@ -358,7 +358,8 @@ def test_without_lora_two_ranks_with_half_the_model_and_of_the_copy_equal_one(wo
 def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
     deep = write_llava(tmp_path / "model", layers=6), world[1]
-    more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4")
+    more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4",
+            "--set", "max_new_tokens=8")
     trained(arguments(deep, tmp_path / "one", *more, "--micro_batch", "4"))
     meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}"
     torchrun(*arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"),
@@ -366,7 +367,12 @@ def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
     for name in ("before", "step-4", "after"):
         one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))
+        looks = [found.pop("look") for found in (one, two)]
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+        for kind in ("true", "blank", "other"):
+            assert looks[0]["preference"][kind] == pytest.approx(looks[1]["preference"][kind], abs=1e-4)
+            assert looks[0]["margin"][kind] == pytest.approx(looks[1]["margin"][kind], abs=1e-4)
+        assert looks[0]["kl"] == pytest.approx(looks[1]["kl"], abs=1e-4)
     first = log_of(tmp_path / "two")[0]
     layers = vlm.load(deep[0]).model.model.language_model.layers
     dealt = sum(p.nbytes for p in layers.parameters())

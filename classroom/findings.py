@@ -1,0 +1,408 @@
+"""The tables and figures of both papers: what each claims, the rule by which it appears here, the verdict.
+
+Every table has one primary measure and one rule, written before its runs were made; what else it shows is
+exploratory, and a table without a rule says so. The primary measure is CHAIR_s on 1000 printed scenes unless
+it says otherwise; evidence.py says what "lower" and "equal" mean and how intervals are made.
+"""
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from classroom import study
+from classroom.evidence import MARGIN, Runs, judged, nested
+
+KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
+COLUMNS = ("chair_s", "chair_i", "cover", "pope_random_acc", "counting", "words", "kl", "look", "chosen")
+
+# arm: (method, whose best setting on tuning scenes it takes; what it changes). {base} is the run's base.
+ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {
+    "random image": ("mDPO", "--image_rejected random"),
+    "crop 20-50": ("mDPO", "--image_rejected crop20-50"),
+    "MoCo v2": ("mDPO", "--image_rejected moco"),
+    "patch": ("mDPO", "--image_rejected patch"),
+    "anchors y_w, y_l": ("mDPO", "--anchors wl"),
+    "anchors y_w, y_l, m_l": ("mDPO", "--anchors wlm"),
+    "DPO, equal compute": ("DPO", "--epochs 5"),
+} | {f"{method}, {n} pairs": (method, f"--set pairs={n}") for method in ("mDPO", "DPO") for n in (250, 500)
+} | {f"{method}, {what}": (method, f"--set pair_options={knob}")
+     for what, knob in {"on policy": "--on_policy={base}", "invented words last": "--order=last",
+                        "gap 0.5": "--gap=0.5", "gap 1": "--gap=1",
+                        "cue 0": "--cue=0", "cue 0.5": "--cue=0.5",
+                        "faithful 0.5": "--faithful=0.5", "faithful 1": "--faithful=1"}.items()
+     for method in ("mDPO", "DPO")
+} | {f"{method}, careless base": (method, "--model runs/reproduce/careless-{base} --set "
+                                  "'pair_options=--ask=existence,attribute,counting,false_premise'")
+     for method in ("mDPO", "DPO")
+} | {f"{method}, lr {rate}": (method, f"--lr {rate}")
+     for rate in study.RATES for method in ("mDPO", "DPO")}
+
+
+# ---------------------------------------------------------------------------------------- tables
+@dataclass(frozen=True)
+class Table:
+    paper: str                     # which table or figure
+    title: str
+    claim: str
+    rule: str
+    arms: tuple                    # what must be run
+    verdict: Callable              # Runs -> (verdict, what was found)
+    seeds: int = 5                 # how many of the seeds
+    main: bool = False             # among --quick
+    exploratory: bool = False
+    metric: str = "chair_s"
+    columns: tuple = COLUMNS
+    figure: str = "bars"
+    shown: tuple = ()              # the rows' arms, where they are not `arms`
+    against: str = ""              # the arm that the contrasts are to
+    published: tuple = ()          # (arm, {measure: the paper's number})
+    published_measure: str | None = None
+    x: tuple = ()                  # lines: (arm, series, x)
+    xlabel: str = ""
+    xlog: bool = False
+
+
+def said(runs, a, b, measure="chair_s", level=95):
+    mean, low, high = runs.difference(a, b, measure, level)
+    span = f" ({low:+.1f} to {high:+.1f})" if low is not None else ""
+    return f"{mean:+.1f}{span}"
+
+
+def parts(found):
+    """{part: whether it holds} -> the verdict."""
+    held = [part for part, holds in found.items() if holds]
+    if len(held) == len(found):
+        return "appears"
+    return f"appears when {'; '.join(held)}" if held else "does not appear"
+
+
+def fig1(runs):
+    equal = runs.equal("DPO", "DPO without image")
+    text = (f"DPO minus DPO without images: {said(runs, 'DPO', 'DPO without image', level=90)} points of "
+            f"CHAIR_s, 90% interval. DPO changes its base's CHAIR_s by {said(runs, 'DPO', 'before')}, DPO "
+            f"without images by {said(runs, 'DPO without image', 'before')}. Each has the setting that "
+            f"tuning "
+            f"scenes chose for it, which trains it little. {at_equal_rates()}")
+    return "appears" if equal else "does not appear", text
+
+
+def at_equal_rates():
+    """What tuning scenes show of DPO with and without images where both learn as fast (study.py tuning)."""
+    found = []
+    for rate in study.RATES:
+        rows = {(row["name"], row["base"]): row for row in study.read("tuning") if row["seed"] == 100}
+        both = [[rows[f"{method}, lr {rate}", base]["after"] for base in study.BASES]
+                for method in ("DPO", "DPO without image")]
+        chair, cover = ([statistics.mean(x[key] for x in side) for side in both]
+                        for key in ("chair_s", "cover"))
+        found.append(f"at {rate} {chair[0]:.0f} and {chair[1]:.0f} (Cover {cover[0]:.0f} and {cover[1]:.0f})")
+    return ("At equal learning rates, on tuning scenes, CHAIR_s with and without images is "
+            + ", ".join(found) + ": the faster both learn, the less they are equal.")
+
+
+DPO_FAST = ("at higher rates it lowers CHAIR_s by naming less and then nothing (Cover falls with it: the "
+            "table of "
+            "learning rates in README.md), which the rule for settings does not allow.")
+
+
+def table1(runs):
+    held = {"against DPO": runs.lower("mDPO", "DPO"), "against the base": runs.lower("mDPO", "before")}
+    near = runs.equal("DPO", "before")
+    text = (f"mDPO minus DPO: {said(runs, 'mDPO', 'DPO')} points of CHAIR_s; minus the base: "
+            f"{said(runs, 'mDPO', 'before')}. DPO minus the base: {said(runs, 'DPO', 'before')}, which "
+            f"{'is' if near else 'is not shown to be'} within {MARGIN} points, where the paper's DPO ends. "
+            f"mDPO changes Cover by {said(runs, 'mDPO', 'before', 'cover')}. DPO has the setting that tuning "
+            f"scenes chose ({study.best_settings()['DPO']}): {DPO_FAST}")
+    return parts(held), text
+
+
+def fig4(runs):
+    shares = judged_shares(runs, "mDPO", "DPO")
+    mean, low, high = nested({b: [s["win"] - s["loss"] for s in v] for b, v in shares.items()})
+    better = nested({b: [s["win"] + s["tie"] for s in v] for b, v in shares.items()})
+    span = f" ({low:+.1f} to {high:+.1f})" if low is not None else ""
+    text = (f"mDPO's caption is better or as good in {better[0]:.0f}% of scenes (the paper: 89%); "
+            f"wins minus losses {mean:+.1f} points{span}.")
+    return "appears" if low is not None and low > 0 else "does not appear", text
+
+
+def judged_shares(runs, a, b):
+    out = {}
+    for (base, seed), line in sorted(runs.by[a].items()):
+        if (base, seed) in runs.by[b]:
+            out.setdefault(base, []).append(judged(line, runs.by[b][base, seed]))
+    return out
+
+
+SIZES = (250, 500, 1000)
+
+
+def sized(method, n):
+    return method if n == 1000 else f"{method}, {n} pairs"
+
+
+def fig5(runs):
+    held = {f"mDPO is below DPO at {n} pairs": runs.lower(sized("mDPO", n), sized("DPO", n)) for n in SIZES}
+    held["mDPO gains from 250 to 1000 pairs"] = runs.lower("mDPO", sized("mDPO", 250))
+    held["DPO does not"] = not runs.lower("DPO", sized("DPO", 250))
+    text = (f"From 250 to 1000 pairs mDPO's CHAIR_s changes by {said(runs, 'mDPO', sized('mDPO', 250))}, "
+            f"DPO's by {said(runs, 'DPO', sized('DPO', 250))}. mDPO minus DPO: "
+            + ", ".join(f"{said(runs, sized('mDPO', n), sized('DPO', n))} at {n}" for n in SIZES) + ".")
+    return parts(held), text
+
+
+def table2(runs):
+    without = {"CoPO": "DPO + AncPO", "AncPO": "DPO + CoPO", "both": "DPO"}
+    held = {f"{term} is removed" if term != "both" else "both are removed": runs.lower("mDPO", arm)
+            for term, arm in without.items()}
+    held["CoPO's removal costs more than AncPO's"] = runs.lower("DPO + CoPO", "DPO + AncPO")
+    text = "Against mDPO, CHAIR_s changes by " + ", ".join(
+        f"{said(runs, arm, 'mDPO')} without {term}" for term, arm in without.items()) + (
+        f". Without CoPO minus without AncPO: {said(runs, 'DPO + AncPO', 'DPO + CoPO')}.")
+    return parts(held), text
+
+
+def table3(runs):
+    others = ("random image", "crop 20-50", "MoCo v2")
+    held = {f"the other is the {arm}": runs.lower("mDPO", arm) for arm in others}
+    text = "Against crop 0-20, CHAIR_s changes by " + ", ".join(
+        f"{said(runs, arm, 'mDPO')} with {arm}" for arm in others) + "."
+    return parts(held), text
+
+
+def table4(runs):
+    more = ("anchors y_w, y_l", "anchors y_w, y_l, m_l")
+    low = {arm: runs.difference(arm, "mDPO")[1] for arm in more}
+    held = {f"for {arm}": x is not None and x > -MARGIN for arm, x in low.items()}
+    text = "Against an anchor on y_w alone, CHAIR_s changes by " + ", ".join(
+        f"{said(runs, arm, 'mDPO')} with {arm}" for arm in more) + "."
+    return parts(held), text
+
+
+def by_kind(mdpo, dpo):
+    def verdict(runs):
+        change = {kind: runs.difference(mdpo, dpo, kind) for kind in KINDS}
+        better = [kind for kind in KINDS if change[kind][0] > 0]
+        false = change["false_premise"][1] is not None and change["false_premise"][1] > 0
+        base = {kind: nested(runs.values(mdpo, kind, "before"))[0] for kind in KINDS}
+        text = "mDPO minus DPO, in points of accuracy: " + ", ".join(
+            f"{kind} {said(runs, mdpo, dpo, kind)}" for kind in KINDS) + (
+            ". Their bases answer " + ", ".join(f"{kind} {base[kind]:.0f}%" for kind in KINDS)
+            + ": where a base makes no mistakes nothing can be gained.")
+        held = {"the question's premise is false": false, "most kinds are counted": len(better) > 2}
+        return parts(held), text
+    return verdict
+
+
+def patch(runs):
+    text = f"patch minus crop: {said(runs, 'patch', 'mDPO', level=90)} points of CHAIR_s, 90% interval."
+    return "appears" if runs.equal("patch", "mDPO") else "does not appear", text
+
+
+def against(a, b, text):
+    """A verdict for a control: whether A is lower than B."""
+    def verdict(runs):
+        return ("appears" if runs.lower(a, b) else "does not appear",
+                f"{a} minus {b}: {said(runs, a, b)} points of CHAIR_s, {said(runs, a, b, 'cover')} of Cover. "
+                + text)
+    return verdict
+
+
+def both(pairs, text=""):
+    """A verdict for a sweep of conditions: where mDPO is lower than DPO."""
+    def verdict(runs):
+        held = {what: runs.lower(a, b) for what, a, b in pairs}
+        told = "; ".join(f"{what}: {said(runs, a, b)} points of CHAIR_s, {said(runs, a, b, 'cover')} of Cover"
+                         for what, a, b in pairs)
+        return parts(held), f"mDPO minus DPO: {told}. {text}".strip()
+    return verdict
+
+
+def sweep(title, knob, values, label, text=""):
+    """mDPO and DPO along one knob of the pairs; the default's value is None: the arms themselves."""
+    arm = {v: {m: m if d else f"{m}, {knob} {v}" for m in ("mDPO", "DPO")} for v, d in values.items()}
+    return Table(
+        "ours", title, "mDPO is lower than DPO whatever the pairs are like.",
+        "CHAIR_s of mDPO is lower than DPO's at each value.",
+        tuple(a for v in arm.values() for a in v.values()),
+        both([(f"{knob} {v}", arm[v]["mDPO"], arm[v]["DPO"]) for v in values], text),
+        seeds=1, exploratory=True, figure="lines", xlabel=label,
+        x=tuple((arm[v][m], m, float(v)) for v in values for m in ("mDPO", "DPO")))
+
+
+HAL = "Object HalBench CHAIR_s, Bunny-3B"
+MMHAL = "MMHal-Bench, adversarial (0-6), Bunny-3B"
+TABLES = {
+    "fig1": Table(
+        "mDPO, Fig. 1", "DPO with and without the images",
+        "DPO trained with the images taken away does about as well as DPO.",
+        f"The two are equal: the 90% interval of the difference of CHAIR_s lies within {MARGIN} points.",
+        ("DPO", "DPO without image"), fig1, main=True, shown=("before", "DPO", "DPO without image"),
+        against="DPO"),
+    "table1": Table(
+        "mDPO, Table 1", "The base, DPO and mDPO", "mDPO hallucinates less than DPO and than the base.",
+        "CHAIR_s of mDPO is lower than DPO's and than the base's.", ("mDPO", "DPO"), table1, main=True,
+        shown=("before", "DPO", "mDPO"), against="mDPO",
+        columns=("chair_s", "chair_i", "cover", "cog", *COLUMNS[3:]),
+        published=(("before", {HAL: 43.0, "LLaVA-1.5-7B": 54.7}), ("DPO", {HAL: 44.3, "LLaVA-1.5-7B": 49.0}),
+                   ("mDPO", {HAL: 27.0, "LLaVA-1.5-7B": 35.7})), published_measure=HAL),
+    "fig4": Table(
+        "mDPO, Fig. 4", "A blind comparison of captions",
+        "People find mDPO's answer better than DPO's, or as good, in 89%.",
+        "A judge by rule (less invented, then more named) sees mDPO win against DPO more often than lose: "
+        "the interval of wins minus losses lies above 0.", ("mDPO", "DPO"), fig4, main=True, figure="stacked",
+        metric="win", columns=("win", "tie", "loss")),
+    "fig5": Table(
+        "mDPO, Fig. 5", "How much data",
+        "mDPO is better at every size and gains from more pairs; DPO does not gain.",
+        "CHAIR_s of mDPO is lower than DPO's at 250, 500 and 1000 pairs, lower at 1000 than at 250; DPO's "
+        "is not lower at 1000 than at 250.", tuple(sized(m, n) for m in ("mDPO", "DPO") for n in SIZES), fig5,
+        figure="lines", x=tuple((sized(m, n), m, n) for m in ("mDPO", "DPO") for n in SIZES), xlabel="pairs",
+        xlog=True),
+    "table2": Table(
+        "mDPO, Table 2", "Without CoPO, without AncPO", "Both terms help, CoPO more.",
+        "CHAIR_s of mDPO is lower than without CoPO, than without AncPO and than without both; without AncPO "
+        "it is lower than without CoPO.",
+        ("mDPO", "DPO + AncPO", "DPO + CoPO", "DPO"), table2, main=True, against="mDPO",
+        published=(("mDPO", {HAL: 27.0}), ("DPO + AncPO", {HAL: 40.3}), ("DPO + CoPO", {HAL: 34.3}),
+                   ("DPO", {HAL: 44.3})), published_measure=HAL),
+    "table3": Table(
+        "mDPO, Table 3", "Which rejected image", "A crop that keeps 0-20% is the best rejected image.",
+        "CHAIR_s with crop 0-20 is lower than with each of the others.",
+        ("mDPO", "random image", "crop 20-50", "MoCo v2"), table3, main=True, against="mDPO",
+        published=(("random image", {HAL: 40.7}), ("mDPO", {HAL: 27.0}), ("crop 20-50", {HAL: 33.7}),
+                   ("MoCo v2", {HAL: 32.3})), published_measure=HAL),
+    "table4": Table(
+        "mDPO, Table 4", "What is anchored", "Anchors on the rejected answer or image bring little.",
+        f"With more anchors CHAIR_s is not {MARGIN} points lower: the 95% interval of the change lies above "
+        f"-{MARGIN}.", ("mDPO", "anchors y_w, y_l", "anchors y_w, y_l, m_l"), table4, against="mDPO",
+        published=(("mDPO", {HAL: 27.0}), ("anchors y_w, y_l", {HAL: 29.3}),
+                   ("anchors y_w, y_l, m_l", {HAL: 34.7})), published_measure=HAL),
+    "table5": Table(
+        "mDPO, Table 5", "By kind of question",
+        "mDPO is better than DPO on most kinds of question, most of all on false premises.",
+        "Accuracy of mDPO on false premises is higher than DPO's (95%), and its mean is higher on more than "
+        "half of the five kinds.", ("mDPO", "DPO"), by_kind("mDPO", "DPO"), metric="false_premise",
+        shown=("before", "DPO", "mDPO"), columns=(*KINDS, "chair_s"), against="DPO",
+        published=(("before", {MMHAL: .83}), ("DPO", {MMHAL: 1.50}), ("mDPO", {MMHAL: 4.17}))),
+    "table5-careless": Table(
+        "ours, for mDPO's Table 5", "By kind of question, on bases that say yes to everything",
+        "Where the base errs on false premises, mDPO mends it and DPO does not.",
+        "As for Table 5, on bases that were taught to affirm what is not there, with questions of all kinds "
+        "among the pairs.", ("mDPO, careless base", "DPO, careless base"),
+        by_kind("mDPO, careless base", "DPO, careless base"), metric="false_premise", seeds=2,
+        columns=(*KINDS, "chair_s"), against="DPO, careless base"),
+    "control-sft": Table(
+        "ours", "Imitation alone", "mDPO does more than SFT on the chosen answers.",
+        "CHAIR_s of mDPO is lower than SFT's.", ("mDPO", "SFT on the chosen"),
+        against("mDPO", "SFT on the chosen", "Four in five chosen captions are true."),
+        against="SFT on the chosen"),
+    "control-onpolicy": Table(
+        "ours", "The model's own samples, ranked by a noisy scorer",
+        "mDPO is better than DPO on on-policy pairs too.",
+        "CHAIR_s of mDPO is lower than DPO's on pairs of the base's own samples.",
+        ("mDPO, on policy", "DPO, on policy"), against("mDPO, on policy", "DPO, on policy", ""), seeds=3,
+        against="mDPO, on policy"),
+    "control-place": Table(
+        "ours", "Where the invented words stand",
+        "mDPO's gain does not depend on where in the caption the invented words stand.",
+        "CHAIR_s of mDPO is lower than DPO's with the words in random places and at the end.",
+        ("mDPO", "DPO", "mDPO, invented words last", "DPO, invented words last"),
+        both([("random places", "mDPO", "DPO"),
+              ("at the end", "mDPO, invented words last", "DPO, invented words last")]), seeds=3),
+    "control-crop": Table(
+        "ours", "Content or magnification",
+        "CoPO learns that content is missing, not that the picture is enlarged.",
+        f"A patch (what the crop keeps, neither moved nor enlarged) does as well as the crop: the 90% "
+        f"interval of the difference of CHAIR_s lies within {MARGIN} points.", ("mDPO", "patch"), patch,
+        seeds=3, against="mDPO"),
+    "equal-compute": Table(
+        "ours", "Equal compute", "mDPO is better than DPO that runs as long.",
+        "CHAIR_s of mDPO is lower than that of DPO with five epochs in place of three: a pair is three "
+        "sequences of mDPO's, and two of DPO's.", ("mDPO", "DPO, equal compute"),
+        against("mDPO", "DPO, equal compute", ""), seeds=3, against="mDPO"),
+    "equal-kl": Table(
+        "ours", "Equal distance from the reference", "At the same KL mDPO is better than DPO.",
+        "None: CHAIR_s against KL along the learning rates, one seed a base.",
+        tuple(f"{m}, lr {rate}" for rate in study.RATES for m in ("mDPO", "DPO")),
+        both([(f"lr {rate}", f"mDPO, lr {rate}", f"DPO, lr {rate}") for rate in study.RATES],
+             "The figure has KL, in nats an answer, on its axis."),
+        seeds=1, exploratory=True, figure="lines", xlabel="KL, nats an answer",
+        x=tuple((f"{m}, lr {rate}", m, "kl") for rate in study.RATES for m in ("mDPO", "DPO"))),
+    "sweep-gap": sweep("When the rejected names more objects", "gap", {"0": True, "0.5": False, "1": False},
+                       "objects named, rejected minus chosen"),
+    "sweep-cue": sweep("When words alone tell the rejected", "cue", {"0": False, "0.5": False, "1": True},
+                       "cue: 1, words alone tell; 0, they tell nothing"),
+    "sweep-faithful": sweep("When the chosen is true more or less often", "faithful",
+                            {"0.5": False, "0.8": True, "1": False}, "share of true chosen captions"),
+}
+
+
+# ---------------------------------------------------------------------------------------- findings
+def finding(name, lines):
+    """A table's finding for page.py, from the lines of its runs; "not run" where an arm has none."""
+    t = TABLES[name]
+    wanted = {arm for arm in t.arms}
+    runs = Runs(lines)
+    base = {"name": name, "paper": t.paper, "title": t.title, "claim": t.claim, "rule": t.rule,
+            "metric": t.metric, "exploratory": t.exploratory, "rows": [], "contrasts": [], "figure": t.figure,
+            "paper_measure": t.published_measure, "xlabel": t.xlabel, "xlog": t.xlog,
+            "columns": list(t.columns), "trace": "", "links": {}}
+    missing = wanted - set(runs.by)
+    if missing:
+        return base | {"verdict": "not run", "found": f"Not run: {', '.join(sorted(missing))}.",
+                       "figure": None}
+    verdict, text = t.verdict(runs)
+    numbers = sorted(line["number"] for arm in wanted for line in runs.by[arm].values())
+    return base | {"verdict": verdict, "found": text, "rows": rows(t, runs), "contrasts": contrasts(t, runs),
+                   "trace": f"lines {spans(numbers)} of results/reproduce.jsonl"}
+
+
+def rows(t, runs):
+    if t.figure == "stacked":
+        shares = judged_shares(runs, "mDPO", "DPO")
+        values = {k: nested({b: [s[k] for s in v] for b, v in shares.items()}) for k in t.columns}
+        return [{"arm": "mDPO against DPO", "runs": sum(map(len, shares.values())), "values": values,
+                 "bases": {}, "paper": {}}]
+    published, out = dict(t.published), []
+    for arm, series, x in t.x or [(arm, None, None) for arm in t.shown or t.arms]:
+        measures = {m: runs.values(arm, m) for m in dict.fromkeys((t.metric, *t.columns))}
+        row = {"arm": "crop 0-20 (mDPO)" if arm == "mDPO" and "random image" in t.arms else arm,
+               "runs": sum(map(len, measures[t.metric].values())),
+               "values": {m: nested(v) for m, v in measures.items()},
+               "bases": {m: {b: statistics.mean(x) for b, x in v.items()} for m, v in measures.items()},
+               "paper": published.get(arm, {})}
+        if series:
+            row |= {"series": series, "x": nested(runs.values(arm, "kl"))[0] if x == "kl" else x}
+        out.append(row)
+    return out
+
+
+def contrasts(t, runs):
+    if not t.against:
+        return []
+    compared = [(arm, t.against) for arm in t.shown or t.arms if arm not in (t.against, "before")]
+    compared += [(t.against, "before")] if "before" in t.shown else []
+    return [{"what": f"{a} - {b}", "metric": t.metric, "level": 95,
+             "difference": runs.difference(a, b, t.metric)} for a, b in compared]
+
+
+def spans(numbers):
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    out = []
+    for n in numbers:
+        if out and out[-1][1] == n - 1:
+            out[-1][1] = n
+        else:
+            out.append([n, n])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in out)
+
+
+def about(lines):
+    """What holds for the whole page."""
+    bases, seeds = ({line[k] for line in lines} for k in ("base", "seed"))
+    return {"runs": len(lines), "bases": len(bases), "seeds": len(seeds), "scenes": 1000,
+            "seeds_used": f"Seeds {spans(sorted(seeds))} and the printed scenes of --eval_seed 1, which no "
+                          "tuning run and no other table uses.",
+            "intervals": "95%, Student's over the bases' means (scenes in seeds in bases); differences are "
+                         "taken within a base and seed.",
+            "settings": [{"method": m, "options": o} for m, o in study.best_settings().items()]}

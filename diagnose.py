@@ -1,0 +1,154 @@
+"""Does the model look at its image, and how far has training moved it? Numbers on held-out pairs.
+
+    found = look(m, records, good, o, "after")      # {"n": 200, "margin": {"true": [0.9, 0.8, 1], ...}, ...}
+
+train_dpo.py calls it with every evaluation; it stands there under `look`, in log.jsonl and in the report. The
+pairs are the first `--set look=200` with one image of --val_data, or, for the classroom's data, pairs by the
+same recipe about tuning scenes (the same for every --seed; never a printed scene).
+
+Every number is [mean over the pairs, low, high]: a 95% interval of 1000 resamples of the images with
+replacement. Differences are taken pair by pair. log p is summed over a response's tokens, in nats; r is the
+reward, beta * (policy - reference), 0 for all before training.
+
+    preference       log p(chosen) - log p(rejected) of the policy, with one of these images in the prompt:
+                     true        the pair's own
+                     blank       one colour, of the same size: zeros once normalised
+                     other       another pair's, of another theme where the records' meta.theme allows it
+                     same_theme  another pair's of the same theme; left out for records without meta.theme
+    preference_true_minus  the same with the true image minus with another: 0 for a model that does not look
+    margin                 r(chosen) - r(rejected), with each of these images: what training did to preference
+    margin_true_minus      0 where training changed words alone, > 0 where it taught the model to look
+    logps_chosen           log p(chosen) with the true image; logps_chosen_change: minus the reference's
+    kl                     KL(policy || reference) of an answer, in nats. One answer a pair is drawn from the
+                           policy at temperature 1, cut at max_new_tokens; the mean of its log p minus the
+                           reference's. It is unbiased and noisy: an interval may reach below 0.
+
+`other` gives every image to exactly one other pair, and so does `same_theme` within its theme: their means
+differ from that of `true` by who sees which image, and by nothing else.
+"""
+import random
+from itertools import islice
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import tally
+import vlm
+from plan import tokenise
+from records import Records
+
+RESPONSES = {"chosen", "rejected"}
+
+
+def look(m, records, good, o, name):
+    """The numbers above, of the model as it stands; {} where fewer than two records have one image.
+
+    records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
+    micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
+    and reference are one. Nothing is left changed, random generators included. Raises UserError.
+    """
+    moved = name != "before"
+    shown = list(islice((r for r in map(records.__getitem__, good) if len(r["images"]) == 1), o.look))
+    if len(shown) < 2:
+        return {}
+    images = [r["images"][0] for r in shown]
+    themes = [r["meta"].get("theme") for r in shown]
+    other, alike = partners([t or i for t, i in zip(themes, images, strict=True)], o.eval_seed)
+    alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
+    own = {i: i for i in range(len(shown))}
+    jobs = [(kind, *ij) for kind, which in (("true", own), ("blank", own), ("other", other),
+                                            ("same_theme", alike)) for ij in which.items()]
+    policy = {kind: np.full((len(shown), 2), np.nan) for kind, *_ in jobs}       # (n, chosen and rejected)
+    change = {kind: np.full((len(shown), 2), np.nan) for kind in policy}         # policy minus reference
+    for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
+        some = jobs[at:at + o.micro_batch]
+        pictures = [shut(data.read_image(images[j]), kind) for kind, _, j in some]
+        pairs = [tokenise(m, shown[i], o, [picture.size])[0]
+                 for (_, i, _), picture in zip(some, pictures, strict=True)]
+        pairs = [pair._replace(prompt=pair.prompt_rejected) for pair in pairs]   # with this very picture
+        rows = score(m, pairs, pictures, RESPONSES, o, moved)
+        for (kind, i, _), mine, frozen in zip(some, *rows, strict=True):
+            policy[kind][i], change[kind][i] = mine, mine - frozen
+
+    def mean(values):
+        return interval(values, images, o.eval_seed)
+
+    found = {"n": len(shown)}
+    for name, scores, scale in (("preference", policy, 1), ("margin", change, o.beta)):
+        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in scores.items()}
+        found[name] = {kind: mean(x) for kind, x in margins.items()}
+        found[f"{name}_true_minus"] = {kind: mean(margins["true"] - x) for kind, x in margins.items()
+                                       if kind != "true"}
+    return found | {"logps_chosen": mean(policy["true"][:, 0]),
+                    "logps_chosen_change": mean(change["true"][:, 0]),
+                    "kl": mean(divergence(m, shown, o, moved))}
+
+
+def made(out):
+    """(records, indices) of the pairs that a run on the classroom's data holds out; None in another run."""
+    file = out / "held_out" / "pairs.jsonl"
+    if file.exists():
+        records = Records(file)
+        return records, range(len(records))
+
+
+def partners(groups, seed):
+    """({i: another, of another group where no group holds more than half}, {i: another of the same group}).
+
+    Both are one-to-one; who is alone in its group has none there. groups: one hashable name for each.
+    """
+    order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    together = {}
+    for i in order:
+        together.setdefault(groups[i], []).append(i)
+    row = sum(together.values(), [])                         # group after group: a step of the largest leaves
+    step = min(max(map(len, together.values())), len(row) // 2)
+    return (dict(zip(row, row[step:] + row[:step], strict=True)),
+            {i: j for g in together.values() if len(g) > 1 for i, j in zip(g, g[1:] + g[:1], strict=True)})
+
+
+def shut(picture, kind):
+    """The picture, or for `blank` one of its size that shows nothing."""
+    return data.rejected_image("blank", picture, 0, "") if kind == "blank" else picture
+
+
+def score(m, pairs, pictures, needs, o, moved):
+    """log p under policy and reference: two float64 arrays (B, number of needs), chosen first."""
+    @torch.no_grad()
+    def scores(model):
+        features = vlm.encode_images(model, vlm.prepare(model, pictures))
+        logps = vlm.FORWARDS[o.forward](model, pairs, features, needs)
+        return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
+    mine = scores(m)
+    if not moved:
+        return mine, mine
+    with vlm.base_of(m) as base:
+        return mine, scores(base)
+
+
+def divergence(m, shown, o, moved):
+    """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
+    if not moved:
+        return np.zeros(len(shown))
+    pictures = [data.read_image(r["images"][0]) for r in shown]
+    texts = vlm.generate(m, [[p] for p in pictures], [r["question"] for r in shown], o.max_new_tokens,
+                         batch_size=64 if m.is_classroom else 16, sample_seed=o.eval_seed)
+    pairs = []
+    for r, picture, text in zip(shown, pictures, texts, strict=True):
+        prompt = vlm.prompt_ids(m, r["question"], counts=[vlm.tokens_of(m, picture.size)])
+        ids = [t for t in m.tokenizer(text, add_special_tokens=False).input_ids if t != m.image_token_id]
+        pairs.append(data.Pair(r["id"], prompt, prompt, [*ids, m.eos_id][:o.max_new_tokens], []))
+    parts = [score(m, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch], {"chosen"}, o, moved)
+             for at in range(0, len(pairs), o.micro_batch)]
+    return np.concatenate([(mine - frozen)[:, 0] for mine, frozen in parts])
+
+
+def interval(values, images, seed, resamples=1000):
+    """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
+    there = [{"image": image, "sum": x, "n": 1} for image, x in zip(images, values, strict=True) if x == x]
+    _, draws = tally.add_up(there, lambda item: {k: item[k] for k in ("sum", "n")}, seed, resamples)
+    point = sum(item["sum"] for item in there) / len(there)
+    return [round(float(x), 6) for x in (point, *tally.interval(draws["sum"] / draws["n"], point))]

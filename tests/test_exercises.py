@@ -1,0 +1,251 @@
+"""classroom/EXERCISES.md as specification: every command starts, every solution says what is true.
+
+The commands are read from the document and run in its order, in one folder and in this process, each made
+tiny: two steps of training, eight scenes. Scenes and pairs of equal options are made once and copied.
+"""
+import importlib
+import json
+import math
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import losses
+
+PAGE = (ROOT / "classroom" / "EXERCISES.md").read_text()
+PARTS = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##? |^### |\Z)", PAGE, re.DOTALL | re.MULTILINE))
+LAB = [name for name in PARTS if name[0].isdigit()]
+EXERCISES = [name for name in PARTS if name.startswith("Exercise")]
+TINY = {"train_dpo.py": "--max_steps 2 --batch 8 --set pairs=16 --set scenes=8 --set questions=20 "
+                        "--set max_new_tokens=8",
+        "classroom/pairs.py": "--n 8",
+        "synth.py": "--per_topic 1 --guidance 1,4 --set steps=1 --set max_new_tokens=4"}
+
+
+def blocks(text, kind=""):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [inside for found, inside in fenced if found == kind]
+
+
+def commands(text):
+    """Every command that starts with python, in fenced blocks, as words."""
+    lines = "".join(blocks(text)).splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+
+
+PROGRAMS = {re.search(r"runs/\w+\.py", code)[0]: code for code in blocks(PAGE, "python")
+            if code.startswith('"""python runs/')}
+
+
+def part(number):
+    return next(PARTS[name] for name in EXERCISES if name.startswith(f"Exercise {number}:"))
+
+
+def solution(number, opening):
+    """The Python block of an exercise's solution that opens so."""
+    return next(code for code in blocks(part(number), "python") if code.lstrip().startswith(opening))
+
+
+# ---------------------------------------------------------------------------------------- the commands
+def execute(words):
+    """One command of the document, made tiny, in this process; --help ends with SystemExit(0)."""
+    script, *rest = words
+    if script == "-c":
+        return exec(rest[0], {})
+    tiny = [] if "--help" in rest or rest[:1] == ["analyse"] else shlex.split(TINY.get(script, ""))
+    sys.argv = [script, *(word if word != "1000" else "16" for word in rest), *tiny]
+    if script in PROGRAMS:
+        Path(script).write_text(PROGRAMS[script])
+        return runpy.run_path(script, run_name="__main__")
+    if script == "train_dpo.py":
+        share(rest)
+    importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+
+
+def share(rest):
+    """What step 1 made is put in place for a later run that would make the same: it only saves time."""
+    out, first = Path(rest[rest.index("--out") + 1]), Path("runs/mdpo")
+    if out.exists() or not first.exists():
+        return
+    shutil.copytree(first / "scenes", out / "scenes")
+    for file in first.glob("before.json*"):
+        shutil.copy(file, out)
+    if not any("pair_options" in word for word in rest):
+        shutil.copytree(first / "data", out / "data")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """(folder, {part: its commands that failed, and why}, {part: what its commands printed})."""
+    from contextlib import chdir, redirect_stderr, redirect_stdout
+    from io import StringIO
+    folder, ended, said = tmp_path_factory.mktemp("lab"), {}, {}
+    argv, handlers = sys.argv, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    with chdir(folder):
+        (folder / "runs").mkdir()
+        for name, text in PARTS.items():
+            ended[name] = []
+            with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()):
+                for words in commands(text):
+                    try:
+                        execute(words)
+                    except SystemExit as stop:
+                        ended[name] += [f"{shlex.join(words)}: {stop}"] if stop.code else []
+                    except Exception as fault:                # told by the part's own test
+                        ended[name].append(f"{shlex.join(words)}: {type(fault).__name__}: {fault}")
+            said[name] = out.getvalue()
+    sys.argv = argv
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder, ended, said
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_its_commands_work(name, lab):
+    assert commands(PARTS[name]) and lab[1][name] == []
+
+
+def test_the_lab_leaves_what_its_questions_ask_about(lab):
+    """Reports, the first loss of mDPO and of DPO, the page to choose on, equal bytes of a run made twice."""
+    runs = lab[0] / "runs"
+    mdpo, dpo = (list(data.read_jsonl(runs / name / "log.jsonl"))[1] for name in ("mdpo", "one"))
+    assert (round(mdpo["loss"], 4), round(dpo["loss"], 4), dpo["rewards/accuracies"]) == (2.0794, 0.6931, 0)
+    assert (runs / "mdpo" / "report.html").exists() and (runs / "choose.html").exists()
+    once, again = (runs / name / "adapter" / "adapter_model.safetensors" for name in ("mdpo", "again"))
+    assert once.read_bytes() == again.read_bytes()
+    assert "2.0794" in PARTS[LAB[2]] and "0.6931" in PARTS[LAB[2]]
+
+
+def test_look_prints_three_margins_of_each_adapter(lab):
+    said = next(text for name, text in lab[2].items() if "look" in name)
+    found = re.findall(r"^(own|grey|another's) +[+-]\d\.\d\d, above 0 in \d+%$", said, re.MULTILINE)
+    assert found == ["own", "grey", "another's"] * 3
+
+
+# ---------------------------------------------------------------------------------------- the parts
+def test_there_are_eight_steps_and_ten_exercises():
+    assert [int(name.split()[0]) for name in LAB] == list(range(1, 9))
+    assert [int(re.search(r"\d+", name)[0]) for name in EXERCISES] == list(range(1, 11))
+    ends = [int(m) for m in re.findall(r"^\| \d+ - (\d+) \|", PAGE, re.MULTILINE)]
+    starts = [int(m) for m in re.findall(r"^\| (\d+) - \d+ \|", PAGE, re.MULTILINE)]
+    assert (starts, ends[-1], len(ends)) == ([0, *ends[:-1]], 90, 8)              # the timetable has no gap
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_it_says_what_to_do_how_long_and_what_to_look_for(name):
+    text, lesson = PARTS[name], name in LAB
+    for word in ["Look for", "Question.", "</details>"] + ([] if lesson else ["Hints."]):
+        assert word in text, word
+    assert f"<summary>{'Answer' if lesson else 'Solution'}</summary>\n\n" in text     # GitHub wants the gap
+    assert lesson or re.search(r"\*\*Start\*\* \(\d+ (s|minutes)\b", text)
+
+
+def test_links_and_anchors_lead_somewhere():
+    def anchor(title):
+        return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+    links = re.findall(r"\]\((?!https?://)([^)]+)\)", PAGE)
+    for file, _, place in (link.partition("#") for link in links):
+        path = ROOT / "classroom" / file if file else ROOT / "classroom" / "EXERCISES.md"
+        assert path.exists(), file
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if place else []
+        assert not place or place in map(anchor, titles), place
+
+
+# ---------------------------------------------------------------------------------------- what it says is so
+def row(run):
+    """A line of results/exercises.jsonl as a row of the document's tables."""
+    side = run["after"]
+    return (f"| {run['name']} | {side['chair_s']:.1f} | {side['chair_i']:.1f} | {side['cover']:.1f} | "
+            f"{side['pope_adversarial_acc']:.1f} | {side['by_kind']['counting']['acc']:.1f} |")
+
+
+def test_every_row_of_a_table_is_a_run_of_the_log():
+    lines = (ROOT / "classroom" / "results" / "exercises.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    runs += [run | {"name": f"before, {run['split']}", "after": run["before"]} for run in runs]
+    known = set(map(row, runs))
+    shown = [line for text in PARTS.values() for line in text.splitlines()
+             if re.match(r"\| .*\| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \|$", line)]
+    assert len(shown) > 25 and [line for line in shown if line not in known] == []
+
+
+def test_exercise_1_and_2_losses_by_hand(lab, monkeypatch):
+    """The values worked out in the document; then all three as one sum, for a step."""
+    made = {"logsigmoid": losses.logsigmoid}
+    exec(solution(1, "def hinge"), made)
+    exec(solution(2, "def dpo_mean"), made)
+    policy = losses.Logps(*torch.tensor([[-10.], [-14.]]))
+    frozen = losses.Logps(*torch.tensor([[-9.], [-11.]]))
+    assert made["hinge"](policy, frozen, 0.1).item() == pytest.approx(0.8)
+    assert made["ipo"](policy, frozen, 0.1).item() == pytest.approx(9)
+    tokens = dict(chosen_tokens=torch.tensor([4.]), rejected_tokens=torch.tensor([8.]))
+    policy, frozen = (losses.Logps(chosen=torch.tensor([c]), rejected=torch.tensor([r]), **tokens)
+                      for c, r in ((-8., -22.), (-10., -20.)))
+    value = made["dpo_mean"](policy, frozen, 1.)
+    assert value.item() == pytest.approx(math.log1p(math.exp(-.75)))                 # -log sigmoid(0.75)
+    assert losses.needs(made["hinge"]) == losses.needs(made["ipo"]) == {"chosen", "rejected"}
+
+    for name in ("hinge", "ipo", "dpo_mean"):
+        monkeypatch.setitem(losses.LOSSES, name, made[name])
+    monkeypatch.chdir(lab[0])
+    monkeypatch.setattr(sys, "argv", [])
+    execute(shlex.split("train_dpo.py --loss hinge+ipo+dpo_mean --set split=tune --out runs/three"))
+    first = json.loads((lab[0] / "runs/three/log.jsonl").read_text().splitlines()[1])
+    assert first["loss"] == pytest.approx(1 + 25 + 0.6931, abs=1e-3)
+
+
+def test_exercise_4_changes_every_picture_in_one_object(lab):
+    """The chosen answer becomes false: an object that it names is gone, or one that it denies has come."""
+    from classroom import pairs, world
+    folder = lab[0] / "runs" / "edited"
+    rows = list(data.read_jsonl(folder / "pairs.jsonl"))
+    assert {r["meta"]["kind"] for r in rows} == {"caption", "existence"} and len(rows) == 16
+    for record, (_, s) in zip(rows, pairs.made(0, 16, pairs.Recipe()), strict=True):
+        own, edited = (data.read_image(folder / record[key]) for key in ("image", "image_rejected"))
+        assert own == data.Image.fromarray(world.draw(s)) and own.tobytes() != edited.tobytes()
+        fewer = [tuple(t for t in s.things if t is not gone) for gone in s.things]
+        drawn = {world.draw(world.Scene(s.theme, things)).tobytes() for things in fewer}
+        assert (edited.tobytes() in drawn) != record["chosen"].startswith("no")
+
+
+def test_exercise_6_the_merged_weights_are_the_adapter(lab):
+    said = next(text for name, text in lab[2].items() if name.startswith("Exercise 6"))
+    assert float(re.search(r"by hand and by adapter differ by (\S+),", said)[1]) < 1e-3
+
+
+def test_exercise_7_the_packing_by_hand_and_the_fault_that_shows(lab):
+    stated = {key: [int(x) for x in re.findall(r"\d+", cells)]
+              for key, cells in re.findall(r"^\| `(\w+)` \| (.*) \|$", part(7), re.MULTILINE)}
+    row = data.pack([data.Pair("", [1, 9, 2], [1, 9, 2], [5, 6], [7, 8, 3])], {"chosen", "rejected"})
+    flat = {"segments": list(row.segments[0]), "lengths": row.lengths}
+    flat |= {key: getattr(row, key).tolist() for key in ("ids", "positions", "predict", "target")}
+    assert stated == flat
+    said = next(text for name, text in lab[2].items() if name.startswith("Exercise 7"))
+    far = {name: [float(x) for x in re.findall(r"\de[+-]\d+", line)]
+           for name, line in re.findall(r"^(packed|careless) (.*)$", said, re.MULTILINE)}
+    assert max(far["packed"]) < 1e-3 and max(far["careless"][::2]) < 1e-3 and far["careless"][1] > 1
+
+
+def test_exercise_8_shuffle_keeps_the_cells_and_moves_them():
+    code, made = "def shuffle(image, rng):\n    match 'shuffle':\n", {"Image": data.Image}
+    exec(code + solution(8, "case"), made)
+    from classroom import pairs, world
+    picture = data.Image.fromarray(world.draw(pairs.made(0, 1, pairs.Recipe())[0][1]))
+
+    def cells(image):
+        corners = ((x, y) for y in range(0, 80, 20) for x in range(0, 80, 20))
+        return [image.crop((x, y, x + 20, y + 20)).tobytes() for x, y in corners]
+    once, again = (made["shuffle"](picture, data.draw(0, "shuffle", "a")) for _ in range(2))
+    assert sorted(cells(once)) == sorted(cells(picture)) and cells(once) != cells(picture)
+    assert once.tobytes() == again.tobytes()

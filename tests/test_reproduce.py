@@ -1,0 +1,242 @@
+"""The papers in miniature: intervals, the judge, the rules, one whole cell, and what was kept apart."""
+import json
+import random
+import statistics
+
+import pytest
+from conftest import ROOT
+
+from classroom import evidence, findings, pairs, pds, reproduce, study, world
+
+LINES = reproduce.lines()
+BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
+                       *findings.KINDS), 90.0)
+
+
+def line(arm, base, seed, chair, before=50.0, scenes="", **more):
+    def scores(x):
+        return BLANK | {"chair_s": x, "scenes": scenes, "look": {}} | more
+    return {"arm": arm, "base": base, "seed": seed, "before": scores(before), "after": scores(chair)}
+
+
+def world_of(chairs):
+    """{arm: {base: [CHAIR_s of each seed]}} -> lines."""
+    return [line(arm, base, seed, x) for arm, bases in chairs.items() for base, values in bases.items()
+            for seed, x in enumerate(values)]
+
+
+# --- evidence ---------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_students_over_the_bases_means():
+    mean, low, high = evidence.nested({"a": [1, 3], "b": [4, 4], "c": [5, 7]})
+    half = 4.303 * statistics.stdev([2, 4, 6]) / 3 ** .5
+    assert (mean, low, high) == (4, pytest.approx(4 - half), pytest.approx(4 + half))
+    assert evidence.nested({"a": [1, 3]}) == (2, pytest.approx(2 - 12.706), pytest.approx(2 + 12.706))
+    assert evidence.nested({"a": [1]}) == (1, None, None)
+
+
+def test_more_seeds_of_the_same_bases_do_not_narrow_what_bases_differ_by():
+    few, many = ({b: [m] * n for b, m in zip("abc", (2, 4, 6), strict=True)} for n in (2, 50))
+    assert evidence.nested(few) == evidence.nested(many)
+
+
+def test_a_difference_is_taken_within_a_base_and_seed():
+    runs = evidence.Runs(world_of({"A": {"x": [10, 20], "y": [30]}, "B": {"x": [9, 18], "y": [27, 99]}}))
+    assert runs.difference("A", "B")[0] == statistics.mean([statistics.mean([1, 2]), 3])
+    assert runs.difference("A", "before")[0] == statistics.mean([-35, -20])
+
+
+def test_lower_and_equal_need_the_whole_interval():
+    near = {b: [m] for b, m in zip("abc", (40, 41, 42), strict=True)}
+    far = {b: [m + d] for b, m, d in zip("abc", (40, 41, 42), (20, 21, 22), strict=True)}
+    wild = {b: [m + d] for b, m, d in zip("abc", (40, 41, 42), (-20, 5, 30), strict=True)}
+    runs = evidence.Runs(world_of({"near": near, "same": near, "far": far, "wild": wild}))
+    assert runs.lower("near", "far") and not runs.lower("far", "near") and not runs.lower("near", "wild")
+    assert runs.equal("near", "same") and not runs.equal("near", "far") and not runs.equal("near", "wild")
+
+
+def test_the_judge_prefers_less_invented_then_more_named():
+    def code(false, true):
+        return "0123456789abcdefghijklmnopqrstuvwxyz"[6 * false + true]
+    a, b = [(0, 1), (1, 5), (0, 3), (2, 2)], [(1, 5), (0, 1), (0, 2), (2, 2)]
+    shares = evidence.judged(*(line("", "", 0, 0, scenes="".join(code(*x) for x in side)) for side in (a, b)))
+    assert shares == {"win": 50, "tie": 25, "loss": 25}
+
+
+def test_a_captions_letter_cog_and_words():
+    s = world.Scene("street", tuple(world.Thing(t, "red", ((0, 0, 15, 0, 0),)) for t in ("car", "crab")))
+    answers = [{"settings": {}}, {"kind": "existence", "image": "i", "answer": "yes"},
+               {"kind": "caption", "image": "i",
+                "answer": "a picture of a street . you can see a car , a house , a whale ."}]
+    code, more = reproduce.captions(answers, {"i": s})
+    assert code == "d"                                                   # 6 x 2 invented + 1 named = 13
+    assert more == {"cog": 20.0, "words": 18.0}                          # the house, of five tempting types
+
+
+# --- rules ------------------------------------------------------------------------------------------
+
+SPREAD = {"base0": 0, "base1": 1, "base2": 2}
+
+
+def verdict(name, chair):
+    """A table's verdict for arms of this CHAIR_s, the bases a point apart from each other."""
+    assert set(chair) == set(findings.TABLES[name].arms)
+    lines = world_of({arm: {b: [x + d, x + d] for b, d in SPREAD.items()} for arm, x in chair.items()})
+    return findings.finding(name, lines)["verdict"]
+
+
+def test_fig1_is_a_test_of_equivalence():
+    assert verdict("fig1", {"DPO": 40, "DPO without image": 43}) == "appears"
+    assert verdict("fig1", {"DPO": 40, "DPO without image": 50}) == "does not appear"
+
+
+def test_table1_needs_both_comparisons():
+    assert verdict("table1", {"mDPO": 20, "DPO": 40}) == "appears"
+    assert verdict("table1", {"mDPO": 45, "DPO": 40}) == "appears when against the base"
+    assert verdict("table1", {"mDPO": 60, "DPO": 40}) == "does not appear"
+
+
+def test_fig5_needs_dpo_not_to_gain():
+    sizes = {findings.sized(m, n): x for m, xs in (("mDPO", (30, 20, 10)), ("DPO", (45, 45, 45)))
+             for n, x in zip(findings.SIZES, xs, strict=True)}
+    assert verdict("fig5", sizes) == "appears"
+    assert "DPO does not" not in verdict("fig5", sizes | {"DPO": 35})
+
+
+def test_table2_says_which_part_appears():
+    arms = {"mDPO": 20, "DPO": 50, "DPO + AncPO": 40, "DPO + CoPO": 30}
+    assert verdict("table2", arms) == "appears"
+    assert verdict("table2", arms | {"DPO + AncPO": 20}) == "appears when AncPO is removed; both are removed"
+
+
+def test_table4_is_about_improvement_alone():
+    more = ("anchors y_w, y_l", "anchors y_w, y_l, m_l")
+    assert verdict("table4", {"mDPO": 20} | dict.fromkeys(more, 40)) == "appears"
+    assert verdict("table4", {"mDPO": 20} | dict.fromkeys(more, 10)) == "does not appear"
+
+
+def test_a_table_with_a_missing_arm_is_not_run():
+    lines = world_of({"mDPO": {"base0": [1]}})
+    found = findings.finding("table3", lines)
+    assert found["verdict"] == "not run" and "MoCo v2" in found["found"]
+
+
+@pytest.mark.parametrize("name", findings.TABLES)
+def test_every_table_gives_a_verdict_and_rows_on_any_full_set_of_lines(name):
+    rng = random.Random(name)
+    lines = [line(arm, base, seed, rng.uniform(10, 60), scenes="".join(rng.choices("0345bc", k=20)))
+             for arm in findings.TABLES[name].arms for base in study.BASES for seed in (10, 11)]
+    found = findings.finding(name, lines)
+    assert found["verdict"].startswith(("appears", "does not appear")) and found["rows"] and found["found"]
+    assert all(findings.TABLES[name].metric in row["values"] for row in found["rows"])
+    json.dumps(found)
+
+
+# --- apart ------------------------------------------------------------------------------------------
+
+
+def test_no_seed_and_no_scene_of_the_printed_results_was_tuned_on():
+    tuned = [row for name in ("tuning", "settings", "causes") for row in study.read(name)]
+    assert tuned and all("split=tune" in row["options"] for row in tuned)
+    used = {row["seed"] for row in tuned + study.read("print")}
+    assert not used & set(reproduce.SEEDS)
+    for seed in reproduce.SEEDS:
+        made = [s for _, s in pairs.made(seed, 50, pairs.Recipe())]
+        assert {world.split_of(s.counts) for s in made} == {"train"}
+    _, scenes = pairs.exam(reproduce.EVAL_SEED, 200, 400)
+    assert {world.split_of(s.counts) for s in scenes.values()} == {"print"}
+    _, others = pairs.exam(0, 200, 400)
+    assert not {repr(s) for s in scenes.values()} & {repr(s) for s in others.values()}
+
+
+def test_every_line_was_run_as_the_tables_say():
+    if not LINES:
+        pytest.skip("no printed run is there yet")
+    asked = {reproduce.key(cell): cell["arm"] for cell in reproduce.cells(findings.TABLES)}
+    for row in LINES:
+        assert asked.get(reproduce.key(row)) == row["arm"], row["run"]
+    assert len({reproduce.key(row) for row in LINES}) == len(LINES)
+
+
+def test_the_results_are_what_the_lines_say(tmp_path, monkeypatch, capsys):
+    """RESULTS.md, byte for byte, from the lines of results/."""
+    if not LINES:
+        pytest.skip("no printed run is there yet")
+    here = ROOT / "classroom"
+    monkeypatch.setattr(reproduce, "for_people", lambda rows, out: here / "people.html")
+    reproduce.write_page(out=tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text() == (here / "RESULTS.md").read_text()
+
+
+# --- the harness ------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "lines.jsonl")
+    tiny = "--max_steps 2 --set pairs=16 --set scenes=10 --set questions=20"
+    first, second = ({"arm": loss, "base": "base0", "seed": 10, "options": f"--loss {loss} {tiny}"}
+                     for loss in ("dpo", "mdpo"))
+    reproduce.go([first])
+    reproduce.go([first, second])                                        # the first is not run again
+    rows = reproduce.lines()
+    assert [row["arm"] for row in rows] == ["dpo", "mdpo"] and rows[0]["before"] == rows[1]["before"]
+    assert len(rows[0]["after"]["scenes"]) == 10
+    a, b = (reproduce.folder(cell) for cell in (first, second))
+    for shared in ("before.jsonl", "scenes/scenes.jsonl", "data/pairs.jsonl"):
+        assert (a / shared).stat().st_ino == (b / shared).stat().st_ino
+    again = reproduce.run(second, tmp_path / "again")
+    assert all(again[k] == rows[1][k] for k in rows[1] if k not in ("seconds", "run"))
+
+
+# --- the synthesis half -------------------------------------------------------------------------------
+
+
+def scored(name, seed, chair, pope=99.0, pairs=100):
+    scores = dict.fromkeys(pds.COLUMNS, 90.0)
+    return {"name": name, "base": "base0", "seed": seed, "pairs": pairs,
+            "before": scores | {"chair_s": 50.0, "pope_random_acc": 99.0},
+            "after": scores | {"chair_s": chair, "pope_random_acc": pope}}
+
+
+def test_synthetic_pairs_must_lower_chair_and_keep_pope():
+    others = [scored(name, s, 45 + s) for name in ("clip", "length", "random", "oracle") for s in range(5)]
+    for pope, holds in ((98.9, True), (97.0, False)):
+        lines = [scored("armorm", s, 40 + s, pope) for s in range(5)] + others
+        assert pds.table2(lines, None)[0] is holds
+    lines = [scored("armorm", s, x) for s, x in enumerate((20, 80, 30, 70, 49))] + others
+    assert not pds.table2(lines, None)[0]
+
+
+def test_more_synthetic_pairs_are_compared_seed_by_seed():
+    def lines(gain):
+        return [scored(name, s, 45 + 10 * s - gain * k) for k, name in enumerate(pds.SIZES) for s in range(5)]
+    assert pds.table3(lines(3), None)[0] and not pds.table3(lines(0), None)[0]
+
+
+ANALYSIS = {"guidance": {"all": {"5.0": .3, "7.0": .3, "9.0": .2, "11.0": .2}, "street": {"5.0": .6}},
+            "agreement": [{"rankers": ["imagereward", "clip"], "k": k, "agree": x, "chance": k / 4, "n": 400}
+                          for k, x in ((1, .4), (2, .6), (3, .8))],
+            "judge": {"rankers": ["imagereward", "clip"], "wins": 70, "losses": 30, "ties": 5,
+                      "same_pick": 20},
+            "similarity": {"prompts": {"n": 9, "mean": .1, "deciles": [.1] * 9},
+                           "responses": {"n": 9, "mean": .5, "deciles": [.3] * 9}}}
+
+
+def test_the_analyses_have_rules_that_can_fail():
+    for work in (pds.fig4, pds.table4, pds.table5, pds.fig6):
+        assert work(None, ANALYSIS)[0]
+    one = ANALYSIS["guidance"] | {"all": {"5.0": .9, "7.0": .1}}
+    assert not pds.fig4(None, ANALYSIS | {"guidance": one})[0]
+    chance = [found | {"agree": found["chance"]} for found in ANALYSIS["agreement"]]
+    assert not pds.table4(None, ANALYSIS | {"agreement": chance})[0]
+    assert not pds.table5(None, ANALYSIS | {"judge": ANALYSIS["judge"] | {"wins": 30}})[0]
+    alike = ANALYSIS["similarity"] | {"prompts": {"n": 9, "mean": .9, "deciles": [.9] * 9}}
+    assert not pds.fig6(None, ANALYSIS | {"similarity": alike})[0]
+
+
+def test_what_has_no_data_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(pds, "ANALYSIS", tmp_path / "none.json")
+    assert {found["verdict"] for found in pds.findings()} == {"not run"}
