@@ -7,7 +7,8 @@ keeps of the micro-batch with the longest pairs. tests/test_plan.py holds the la
 saved tensors on a CPU. It is a lower bound: what it refuses cannot fit, what it lets pass may still not. The
 one full-size run so far, Bunny-3B in bfloat16 on a CPU (tests/rehearse.py), peaked at 13.5 GiB where 11 are
 planned; most likely malloc kept what was freed in blocks below 32 MiB: where it had to give them back
-(MALLOC_MMAP_THRESHOLD_=1048576) the first forward of a smaller Bunny peaked at 1.8 GiB in place of 2.4. On a GPU nothing has been measured.
+(MALLOC_MMAP_THRESHOLD_=1048576) the first forward of a smaller Bunny peaked at 1.8 GiB in place of 2.4. On a
+GPU nothing has been measured.
 """
 import dataclasses
 import math
