@@ -347,7 +347,9 @@ def test_without_lora_two_ranks_with_half_the_model_and_of_the_copy_equal_one(wo
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     for name in ("before", "step-4", "after"):
         one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))
+        look, other = (found.pop("look")["preference"]["true"] for found in (one, two))
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
+        assert look == pytest.approx(other, rel=1e-5, abs=1e-5)
     layers = vlm.load(world[0]).model.model.language_model.layers
     dealt = sum(p.nbytes for p in layers.parameters())
     whole, half = (log_of(tmp_path / name)[0]["base_bytes"] for name in ("one", "two"))
