@@ -105,7 +105,8 @@ DPO_FAST = ("at higher rates it lowers CHAIR_s by naming less and then nothing (
 
 
 def table1(runs):
-    held = {"against DPO": runs.lower("mDPO", "DPO"), "against the base": runs.lower("mDPO", "before")}
+    held = {"asked against DPO": runs.lower("mDPO", "DPO"),
+            "asked against the base": runs.lower("mDPO", "before")}
     near = runs.equal("DPO", "before")
     text = (f"mDPO minus DPO: {said(runs, 'mDPO', 'DPO')} points of CHAIR_s; minus the base: "
             f"{said(runs, 'mDPO', 'before')}. DPO minus the base: {said(runs, 'DPO', 'before')}, which "
@@ -141,9 +142,9 @@ def sized(method, n):
 
 
 def fig5(runs):
-    held = {f"mDPO is below DPO at {n} pairs": runs.lower(sized("mDPO", n), sized("DPO", n)) for n in SIZES}
-    held["mDPO gains from 250 to 1000 pairs"] = runs.lower("mDPO", sized("mDPO", 250))
-    held["DPO does not"] = not runs.lower("DPO", sized("DPO", 250))
+    held = {f"asked of {n} pairs": runs.lower(sized("mDPO", n), sized("DPO", n)) for n in SIZES}
+    held["asked of mDPO's gain from more pairs"] = runs.lower("mDPO", sized("mDPO", 250))
+    held["asked of DPO, which gains nothing"] = not runs.lower("DPO", sized("DPO", 250))
     text = (f"From 250 to 1000 pairs mDPO's CHAIR_s changes by {said(runs, 'mDPO', sized('mDPO', 250))}, "
             f"DPO's by {said(runs, 'DPO', sized('DPO', 250))}. mDPO minus DPO: "
             + ", ".join(f"{said(runs, sized('mDPO', n), sized('DPO', n))} at {n}" for n in SIZES) + ".")
@@ -172,7 +173,8 @@ def table3(runs):
 def table4(runs):
     more = ("anchors y_w, y_l", "anchors y_w, y_l, m_l")
     low = {arm: runs.difference(arm, "mDPO")[1] for arm in more}
-    held = {f"for {arm}": x is not None and x > -MARGIN for arm, x in low.items()}
+    held = {arm.replace("anchors y_w, ", "the anchor is also on "): x is not None and x > -MARGIN
+            for arm, x in low.items()}
     text = "Against an anchor on y_w alone, CHAIR_s changes by " + ", ".join(
         f"{said(runs, arm, 'mDPO')} with {arm}" for arm in more) + "."
     return parts(held), text

@@ -93,7 +93,7 @@ def test_fig1_is_a_test_of_equivalence():
 
 def test_table1_needs_both_comparisons():
     assert verdict("table1", {"mDPO": 20, "DPO": 40}) == "appears"
-    assert verdict("table1", {"mDPO": 45, "DPO": 40}) == "appears when against the base"
+    assert verdict("table1", {"mDPO": 45, "DPO": 40}) == "appears when asked against the base"
     assert verdict("table1", {"mDPO": 60, "DPO": 40}) == "does not appear"
 
 
@@ -101,7 +101,7 @@ def test_fig5_needs_dpo_not_to_gain():
     sizes = {findings.sized(m, n): x for m, xs in (("mDPO", (30, 20, 10)), ("DPO", (45, 45, 45)))
              for n, x in zip(findings.SIZES, xs, strict=True)}
     assert verdict("fig5", sizes) == "appears"
-    assert "DPO does not" not in verdict("fig5", sizes | {"DPO": 35})
+    assert "which gains nothing" not in verdict("fig5", sizes | {"DPO": 35})
 
 
 def test_table2_says_which_part_appears():
