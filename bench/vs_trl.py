@@ -64,19 +64,19 @@ import lora  # noqa: E402
 import losses  # noqa: E402
 import vlm  # noqa: E402
 
-STOCK = llama.rotate_half
+STOCK = llama.apply_rotary_pos_emb
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 
 # ----------------------------------------------------------------------------------------------- TRL's side
 @contextlib.contextmanager
 def stock():
-    """transformers as it comes: vlm.load puts a faster rotate_half into it, which is not TRL's to have."""
-    before, llama.rotate_half = llama.rotate_half, STOCK
+    """transformers as it comes: vlm.load puts a faster one of its functions in, which is not TRL's to have."""
+    before, llama.apply_rotary_pos_emb = llama.apply_rotary_pos_emb, STOCK
     try:
         yield
     finally:
-        llama.rotate_half = before
+        llama.apply_rotary_pos_emb = before
 
 
 @contextlib.contextmanager

@@ -119,21 +119,23 @@ def test_forwards_equal_transformers_own_forward(model):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
-def test_rotate_half_is_transformers_own_bit_for_bit(folder):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_is_transformers_own_bit_for_bit(folder, dtype):
     """Values and gradients; load() puts it where transformers looks it up."""
     from transformers.models.llama import modeling_llama
+    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb as own
     vlm.load(folder)
-    assert modeling_llama.rotate_half is vlm.rotate_half
-
-    def own(x):
-        return torch.cat((-x[..., x.shape[-1] // 2:], x[..., :x.shape[-1] // 2]), -1)
-    one, two = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-                for _ in range(2))
-    up = torch.randn(2, 3, 5, 8)
-    assert torch.equal(own(one), vlm.rotate_half(two))
-    for function, x in ((own, one), (vlm.rotate_half, two)):
-        (function(x) * up + x).sum().backward()
-    assert torch.equal(one.grad, two.grad)
+    assert modeling_llama.apply_rotary_pos_emb is vlm.rotary
+    draw = torch.Generator().manual_seed(0)
+    cos, sin = (torch.randn(1, 5, 8, generator=draw).to(dtype) for _ in range(2))
+    tensors = [torch.randn(1, 5, heads, 8, generator=draw).to(dtype).transpose(1, 2) for heads in (3, 1)]
+    up, found = [torch.randn(x.shape, generator=draw).to(dtype) for x in tensors], []
+    for function in (own, vlm.rotary):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        turned = function(*leaves, cos, sin)
+        torch.autograd.backward(turned, up)
+        found.append([*turned, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
