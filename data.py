@@ -295,7 +295,8 @@ def _noise(image, rng, step=500):
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop80-100": (0.8, 1.0)}      # the share that is kept
+AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8),      # the share that is kept
+         "crop80-100": (0.8, 1.0)}
 REJECTED = (*AREAS, "patch", "random", "moco", "blank", "noise")
 
 

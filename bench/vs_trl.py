@@ -71,7 +71,7 @@ SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 # ----------------------------------------------------------------------------------------------- TRL's side
 @contextlib.contextmanager
 def stock():
-    """transformers as it comes: vlm.load puts a faster one of its functions in, which is not TRL's to have."""
+    """transformers as it comes: vlm.load puts a faster function into it, which is not TRL's to have."""
     before, llama.apply_rotary_pos_emb = llama.apply_rotary_pos_emb, STOCK
     try:
         yield

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from classroom import study
+from classroom import pds, study
 from classroom.evidence import MARGIN, Runs, judged, nested
 
 KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
@@ -33,8 +33,16 @@ ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {
 } | {f"{method}, careless base": (method, "--model runs/reproduce/careless-{base} --set "
                                   "'pair_options=--ask=existence,attribute,counting,false_premise'")
      for method in ("mDPO", "DPO")
-} | {f"{method}, lr {rate}": (method, f"--lr {rate}")
-     for rate in study.RATES for method in ("mDPO", "DPO")}
+} | {f"{method}, {kind} {x}": (method, f"--{kind} {x}")
+     for kind, values in (("lr", study.RATES), ("beta", ("0.03", "0.1", "0.3", "1")))
+     for x in values for method in ("mDPO", "DPO")
+} | {f"crop {kept}": ("mDPO", f"--image_rejected crop{kept}") for kept in ("50-80", "80-100")
+} | {name: ("DPO on synthetic pairs", f"--data runs/synth-scorers/{file}.jsonl")
+     for name, file in {
+         "ArmoRM's pairs": "pairs-armorm", "half of ArmoRM's pairs": "pairs-armorm-2",
+         "a quarter of ArmoRM's pairs": "pairs-armorm-4", "CLIP's pairs": "pairs-clip",
+         "the longer response": "pairs-length", "random pairs": "pairs-random",
+         "the oracle's pairs": "pairs-oracle"}.items()}
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -146,7 +154,9 @@ def fig5(runs):
     held["asked of mDPO's gain from more pairs"] = runs.lower("mDPO", sized("mDPO", 250))
     held["asked of DPO, which gains nothing"] = not runs.lower("DPO", sized("DPO", 250))
     text = (f"From 250 to 1000 pairs mDPO's CHAIR_s changes by {said(runs, 'mDPO', sized('mDPO', 250))}, "
-            f"DPO's by {said(runs, 'DPO', sized('DPO', 250))}. mDPO minus DPO: "
+            f"DPO's by {said(runs, 'DPO', sized('DPO', 250))}; Cover by "
+            f"{said(runs, 'mDPO', sized('mDPO', 250), 'cover')} and "
+            f"{said(runs, 'DPO', sized('DPO', 250), 'cover')}. mDPO minus DPO: "
             + ", ".join(f"{said(runs, sized('mDPO', n), sized('DPO', n))} at {n}" for n in SIZES) + ".")
     return parts(held), text
 
@@ -162,12 +172,13 @@ def table2(runs):
     return parts(held), text
 
 
-def table3(runs):
-    others = ("random image", "crop 20-50", "MoCo v2")
-    held = {f"the other is the {arm}": runs.lower("mDPO", arm) for arm in others}
-    text = "Against crop 0-20, CHAIR_s changes by " + ", ".join(
-        f"{said(runs, arm, 'mDPO')} with {arm}" for arm in others) + "."
-    return parts(held), text
+def crop_against(*others, text=""):
+    """A verdict on the rejected image: where the crop is lower than another."""
+    def verdict(runs):
+        held = {f"the other is the {arm}": runs.lower("mDPO", arm) for arm in others}
+        told = ", ".join(f"{said(runs, arm, 'mDPO')} with {arm}" for arm in others)
+        return parts(held), f"Against crop 0-20, CHAIR_s changes by {told}. {text}".strip()
+    return verdict
 
 
 def table4(runs):
@@ -219,18 +230,51 @@ def both(pairs, text=""):
     return verdict
 
 
-def sweep(title, knob, values, label, text=""):
-    """mDPO and DPO along one knob of the pairs; the default's value is None: the arms themselves."""
-    arm = {v: {m: m if d else f"{m}, {knob} {v}" for m in ("mDPO", "DPO")} for v, d in values.items()}
+def sweep(title, label, arms, text="", claim="mDPO is lower than DPO whatever the pairs are like.", **more):
+    """mDPO and DPO along one condition: {its value: (mDPO's arm, DPO's arm)}."""
     return Table(
-        "Sweep", title, "mDPO is lower than DPO whatever the pairs are like.",
-        "CHAIR_s of mDPO is lower than DPO's at each value.",
-        tuple(a for v in arm.values() for a in v.values()),
-        both([(f"{knob} {v}", arm[v]["mDPO"], arm[v]["DPO"]) for v in values], text),
-        seeds=1, exploratory=True, figure="lines", xlabel=label,
-        x=tuple((arm[v][m], m, float(v)) for v in values for m in ("mDPO", "DPO")))
+        "Sweep", title, claim, "CHAIR_s of mDPO is lower than DPO's at each value.",
+        tuple(arm for both_arms in arms.values() for arm in both_arms),
+        both([(what, *two) for what, two in arms.items()], text), seeds=1, exploratory=True, figure="lines",
+        xlabel=label, **more, x=tuple((arm, method, float(what.split()[-1])) for what, two in arms.items()
+                                      for method, arm in zip(("mDPO", "DPO"), two, strict=True)))
 
 
+def along(knob, values, own):
+    """{"knob value": (mDPO's arm, DPO's arm)}; own: each method's own value, where the arm is the method."""
+    own = dict(zip(("mDPO", "DPO"), own, strict=True))
+    return {f"{knob} {v}": tuple(m if own[m] == v else f"{m}, {knob} {v}" for m in own) for v in values}
+
+
+def synthetic(runs):
+    chair = runs.difference("ArmoRM's pairs", "before")
+    pope = runs.difference("ArmoRM's pairs", "before", "pope_random_acc")
+    held = None not in chair and chair[2] < 0 and pope[1] > -POPE
+    others = ", ".join(f"{arm} {said(runs, arm, 'before')}" for arm in SYNTHETIC[1:])
+    longer = {name: 100 * found["chosen_longer"] for name, found in pds.analysis().get("longer", {}).items()}
+    why = (f" ArmoRM reads no picture, here as in the paper; as the classroom's was trained it prefers the "
+           f"answer that says more: the chosen one is the longer in {longer['armorm']:.0f}% of its pairs, in "
+           f"{longer['clip']:.0f}% of CLIP's, {longer['oracle']:.0f}% of the oracle's." if longer else "")
+    text = (f"On ArmoRM's pairs CHAIR_s changes by {said(runs, SYNTHETIC[0], 'before')}, POPE random by "
+            f"{said(runs, SYNTHETIC[0], 'before', 'pope_random_acc')}, Cover by "
+            f"{said(runs, SYNTHETIC[0], 'before', 'cover')}. CHAIR_s on other pairs of the same responses: "
+            f"{others}. ArmoRM's minus the longer response's: "
+            f"{said(runs, SYNTHETIC[0], 'the longer response')}.{why} The oracle is told what the prompt "
+            "asks for; it shows what right pairs would do.")
+    return "appears" if held else "does not appear", text
+
+
+def more_synthetic(runs):
+    quarter = "a quarter of ArmoRM's pairs"
+    text = (f"CHAIR_s with all pairs minus with a quarter of them: {said(runs, SYNTHETIC[0], quarter)}; a "
+            f"quarter of them changes the base's by {said(runs, quarter, 'before')}.")
+    if runs.lower(quarter, SYNTHETIC[0]):
+        text += " More pairs of a reward that teaches hallucination (Table 2) teach more of it."
+    return "appears" if runs.lower(SYNTHETIC[0], quarter) else "does not appear", text
+
+
+POPE = 1                                    # points of POPE that synthetic pairs may cost
+SYNTHETIC = ("ArmoRM's pairs", "CLIP's pairs", "the longer response", "random pairs", "the oracle's pairs")
 HAL = "Object HalBench CHAIR_s, Bunny-3B"
 MMHAL = "MMHal-Bench, adversarial (0-6), Bunny-3B"
 TABLES = {
@@ -270,7 +314,9 @@ TABLES = {
     "table3": Table(
         "mDPO, Table 3", "Which rejected image", "A crop that keeps 0-20% is the best rejected image.",
         "CHAIR_s with crop 0-20 is lower than with each of the others.",
-        ("mDPO", "random image", "crop 20-50", "MoCo v2"), table3, main=True, against="mDPO",
+        ("mDPO", "random image", "crop 20-50", "MoCo v2"),
+        crop_against("random image", "crop 20-50", "MoCo v2",
+                     text="The sweep over the crop's area goes on from here."), main=True, against="mDPO",
         published=(("random image", {HAL: 40.7}), ("mDPO", {HAL: 27.0}), ("crop 20-50", {HAL: 33.7}),
                    ("MoCo v2", {HAL: 32.3})), published_measure=HAL),
     "table4": Table(
@@ -330,12 +376,36 @@ TABLES = {
              "The figure has KL, in nats an answer, on its axis."),
         seeds=1, exploratory=True, figure="lines", xlabel="KL, nats an answer",
         x=tuple((f"{m}, lr {rate}", m, "kl") for rate in study.RATES for m in ("mDPO", "DPO"))),
-    "sweep-gap": sweep("When the rejected names more objects", "gap", {"0": True, "0.5": False, "1": False},
-                       "objects named, rejected minus chosen"),
-    "sweep-cue": sweep("When words alone tell the rejected", "cue", {"0": False, "0.5": False, "1": True},
-                       "cue: 1, words alone tell; 0, they tell nothing"),
-    "sweep-faithful": sweep("When the chosen is true more or less often", "faithful",
-                            {"0.5": False, "0.8": True, "1": False}, "share of true chosen captions"),
+    "sweep-gap": sweep("When the rejected names more objects", "objects named, rejected minus chosen",
+                       along("gap", ("0", "0.5", "1"), own=("0", "0"))),
+    "sweep-cue": sweep("When words alone tell the rejected", "cue: 1, words alone tell; 0, they tell nothing",
+                       along("cue", ("0", "0.5", "1"), own=("1", "1"))),
+    "sweep-faithful": sweep("When the chosen is true more or less often", "share of true chosen captions",
+                            along("faithful", ("0.5", "0.8", "1"), own=("0.8", "0.8"))),
+    "sweep-beta": sweep("Beta", "beta", along("beta", ("0.03", "0.1", "0.3", "1"), own=("0.1", "0.3")),
+                        "Each method has its own learning rate.", "mDPO is lower than DPO whatever beta is.",
+                        xlog=True),
+    "sweep-crop": Table(
+        "Sweep", "The crop's area", "The less of the image the crop keeps, the better.",
+        "CHAIR_s with crop 0-20 is lower than with more of the image kept; all of it is mDPO without CoPO.",
+        ("mDPO", "crop 20-50", "crop 50-80", "crop 80-100", "DPO + AncPO"),
+        crop_against("crop 20-50", "crop 50-80", "crop 80-100", "DPO + AncPO"), seeds=1, exploratory=True,
+        against="mDPO", figure="lines", xlabel="percent of the image kept",
+        x=(("mDPO", "mDPO", 10), ("crop 20-50", "mDPO", 35), ("crop 50-80", "mDPO", 65),
+           ("crop 80-100", "mDPO", 90), ("DPO + AncPO", "mDPO", 100))),
+    "pds-table2": Table(
+        "PDS-DPO, Table 2", "Synthetic pairs",
+        "DPO on synthetic pairs makes the model hallucinate less and costs it nothing else.",
+        "On ArmoRM's pairs CHAIR_s falls (the 95% interval of the change lies below 0) and POPE random falls "
+        f"by less than {POPE} point (its interval lies above -{POPE}).", SYNTHETIC, synthetic,
+        shown=("before", *SYNTHETIC), against=SYNTHETIC[0]),
+    "pds-table3": Table(
+        "PDS-DPO, Table 3", "How many synthetic pairs", "More synthetic pairs do more.",
+        "CHAIR_s with all pairs is lower than with a quarter of them.",
+        ("a quarter of ArmoRM's pairs", "half of ArmoRM's pairs", SYNTHETIC[0]), more_synthetic,
+        figure="lines", xlabel="share of the pairs, %",
+        x=tuple((arm, "DPO", x) for arm, x in (("a quarter of ArmoRM's pairs", 25),
+                                               ("half of ArmoRM's pairs", 50), (SYNTHETIC[0], 100)))),
 }
 
 

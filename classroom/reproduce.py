@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import options  # noqa: E402
-from classroom import findings, pairs, pds, study, world  # noqa: E402
+from classroom import findings, pairs, pds, scorers, study, world  # noqa: E402
 
 RESULTS = HERE / "results" / "reproduce.jsonl"
 RUNS = HERE.parent / "runs" / "reproduce"
@@ -40,7 +40,7 @@ SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
 EXAM = ("model", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look", "pair_options")
 PAIRS = ("seed", "pairs", "pair_options", "data")
-lock, making = Lock(), {base: Lock() for base in study.BASES}
+lock, making = Lock(), {what: Lock() for what in (*study.BASES, "synthetic")}
 
 
 # ---------------------------------------------------------------------------------------- cells
@@ -110,6 +110,14 @@ def careless(base):
     return out
 
 
+def synthetic():
+    """The pairs of every scorer, unless they are there: minutes."""
+    with making["synthetic"]:
+        made = [HERE.parent / scorers.OUT / f"pairs-{scorer}.jsonl" for scorer in scorers.SCORERS]
+        if not all(path.exists() for path in made):
+            started(["classroom/scorers.py"])
+
+
 def started(command):
     """Run one of the project's scripts on one thread. Raises UserError with its last word where it fails."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent,
@@ -144,6 +152,8 @@ def run(cell, out=None):
     out = out or folder(cell)
     if f"careless-{cell['base']}" in cell["options"]:
         careless(cell["base"])
+    if str(scorers.OUT) in cell["options"]:
+        synthetic()
     exam, made = shared(options.parse(arguments(cell), ""))
     files = [(exam / name, out / name) for name in ("scenes", "held_out", "before.jsonl", "before.json")]
     files.append((made, out / "data"))
@@ -276,9 +286,8 @@ def main():
         if unknown:
             raise data.UserError(f"{', '.join(sorted(unknown))}: give all, page, verify, or some of {known}")
         go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds))
-        if set(names) & set(pds.TABLES):
-            for step in ("pairs", "tuning", "print"):
-                started(["classroom/scorers.py", step])
+        if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
+            synthetic()
         write_page(o.quick)
     except data.UserError as e:
         sys.exit(f"reproduce.py: {e}")

@@ -5,7 +5,11 @@
     python classroom/study.py print       each at the rate so chosen, on printed scenes: 3 bases x 5 seeds
     python classroom/study.py causes      what POPE and counting fall by, on tuning scenes
     python classroom/study.py settings    for reproduce.py: two methods more, and every beta and length
+    python classroom/study.py synthetic   the learning rate of DPO on scorers.py's pairs
     python classroom/study.py table F     means, spreads and the worst run of a file of results, as Markdown
+
+`synthetic` tries the oracle's pairs at the five rates, two seeds each; all scorers' pairs are trained at the
+rate that the rule chooses: the one at which right pairs do most, and favours no scorer that a user can have.
 
 `settings` gives mDPO without one of its terms the same five rates, and a method whose best rate is the last
 of the five one more beyond it; then each method, at its best rate, another beta and a shorter run, one change
@@ -40,11 +44,11 @@ METHODS = {"mDPO": "--loss mdpo", "DPO": "--loss dpo",
 RATES = ("2e-5", "5e-5", "1e-4", "2e-4", "4e-4")
 COVER = 6
 TUNE = "--set split=tune --set scenes=600 --set questions=1200"
-# mDPO at the highest rate, where POPE and counting fall most, with one thing changed at a time
-# for reproduce.py: the ablations are methods too; what is tried beyond the best rate, where that is the last
+# For reproduce.py: the ablations are methods too; what is tried beyond the best rate, where that is the last.
 ABLATIONS = {"DPO + AncPO": "--loss dpo+ancpo", "DPO + CoPO": "--loss dpo+copo"}
 BEYOND = {"2e-5": "1e-5", "4e-4": "8e-4"}
 CHANGES = ("--beta 0.3", "--epochs 1")
+# mDPO at the highest rate, where POPE and counting fall most, with one thing changed at a time.
 CAUSES = {"lr 4e-4": "", "without CoPO": "--loss dpo+ancpo",
           "rejected image: random": "--image_rejected random",
           "rejected image: crop 20-50": "--image_rejected crop20-50",
@@ -91,7 +95,7 @@ def best_settings():
         rows = [row for row in read("tuning") + read("settings")
                 if row["name"] == f"{method}, lr {rate}" or row["name"].startswith(f"{method}, lr {rate} --")]
         best[method] = f"{options} --{ranked(rows, method)[0]}"
-    return best
+    return best | {"DPO on synthetic pairs": f"--loss dpo --{ranked(read('scorers-tuning'), 'oracle')[0]}"}
 
 
 def chosen_rates():
@@ -113,6 +117,11 @@ def cells(name):
         return [{"name": f"{method}, lr {rate}", "base": base, "seed": 101,
                  "options": f"{options} --lr {rate} {TUNE}"}
                 for method, options in METHODS.items() for rate, base in product(first[method][:2], BASES)]
+    if name == "scorers-tuning":
+        few = TUNE.replace("=600", "=500").replace("=1200", "=200")
+        return [{"name": f"oracle, lr {rate}", "base": "base0", "seed": seed,
+                 "options": f"--loss dpo --data runs/synth-scorers/pairs-oracle.jsonl --lr {rate} {few}"}
+                for rate in RATES for seed in (100, 101)]
     if name == "causes":
         return [{"name": cause, "base": base, "seed": 100, "options": f"{options} --lr 4e-4 {TUNE}"}
                 for (cause, options), base in product(CAUSES.items(), BASES)]
@@ -191,10 +200,11 @@ def table(path):
 
 if __name__ == "__main__":
     wanted = sys.argv[1:]
+    stages = {"settings": ("settings", "beyond", "changes"), "synthetic": ("scorers-tuning",)}
     if wanted[:1] == ["table"] and len(wanted) == 2:
         print("\n".join(table(wanted[1])))
-    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes", "settings"):
-        for name in ("settings", "beyond", "changes") if wanted == ["settings"] else wanted:
+    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes", *stages):
+        for name in stages.get(wanted[0], wanted):
             study(name)
     else:
         sys.exit(f"study.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file.")

@@ -190,7 +190,8 @@ def test_any_size_of_image_gives_a_rejected_image_of_that_size(strategy, size):
 
 
 @pytest.mark.parametrize(
-    "strategy, low, high", [("crop", 0.01, 0.2), ("crop20-50", 0.2, 0.5), ("crop80-100", 0.8, 1.0)]
+    "strategy, low, high", [("crop", 0.01, 0.2), ("crop20-50", 0.2, 0.5), ("crop50-80", 0.5, 0.8),
+                             ("crop80-100", 0.8, 1.0)]
 )
 @pytest.mark.parametrize("size", [(336, 336), (640, 427), (400, 1000)])
 def test_a_crop_keeps_its_share_of_the_area_within_the_image(monkeypatch, strategy, low, high, size):

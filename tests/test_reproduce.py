@@ -137,7 +137,7 @@ def test_every_table_gives_a_verdict_and_rows_on_any_full_set_of_lines(name):
 
 
 def test_no_seed_and_no_scene_of_the_printed_results_was_tuned_on():
-    tuned = [row for name in ("tuning", "settings", "causes") for row in study.read(name)]
+    tuned = [row for name in ("tuning", "settings", "causes", "scorers-tuning") for row in study.read(name)]
     assert tuned and all("split=tune" in row["options"] for row in tuned)
     used = {row["seed"] for row in tuned + study.read("print")}
     assert not used & set(reproduce.SEEDS)
@@ -189,26 +189,22 @@ def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path
 # --- the synthesis half -------------------------------------------------------------------------------
 
 
-def scored(name, seed, chair, pope=99.0, pairs=100):
-    scores = dict.fromkeys(pds.COLUMNS, 90.0)
-    return {"name": name, "base": "base0", "seed": seed, "pairs": pairs,
-            "before": scores | {"chair_s": 50.0, "pope_random_acc": 99.0},
-            "after": scores | {"chair_s": chair, "pope_random_acc": pope}}
-
-
 def test_synthetic_pairs_must_lower_chair_and_keep_pope():
-    others = [scored(name, s, 45 + s) for name in ("clip", "length", "random", "oracle") for s in range(5)]
-    for pope, holds in ((98.9, True), (97.0, False)):
-        lines = [scored("armorm", s, 40 + s, pope) for s in range(5)] + others
-        assert pds.table2(lines, None)[0] is holds
-    lines = [scored("armorm", s, x) for s, x in enumerate((20, 80, 30, 70, 49))] + others
-    assert not pds.table2(lines, None)[0]
+    others = dict.fromkeys(findings.SYNTHETIC[1:], 45)
+    assert verdict("pds-table2", {"ArmoRM's pairs": 40} | others) == "appears"
+    assert verdict("pds-table2", {"ArmoRM's pairs": 55} | others) == "does not appear"
+    for pope, words in ((89.5, "appears"), (88.0, "does not appear")):
+        lines = world_of({arm: {b: [40 + d] for b, d in SPREAD.items()} for arm in findings.SYNTHETIC})
+        for one in lines:
+            one["after"]["pope_random_acc"] = pope
+        assert findings.finding("pds-table2", lines)["verdict"] == words
 
 
-def test_more_synthetic_pairs_are_compared_seed_by_seed():
-    def lines(gain):
-        return [scored(name, s, 45 + 10 * s - gain * k) for k, name in enumerate(pds.SIZES) for s in range(5)]
-    assert pds.table3(lines(3), None)[0] and not pds.table3(lines(0), None)[0]
+def test_more_synthetic_pairs_must_do_more():
+    arms = findings.TABLES["pds-table3"].arms
+    assert verdict("pds-table3", dict(zip(arms, (40, 35, 30), strict=True))) == "appears"
+    found = verdict("pds-table3", dict(zip(arms, (30, 35, 40), strict=True)))
+    assert found == "does not appear"
 
 
 ANALYSIS = {"guidance": {"all": {"5.0": .3, "7.0": .3, "9.0": .2, "11.0": .2}, "street": {"5.0": .6}},
@@ -222,14 +218,14 @@ ANALYSIS = {"guidance": {"all": {"5.0": .3, "7.0": .3, "9.0": .2, "11.0": .2}, "
 
 def test_the_analyses_have_rules_that_can_fail():
     for work in (pds.fig4, pds.table4, pds.table5, pds.fig6):
-        assert work(None, ANALYSIS)[0]
+        assert work(ANALYSIS)[0]
     one = ANALYSIS["guidance"] | {"all": {"5.0": .9, "7.0": .1}}
-    assert not pds.fig4(None, ANALYSIS | {"guidance": one})[0]
+    assert not pds.fig4(ANALYSIS | {"guidance": one})[0]
     chance = [found | {"agree": found["chance"]} for found in ANALYSIS["agreement"]]
-    assert not pds.table4(None, ANALYSIS | {"agreement": chance})[0]
-    assert not pds.table5(None, ANALYSIS | {"judge": ANALYSIS["judge"] | {"wins": 30}})[0]
+    assert not pds.table4(ANALYSIS | {"agreement": chance})[0]
+    assert not pds.table5(ANALYSIS | {"judge": ANALYSIS["judge"] | {"wins": 30}})[0]
     alike = ANALYSIS["similarity"] | {"prompts": {"n": 9, "mean": .9, "deciles": [.9] * 9}}
-    assert not pds.fig6(None, ANALYSIS | {"similarity": alike})[0]
+    assert not pds.fig6(ANALYSIS | {"similarity": alike})[0]
 
 
 def test_what_has_no_data_says_so(monkeypatch, tmp_path):
