@@ -115,6 +115,7 @@ def synthetic():
     with making["synthetic"]:
         made = [HERE.parent / scorers.OUT / f"pairs-{scorer}.jsonl" for scorer in scorers.SCORERS]
         if not all(path.exists() for path in made):
+            tqdm.write("making the synthetic pairs: some minutes", file=sys.stderr)
             started(["classroom/scorers.py"])
 
 
