@@ -77,7 +77,7 @@ def pairs(n=100):
         found["longer"][scorer] = {"pairs": len(rows), "chosen_longer": sum(longer) / len(rows)}
         for share in SHARES if scorer == "armorm" else ():
             run.write(f"pairs-{scorer}-{share}", rows[::share])
-    data.atomic_write(RESULTS, json.dumps(found))
+    data.atomic_write(RESULTS, json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
