@@ -144,7 +144,7 @@ def keep_memory():
     """What tensors free stays with the process, for the next ones of their size.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
-    each time, which clears them anew: a tenth of a step's time.
+    each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
