@@ -32,8 +32,9 @@ from classroom.finding import (  # noqa: E402, F401
 TITLE = "The papers’ tables and figures, in miniature"
 LEGEND = (
     "✓ the claim appears here, ✗ it does not appear, ◐ it appears when a condition holds, ○ not run: each by "
-    "its rule. Exploratory: no rule was fixed beforehand. ↓ lower is better, ↑ higher is better. The papers’ "
-    "models and data are not these: compare the order and the direction with theirs, not the height.")
+    "its rule. Exploratory: of fewer seeds, or by a rule written after a first look. ↓ lower is better, ↑ "
+    "higher is better. The papers’ models and data are not these: compare the order and the direction with "
+    "theirs, not the height.")
 DEFEATS = ("Each difference to mDPO whose interval is not wholly on mDPO’s good side, and each arm without "
            "a difference whose own interval is wholly better than mDPO’s.")
 NO_FIGURES = ("Figures are not drawn, since matplotlib is not installed: `pip install matplotlib`, and run "

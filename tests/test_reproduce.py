@@ -116,6 +116,30 @@ def test_table4_is_about_improvement_alone():
     assert verdict("table4", {"mDPO": 20} | dict.fromkeys(more, 10)) == "does not appear"
 
 
+def by_rate(method, points, base="base0", seed=0):
+    """Runs at the five learning rates: [(KL, CHAIR_s)]."""
+    return [line(f"{method}, lr {rate}", base, seed, chair, look={"kl": [kl, None, None]})
+            for rate, (kl, chair) in zip(study.RATES, points, strict=True)]
+
+
+def test_equal_kl_is_read_between_runs_and_from_the_base():
+    runs = evidence.Runs(by_rate("mDPO", [(1, 30), (3, 20), (2, 40), (6, 10), (5, 12)])
+                         + by_rate("mDPO", [(.1, 40)] * 5, seed=1))
+    for nats, chair in ((.5, 40), (1.5, 35), (2, 40), (4, 16)):           # the base is at 50, at KL 0
+        assert findings.at_kl(runs, "mDPO", nats, "chair_s") == {("base0", 0): pytest.approx(chair)}
+
+
+def test_equal_kl_compares_where_both_methods_go():
+    ours, theirs = ([(kl, 50 - slope * kl) for kl in (.3, .6, 1.5, 2.5, 5)] for slope in (6, 3))
+    both = [one for base, d in SPREAD.items() for one in by_rate("mDPO", ours, base)
+            + by_rate("DPO", [(kl, chair + d / 9) for kl, chair in theirs], base)]
+    assert findings.finding("equal-kl", both)["verdict"] == "appears"
+    near = [(kl / 2, chair) for kl, chair in theirs]                       # never at 4 nats
+    both = [one for base, d in SPREAD.items() for one in by_rate("mDPO", ours, base)
+            + by_rate("DPO", [(kl, chair + d / 9) for kl, chair in near], base)]
+    assert "KL is 4" not in findings.finding("equal-kl", both)["verdict"]
+
+
 def test_a_table_with_a_missing_arm_is_not_run():
     lines = world_of({"mDPO": {"base0": [1]}})
     found = findings.finding("table3", lines)
