@@ -71,6 +71,7 @@ class Table:
     x: tuple = ()                  # lines: (arm, series, x)
     xlabel: str = ""
     xlog: bool = False
+    conditions: tuple = ()         # of a sweep: (value, mDPO's arm, DPO's arm)
 
 
 def span(difference):
@@ -82,12 +83,14 @@ def said(runs, a, b, measure="chair_s", level=95):
     return span(runs.difference(a, b, measure, level))
 
 
-def parts(found):
-    """{part: whether it holds} -> the verdict."""
-    held = [part for part, holds in found.items() if holds]
-    if len(held) == len(found):
-        return "appears"
-    return f"appears when {'; '.join(held)}" if held else "does not appear"
+def parts(found, text):
+    """{part: whether it holds} -> (the verdict, the text and what does not hold)."""
+    held, lacking = ("; ".join(part for part, holds in found.items() if holds == wanted)
+                     for wanted in (True, False))
+    if not lacking:
+        return "appears", text
+    text = f"{text.strip()} Not shown when {lacking}."
+    return f"appears when {held}" if held else "does not appear", text
 
 
 def fig1(runs):
@@ -128,7 +131,10 @@ def table1(runs):
             f"{'is' if near else 'is not shown to be'} within {MARGIN} points, where the paper's DPO ends. "
             f"mDPO changes Cover by {said(runs, 'mDPO', 'before', 'cover')}. DPO has the setting that tuning "
             f"scenes chose ({study.best_settings()['DPO']}): {DPO_FAST}")
-    return parts(held), text
+    if fails := [f"{what} ({name})" for name, table in TABLES.items() for what, a, b in table.conditions
+                 if {a, b} <= set(runs.by) and not runs.lower(a, b)]:
+        text += f" Where the sweeps do not show mDPO lower than DPO: {', '.join(fails)}."
+    return parts(held, text)
 
 
 def fig4(runs):
@@ -166,7 +172,7 @@ def fig5(runs):
             + ", ".join(f"{said(runs, sized('mDPO', n), sized('DPO', n))} at {n}" for n in SIZES) + ".")
     if (runs.difference("mDPO", sized("mDPO", 250), "cover")[1] or 0) > 0:
         text += " What mDPO gains from more pairs is Cover: with few it invents as little, and names less."
-    return parts(held), text
+    return parts(held, text)
 
 
 def table2(runs):
@@ -177,15 +183,15 @@ def table2(runs):
     text = "Against mDPO, CHAIR_s changes by " + ", ".join(
         f"{said(runs, arm, 'mDPO')} without {term}" for term, arm in without.items()) + (
         f". Without CoPO minus without AncPO: {said(runs, 'DPO + AncPO', 'DPO + CoPO')}.")
-    return parts(held), text
+    return parts(held, text)
 
 
 def crop_against(*others, text=""):
     """A verdict on the rejected image: where the crop is lower than another."""
     def verdict(runs):
-        held = {f"the other is the {arm}": runs.lower("mDPO", arm) for arm in others}
+        held = {f"the other is {arm}": runs.lower("mDPO", arm) for arm in others}
         told = ", ".join(f"{said(runs, arm, 'mDPO')} with {arm}" for arm in others)
-        return parts(held), f"Against crop 0-20, CHAIR_s changes by {told}. {text}".strip()
+        return parts(held, f"Against crop 0-20, CHAIR_s changes by {told}. {text}")
     return verdict
 
 
@@ -196,7 +202,7 @@ def table4(runs):
             for arm, x in low.items()}
     text = "Against an anchor on y_w alone, CHAIR_s changes by " + ", ".join(
         f"{said(runs, arm, 'mDPO')} with {arm}" for arm in more) + "."
-    return parts(held), text
+    return parts(held, text)
 
 
 def by_kind(mdpo, dpo):
@@ -210,7 +216,7 @@ def by_kind(mdpo, dpo):
             ". Their bases answer " + ", ".join(f"{kind} {base[kind]:.0f}%" for kind in KINDS)
             + ": where a base makes no mistakes nothing can be gained.")
         held = {"the question's premise is false": false, "most kinds are counted": len(better) > 2}
-        return parts(held), text
+        return parts(held, text)
     return verdict
 
 
@@ -258,8 +264,8 @@ def equal_kl(runs):
                     f"Cover ({sum(map(len, found.values()))} runs each)")
     rates = ", ".join(f"{said(runs, f'mDPO, lr {rate}', f'DPO, lr {rate}')} at {rate}"
                       for rate in study.RATES)
-    return parts(held), (f"mDPO minus DPO, by KL in nats an answer: {'; '.join(told)}. CHAIR_s by learning "
-                         f"rate: {rates}.")
+    return parts(held, f"mDPO minus DPO, by KL in nats an answer: {'; '.join(told)}. CHAIR_s by learning "
+                       f"rate: {rates}.")
 
 
 def both(pairs, text=""):
@@ -268,18 +274,19 @@ def both(pairs, text=""):
         held = {what: runs.lower(a, b) for what, a, b in pairs}
         told = "; ".join(f"{what}: {said(runs, a, b)} points of CHAIR_s, {said(runs, a, b, 'cover')} of Cover"
                          for what, a, b in pairs)
-        return parts(held), f"mDPO minus DPO: {told}. {text}".strip()
+        return parts(held, f"mDPO minus DPO: {told}. {text}")
     return verdict
 
 
 def sweep(title, label, arms, text="", claim="mDPO is lower than DPO whatever the pairs are like.", **more):
     """mDPO and DPO along one condition: {its value: (mDPO's arm, DPO's arm)}."""
+    conditions = tuple((what, *two) for what, two in arms.items())
     return Table(
         "Sweep", title, claim, "CHAIR_s of mDPO is lower than DPO's at each value.",
-        tuple(arm for both_arms in arms.values() for arm in both_arms),
-        both([(what, *two) for what, two in arms.items()], text), seeds=3, exploratory=True, figure="lines",
-        xlabel=label, **more, x=tuple((arm, method, float(what.split()[-1])) for what, two in arms.items()
-                                      for method, arm in zip(("mDPO", "DPO"), two, strict=True)))
+        tuple(arm for two in arms.values() for arm in two), both(conditions, text), seeds=3,
+        exploratory=True, figure="lines", xlabel=label, conditions=conditions, **more,
+        x=tuple((arm, method, float(what.split()[-1])) for what, *two in conditions
+                for method, arm in zip(("mDPO", "DPO"), two, strict=True)))
 
 
 def along(knob, values, own):
@@ -417,6 +424,7 @@ TABLES = {
         "off straight lines between the runs of a base and seed at five learning rates, from the base at 0 "
         "nats. Written when the first of five seeds had been seen.",
         tuple(f"{m}, lr {rate}" for rate in study.RATES for m in ("mDPO", "DPO")), equal_kl,
+        conditions=tuple((f"lr {rate}", f"mDPO, lr {rate}", f"DPO, lr {rate}") for rate in study.RATES),
         exploratory=True, figure="lines", xlabel="KL, nats an answer",
         x=tuple((f"{m}, lr {rate}", m, "kl") for rate in study.RATES for m in ("mDPO", "DPO"))),
     "sweep-gap": sweep("When the rejected names more objects", "objects named, rejected minus chosen",
@@ -468,7 +476,8 @@ def finding(name, lines):
                        "figure": None}
     verdict, text = t.verdict(runs)
     numbers = sorted(line["number"] for arm in wanted for line in runs.by[arm].values())
-    return base | {"verdict": verdict, "found": text, "rows": rows(t, runs), "contrasts": contrasts(t, runs),
+    return base | {"verdict": verdict, "found": text.strip(), "rows": rows(t, runs),
+                   "contrasts": contrasts(t, runs),
                    "trace": f"lines {spans(numbers)} of results/reproduce.jsonl"}
 
 
