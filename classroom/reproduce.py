@@ -3,13 +3,16 @@
     python classroom/reproduce.py all               every table and figure: within 4 hours on two cores
     python classroom/reproduce.py table2 fig5       some of them, by name
     python classroom/reproduce.py all --quick       one base, two seeds, the main tables: within 20 minutes
+    python classroom/reproduce.py all --out D       from nothing, with lines and a page of your own in D
     python classroom/reproduce.py page              RESULTS.md and results.html again, of the runs there are
     python classroom/reproduce.py verify --n 3      runs a few lines again and compares every number
 
 What is claimed, and by which rule it appears or not, stands in findings.py. A cell is one run of train_dpo.py
 as a user would start it: two go at a time, one thread each. A finished cell is a line of
-results/reproduce.jsonl and is not run again; its folder stays in runs/reproduce. What a cell shares with a
-finished one is linked from there and not made twice: the pairs of a seed, the scenes, a base's own answers.
+results/reproduce.jsonl and is not run again; the lines of the printed page come with the repository, so that
+without --out only what has none is run (--quick has a folder of its own, runs/quick). A cell's run stays in
+runs/reproduce; what it shares with a finished one is linked from there and not made twice: the pairs of a
+seed, the scenes, a base's own answers.
 
 Nothing here was chosen on: each method's settings come from tuning scenes (study.py settings), and the seeds
 and the printed scenes (--eval_seed) are used nowhere else.
@@ -34,7 +37,7 @@ import data  # noqa: E402
 import options  # noqa: E402
 from classroom import findings, pairs, pds, scorers, study, world  # noqa: E402
 
-RESULTS = HERE / "results" / "reproduce.jsonl"
+LINES = "results/reproduce.jsonl"                                # in HERE, or where --out says
 RUNS = HERE.parent / "runs" / "reproduce"
 SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
@@ -71,8 +74,8 @@ def key(line):
     return line["options"], line["base"], line["seed"]
 
 
-def lines():
-    return list(data.read_jsonl(RESULTS, torn_ok=True)) if RESULTS.exists() else []
+def lines(out=HERE):
+    return list(data.read_jsonl(out / LINES, torn_ok=True)) if (out / LINES).exists() else []
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -205,17 +208,21 @@ def captions(answers, scenes):
 
 
 # ---------------------------------------------------------------------------------------- commands
-def go(wanted):
+def go(wanted, out=HERE):
     """Run the cells that have no line yet, two at a time, with the time left."""
-    there = {key(line) for line in lines()}
+    there = {key(line) for line in lines(out)}
     todo = [cell for cell in wanted if key(cell) not in there]
-    RESULTS.parent.mkdir(exist_ok=True)
+    if wanted and not todo:
+        print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes them "
+              "from nothing.")
+        return
+    (out / LINES).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", smoothing=0.05)
 
     def one(cell):
         line = run(cell)
         with lock:
-            with open(RESULTS, "a") as f:
+            with open(out / LINES, "a") as f:
                 f.write(json.dumps(line) + "\n")
             bar.set_postfix_str(f"{cell['arm']}, {cell['base']}, seed {cell['seed']}: CHAIR_s "
                                 f"{line['before']['chair_s']:.1f} -> {line['after']['chair_s']:.1f}")
@@ -226,14 +233,15 @@ def go(wanted):
     bar.close()
 
 
-def verify(n, seed=0):
+def verify(n, out=HERE, seed=0):
     """Run n lines again, in folders of their own, and compare all but the time."""
     import random
-    for line in random.Random(seed).sample(lines(), n):
+    rows = lines(out)
+    for line in random.Random(seed).sample(rows, min(n, len(rows))):
         cell = {k: line[k] for k in ("arm", "base", "seed", "options")}
-        out = RUNS / f"again-{line['run']}"
-        shutil.rmtree(out, ignore_errors=True)
-        again = run(cell, out)
+        fresh = RUNS / f"again-{line['run']}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        again = run(cell, fresh)
         differ = [k for k in line if k not in ("seconds", "run") and again.get(k) != line[k]]
         print(f"{cell['arm']}, {cell['base']}, seed {cell['seed']}:",
               f"differs in {differ}" if differ else "the same")
@@ -251,19 +259,16 @@ def for_people(rows, out):
     return page if page.exists() else None
 
 
-def write_page(quick=False, out=None):
+def write_page(rows, out=HERE):
     from classroom import page
-    rows = lines()
-    if quick:
-        rows = [row for row in rows if row["base"] in QUICK["bases"] and row["seed"] in QUICK["seeds"]]
     found = [findings.finding(name, rows) for name in findings.TABLES] + pds.findings()
-    out = out or (RUNS / "quick" if quick else HERE)
     out.mkdir(parents=True, exist_ok=True)
     if people := for_people(rows, out):
         next(f for f in found if f["name"] == "fig4")["links"] = {"the page for people": people.name}
     page.write(found, findings.about(rows), out)
     for f in found:
         print(f"{f['name']:16} {f['verdict']}")
+    print(", ".join(os.path.relpath(out / name) for name in ("results.html", "RESULTS.md")))
 
 
 def main():
@@ -273,23 +278,26 @@ def main():
     parser.add_argument("what", nargs="+", help=f"all, page, verify, or some of {known}")
     parser.add_argument("--quick", action="store_true", help="one base, two seeds, the main tables")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of each base's (%(default)s)")
+    parser.add_argument("--out", type=Path,
+                        help="lines, RESULTS.md, results.html; a new folder starts from nothing\n"
+                             "(classroom, whose lines come with it; --quick: runs/quick)")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
     try:
         o = parser.parse_args()
-        names = o.what
+        names, out = o.what, (o.out or (RUNS.parent / "quick" if o.quick else HERE)).resolve()
         if names == ["all"]:
             names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
             names += [] if o.quick else list(pds.TABLES)
         if o.what == ["verify"]:
-            verify(o.n)
+            verify(o.n, out)
             return
         unknown = set(names) - set(findings.TABLES) - set(pds.TABLES) - {"page"}
         if unknown:
             raise data.UserError(f"{', '.join(sorted(unknown))}: give all, page, verify, or some of {known}")
-        go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds))
+        go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds), out)
         if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
             synthetic()
-        write_page(o.quick)
+        write_page(lines(out), out)
     except data.UserError as e:
         sys.exit(f"reproduce.py: {e}")
     except KeyboardInterrupt:

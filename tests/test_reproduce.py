@@ -185,22 +185,24 @@ def test_the_results_are_what_the_lines_say(tmp_path, monkeypatch, capsys):
     """RESULTS.md, byte for byte, from the lines of results/."""
     here = ROOT / "classroom"
     monkeypatch.setattr(reproduce, "for_people", lambda rows, out: here / "people.html")
-    reproduce.write_page(out=tmp_path)
+    reproduce.write_page(LINES, tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (here / "RESULTS.md").read_text()
 
 
 # --- the harness ------------------------------------------------------------------------------------
 
 
-def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path, monkeypatch):
+def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "lines.jsonl")
     tiny = "--max_steps 2 --set pairs=16 --set scenes=10 --set questions=20"
     first, second = ({"arm": loss, "base": "base0", "seed": 10, "options": f"--loss {loss} {tiny}"}
                      for loss in ("dpo", "mdpo"))
-    reproduce.go([first])
-    reproduce.go([first, second])                                        # the first is not run again
-    rows = reproduce.lines()
+    reproduce.go([first], tmp_path)
+    reproduce.go([first, second], tmp_path)                              # the first is not run again
+    capsys.readouterr()
+    reproduce.go([first, second], tmp_path)
+    assert "All 2 runs have a line" in capsys.readouterr().out
+    rows = reproduce.lines(tmp_path)
     assert [row["arm"] for row in rows] == ["dpo", "mdpo"] and rows[0]["before"] == rows[1]["before"]
     assert len(rows[0]["after"]["scenes"]) == 10
     a, b = (reproduce.folder(cell) for cell in (first, second))
