@@ -13,7 +13,7 @@ minimum     the operations that the step cannot do without, from the shapes alon
             a response token is predicted, the layers of the vision tower that are read. Not counted: weight
             gradients of frozen layers, gradients towards the images, attention scores made a second time.
 rate        the fastest of the matrix products of this model's linear layers, alone, between the steps
-fraction    minimum / rate / seconds
+fraction    minimum / rate / seconds, within a round: a machine whose speed drifts drifts for both
 """
 import argparse
 import json
@@ -270,17 +270,25 @@ def needs_of(loss):
     return losses.needs(losses.resolve(loss)) | {"chosen"}
 
 
-def products(m, pairs, loss, dtype, device):
-    """{name: function} of matrix products in this model's shapes, for rounds(), and each one's operations."""
+def products(m, pairs, loss, dtype, device, times=8):
+    """{name: function} of matrix products in this model's shapes, for rounds(), and each one's operations.
+
+    Each is made so many times: a single one is over in a twentieth of a second, too soon to be known to 5%.
+    """
     text, T = m.config.text_config, len(data.pack(pairs, needs_of(loss)).ids)
     D, inner = text.hidden_size, text.intermediate_size
     run, operations, kind = {}, {}, {"device": device, "dtype": getattr(torch, dtype)}
     for rows, i, o in ((T, D, D), (T, D, inner), (T, inner, D)):
         x, w, out = torch.randn(rows, i, **kind), torch.randn(o, i, **kind), torch.empty(rows, o, **kind)
         name = f"{rows} x {i} x {o}"
-        run[name] = lambda x=x, w=w, out=out: torch.mm(x, w.T, out=out)
-        operations[name] = 2 * rows * i * o
+        run[name] = lambda x=x, w=w, out=out: [torch.mm(x, w.T, out=out) for _ in range(times)]
+        operations[name] = times * 2 * rows * i * o
     return run, operations
+
+
+def fastest(operations, taken):
+    """The name of the product with the highest rate, by the medians of what rounds() took."""
+    return max(operations, key=lambda name: operations[name] / statistics.median(taken[name]))
 
 
 # ------------------------------------------------------------------------------------------------ the parts
@@ -403,12 +411,15 @@ def measure(side, records, o):
              for kind, (loss, cached) in kinds.items()}
     taken = rounds({**run, **sides}, o.rounds, o.device)
     rates = {name: operations[name] / statistics.median(taken[name]) for name in run}
-    rate, steps = max(rates.values()), {}
+    best, steps = fastest(operations, taken), {}
+    rate = rates[best]
     for kind, (loss, cached) in kinds.items():
         parts, seconds = minimum(side.m, pairs, loss, cached), middle(taken[kind])
         whole = sum(parts.values())
+        fraction = middle([whole / operations[best] * alone / step
+                           for alone, step in zip(taken[best], taken[kind], strict=True)])
         steps[kind] = {"seconds": seconds, "gflop": {k: v / 1e9 for k, v in parts.items()},
-                       "limit_seconds": whole / rate, "fraction": whole / rate / seconds[0],
+                       "limit_seconds": whole / rate, "fraction": fraction[0], "spread": fraction[1:],
                        "pairs_per_second": len(pairs) / seconds[0],
                        "tokens_per_second": len(data.pack(pairs, needs_of(loss)).ids) / seconds[0]}
     row = data.pack(pairs, {"chosen", "rejected"})
@@ -432,7 +443,8 @@ def table(found, o, about, threads):
         seconds, least, most = step["seconds"]
         lines.append(f"| {names[kind]} | {seconds:.2f} ({least:.2f}, {most:.2f}) | "
                      f"{sum(step['gflop'].values()):,.0f} | {step['limit_seconds']:.2f} s | "
-                     f"{step['fraction']:.0%} | {step['pairs_per_second']:.2f} |")
+                     f"{step['fraction']:.0%} ({', '.join(f'{x:.0%}' for x in step['spread'])}) | "
+                     f"{step['pairs_per_second']:.2f} |")
     shares = ", ".join(f"{part} {share:.0%}" for part, share in found["profile"].items())
     lines.append(f"\nWhere the first row's time goes (torch's profiler): {shares}. Its matrix products, "
                  f"adapters' narrow ones included, run at {found['products_at']:.0%} of the rate above.")

@@ -41,6 +41,7 @@ from limit import (
     arguments,
     batch_of,
     command,
+    fastest,
     heading,
     machine,
     middle,
@@ -265,9 +266,8 @@ def measure(ours, theirs, batches, loss, o, n):
         timed = rounds({**extra, **sides}, n, o.device, warm=0)
         for name in sides:
             taken.setdefault(name, []).append(timed[name])
-        rate = max(operations[name] / statistics.median(timed[name]) for name in extra)
-        work = sum(minimum(ours.m, [b[0] for b in batch], loss, False).values())
-        taken.setdefault("limit", []).append([work / rate] * n)
+        best, work = fastest(operations, timed), minimum(ours.m, [b[0] for b in batch], loss, False)
+        taken.setdefault("limit", []).append([sum(work.values()) / operations[best] * t for t in timed[best]])
     return taken, differences
 
 
@@ -360,8 +360,10 @@ def table(found, o, about, threads):
     if found["memory"]:
         lines.append(f"\nMemory, ours over TRL's (DPO, first epoch): {found['memory_ratio']:.2f} of the "
                      f"process, {found['memory_ratio_of_steps']:.2f} of the steps alone.")
-    lines.append(f"\nThe DPO step reaches {found['limit_fraction']:.0%} of this machine's matrix products "
-                 "(bench/limit.py says how that is counted).")
+    least, most = found["limit_spread"]
+    lines.append(f"\nThe DPO step reaches {found['limit_fraction']:.0%} ({least:.0%}, {most:.0%}) of this "
+                 "machine's matrix products (bench/limit.py says how that is counted). TRL's steps, in the "
+                 "same process, have ours' settings of memory, which it does not make itself.")
     return lines
 
 
@@ -413,7 +415,7 @@ def main():
     for loss in ("dpo", "mdpo"):
         for key, side in ((loss, "ours"), (f"{loss}_cached", "ours_cached")):
             found["ratios"][key], *found["spread"][key] = first[loss]["ratios"][side]
-    found["limit_fraction"] = first["dpo"]["seconds"]["limit"] / first["dpo"]["seconds"]["ours"]
+    found["limit_fraction"], *found["limit_spread"] = ratios(first["dpo"]["rounds"], "limit")["ours"]
     found["loss_difference"], found["gradient_difference"] = map(max, zip(*differences, strict=True))
     ours_peak, trl_peak = (found["memory"].get(f"dpo/{s}", {"peak": 0, "before": 0}) for s in ("ours", "trl"))
     for key, base in (("memory_ratio", 0), ("memory_ratio_of_steps", 1)):
