@@ -40,6 +40,8 @@ ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {
 } | {f"{method}, {kind} {x}": (method, f"--{kind} {x}")
      for kind, values in (("lr", study.RATES), ("beta", ("0.03", "0.1", "0.3", "1")))
      for x in values for method in ("mDPO", "DPO")
+} | {f"{method}, faithful {x}": (method, f"--set pair_options=--faithful={x}")
+     for x in ("0.5", "1") for method in ("DPO + AncPO", "SFT on the chosen")
 } | {f"crop {kept}": ("mDPO", f"--image_rejected crop{kept}") for kept in ("50-80", "80-100")
 } | {name: ("DPO on synthetic pairs", f"--data runs/synth-scorers/{file}.jsonl")
      for name, file in {
@@ -182,7 +184,7 @@ def table2(runs):
     held["CoPO's removal costs more than AncPO's"] = runs.lower("DPO + CoPO", "DPO + AncPO")
     text = "Against mDPO, CHAIR_s changes by " + ", ".join(
         f"{said(runs, arm, 'mDPO')} without {term}" for term, arm in without.items()) + (
-        f". Without CoPO minus without AncPO: {said(runs, 'DPO + AncPO', 'DPO + CoPO')}.")
+        f". Without CoPO minus without AncPO: {said(runs, 'DPO + AncPO', 'DPO + CoPO')}. {IMITATION}")
     return parts(held, text)
 
 
@@ -268,13 +270,21 @@ def equal_kl(runs):
                        f"rate: {rates}.")
 
 
-def both(pairs, text=""):
-    """A verdict for a sweep of conditions: where mDPO is lower than DPO."""
+IMITATION = "How it is where the chosen captions are true less often: sweep-imitation."
+SHARES, IMITATORS = ("0.5", "0.8", "1"), ("mDPO", "DPO + AncPO", "SFT on the chosen")
+
+
+def of_share(method, share):
+    return method if share == "0.8" else f"{method}, faithful {share}"
+
+
+def both(pairs, text="", method="DPO"):
+    """A verdict for a sweep of conditions: where mDPO is lower than another method."""
     def verdict(runs):
         held = {what: runs.lower(a, b) for what, a, b in pairs}
         told = "; ".join(f"{what}: {said(runs, a, b)} points of CHAIR_s, {said(runs, a, b, 'cover')} of Cover"
                          for what, a, b in pairs)
-        return parts(held, f"mDPO minus DPO: {told}. {text}")
+        return parts(held, f"mDPO minus {method}: {told}. {text}")
     return verdict
 
 
@@ -392,7 +402,7 @@ TABLES = {
     "control-sft": Table(
         "Control", "Imitation alone", "mDPO does more than SFT on the chosen answers.",
         "CHAIR_s of mDPO is lower than SFT's.", ("mDPO", "SFT on the chosen"),
-        against("mDPO", "SFT on the chosen", "Four in five chosen captions are true."),
+        against("mDPO", "SFT on the chosen", f"Four in five chosen captions are true. {IMITATION}"),
         against="SFT on the chosen"),
     "control-onpolicy": Table(
         "Control", "The model's own samples, ranked by a noisy scorer",
@@ -422,10 +432,10 @@ TABLES = {
         "Control", "Equal distance from the reference", "At the same KL mDPO is better than DPO.",
         f"CHAIR_s of mDPO is lower than DPO's at {', '.join(map(str, NATS))} nats from the reference, read "
         "off straight lines between the runs of a base and seed at five learning rates, from the base at 0 "
-        "nats. Written when the first of five seeds had been seen.",
+        "nats. Written when the first of its seeds had been seen.",
         tuple(f"{m}, lr {rate}" for rate in study.RATES for m in ("mDPO", "DPO")), equal_kl,
         conditions=tuple((f"lr {rate}", f"mDPO, lr {rate}", f"DPO, lr {rate}") for rate in study.RATES),
-        exploratory=True, figure="lines", xlabel="KL, nats an answer",
+        seeds=3, exploratory=True, figure="lines", xlabel="KL, nats an answer",
         x=tuple((f"{m}, lr {rate}", m, "kl") for rate in study.RATES for m in ("mDPO", "DPO"))),
     "sweep-gap": sweep("When the rejected names more objects", "objects named, rejected minus chosen",
                        along("gap", ("0", "0.5", "1"), own=("0", "0"))),
@@ -433,6 +443,15 @@ TABLES = {
                        along("cue", ("0", "0.5", "1"), own=("1", "1"))),
     "sweep-faithful": sweep("When the chosen is true more or less often", "share of true chosen captions",
                             along("faithful", ("0.5", "0.8", "1"), own=("0.8", "0.8"))),
+    "sweep-imitation": Table(
+        "Sweep", "Where imitation is not enough",
+        "The less the chosen captions are true, the more mDPO has over their imitation and over AncPO alone.",
+        "CHAIR_s of mDPO is lower than SFT's on the chosen, and than without CoPO, at each share of true "
+        "chosen captions.", tuple(of_share(m, x) for m in IMITATORS for x in SHARES),
+        both([(f"{m}, {x}", of_share("mDPO", x), of_share(m, x)) for m in IMITATORS[1:] for x in SHARES],
+             method="each"), seeds=3, exploratory=True, figure="lines",
+        xlabel="share of true chosen captions",
+        x=tuple((of_share(m, x), m, float(x)) for m in IMITATORS for x in SHARES)),
     "sweep-beta": sweep("Beta", "beta", along("beta", ("0.03", "0.1", "0.3", "1"), own=("0.1", "0.3")),
                         "Each method has its own learning rate.", "mDPO is lower than DPO whatever beta is.",
                         xlog=True),
