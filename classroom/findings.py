@@ -448,7 +448,7 @@ TABLES = {
         "The less the chosen captions are true, the more mDPO has over their imitation and over AncPO alone.",
         "CHAIR_s of mDPO is lower than SFT's on the chosen, and than without CoPO, at each share of true "
         "chosen captions.", tuple(of_share(m, x) for m in IMITATORS for x in SHARES),
-        both([(f"{m}, {x}", of_share("mDPO", x), of_share(m, x)) for m in IMITATORS[1:] for x in SHARES],
+        both([(f"{m} at {x}", of_share("mDPO", x), of_share(m, x)) for m in IMITATORS[1:] for x in SHARES],
              method="each"), seeds=3, exploratory=True, figure="lines",
         xlabel="share of true chosen captions",
         x=tuple((of_share(m, x), m, float(x)) for m in IMITATORS for x in SHARES)),
