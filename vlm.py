@@ -28,7 +28,6 @@ import copy
 import ctypes
 import hashlib
 import mmap
-import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -46,9 +45,6 @@ import families
 import lora
 import losses
 from families import counts, front, info, prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
-
-# Tensors of 2 MiB and more on huge pages, where Linux gives them: torch asks for this at its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @dataclass

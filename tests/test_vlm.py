@@ -1,14 +1,11 @@
 """vlm.py as specification: one naive forward, one packed forward, the same numbers; templates; generation."""
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, need, word_tokenizer, write_llava
+from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
 import data
@@ -607,6 +604,10 @@ print((peak() - before) / weights, weights / 2**20, total)
 
 def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
     """Peak memory at most 1.15 x the weights, in the files' own type and in others; a 7B scaled down."""
+    import subprocess
+    import sys
+
+    from conftest import ROOT
     write_llava(tmp_path, hidden=512, layers=40, dtype="float16")
     for dtype in ("float16", "bfloat16"):
         done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, dtype], cwd=ROOT, text=True,
@@ -614,20 +615,3 @@ def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
         assert done.returncode == 0, done.stderr
         ratio, size, _ = map(float, done.stdout.split())
         assert size > 150 and ratio <= 1.15
-
-
-ASK = """
-import re
-import vlm, torch
-x = torch.ones(1 << 24)
-for block in re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read()):
-    first, last = (int(side, 16) for side in block.split()[0].split("-"))
-    if first <= x.data_ptr() + (1 << 25) < last:
-        print(re.search(r"VmFlags:(.*)", block)[1])
-"""
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
-def test_large_tensors_ask_for_huge_pages():
-    done = subprocess.run([sys.executable, "-c", ASK], cwd=ROOT, text=True, capture_output=True)
-    assert " hg " in done.stdout, done.stderr
