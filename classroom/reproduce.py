@@ -212,9 +212,10 @@ def go(wanted, out=HERE):
     """Run the cells that have no line yet, two at a time, with the time left."""
     there = {key(line) for line in lines(out)}
     todo = [cell for cell in wanted if key(cell) not in there]
-    if wanted and not todo:
-        print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes them "
-              "from nothing.")
+    if not todo:
+        if wanted:
+            print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes them "
+                  "from nothing.")
         return
     (out / LINES).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", smoothing=0.05)
