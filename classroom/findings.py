@@ -293,7 +293,7 @@ def sweep(title, label, arms, text="", claim="mDPO is lower than DPO whatever th
     conditions = tuple((what, *two) for what, two in arms.items())
     return Table(
         "Sweep", title, claim, "CHAIR_s of mDPO is lower than DPO's at each value.",
-        tuple(arm for two in arms.values() for arm in two), both(conditions, text), seeds=3,
+        tuple(arm for two in arms.values() for arm in two), both(conditions, text), seeds=2,
         exploratory=True, figure="lines", xlabel=label, conditions=conditions, **more,
         x=tuple((arm, method, float(what.split()[-1])) for what, *two in conditions
                 for method, arm in zip(("mDPO", "DPO"), two, strict=True)))
@@ -435,7 +435,7 @@ TABLES = {
         "nats. Written when the first of its seeds had been seen.",
         tuple(f"{m}, lr {rate}" for rate in study.RATES for m in ("mDPO", "DPO")), equal_kl,
         conditions=tuple((f"lr {rate}", f"mDPO, lr {rate}", f"DPO, lr {rate}") for rate in study.RATES),
-        seeds=3, exploratory=True, figure="lines", xlabel="KL, nats an answer",
+        seeds=2, exploratory=True, figure="lines", xlabel="KL, nats an answer",
         x=tuple((f"{m}, lr {rate}", m, "kl") for rate in study.RATES for m in ("mDPO", "DPO"))),
     "sweep-gap": sweep("When the rejected names more objects", "objects named, rejected minus chosen",
                        along("gap", ("0", "0.5", "1"), own=("0", "0"))),
@@ -449,7 +449,7 @@ TABLES = {
         "CHAIR_s of mDPO is lower than SFT's on the chosen, and than without CoPO, at each share of true "
         "chosen captions.", tuple(of_share(m, x) for m in IMITATORS for x in SHARES),
         both([(f"{m} at {x}", of_share("mDPO", x), of_share(m, x)) for m in IMITATORS[1:] for x in SHARES],
-             method="each"), seeds=3, exploratory=True, figure="lines",
+             method="each"), seeds=2, exploratory=True, figure="lines",
         xlabel="share of true chosen captions",
         x=tuple((of_share(m, x), m, float(x)) for m in IMITATORS for x in SHARES)),
     "sweep-beta": sweep("Beta", "beta", along("beta", ("0.03", "0.1", "0.3", "1"), own=("0.1", "0.3")),
@@ -459,7 +459,7 @@ TABLES = {
         "Sweep", "The crop's area", "The less of the image the crop keeps, the better.",
         "CHAIR_s with crop 0-20 is lower than with more of the image kept; all of it is mDPO without CoPO.",
         ("mDPO", "crop 20-50", "crop 50-80", "crop 80-100", "DPO + AncPO"),
-        crop_against("crop 20-50", "crop 50-80", "crop 80-100", "DPO + AncPO"), seeds=3, exploratory=True,
+        crop_against("crop 20-50", "crop 50-80", "crop 80-100", "DPO + AncPO"), seeds=2, exploratory=True,
         against="mDPO", figure="lines", xlabel="percent of the image kept",
         x=(("mDPO", "mDPO", 10), ("crop 20-50", "mDPO", 35), ("crop 50-80", "mDPO", 65),
            ("crop 80-100", "mDPO", 90), ("DPO + AncPO", "mDPO", 100))),

@@ -214,8 +214,8 @@ def go(wanted, out=HERE):
     todo = [cell for cell in wanted if key(cell) not in there]
     if not todo:
         if wanted:
-            print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes them "
-                  "from nothing.")
+            print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes "
+                  "them from nothing.")
         return
     (out / LINES).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", smoothing=0.05)
