@@ -93,7 +93,9 @@ def lines(axes, other, finding, rows, label):
         if 0 < low < .8 * high:
             side.set_ylim(0, 1.05 * high)
     axes.minorticks_off()
-    axes.set_xticks(xs, [report.num(x) for x in xs])
+    ticks = xs if len(xs) <= 6 else [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
+    ticks = [x for x in ticks if xs[0] <= x <= xs[-1]]
+    axes.set_xticks(ticks, [report.num(x) for x in ticks])
     axes.set_xlabel(finding["xlabel"])
     axes.set_ylabel(label)
     axes.grid(axis="y")
