@@ -144,7 +144,7 @@ def per_layer(text, e, ranks, trains=False):
     if text.model_type == "phi":                                      # one norm; its GELU keeps five tensors
         kept = 2 * e * D + attention + 5 * e * inner
     else:                                                             # two RMSNorms, in float32; a gated SiLU
-        kept = 2 * (max(4, e) * D + (1 + trains) * e * D) + attention + 4 * e * inner
+        kept = 2 * (max(4, e) * D + (1 + trains) * e * D) + attention + 3 * e * inner
     return kept + e * ranks, e * kv
 
 

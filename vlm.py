@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import families
+import kernels
 import lora
 import losses
 from families import counts, front, info, prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
@@ -85,9 +86,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
     model.model.language_model.set_attn_implementation("packed")    # once for all calls: see packed_attention
-    code = sys.modules[type(model.model.language_model).__module__]
-    if hasattr(code, "apply_rotary_pos_emb"):                       # the same bits, sooner
-        code.apply_rotary_pos_emb = rotary
+    kernels.install(model.model.language_model)                     # the same bits, sooner
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
     words, weight = before.image_token_id, model.lm_head.weight
     if weight[words:].any():
@@ -262,40 +261,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
+    value = kernels.Contiguous.apply(value)                            # as query and key are: kernels.Rotary
     pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
         out.append(attend(*whole, is_causal=True))                                  # prompt + chosen
         if rejected:
             k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
             out.append(attend(q, k, v, attn_mask=causal_lower_right(rejected, prompt + rejected)))
-    return torch.cat(out, 2).transpose(1, 2), None                     # (1, T, H, d)
-
-
-class Rotary(torch.autograd.Function):
-    """x cos + rotate_half(x) sin: transformers' own bits, without the rotated copy and half of the sums."""
-    @staticmethod
-    def forward(ctx, x, cos, sin):                                     # (1, H, T, d), (1, 1, T, d) twice
-        ctx.save_for_backward(cos, sin)
-        out = x * cos
-        (first, second), (a, b), (s, t) = (y.chunk(2, -1) for y in (out, x, sin))
-        first -= b * s
-        second += a * t
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        out = grad * cos
-        (first, second), (a, b), (s, t) = (y.chunk(2, -1) for y in (out, grad, sin))
-        first += b * t
-        second -= a * s
-        return out, None, None
-
-
-def rotary(q, k, cos, sin, unsqueeze_dim=1):
-    """transformers' apply_rotary_pos_emb."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
+    return kernels.Contiguous.apply(torch.cat(out, 2)).transpose(1, 2), None               # (1, T, H, d)
 
 
 def _register_attention():
@@ -325,34 +298,12 @@ def packed_token_logps(m, row, features):
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
                           for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
-    return ChunkedLogps.apply(hidden, weight, target, chunk)
+    return kernels.ChunkedLogps.apply(hidden, weight, target, chunk)
 
 
 def _token_logps(hidden, weight, target):
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
-
-
-class ChunkedLogps(torch.autograd.Function):
-    """log p(target) of hidden states (N, D) under the frozen lm_head (V, D): never over chunk x V logits.
-
-    The gradient is taken in the forward, with a chunk's probabilities at hand: d logp / dh = W[y] - p W.
-    """
-    @staticmethod
-    def forward(ctx, hidden, weight, target, chunk):
-        logps, gradients = [], []
-        for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
-            logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))             # (n, V)
-            logps.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1))
-            if ctx.needs_input_grad[0]:
-                gradients.append(weight[y] - logits.softmax(1).to(weight.dtype) @ weight)       # (n, D)
-        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gradient, = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
 FORWARDS = {"packed": packed, "naive": naive}

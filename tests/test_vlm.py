@@ -1,6 +1,7 @@
 """vlm.py as specification: one naive forward, one packed forward, the same numbers; templates; generation."""
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 import data
 import families
+import kernels
 import losses
 import vlm
 
@@ -119,36 +121,11 @@ def test_forwards_equal_transformers_own_forward(model):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotary_is_transformers_own_bit_for_bit(folder, dtype):
-    """Values and gradients; load() puts it where transformers looks it up."""
-    from transformers.models.llama import modeling_llama
-    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb as own
-    vlm.load(folder)
-    assert modeling_llama.apply_rotary_pos_emb is vlm.rotary
-    draw = torch.Generator().manual_seed(0)
-    cos, sin = (torch.randn(1, 5, 8, generator=draw).to(dtype) for _ in range(2))
-    tensors = [torch.randn(1, 5, heads, 8, generator=draw).to(dtype).transpose(1, 2) for heads in (3, 1)]
-    up, found = [torch.randn(x.shape, generator=draw).to(dtype) for x in tensors], []
-    for function in (own, vlm.rotary):
-        leaves = [x.clone().requires_grad_() for x in tensors]
-        turned = function(*leaves, cos, sin)
-        torch.autograd.backward(turned, up)
-        found.append([*turned, *(x.grad for x in leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_chunked_logps_equal_log_softmax(chunk):
-    torch.manual_seed(0)
-    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    weight, target = torch.randn(11, 5, dtype=torch.float64), torch.randint(11, (7,))
-    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), target]
-    up = torch.randn(7, dtype=torch.float64)
-    wanted, = torch.autograd.grad(expected, hidden, up)
-    got = vlm.ChunkedLogps.apply(hidden, weight, target, chunk)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, hidden, up)[0], wanted)
+def test_a_loaded_model_has_the_kernels(folder):
+    m = vlm.load(folder)
+    first = m.model.model.language_model.layers[0]
+    assert sys.modules[type(first).__module__].apply_rotary_pos_emb is kernels.rotary
+    assert first.mlp.forward.__func__ is kernels.gated_mlp
 
 
 def test_bfloat16_logps_are_summed_in_float32(folder):

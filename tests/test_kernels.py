@@ -1,0 +1,104 @@
+"""The fast path's kernels against the code that they stand for: autograd through transformers' own."""
+import copy
+
+import pytest
+import torch
+
+import kernels
+
+
+def llama(**more):
+    from transformers import LlamaConfig, LlamaModel
+    torch.manual_seed(0)
+    return LlamaModel(LlamaConfig(hidden_size=32, intermediate_size=192, num_hidden_layers=2,
+                                  num_attention_heads=4, vocab_size=50, **more))
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_is_transformers_own_bit_for_bit(dtype):
+    """Values and gradients; install() puts it where transformers looks it up."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb as own
+    kernels.install(llama())
+    assert modeling_llama.apply_rotary_pos_emb is kernels.rotary
+    draw = torch.Generator().manual_seed(0)
+    cos, sin = (torch.randn(1, 5, 8, generator=draw).to(dtype) for _ in range(2))
+    tensors = [torch.randn(1, 5, heads, 8, generator=draw).to(dtype).transpose(1, 2) for heads in (3, 1)]
+    up, found = [torch.randn(x.shape, generator=draw).to(dtype) for x in tensors], []
+    for function in (own, kernels.rotary):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        turned = function(*leaves, cos, sin)
+        torch.autograd.backward(turned, up)
+        found.append([*turned, *(x.grad for x in leaves)])
+    assert same(*found)
+    assert all(x.is_contiguous() for x in turned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [3, 1500])
+def test_a_gated_mlp_is_transformers_own_bit_for_bit(dtype, length):
+    """Values and gradients, of the weights too, over one block of rows and over several."""
+    stock = llama().layers[0].mlp.to(dtype)
+    ours, draw, found = copy.deepcopy(stock), torch.Generator().manual_seed(1), []
+    kernels.install(ours)
+    assert "gated_mlp" in str(ours.forward) and "gated_mlp" not in str(stock.forward)
+    x, up = (torch.randn(1, length, 32, generator=draw).to(dtype) for _ in range(2))
+    for mlp in (stock, ours):
+        leaf = x.clone().requires_grad_()
+        y = mlp(leaf)
+        y.backward(up)
+        found.append([y, leaf.grad, *(p.grad for p in mlp.parameters())])
+    assert same(*found)
+
+
+def test_a_gated_mlp_keeps_its_gate_and_not_what_silu_makes_of_it():
+    gate, up = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        kernels.SwiGLU.apply(gate, up)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
+
+
+def test_an_mlp_without_silu_is_left_alone():
+    model = llama(hidden_act="gelu")
+    kernels.install(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_copy_of_a_model_runs_on_its_own_weights():
+    """Without an adapter the frozen reference is a copy, made after install()."""
+    model = llama()
+    kernels.install(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.layers[0].mlp.down_proj.weight.zero_()
+    x = torch.ones(1, 2, 32)
+    assert model.layers[0].mlp(x).any() and not other.layers[0].mlp(x).any()
+
+
+def test_contiguous_lays_out_the_gradient_too():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    y = kernels.Contiguous.apply(x.transpose(0, 1))
+    assert y.is_contiguous() and torch.equal(y, x.transpose(0, 1))
+    seen = []
+    z = x * 1
+    z.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+    kernels.Contiguous.apply(z).backward(torch.randn(4, 3, 2).permute(2, 1, 0))
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_chunked_logps_equal_log_softmax(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight, target = torch.randn(11, 5, dtype=torch.float64), torch.randint(11, (7,))
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), target]
+    up = torch.randn(7, dtype=torch.float64)
+    wanted, = torch.autograd.grad(expected, hidden, up)
+    got = kernels.ChunkedLogps.apply(hidden, weight, target, chunk)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, hidden, up)[0], wanted)
