@@ -5,7 +5,7 @@ step waits for. Each piece gives the bits of the code that it stands for, values
 gives them to rounding (tests/test_kernels.py).
 
     rotary          transformers' apply_rotary_pos_emb
-    gated_mlp       the forward of a LLaMA's MLP
+    decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU
     Contiguous      of attention's tensors, forward and back
     ChunkedLogps    log_softmax over the vocabulary and the gather
 """
@@ -16,16 +16,35 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+CACHED = 2 ** 18                                        # bytes
+LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same layer for all of them
+
 
 def install(model):
-    """Put both into a model of transformers': rotary where all models of its kind look it up."""
+    """Put them into a language model of transformers'; one that is not known is left as it comes.
+
+    rotary goes where transformers looks it up, for all models of this kind.
+    """
     from transformers.activations import ACT2FN
-    code, silu = sys.modules[type(model).__module__], type(ACT2FN["silu"])
-    if hasattr(code, "apply_rotary_pos_emb"):
-        code.apply_rotary_pos_emb = rotary
-    for module in model.modules():
-        if hasattr(module, "gate_proj") and isinstance(module.act_fn, silu):
-            module.forward = types.MethodType(gated_mlp, module)
+    kind, silu = model.config.model_type, type(ACT2FN["silu"])
+    if kind in (*LIKE_LLAMA, "phi"):
+        sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary
+    for layer in model.layers if kind in LIKE_LLAMA else ():
+        layer.forward = types.MethodType(decoder_layer, layer)
+        if isinstance(layer.mlp.act_fn, silu):
+            layer.mlp.forward = types.MethodType(gated_mlp, layer.mlp)
+
+
+def blocks(*tensors, dim=0):
+    """Their pieces along `dim`; on a CPU so small that what is made of them stays in a core's cache."""
+    first, n = tensors[0], tensors[0].shape[dim]
+    if first.device.type == "cpu":
+        n = CACHED * n // max(first.nbytes, 1)
+    return zip(*(x.split(max(n, 1), dim) for x in tensors), strict=True)
+
+
+def rows(*tensors):
+    return (x.reshape(-1, x.shape[-1]) for x in tensors)               # views, of what is dense
 
 
 class Rotary(Function):
@@ -36,19 +55,23 @@ class Rotary(Function):
     @staticmethod
     def forward(ctx, x, cos, sin):                                     # (1, H, T, d), (1, 1, T, d) twice
         ctx.save_for_backward(cos, sin)
-        out = torch.mul(x, cos, out=x.new_empty(x.shape))
-        (first, second), (a, b), (s, t) = (y.chunk(2, -1) for y in (out, x, sin))
-        first -= b * s
-        second += a * t
+        out = x.new_empty(x.shape)
+        for y, part, c, angle in blocks(out, x, cos, sin, dim=2):
+            torch.mul(part, c, out=y)
+            (first, second), (a, b), (s, t) = (z.chunk(2, -1) for z in (y, part, angle))
+            first -= b * s
+            second += a * t
         return out
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        out = grad * cos
-        (first, second), (a, b), (s, t) = (y.chunk(2, -1) for y in (out, grad, sin))
-        first += b * t
-        second -= a * s
+        out = torch.empty_like(grad)
+        for y, part, c, angle in blocks(out, grad, cos, sin, dim=2):
+            torch.mul(part, c, out=y)
+            (first, second), (a, b), (s, t) = (z.chunk(2, -1) for z in (y, part, angle))
+            first += b * t
+            second -= a * s
         return out, None, None
 
 
@@ -75,7 +98,7 @@ class SwiGLU(Function):
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(up)
-        for g, u, y in blocks(gate, up, out):
+        for g, u, y in blocks(*rows(gate, up, out)):
             torch.mul(F.silu(g), u, out=y)
         return out
 
@@ -83,22 +106,56 @@ class SwiGLU(Function):
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        for d, g, u, dg, du in blocks(grad, gate, up, to_gate, to_up):
+        for d, g, u, dg, du in blocks(*rows(grad, gate, up, to_gate, to_up)):
             torch.mul(d, F.silu(g), out=du)
             torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
         return to_gate, to_up
 
 
-def blocks(*tensors):
-    """Their rows, on a CPU so many at once that what is made of them stays in a core's cache (256 KiB)."""
-    rows = [x.reshape(-1, x.shape[-1]) for x in tensors]               # views, for what is dense
-    n = 2 ** 18 // (rows[0].shape[1] * rows[0].element_size()) if rows[0].device.type == "cpu" else 0
-    return zip(*(x.split(n or max(len(x), 1)) for x in rows), strict=True)
-
-
 def gated_mlp(self, x):
     """The forward of transformers' LlamaMLP, and of those made like it."""
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class RMSNorm(Function):
+    """x and x / sqrt(mean(x^2) + eps) * weight of x (..., D) in float32, under a frozen weight.
+
+    x comes out again for the residual, so that its three gradients are summed where they are made.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        for a, y, s in blocks(*rows(x, out, scale)):
+            torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps, out=s)
+            torch.mul(a, s, out=y).mul_(weight)
+        ctx.save_for_backward(x, weight, scale)
+        return x, out
+
+    @staticmethod
+    def backward(ctx, grad_x, grad):
+        x, weight, scale = ctx.saved_tensors
+        out = torch.empty_like(x)
+        for a, s, r, g, y in blocks(*rows(x, scale, grad_x, grad, out)):
+            g = g * weight
+            to_scale = (g * a).sum(-1, keepdim=True)
+            to_square = to_scale * -0.5 * s.pow(3) / a.shape[-1]
+            torch.add(r, g * s, out=y).add_(to_square * (a * 2))
+        return out, None, None
+
+
+def norm(self, x):
+    """x and transformers' LlamaRMSNorm of it."""
+    if x.dtype != torch.float32 or self.weight.requires_grad:
+        return x, self(x)
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def decoder_layer(self, hidden_states, **more):
+    """The forward of transformers' LlamaDecoderLayer, and of those made like it."""
+    x, normed = norm(self.input_layernorm, hidden_states)
+    attended, _ = self.self_attn(hidden_states=normed, **more)
+    x, normed = norm(self.post_attention_layernorm, x + attended)
+    return x + self.mlp(normed)
 
 
 class ChunkedLogps(Function):

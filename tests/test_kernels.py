@@ -38,21 +38,48 @@ def test_rotary_is_transformers_own_bit_for_bit(dtype):
     assert all(x.is_contiguous() for x in turned)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("length", [3, 1500])
-def test_a_gated_mlp_is_transformers_own_bit_for_bit(dtype, length):
-    """Values and gradients, of the weights too, over one block of rows and over several."""
-    stock = llama().layers[0].mlp.to(dtype)
-    ours, draw, found = copy.deepcopy(stock), torch.Generator().manual_seed(1), []
+def layers(kind="llama", dtype=torch.float32, frozen=True):
+    """A model of transformers' with norms of any size, and the same with the kernels."""
+    from transformers import AutoConfig, AutoModel
+    torch.manual_seed(0)
+    more = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 50}
+    stock = AutoModel.from_config(AutoConfig.for_model(kind, **more)).to(dtype).requires_grad_(not frozen)
+    for name, p in stock.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    ours = copy.deepcopy(stock)
     kernels.install(ours)
-    assert "gated_mlp" in str(ours.forward) and "gated_mlp" not in str(stock.forward)
-    x, up = (torch.randn(1, length, 32, generator=draw).to(dtype) for _ in range(2))
-    for mlp in (stock, ours):
-        leaf = x.clone().requires_grad_()
-        y = mlp(leaf)
+    return stock, ours
+
+
+@pytest.mark.parametrize("kind", kernels.LIKE_LLAMA)
+@pytest.mark.parametrize("length", [3, 1500])
+@pytest.mark.parametrize("dtype, frozen", [(torch.float32, True), (torch.float32, False),
+                                           (torch.bfloat16, True), (torch.float64, True)])
+def test_a_decoder_layer_is_transformers_own_bit_for_bit(kind, length, dtype, frozen):
+    """Values and gradients (whole: the weights' too), over one block of rows and over several."""
+    draw, found = torch.Generator().manual_seed(1), []
+    x, up = (torch.randn(1, length, 96, generator=draw).to(dtype) for _ in range(2))
+    for model in layers(kind, dtype, frozen):
+        leaf, y = x.clone().requires_grad_(), None
+        places = model.rotary_emb(x, torch.arange(length)[None])
+        for layer in model.layers:
+            y = layer(leaf if y is None else y, attention_mask=None, position_embeddings=places)
         y.backward(up)
-        found.append([y, leaf.grad, *(p.grad for p in mlp.parameters())])
-    assert same(*found)
+        found.append([y, leaf.grad, *(p.grad for p in model.layers.parameters() if not frozen)])
+    assert len(found[0]) > 2 * (not frozen) and same(*found)
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    _, ours = layers()
+    ran = []
+    for name in ("RMSNorm", "SwiGLU", "Rotary"):
+        kernel = getattr(kernels, name)
+        apply = lambda *args, name=name, kernel=kernel: ran.append(name) or kernel.apply(*args)  # noqa: E731
+        monkeypatch.setattr(kernels, name, type(name, (), {"apply": staticmethod(apply)}))
+    ours(inputs_embeds=torch.randn(1, 5, 96))
+    assert ran == ["RMSNorm", "Rotary", "Rotary", "RMSNorm", "SwiGLU"] * 2
 
 
 def test_a_gated_mlp_keeps_its_gate_and_not_what_silu_makes_of_it():
@@ -63,10 +90,13 @@ def test_a_gated_mlp_keeps_its_gate_and_not_what_silu_makes_of_it():
     assert kept == [gate.data_ptr(), up.data_ptr()]
 
 
-def test_an_mlp_without_silu_is_left_alone():
+def test_what_is_not_known_is_left_alone():
+    """Granite has a LLaMA's modules and scales its residuals; a GELU is no SiLU."""
+    granite, installed = layers("granite")
+    assert not any("forward" in vars(module) for module in installed.modules())
     model = llama(hidden_act="gelu")
     kernels.install(model)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert "forward" in vars(model.layers[0]) and "forward" not in vars(model.layers[0].mlp)
 
 
 def test_a_copy_of_a_model_runs_on_its_own_weights():
@@ -78,6 +108,7 @@ def test_a_copy_of_a_model_runs_on_its_own_weights():
         other.layers[0].mlp.down_proj.weight.zero_()
     x = torch.ones(1, 2, 32)
     assert model.layers[0].mlp(x).any() and not other.layers[0].mlp(x).any()
+    assert other.layers[0].forward.__self__ is other.layers[0]
 
 
 def test_contiguous_lays_out_the_gradient_too():
