@@ -2,11 +2,13 @@
 
 autograd keeps and rewrites more than the mathematics asks for; beside the large products it is memory that a
 step waits for. Each piece gives the bits of the code that it stands for, values and gradients; ChunkedLogps
-gives them to rounding (tests/test_kernels.py).
+and Attention give them to rounding (tests/test_kernels.py).
 
     rotary          transformers' apply_rotary_pos_emb
     decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU
     Contiguous      of attention's tensors, forward and back
+    attend          causal attention: torch's own, but for hundreds of tokens on a CPU Attention, since there
+                    torch's backward runs at little more than a third of the products' rate
     ChunkedLogps    log_softmax over the vocabulary and the gather
 """
 import sys
@@ -15,8 +17,10 @@ import types
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
+from torch.nn.attention.bias import causal_lower_right
 
 CACHED = 2 ** 18                                        # bytes
+QUERIES, SPAN = 128, range(256, 1025)                   # of a block of Attention; keys for which it pays
 LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same layer for all of them
 
 
@@ -50,7 +54,7 @@ def rows(*tensors):
 class Rotary(Function):
     """x cos + rotate_half(x) sin, without the rotated copy and half of the sums.
 
-    The result lies head by head, however x does: attention's products want rows that follow one another.
+    The result lies head by head, for attention's products, and its gradient token by token, for q_proj's.
     """
     @staticmethod
     def forward(ctx, x, cos, sin):                                     # (1, H, T, d), (1, 1, T, d) twice
@@ -66,7 +70,7 @@ class Rotary(Function):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        out = torch.empty_like(grad)
+        out = torch.empty_like(grad.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         for y, part, c, angle in blocks(out, grad, cos, sin, dim=2):
             torch.mul(part, c, out=y)
             (first, second), (a, b), (s, t) = (z.chunk(2, -1) for z in (y, part, angle))
@@ -90,6 +94,58 @@ class Contiguous(Function):
     @staticmethod
     def backward(ctx, grad):
         return grad.contiguous()
+
+
+def attend(q, k, v, scale):
+    """softmax(scale q k^T) v of q (1, H, T, d), k and v (1, G, S, d), T <= S, H a multiple of G.
+
+    The last query sees all S keys, each one before it one key less: causal from the lower right corner.
+    """
+    queries, keys, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    training = torch.is_grad_enabled() and q.requires_grad
+    if training and not gqa and keys in SPAN and q.device.type == "cpu" and q.element_size() > 2:
+        return Attention.apply(q, k, v, scale)
+    mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa, **mask)
+
+
+class Attention(Function):
+    """attend() on a CPU, with H T S probabilities kept; measured on one and two threads.
+
+    A block of queries skips the keys that none of it sees; a head's block stays in a core's cache.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        q, k, v = (q * scale)[0].contiguous(), k[0], v[0]
+        out, kept = torch.empty_like(q), []
+        ahead = q.new_full((QUERIES, QUERIES), -torch.inf).triu(1)
+        for h, t, end, keys in Attention.blocks(q, k):
+            scores = q[h, t:end] @ k[h, :keys].T
+            scores[:, t - end:] += ahead[:end - t, :end - t]
+            kept.append(scores.softmax(1))
+            torch.mm(kept[-1], v[h, :keys], out=out[h, t:end])
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.scale = scale
+        return out[None]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (q, k, v, out, *kept), grad = ctx.saved_tensors, grad[0]
+        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        mean = (grad * out).sum(2, keepdim=True)
+        for (h, t, end, keys), p in zip(Attention.blocks(q, k), kept, strict=True):
+            to_v[h, :keys].addmm_(p.T, grad[h, t:end])
+            to_scores = torch.addmm(mean[h, t:end], grad[h, t:end], v[h, :keys].T, beta=-1).mul_(p)
+            torch.mm(to_scores, k[h, :keys], out=to_q[h, t:end])
+            to_k[h, :keys].addmm_(to_scores.T, q[h, t:end])
+        return to_q.mul_(ctx.scale)[None], to_k[None], to_v[None], None
+
+    @staticmethod
+    def blocks(q, k):
+        """(head, first query, the one behind the last, keys that the last sees)."""
+        (heads, queries, _), before = q.shape, k.shape[1] - q.shape[1]
+        ends = [(t, min(t + QUERIES, queries)) for t in range(0, queries, QUERIES)]
+        return [(h, t, end, before + end) for h in range(heads) for t, end in ends]
 
 
 class SwiGLU(Function):

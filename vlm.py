@@ -35,8 +35,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -257,17 +255,16 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     if window and longest > window:
         raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
                              f"{window}: pass --forward naive, or a smaller --set max_length")
-    gqa = key.shape[1] != query.shape[1]
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
+    attend = partial(kernels.attend, scale=scaling or query.shape[3] ** -0.5)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
     value = kernels.Contiguous.apply(value)                            # as query and key are: kernels.Rotary
     pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
-        out.append(attend(*whole, is_causal=True))                                  # prompt + chosen
+        out.append(attend(*whole))                                                  # prompt + chosen
         if rejected:
             k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
-            out.append(attend(q, k, v, attn_mask=causal_lower_right(rejected, prompt + rejected)))
+            out.append(attend(q, k, v))
     return kernels.Contiguous.apply(torch.cat(out, 2)).transpose(1, 2), None               # (1, T, H, d)
 
 

@@ -111,6 +111,37 @@ def test_a_copy_of_a_model_runs_on_its_own_weights():
     assert other.layers[0].forward.__self__ is other.layers[0]
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("queries, keys", [(256, 256), (700, 700), (120, 756), (257, 513), (1, 300)])
+def test_attention_is_torchs_to_rounding(queries, keys, dtype, close):
+    """Values and gradients, of slices of a row."""
+    draw, found = torch.Generator().manual_seed(0), []
+    whole = [torch.randn(1, 2, n + 7, 16, generator=draw).to(dtype) for n in (queries, keys, keys)]
+    up = torch.randn(1, 2, queries, 16, generator=draw).to(dtype)
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    for side in ("torch", "ours"):
+        leaves = [x[:, :, 3:-4].detach().requires_grad_() for x in whole]
+        if side == "torch":
+            out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=seen, scale=0.3)
+        else:
+            out = kernels.attend(*leaves, scale=0.3)
+            assert type(out.grad_fn).__name__ == "AttentionBackward"
+        out.backward(up)
+        found.append([out, *(x.grad for x in leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
+
+
+def test_attention_is_torchs_own_where_nothing_is_gained():
+    """Short or very long rows, a reference's, shared heads, half precision."""
+    def name(length=300, heads=2, dtype=torch.float32, trains=True):
+        q, k, v = (torch.randn(1, n, length, 8, dtype=dtype, requires_grad=trains) for n in (2, heads, heads))
+        return type(kernels.attend(q, k, v, scale=1.0).grad_fn).__name__
+    assert name() == "AttentionBackward"
+    others = [name(255), name(1025), name(heads=1), name(dtype=torch.bfloat16), name(trains=False)]
+    assert not any(x == "AttentionBackward" for x in others)
+
+
 def test_contiguous_lays_out_the_gradient_too():
     x = torch.randn(2, 3, 4, requires_grad=True)
     y = kernels.Contiguous.apply(x.transpose(0, 1))
