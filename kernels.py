@@ -6,7 +6,7 @@ and Attention give them to rounding (tests/test_kernels.py).
 
     rotary          transformers' apply_rotary_pos_emb
     decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU
-    Contiguous      of attention's tensors, forward and back
+    contiguous      of attention's tensors, forward and back
     attend          causal attention: torch's own, but for hundreds of tokens on a CPU Attention, since there
                     torch's backward runs at little more than a third of the products' rate
     ChunkedLogps    log_softmax over the vocabulary and the gather
@@ -54,12 +54,12 @@ def rows(*tensors):
 class Rotary(Function):
     """x cos + rotate_half(x) sin, without the rotated copy and half of the sums.
 
-    The result lies head by head, for attention's products, and its gradient token by token, for q_proj's.
+    On a CPU the result lies head by head, for attention's products; its gradient token by token, for q_proj.
     """
     @staticmethod
     def forward(ctx, x, cos, sin):                                     # (1, H, T, d), (1, 1, T, d) twice
         ctx.save_for_backward(cos, sin)
-        out = x.new_empty(x.shape)
+        out = x.new_empty(x.shape) if x.device.type == "cpu" else torch.empty_like(x)
         for y, part, c, angle in blocks(out, x, cos, sin, dim=2):
             torch.mul(part, c, out=y)
             (first, second), (a, b), (s, t) = (z.chunk(2, -1) for z in (y, part, angle))
@@ -79,14 +79,18 @@ class Rotary(Function):
         return out, None, None
 
 
-def rotary(q, k, cos, sin, unsqueeze_dim=1):
-    """transformers' apply_rotary_pos_emb."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+def rotary(q, k, cos, sin):
+    """transformers' apply_rotary_pos_emb of q (B, H, T, d), k (B, G, T, d), cos and sin (B, T, d)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)
 
 
+def contiguous(x):
+    """x, on a CPU row after row, its gradient too: products of rows that lie far apart are a fifth slower."""
+    return Contiguous.apply(x) if x.device.type == "cpu" else x
+
+
 class Contiguous(Function):
-    """x.contiguous(), whose gradient is contiguous too."""
     @staticmethod
     def forward(ctx, x):
         return x.contiguous()

@@ -76,7 +76,8 @@ class Adapted(torch.autograd.Function):
         x, weight, A, B, h = ctx.saved_tensors
         to_h = grad @ B.T * ctx.scale
         to_x = (grad @ weight).addmm_(to_h, A.T) if ctx.needs_input_grad[0] else None
-        return to_x, None, None, x.T @ to_h, h.T @ grad * ctx.scale, None
+        to_A = (to_h.T @ x).T                                       # sooner than x.T @ to_h
+        return to_x, None, None, to_A, h.T @ grad * ctx.scale, None
 
 
 def layers(model):

@@ -258,14 +258,14 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     attend = partial(kernels.attend, scale=scaling or query.shape[3] ** -0.5)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
-    value = kernels.Contiguous.apply(value)                            # as query and key are: kernels.Rotary
+    value = kernels.contiguous(value)                                  # as query and key are: kernels.Rotary
     pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
         out.append(attend(*whole))                                                  # prompt + chosen
         if rejected:
             k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
             out.append(attend(q, k, v))
-    return kernels.Contiguous.apply(torch.cat(out, 2)).transpose(1, 2), None               # (1, T, H, d)
+    return kernels.contiguous(torch.cat(out, 2)).transpose(1, 2), None                     # (1, T, H, d)
 
 
 def _register_attention():

@@ -17,10 +17,10 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "nouns": "", "pairing": "",
-           "objects": "nouns tally", "metrics": "objects replies tally",
+IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "replies": "", "nouns": "",
+           "pairing": "", "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families lora losses plan", "chat": "data vlm",
+           "report": "data metrics", "vlm": "data families kernels lora losses plan", "chat": "data vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",

@@ -144,12 +144,12 @@ def test_attention_is_torchs_own_where_nothing_is_gained():
 
 def test_contiguous_lays_out_the_gradient_too():
     x = torch.randn(2, 3, 4, requires_grad=True)
-    y = kernels.Contiguous.apply(x.transpose(0, 1))
+    y = kernels.contiguous(x.transpose(0, 1))
     assert y.is_contiguous() and torch.equal(y, x.transpose(0, 1))
     seen = []
     z = x * 1
     z.register_hook(lambda grad: seen.append(grad.is_contiguous()))
-    kernels.Contiguous.apply(z).backward(torch.randn(4, 3, 2).permute(2, 1, 0))
+    kernels.contiguous(z).backward(torch.randn(4, 3, 2).permute(2, 1, 0))
     assert seen == [True]
 
 
