@@ -4,7 +4,8 @@
 
 The memory is arithmetic: weights, LoRA (float32 masters and gradients), Adam's moments, and what autograd
 keeps of the micro-batch with the longest pairs. tests/test_plan.py holds the last against autograd's own
-saved tensors on a CPU. It is a lower bound: what it refuses cannot fit, what it lets pass may still not. The
+saved tensors on a CPU. It is a lower bound: what it refuses cannot fit, what it lets pass may still not; on a
+CPU in float32 kernels.Attention keeps up to heads x queries x keys numbers a layer that are not counted. The
 one full-size run so far, Bunny-3B in bfloat16 on a CPU (tests/rehearse.py), peaked at 13.5 GiB where 11 are
 planned; most likely malloc kept what was freed in blocks below 32 MiB: where it had to give them back
 (MALLOC_MMAP_THRESHOLD_=1048576) the first forward of a smaller Bunny peaked at 1.8 GiB in place of 2.4. On a

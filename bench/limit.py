@@ -300,6 +300,16 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
                     "aten::fill", "aten::empty", "aten::resize", "aten::_to_copy")}
 
 
+def part_of(event):
+    """The products that kernels.Attention makes are attention's."""
+    name, caller = event.key, event
+    while caller:
+        if caller.key.startswith("Attention"):
+            return "attention"
+        caller = getattr(caller, "cpu_parent", None)
+    return next((part for part, names in PARTS.items() if name.startswith(names)), "element by element")
+
+
 def profile(run, device="cpu"):
     """{part: share of a run's time}, by torch's profiler."""
     from torch.profiler import ProfilerActivity
@@ -309,10 +319,8 @@ def profile(run, device="cpu"):
         run()
         clock(device)
     times = dict.fromkeys([*PARTS, "element by element"], 0.0)
-    for event in found.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        part = next((p for p, names in PARTS.items() if event.key.startswith(names)), "element by element")
-        times[part] += spent
+    for event in found.key_averages() if on_gpu else found.events():
+        times[part_of(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     whole = sum(times.values())
     return {part: spent / whole for part, spent in times.items()}
 

@@ -134,7 +134,7 @@ def table1(runs):
             f"mDPO changes Cover by {said(runs, 'mDPO', 'before', 'cover')}. DPO has the setting that tuning "
             f"scenes chose ({study.best_settings()['DPO']}): {DPO_FAST}")
     if fails := [f"{what} ({name})" for name, table in TABLES.items() for what, a, b in table.conditions
-                 if {a, b} <= set(runs.by) and not runs.lower(a, b)]:
+                 if set(table.arms) <= set(runs.by) and not runs.lower(a, b)]:
         text += f" Where the sweeps do not show mDPO lower than DPO: {', '.join(fails)}."
     return parts(held, text)
 
@@ -553,9 +553,15 @@ def spans(numbers):
 def about(lines):
     """What holds for the whole page."""
     bases, seeds = ({line[k] for line in lines} for k in ("base", "seed"))
+    few = len(bases) < len(study.BASES) or len(seeds) < 3
     return {"runs": len(lines), "bases": len(bases), "seeds": len(seeds), "scenes": 1000,
+            "few": f"A look, not a result: intervals over {len(bases)} of {len(study.BASES)} bases and "
+                   f"{len(seeds)} seeds are wide, and a claim that the data cannot tell from its contrary "
+                   "“does not appear”." if few else "",
             "seeds_used": f"Seeds {spans(sorted(seeds))} and the printed scenes of --eval_seed 1, which no "
                           "tuning run and no other table uses.",
-            "intervals": "95%, Student's over the bases' means (scenes in seeds in bases); differences are "
-                         "taken within a base and seed.",
+            "intervals": "95%, Student's over "
+                         + ("the bases' means (scenes in seeds in bases)" if len(bases) > 1 else
+                            "the seeds of one base")
+                         + "; differences are taken within a base and seed.",
             "settings": [{"method": m, "options": o} for m, o in study.best_settings().items()]}

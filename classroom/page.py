@@ -85,6 +85,11 @@ def history(about):
     return [pair for pair in parts.items() if pair[1]]
 
 
+def opening(findings, about, written):
+    """How many of each verdict, and where there are few runs what that means."""
+    return " ".join(filter(None, (tally(findings), written(about.get("few", "")))))
+
+
 def settings(about):
     return [["method", "options"], *([s["method"], f"`{s['options']}`"] for s in about.get("settings") or [])]
 
@@ -141,7 +146,7 @@ def html_section(f):
 
 
 def html(findings, about):
-    body = f"""<p>{tally(findings)} <a href="#defeats">Where mDPO does not win</a></p>
+    body = f"""<p>{opening(findings, about, rich)} <a href="#defeats">Where mDPO does not win</a></p>
 <p class="soft">{LEGEND}</p>
 {"" if find_spec("matplotlib") else f"<p>{rich(NO_FIGURES)}</p>"}
 <div class="over"><table>
@@ -190,7 +195,7 @@ def markdown(findings, about):
     first = [["table or figure", "claim", "verdict", "primary measure"], *(
         [named(f), f["claim"], words_of(f), "; ".join(primary(f)) or "–"]
         for f in findings)]
-    text = [f"# {TITLE}", "", tally(findings), "", LEGEND, "", *md_table(first),
+    text = [f"# {TITLE}", "", opening(findings, about, plain), "", LEGEND, "", *md_table(first),
             "## Where mDPO does not win", "", DEFEATS, "", *(md_table(defeats(findings)) or ["Nowhere."]), "",
             *(line for f in findings for line in md_section(f)),
             "## How it was made", "", *md_paragraphs(history(about)), *md_table(settings(about))]

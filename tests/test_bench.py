@@ -13,6 +13,7 @@ import limit  # noqa: E402
 import scale  # noqa: E402
 
 import data  # noqa: E402
+import kernels  # noqa: E402
 
 TINY = limit.SHAPES["tiny"]
 
@@ -74,6 +75,12 @@ def test_limit_reports_every_kind_of_step(monkeypatch, tmp_path):
     assert 0 < found["limit_fraction"] < 1 and sum(found["profile"].values()) == pytest.approx(1)
     assert found["products_at"] > 0 and found["versions"]["torch"] == torch.__version__
     assert "| DPO, first epoch |" in section and "tiny" in section
+
+
+def test_products_inside_attention_are_attentions():
+    tensors = [torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3)]
+    parts = limit.profile(lambda: kernels.attend(*tensors, scale=1.0).sum().backward())
+    assert parts["matrix products"] == 0 and parts["attention"] > 0.5
 
 
 # ---- beside TRL

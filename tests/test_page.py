@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from classroom import figures, finding, page
+from classroom import figures, finding, findings, page
 
 NAMES = ["table1", "fig5", "fig4", "pds_fig6", "table4", "table2"]
 EVIL = "<script>alert('1')</script>\"'&|*x*"
@@ -128,6 +128,18 @@ def test_every_table_and_figure_is_in_the_overview_with_its_verdict(written):
     assert "Not run: `python classroom/reproduce.py table2`" in text
     assert ("6 tables and figures: 1 ✓ appear, 1 ◐ appear under a condition, 1 ✗ do not appear, 2 ○ not run, "
             "1 without a verdict; 1 of them exploratory.") in text
+
+
+def test_few_runs_are_called_a_look_first_of_all(tmp_path):
+    rows = [{"base": "base0", "seed": seed} for seed in (10, 11)]
+    about = findings.about(rows)
+    assert "1 of 3 bases and 2 seeds" in about["few"] and "seeds of one base" in about["intervals"]
+    write(tmp_path, about=about)
+    for name in ("results.html", "RESULTS.md"):
+        text = (tmp_path / name).read_text()
+        assert text.index("A look, not a result") < text.index("Table 1")
+    whole = [{"base": f"base{k}", "seed": seed} for k in range(3) for seed in range(10, 15)]
+    assert findings.about(whole)["few"] == "" and "bases' means" in findings.about(whole)["intervals"]
 
 
 def test_a_verdict_beside_exploratory_says_both():
