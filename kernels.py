@@ -48,7 +48,7 @@ def blocks(*tensors, dim=0):
 
 
 def rows(*tensors):
-    return (x.reshape(-1, x.shape[-1]) for x in tensors)               # views, of what is dense
+    return (x.reshape(-1, x.shape[-1]) for x in tensors)               # of what new_empty made, views
 
 
 class Rotary(Function):
@@ -157,7 +157,7 @@ class SwiGLU(Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        out = torch.empty_like(up)
+        out = up.new_empty(up.shape)
         for g, u, y in blocks(*rows(gate, up, out)):
             torch.mul(F.silu(g), u, out=y)
         return out
@@ -165,7 +165,7 @@ class SwiGLU(Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
+        to_gate, to_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
         for d, g, u, dg, du in blocks(*rows(grad, gate, up, to_gate, to_up)):
             torch.mul(d, F.silu(g), out=du)
             torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
@@ -184,7 +184,7 @@ class RMSNorm(Function):
     """
     @staticmethod
     def forward(ctx, x, weight, eps):
-        out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        out, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
         for a, y, s in blocks(*rows(x, out, scale)):
             torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps, out=s)
             torch.mul(a, s, out=y).mul_(weight)
@@ -194,7 +194,7 @@ class RMSNorm(Function):
     @staticmethod
     def backward(ctx, grad_x, grad):
         x, weight, scale = ctx.saved_tensors
-        out = torch.empty_like(x)
+        out = x.new_empty(x.shape)
         for a, s, r, g, y in blocks(*rows(x, scale, grad_x, grad, out)):
             g = g * weight
             to_scale = (g * a).sum(-1, keepdim=True)
