@@ -10,6 +10,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "bench"))
 import limit  # noqa: E402
+import pieces  # noqa: E402
 import scale  # noqa: E402
 
 import data  # noqa: E402
@@ -81,6 +82,13 @@ def test_products_inside_attention_are_attentions():
     tensors = [torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3)]
     parts = limit.profile(lambda: kernels.attend(*tensors, scale=1.0).sum().backward())
     assert parts["matrix products"] == 0 and parts["attention"] > 0.5
+
+
+def test_every_kernel_is_measured_beside_what_it_stands_for(monkeypatch, tmp_path):
+    found, section = run(pieces, monkeypatch, tmp_path)
+    assert len(found["pieces"]) == 7 and section.count("\n| ") == 8
+    for row in found["pieces"].values():
+        assert row["difference"] < 1e-5 and row["ratio"][0] > 0 < row["theirs"]
 
 
 # ---- beside TRL
