@@ -7,8 +7,8 @@ and Attention give them to rounding (tests/test_kernels.py).
     rotary          transformers' apply_rotary_pos_emb
     decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU
     contiguous      of attention's tensors, forward and back
-    attend          causal attention: torch's own, but for hundreds of tokens on a CPU Attention, since there
-                    torch's backward runs at little more than a third of the products' rate
+    attend          causal attention: torch's own, or on a CPU, for hundreds of tokens of wide heads, Attention:
+                    there torch's backward runs at little more than a third of the products' rate
     ChunkedLogps    log_softmax over the vocabulary and the gather
 """
 import sys
@@ -20,7 +20,8 @@ from torch.autograd import Function
 from torch.nn.attention.bias import causal_lower_right
 
 CACHED = 2 ** 18                                        # bytes
-QUERIES, SPAN = 128, range(256, 1025)                   # of a block of Attention; keys for which it pays
+QUERIES = 128                                           # of a block of Attention
+SPAN, WIDTH = range(256, 1025), 128                     # keys for which it pays, and least width of a head
 LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same layer for all of them
 
 
@@ -106,8 +107,8 @@ def attend(q, k, v, scale):
     The last query sees all S keys, each one before it one key less: causal from the lower right corner.
     """
     queries, keys, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
-    training = torch.is_grad_enabled() and q.requires_grad
-    if training and not gqa and keys in SPAN and q.device.type == "cpu" and q.element_size() > 2:
+    pays = q.device.type == "cpu" and q.element_size() > 2 and keys in SPAN and q.shape[3] >= WIDTH
+    if pays and not gqa and q.requires_grad and torch.is_grad_enabled():
         return Attention.apply(q, k, v, scale)
     mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa, **mask)

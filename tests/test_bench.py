@@ -79,7 +79,7 @@ def test_limit_reports_every_kind_of_step(monkeypatch, tmp_path):
 
 
 def test_products_inside_attention_are_attentions():
-    tensors = [torch.randn(1, 2, 300, 16, requires_grad=True) for _ in range(3)]
+    tensors = [torch.randn(1, 2, 300, 128, requires_grad=True) for _ in range(3)]
     parts = limit.profile(lambda: kernels.attend(*tensors, scale=1.0).sum().backward())
     assert parts["matrix products"] == 0 and parts["attention"] > 0.5
 

@@ -132,8 +132,8 @@ def test_a_copy_of_a_model_runs_on_its_own_weights():
 def test_attention_is_torchs_to_rounding(queries, keys, dtype, close):
     """Values and gradients, of slices of a row."""
     draw, found = torch.Generator().manual_seed(0), []
-    whole = [torch.randn(1, 2, n + 7, 16, generator=draw).to(dtype) for n in (queries, keys, keys)]
-    up = torch.randn(1, 2, queries, 16, generator=draw).to(dtype)
+    whole = [torch.randn(1, 2, n + 7, 128, generator=draw).to(dtype) for n in (queries, keys, keys)]
+    up = torch.randn(1, 2, queries, 128, generator=draw).to(dtype)
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     for side in ("torch", "ours"):
         leaves = [x[:, :, 3:-4].detach().requires_grad_() for x in whole]
@@ -149,12 +149,14 @@ def test_attention_is_torchs_to_rounding(queries, keys, dtype, close):
 
 
 def test_attention_is_torchs_own_where_nothing_is_gained():
-    """Short or very long rows, a reference's, shared heads, half precision."""
-    def name(length=300, heads=2, dtype=torch.float32, trains=True):
-        q, k, v = (torch.randn(1, n, length, 8, dtype=dtype, requires_grad=trains) for n in (2, heads, heads))
+    """Short or very long rows, narrow heads, a reference's, shared heads, half precision."""
+    def name(length=300, heads=2, dtype=torch.float32, trains=True, width=128):
+        q, k, v = (torch.randn(1, n, length, width, dtype=dtype, requires_grad=trains)
+                   for n in (2, heads, heads))
         return type(kernels.attend(q, k, v, scale=1.0).grad_fn).__name__
     assert name() == "AttentionBackward"
-    others = [name(255), name(1025), name(heads=1), name(dtype=torch.bfloat16), name(trains=False)]
+    others = [name(255), name(1025), name(heads=1), name(dtype=torch.bfloat16), name(trains=False),
+              name(width=96)]
     assert not any(x == "AttentionBackward" for x in others)
 
 

@@ -63,10 +63,11 @@ def with_lora(folder, seed=0):
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs, shortest, monkeypatch):
     """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64.
 
-    shortest: row for which kernels.Attention takes torch's place; these here are shorter than 256.
+    shortest: row for which kernels.Attention takes torch's place; here all are shorter than 256, and narrow.
     """
     import lora
     monkeypatch.setattr(kernels, "SPAN", range(shortest, 1025))
+    monkeypatch.setattr(kernels, "WIDTH", 1)
     m = with_lora(folder)
     pairs, features = ragged(m)
     if "image_rejected" not in needs:
