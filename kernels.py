@@ -7,8 +7,8 @@ and Attention give them to rounding (tests/test_kernels.py).
     rotary          transformers' apply_rotary_pos_emb
     decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU
     contiguous      of attention's tensors, forward and back
-    attend          causal attention: torch's own, or on a CPU, for hundreds of tokens of wide heads, Attention:
-                    there torch's backward runs at little more than a third of the products' rate
+    attend          causal attention: torch's own, or on a CPU, for hundreds of tokens of wide heads,
+                    Attention: torch's backward runs there at little more than a third of the products' rate
     ChunkedLogps    log_softmax over the vocabulary and the gather
 """
 import sys
