@@ -53,31 +53,11 @@ class LoRALinear(torch.nn.Linear):
     def forward(self, x):
         if not self.enabled:
             return super().forward(x)
-        y = Adapted.apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.lora_A.to(x.dtype),
-                          self.lora_B.to(x.dtype), self.scale)
+        rows = x.reshape(-1, self.in_features)                      # (N, in)
+        y = super().forward(rows)                                   # (N, out)
+        # + scale * (x @ A @ B) in place: two tensors of y's size and a fifth of the time less (bf16: a third)
+        y.addmm_(rows @ self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
-
-
-class Adapted(torch.autograd.Function):
-    """x W^T + b + scale * (x A B) of x (N, in) under a frozen W and b; in float32 autograd's own bits.
-
-    Both sums are made in place: one tensor of y's size where autograd has two, one of x's for its gradient
-    (in bfloat16 it is rounded twice where autograd rounds three times).
-    """
-    @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale):
-        y, h = torch.nn.functional.linear(x, weight, bias), x @ A   # (N, out), (N, r)
-        ctx.save_for_backward(x, weight, A, B, h)
-        ctx.scale = scale
-        return y.addmm_(h, B, alpha=scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, A, B, h = ctx.saved_tensors
-        to_h = grad @ B.T * ctx.scale
-        to_x = (grad @ weight).addmm_(to_h, A.T) if ctx.needs_input_grad[0] else None
-        to_A = (to_h.T @ x).T                                       # sooner than x.T @ to_h
-        return to_x, None, None, to_A, h.T @ grad * ctx.scale, None
 
 
 def layers(model):

@@ -4,7 +4,7 @@
     python bench/pieces.py --device cuda --dtype bfloat16     on a GPU
 
 Sizes are those of a micro-batch of two pairs of the shape (bench/limit.py). The code on the other side is
-transformers', torch's, or for LoRA the two products and the sum that autograd follows by itself.
+transformers' or torch's.
 """
 import sys
 
@@ -26,7 +26,6 @@ from limit import (
 
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
-import lora  # noqa: E402
 
 TIMES = 5                          # a measured side runs its piece so often
 
@@ -34,7 +33,6 @@ TIMES = 5                          # a measured side runs its piece so often
 def pieces(shape, kind):
     """{name: (theirs, ours, tensors that get a gradient, as a function of them)}, one result each."""
     from torch.nn.attention.bias import causal_lower_right
-    from transformers import LlamaConfig
     from transformers.models.llama import modeling_llama as llama
     turn, scale = llama.apply_rotary_pos_emb, (shape.hidden // shape.heads) ** -0.5
     image = (shape.pixels // 14) ** 2
@@ -55,17 +53,6 @@ def pieces(shape, kind):
     def ours_attend(q, k, v):
         return kernels.contiguous(kernels.attend(*map(kernels.contiguous, (q, k, v)), scale=scale))
     cos, sin = (draw(1, T, d, trains=False) for _ in range(2))
-    config = LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.inner)
-    norm = llama.LlamaRMSNorm(shape.hidden).to(**kind).requires_grad_(False)
-    mlp = llama.LlamaMLP(config).to(**kind).requires_grad_(False)
-    mlp.gate_proj = mlp.up_proj = mlp.down_proj = torch.nn.Identity()          # what is between the products
-    linear = torch.nn.Linear(shape.hidden, shape.inner, bias=False).to(**kind).requires_grad_(False)
-    lora.LoRALinear.adapt(linear, shape.rank, 2 * shape.rank)
-
-    def theirs_lora(x):
-        y = F.linear(x, linear.weight)
-        A, B = linear.lora_A.to(x.dtype), linear.lora_B.to(x.dtype)
-        return y.addmm_(x @ A, B, alpha=linear.scale)
     head = draw(shape.vocabulary, shape.hidden, trains=False)
     target = torch.randint(shape.vocabulary, (4 * back,), device=kind["device"])
 
@@ -74,14 +61,11 @@ def pieces(shape, kind):
     return {
         "rotary, q and k": (lambda q, k: sum(turn(q, k, cos, sin)),
                             lambda q, k: sum(kernels.rotary(q, k, cos, sin)), (heads(T), heads(T))),
-        "RMSNorm and its residual": (lambda x: x + norm(x), lambda x: sum(kernels.norm(norm, x)),
-                                     (draw(1, T, shape.hidden),)),
-        "SwiGLU": (lambda gate, up: mlp.act_fn(gate) * up, kernels.SwiGLU.apply,
+        "SwiGLU": (lambda gate, up: F.silu(gate) * up, kernels.SwiGLU.apply,
                    (draw(1, T, shape.inner), draw(1, T, shape.inner))),
         f"attention of {whole} tokens": (theirs_attend, ours_attend, tuple(heads(whole) for _ in range(3))),
         f"attention of {back} to {whole}": (theirs_attend, ours_attend,
                                             (heads(back), heads(whole), heads(whole))),
-        "LoRA beside its linear layer": (theirs_lora, linear, (draw(T, shape.hidden),)),
         "log-probs of responses": (theirs_logps,
                                    lambda h: kernels.ChunkedLogps.apply(h, head, target, 1024),
                                    (draw(4 * back, shape.hidden),)),
