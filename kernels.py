@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.nn.attention.bias import causal_lower_right
 
-CACHED = 2 ** 18                                        # bytes
 QUERIES = 128                                           # of a block of Attention
 SPAN, WIDTH = range(256, 1025), 128                     # keys for which it pays, and least width of a head
-LARGE = 2 ** 20                                         # bytes; what is smaller is in the cache all the time
+LARGE, CACHED = 2 ** 20, 2 ** 18                        # bytes: what a core's cache holds; of a piece
 LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same MLP for all of them
 
 
@@ -41,11 +40,12 @@ def install(model):
 
 
 def blocks(*tensors, dim=0):
-    """Their pieces along `dim`; on a CPU so small that what is made of them stays in a core's cache."""
-    first, n = tensors[0], tensors[0].shape[dim]
-    if first.device.type == "cpu":
-        n = CACHED * n // max(first.nbytes, 1)
-    return zip(*(x.split(max(n, 1), dim) for x in tensors), strict=True)
+    """Their pieces along `dim`: of large ones on a CPU such that what is made of them stays in the cache."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.nbytes <= LARGE:
+        return [tensors]
+    n = max(CACHED * first.shape[dim] // first.nbytes, 1)
+    return zip(*(x.split(n, dim) for x in tensors), strict=True)
 
 
 def rows(*tensors):
