@@ -5,7 +5,8 @@ step waits for. Each piece gives the bits of the code that it stands for, values
 and Attention give them to rounding (tests/test_kernels.py).
 
     rotary          transformers' apply_rotary_pos_emb
-    gated_mlp       the forward of a LLaMA's MLP, with SwiGLU: three tensors kept where autograd keeps four
+    decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU, which
+                    keeps three tensors where autograd keeps four
     contiguous      of attention's tensors, forward and back
     attend          causal attention: torch's own, or on a CPU, for hundreds of tokens of wide heads,
                     Attention: torch's backward runs there at little more than a third of the products' rate
@@ -22,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 QUERIES = 128                                           # of a block of Attention
 SPAN, WIDTH = range(256, 1025), 128                     # keys for which it pays, and least width of a head
 LARGE, CACHED = 2 ** 20, 2 ** 18                        # bytes: what a core's cache holds; of a piece
-LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same MLP for all of them
+LIKE_LLAMA = ("llama", "mistral", "qwen2")             # transformers has the same layer for all of them
 
 
 def install(model):
@@ -35,6 +36,7 @@ def install(model):
     if kind in (*LIKE_LLAMA, "phi"):
         sys.modules[type(model).__module__].apply_rotary_pos_emb = rotary
     for layer in model.layers if kind in LIKE_LLAMA else ():
+        layer.forward = types.MethodType(decoder_layer, layer)
         if isinstance(layer.mlp.act_fn, silu):
             layer.mlp.forward = types.MethodType(gated_mlp, layer.mlp)
 
@@ -177,6 +179,47 @@ def gated_mlp(self, x):
     """The forward of transformers' LlamaMLP, and of those made like it."""
     gate, up = self.gate_proj(x), self.up_proj(x)
     return self.down_proj(SwiGLU.apply(gate, up) if up.nbytes > LARGE else self.act_fn(gate) * up)
+
+
+class RMSNorm(Function):
+    """x and x / sqrt(mean(x^2) + eps) * weight of x (..., D) in float32, under a frozen weight.
+
+    x comes out again for the residual, so that its three gradients are summed where they are made.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
+        for a, y, s in blocks(*rows(x, out, scale)):
+            torch.rsqrt(a.pow(2).mean(-1, keepdim=True) + eps, out=s)
+            torch.mul(a, s, out=y).mul_(weight)
+        ctx.save_for_backward(x, weight, scale)
+        return x, out
+
+    @staticmethod
+    def backward(ctx, grad_x, grad):
+        x, weight, scale = ctx.saved_tensors
+        out = x.new_empty(x.shape)
+        for a, s, r, g, y in blocks(*rows(x, scale, grad_x, grad, out)):
+            g = g * weight
+            to_scale = (g * a).sum(-1, keepdim=True)
+            to_square = to_scale * -0.5 * s.pow(3) / a.shape[-1]
+            torch.add(r, g * s, out=y).add_(to_square * (a * 2))
+        return out, None, None
+
+
+def norm(self, x):
+    """x and transformers' LlamaRMSNorm of it."""
+    if x.dtype != torch.float32 or self.weight.requires_grad or x.nbytes <= LARGE:
+        return x, self(x)
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def decoder_layer(self, hidden_states, **more):
+    """The forward of transformers' LlamaDecoderLayer, and of those made like it."""
+    x, normed = norm(self.input_layernorm, hidden_states)
+    attended, _ = self.self_attn(hidden_states=normed, **more)
+    x, normed = norm(self.post_attention_layernorm, x + attended)
+    return x + self.mlp(normed)
 
 
 class ChunkedLogps(Function):

@@ -53,6 +53,7 @@ def pieces(shape, kind):
     def ours_attend(q, k, v):
         return kernels.contiguous(kernels.attend(*map(kernels.contiguous, (q, k, v)), scale=scale))
     cos, sin = (draw(1, T, d, trains=False) for _ in range(2))
+    norm = llama.LlamaRMSNorm(shape.hidden).to(**kind).requires_grad_(False)
     head = draw(shape.vocabulary, shape.hidden, trains=False)
     target = torch.randint(shape.vocabulary, (4 * back,), device=kind["device"])
 
@@ -61,6 +62,8 @@ def pieces(shape, kind):
     return {
         "rotary, q and k": (lambda q, k: sum(turn(q, k, cos, sin)),
                             lambda q, k: sum(kernels.rotary(q, k, cos, sin)), (heads(T), heads(T))),
+        "RMSNorm and its residual": (lambda x: x + norm(x), lambda x: sum(kernels.norm(norm, x)),
+                                     (draw(1, T, shape.hidden),)),
         "SwiGLU": (lambda gate, up: F.silu(gate) * up, kernels.SwiGLU.apply,
                    (draw(1, T, shape.inner), draw(1, T, shape.inner))),
         f"attention of {whole} tokens": (theirs_attend, ours_attend, tuple(heads(whole) for _ in range(3))),

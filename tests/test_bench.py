@@ -86,7 +86,7 @@ def test_products_inside_attention_are_attentions():
 
 def test_every_kernel_is_measured_beside_what_it_stands_for(monkeypatch, tmp_path):
     found, section = run(pieces, monkeypatch, tmp_path)
-    assert len(found["pieces"]) == 5 and section.count("\n| ") == 6
+    assert len(found["pieces"]) == 6 and section.count("\n| ") == 7
     for row in found["pieces"].values():
         assert row["difference"] < 1e-5 and row["ratio"][0] > 0 < row["theirs"]
 

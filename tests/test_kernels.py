@@ -38,51 +38,68 @@ def test_rotary_is_transformers_own_bit_for_bit(dtype):
     assert all(x.is_contiguous() for x in turned)
 
 
+def layers(kind="llama", dtype=torch.float32, frozen=True):
+    """A model of transformers' with norms of any size, and the same with the kernels."""
+    from transformers import AutoConfig, AutoModel
+    torch.manual_seed(0)
+    more = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 50}
+    stock = AutoModel.from_config(AutoConfig.for_model(kind, **more)).to(dtype).requires_grad_(not frozen)
+    for name, p in stock.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    ours = copy.deepcopy(stock)
+    kernels.install(ours)
+    return stock, ours
+
+
 @pytest.mark.parametrize("kind", kernels.LIKE_LLAMA)
 @pytest.mark.parametrize("length", [3, 1500])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype, frozen", [(torch.float32, True), (torch.float32, False),
+                                           (torch.bfloat16, True), (torch.float64, True)])
 @pytest.mark.parametrize("large", [0, kernels.LARGE])
-def test_a_gated_mlp_is_transformers_own_bit_for_bit(kind, length, dtype, large, monkeypatch):
-    """Values and gradients, of the weights too, over one block of rows and over several."""
-    from transformers import AutoConfig, AutoModel
+def test_a_decoder_layer_is_transformers_own_bit_for_bit(kind, length, dtype, frozen, large, monkeypatch):
+    """Values and gradients (whole: the weights' too), over one block of rows and over several."""
     monkeypatch.setattr(kernels, "LARGE", large)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 50}
-    stock, found = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).to(dtype), []
-    ours, draw = copy.deepcopy(stock), torch.Generator().manual_seed(1)
-    kernels.install(ours)
-    x, up = (torch.randn(1, length, 32, generator=draw).to(dtype) for _ in range(2))
-    for model in (stock, ours):
-        leaf, mlp = x.clone().requires_grad_(), model.layers[0].mlp
-        y = mlp(leaf)
+    draw, found = torch.Generator().manual_seed(1), []
+    x, up = (torch.randn(1, length, 96, generator=draw).to(dtype) for _ in range(2))
+    for model in layers(kind, dtype, frozen):
+        leaf, y = x.clone().requires_grad_(), None
+        places = model.rotary_emb(x, torch.arange(length)[None])
+        for layer in model.layers:
+            y = layer(leaf if y is None else y, attention_mask=None, position_embeddings=places)
         y.backward(up)
-        found.append([y, leaf.grad, *(p.grad for p in mlp.parameters())])
-    assert same(*found)
+        found.append([y, leaf.grad, *(p.grad for p in model.layers.parameters() if not frozen)])
+    assert len(found[0]) > 2 * (not frozen) and same(*found)
 
 
 def test_tensors_may_lie_as_they_like():
     """What is written row by row must arrive, also where x's rows are no rows in memory."""
-    x, found = torch.randn(2, 64, 40).transpose(1, 2), []
-    for tensor in (x.contiguous(), x):
-        leaf = tensor.detach().requires_grad_()
-        out = kernels.SwiGLU.apply(leaf, leaf)
-        out.backward(torch.ones_like(out))
-        found.append([out, leaf.grad])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+    x, weight = torch.randn(2, 64, 40).transpose(1, 2), torch.rand(64)
+    dense = x.contiguous()
+    for kernel in (lambda x: kernels.SwiGLU.apply(x, x),
+                   lambda x: sum(kernels.RMSNorm.apply(x, weight, 1e-6))):
+        found = []
+        for tensor in (dense, x):
+            leaf = tensor.detach().requires_grad_()
+            out = kernel(leaf)
+            out.backward(torch.ones_like(out))
+            found.append([out, leaf.grad])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
     model, ran = llama(), []
     kernels.install(model)
     monkeypatch.setattr(kernels, "LARGE", 0)
-    for name in ("SwiGLU", "Rotary"):
+    model.requires_grad_(False)
+    for name in ("RMSNorm", "SwiGLU", "Rotary"):
         kernel = getattr(kernels, name)
         apply = lambda *args, name=name, kernel=kernel: ran.append(name) or kernel.apply(*args)  # noqa: E731
         monkeypatch.setattr(kernels, name, type(name, (), {"apply": staticmethod(apply)}))
     model(inputs_embeds=torch.randn(1, 5, 32))
-    assert ran == ["Rotary", "Rotary", "SwiGLU"] * 2
+    assert ran == ["RMSNorm", "Rotary", "Rotary", "RMSNorm", "SwiGLU"] * 2
 
 
 def test_a_gated_mlp_keeps_its_gate_and_not_what_silu_makes_of_it():
@@ -94,9 +111,12 @@ def test_a_gated_mlp_keeps_its_gate_and_not_what_silu_makes_of_it():
 
 
 def test_what_is_not_known_is_left_alone():
+    """Granite has a LLaMA's modules and scales its residuals; a GELU is no SiLU."""
+    _, installed = layers("granite")
+    assert not any("forward" in vars(module) for module in installed.modules())
     model = llama(hidden_act="gelu")
     kernels.install(model)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert "forward" in vars(model.layers[0]) and "forward" not in vars(model.layers[0].mlp)
 
 
 def test_a_copy_of_a_model_runs_on_its_own_weights():
