@@ -5,8 +5,8 @@ step waits for. Each piece gives the bits of the code that it stands for, values
 and Attention give them to rounding (tests/test_kernels.py).
 
     rotary          transformers' apply_rotary_pos_emb
-    decoder_layer   the forward of a LLaMA's layer, with RMSNorm; gated_mlp that of its MLP, with SwiGLU, which
-                    keeps three tensors where autograd keeps four
+    decoder_layer   the forward of a LLaMA's layer, with RMSNorm
+    gated_mlp       that of its MLP, with SwiGLU, which keeps three tensors where autograd keeps four
     contiguous      of attention's tensors, forward and back
     attend          causal attention: torch's own, or on a CPU, for hundreds of tokens of wide heads,
                     Attention: torch's backward runs there at little more than a third of the products' rate
