@@ -26,6 +26,7 @@ reward, beta * (policy - reference), 0 for all before training.
 `other` gives every image to exactly one other pair, and so does `same_theme` within its theme: their means
 differ from that of `true` by who sees which image, and by nothing else.
 """
+import json
 import random
 from itertools import islice
 
@@ -42,14 +43,14 @@ from records import Records
 RESPONSES = {"chosen", "rejected"}
 
 
-def look(m, records, good, o, name):
+def look(m, records, good, o, name, kept=None):
     """The numbers above, of the model as it stands; {} where fewer than two records have one image.
 
     records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
     micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
-    and reference are one. Nothing is left changed, random generators included. Raises UserError.
+    and reference are one. kept: the file in which `before` leaves the reference's log p for the others.
+    Nothing is left changed, random generators included. Raises UserError.
     """
-    moved = name != "before"
     shown = list(islice((r for r in map(records.__getitem__, good) if len(r["images"]) == 1), o.look))
     if len(shown) < 2:
         return {}
@@ -60,17 +61,30 @@ def look(m, records, good, o, name):
     own = {i: i for i in range(len(shown))}
     jobs = [(kind, *ij) for kind, which in (("true", own), ("blank", own), ("other", other),
                                             ("same_theme", alike)) for ij in which.items()]
+
+    def scores(model):
+        """log p of the two responses of every job, chosen first: (jobs, 2)."""
+        rows = []
+        for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
+            some = jobs[at:at + o.micro_batch]
+            pictures = [shut(data.read_image(images[j]), kind) for kind, _, j in some]
+            pairs = [tokenise(model, shown[i], o, [picture.size])[0]
+                     for (_, i, _), picture in zip(some, pictures, strict=True)]
+            pairs = [pair._replace(prompt=pair.prompt_rejected) for pair in pairs]   # with this very picture
+            rows.append(score(model, pairs, pictures, RESPONSES, o))
+        return np.concatenate(rows)
+    mine = frozen = scores(m)
+    if kept and name == "before":
+        data.atomic_write(kept, json.dumps(mine.tolist()))
+    elif kept and kept.exists():
+        frozen = np.array(json.loads(kept.read_text()))
+    elif name != "before":
+        with vlm.base_of(m) as base:
+            frozen = scores(base)
     policy = {kind: np.full((len(shown), 2), np.nan) for kind, *_ in jobs}       # (n, chosen and rejected)
     change = {kind: np.full((len(shown), 2), np.nan) for kind in policy}         # policy minus reference
-    for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
-        some = jobs[at:at + o.micro_batch]
-        pictures = [shut(data.read_image(images[j]), kind) for kind, _, j in some]
-        pairs = [tokenise(m, shown[i], o, [picture.size])[0]
-                 for (_, i, _), picture in zip(some, pictures, strict=True)]
-        pairs = [pair._replace(prompt=pair.prompt_rejected) for pair in pairs]   # with this very picture
-        rows = score(m, pairs, pictures, RESPONSES, o, moved)
-        for (kind, i, _), mine, frozen in zip(some, *rows, strict=True):
-            policy[kind][i], change[kind][i] = mine, mine - frozen
+    for (kind, i, _), row, base_row in zip(jobs, mine, frozen, strict=True):
+        policy[kind][i], change[kind][i] = row, row - base_row
 
     def mean(values):
         return interval(values, images, o.eval_seed)
@@ -83,7 +97,7 @@ def look(m, records, good, o, name):
                                        if kind != "true"}
     return found | {"logps_chosen": mean(policy["true"][:, 0]),
                     "logps_chosen_change": mean(change["true"][:, 0]),
-                    "kl": mean(divergence(m, shown, o, moved))}
+                    "kl": mean(divergence(m, shown, o, name != "before"))}
 
 
 def made(out):
@@ -115,18 +129,12 @@ def shut(picture, kind):
     return data.rejected_image("blank", picture, 0, "") if kind == "blank" else picture
 
 
-def score(m, pairs, pictures, needs, o, moved):
-    """log p under policy and reference: two float64 arrays (B, number of needs), chosen first."""
-    @torch.no_grad()
-    def scores(model):
-        features = vlm.encode_images(model, vlm.prepare(model, pictures))
-        logps = vlm.FORWARDS[o.forward](model, pairs, features, needs)
-        return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
-    mine = scores(m)
-    if not moved:
-        return mine, mine
-    with vlm.base_of(m) as base:
-        return mine, scores(base)
+@torch.no_grad()
+def score(m, pairs, pictures, needs, o):
+    """log p of the responses that `needs` names, chosen first: float64 (B, number of needs)."""
+    features = vlm.encode_images(m, vlm.prepare(m, pictures))
+    logps = vlm.FORWARDS[o.forward](m, pairs, features, needs)
+    return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
 
 
 def divergence(m, shown, o, moved):
@@ -141,9 +149,13 @@ def divergence(m, shown, o, moved):
         prompt = vlm.prompt_ids(m, r["question"], counts=[vlm.tokens_of(m, picture.size)])
         ids = [t for t in m.tokenizer(text, add_special_tokens=False).input_ids if t != m.image_token_id]
         pairs.append(data.Pair(r["id"], prompt, prompt, [*ids, m.eos_id][:o.max_new_tokens], []))
-    parts = [score(m, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch], {"chosen"}, o, moved)
-             for at in range(0, len(pairs), o.micro_batch)]
-    return np.concatenate([(mine - frozen)[:, 0] for mine, frozen in parts])
+
+    def scores(model):
+        return np.concatenate([score(model, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch],
+                                     {"chosen"}, o) for at in range(0, len(pairs), o.micro_batch)])[:, 0]
+    with vlm.base_of(m) as base:
+        frozen = scores(base)
+    return scores(m) - frozen
 
 
 def interval(values, images, seed, resamples=1000):

@@ -34,7 +34,8 @@ def read_pair(m, records, good, place, o, needs, epoch):
         damaged = [data.rejected_image(o.image_rejected, image, seed, name, other)
                    for name, image in zip(names, images, strict=True)]
     pair, _ = tokenise(m, record, o, [image.size for image in damaged])
-    pixels, pixels_damaged = (vlm.prepare(m, x) if x else torch.zeros(0) for x in (images, damaged))
+    both, n = vlm.prepare(m, images + damaged) if images + damaged else torch.zeros(0), len(images)
+    pixels, pixels_damaged = both[:n], both[n:]
     if cropped:
         if not torch.is_tensor(pixels):
             raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
@@ -54,6 +55,9 @@ def order(n, seed, epoch):
     return places
 
 
+KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
+
+
 class Feed:
     """What the steps read, by threads and a step ahead: the pairs are the same with any number of them.
 
@@ -63,8 +67,18 @@ class Feed:
     def __init__(self, m, records, good, tokens, o, needs, steps, rank=0, world=1, equal=False):
         self.tokens, self.o, self.steps = tokens, o, steps
         self.rank, self.world, self.equal = rank, world, equal
-        self.read = functools.partial(read_pair, m, records, good, o=o, needs=needs)
-        self.pool, self.begun = ThreadPoolExecutor(o.workers), {}
+        self.read_anew = functools.partial(read_pair, m, records, good, o=o, needs=needs)
+        self.pool, self.begun, self.kept = ThreadPoolExecutor(o.workers), {}, {}
+
+    def read(self, place, epoch):
+        """read_pair, once for all epochs where KEEP has room for as many pairs of this one's size."""
+        if place in self.kept:
+            return self.kept[place]
+        pair = self.read_anew(place=place, epoch=epoch)
+        size = sum(getattr(image, "pixels", image).nbytes for kind in (1, 2) for image in pair[kind])
+        if not self.o.redraw and size * len(self.tokens) <= KEEP:
+            self.kept[place] = pair
+        return pair
 
     def __call__(self, step):
         """(pairs in the step, this rank's micro-batches [(places, counts, a future of each pair)])."""

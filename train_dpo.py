@@ -75,7 +75,7 @@ def evaluate(m, o, out, name, val):
     """Metrics of the model as it stands: of the classroom or of val_data, and of eval_data's questions."""
     found = measured(m, o, out, name, val)
     if o.look and (held_out := val or diagnose.made(out)):
-        found["look"] = diagnose.look(m, *held_out[:2], o, name)
+        found["look"] = diagnose.look(m, *held_out[:2], o, name, out / "before.look.json")
     if o.eval_data:
         import eval_hallu
         asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,

@@ -42,6 +42,7 @@ RUNS = HERE.parent / "runs" / "reproduce"
 SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
 EXAM = ("model", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look", "pair_options")
+EXAM_FILES = ("scenes", "held_out", "before.jsonl", "before.json", "before.look.json")
 PAIRS = ("seed", "pairs", "pair_options", "data")
 lock, making = Lock(), {what: Lock() for what in (*study.BASES, "synthetic")}
 
@@ -159,7 +160,7 @@ def run(cell, out=None):
     if str(scorers.OUT) in cell["options"]:
         synthetic()
     exam, made = shared(options.parse(arguments(cell), ""))
-    files = [(exam / name, out / name) for name in ("scenes", "held_out", "before.jsonl", "before.json")]
+    files = [(exam / name, out / name) for name in EXAM_FILES]
     files.append((made, out / "data"))
     with lock:
         for there, here in files:

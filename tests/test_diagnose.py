@@ -110,6 +110,18 @@ def test_before_training_policy_and_reference_are_one(world):
     assert before["margin"]["true"] == before["kl"] == [0, 0, 0] != before["preference"]["true"]
 
 
+def test_the_reference_is_scored_once_a_run(world, tuned, tmp_path):
+    """`before` leaves its log p in a file, `after` reads them: the numbers of scoring it again."""
+    records, o, kept = Records(world[1]), opts(world), tmp_path / "before.look.json"
+    with lora.lora_disabled(tuned.model):
+        diagnose.look(tuned, records, range(12), o, "before", kept)
+    plain, found = (diagnose.look(tuned, records, range(12), o, "after", *file) for file in ((), (kept,)))
+    assert found == plain
+    kept.write_text(json.dumps([[chosen + 1, rejected] for chosen, rejected in json.loads(kept.read_text())]))
+    moved = diagnose.look(tuned, records, range(12), o, "after", kept)
+    assert moved["margin"]["true"][0] == pytest.approx(plain["margin"]["true"][0] - o.beta, abs=2e-6)
+
+
 def test_what_is_looked_at_leaves_the_worlds_random_numbers_and_the_adapter_alone(world, tuned):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     first, again = (diagnose.look(tuned, Records(world[1]), range(12), opts(world), "after") for _ in "12")
@@ -205,7 +217,7 @@ def test_a_run_killed_while_it_trains_or_looks_has_the_same_log_in_the_end(world
         original, calls = diagnose.look, []
 
         def look(*args):
-            calls.append(args[-1])
+            calls.append(args[4])
             if calls[-1] == "after":
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args)

@@ -206,7 +206,7 @@ def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path
     assert [row["arm"] for row in rows] == ["dpo", "mdpo"] and rows[0]["before"] == rows[1]["before"]
     assert len(rows[0]["after"]["scenes"]) == 10
     a, b = (reproduce.folder(cell) for cell in (first, second))
-    for shared in ("before.jsonl", "scenes/scenes.jsonl", "data/pairs.jsonl"):
+    for shared in ("before.jsonl", "before.look.json", "scenes/scenes.jsonl", "data/pairs.jsonl"):
         assert (a / shared).stat().st_ino == (b / shared).stat().st_ino
     again = reproduce.run(second, tmp_path / "again")
     assert all(again[k] == rows[1][k] for k in rows[1] if k not in ("seconds", "run"))

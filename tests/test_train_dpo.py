@@ -438,6 +438,25 @@ def test_pairs_are_read_ahead_and_are_the_same_with_any_number_of_threads(world)
         assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
 
 
+@pytest.mark.parametrize("keep, redraw, reads", [(2 ** 28, False, 12), (2 ** 28, True, 24), (9, False, 24)])
+def test_small_pictures_are_read_once_for_all_epochs(world, monkeypatch, keep, redraw, reads):
+    """And are what is read anew; not kept is what is drawn anew, or too much."""
+    import reference
+    m, records, needs, seen = vlm.load(world[0]), Records(world[1]), {"chosen", "image_rejected"}, []
+    read = reference.read_pair
+    monkeypatch.setattr(reference, "KEEP", keep)
+    monkeypatch.setattr(reference, "read_pair", lambda *args, **o: seen.append(1) or read(*args, **o))
+    o = options.Options(batch=4, micro_batch=2, redraw=redraw, workers=1)    # two may read one pair at once
+    feed = Feed(m, records, range(12), [1] * 12, o, needs, 6)
+    for step in range(6):
+        for places, _, futures in feed(step)[1]:
+            for place, future in zip(places, futures, strict=True):
+                got, want = future.result(), read(m, records, range(12), place, o, needs, step // 3)
+                assert got[0] == want[0] and got[3] == want[3]
+                assert torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+    assert len(seen) == reads
+
+
 @pytest.mark.parametrize("equal", [False, True])
 def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(world, equal):
     tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
