@@ -3,8 +3,8 @@
     found = look(m, records, good, o, "after")      # {"n": 200, "margin": {"true": [0.9, 0.8, 1], ...}, ...}
 
 train_dpo.py calls it with every evaluation; it stands there under `look`, in log.jsonl and in the report. The
-pairs are the first `--set look=200` with one image of --val_data, or, for the classroom's data, pairs by the
-same recipe about tuning scenes (the same for every --seed; never a printed scene).
+pairs are the first `--set look=200` with one image of --val_data, or, for the classroom's models and data,
+pairs by pair_options about tuning scenes (the same for every --seed and --data; never a printed scene).
 
 Every number is [mean over the pairs, low, high]: a 95% interval of 1000 resamples of the images with
 replacement. Differences are taken pair by pair. log p is summed over a response's tokens, in nats; r is the
@@ -101,7 +101,7 @@ def look(m, records, good, o, name, kept=None):
 
 
 def made(out):
-    """(records, indices) of the pairs that a run on the classroom's data holds out; None in another run."""
+    """(records, indices) of the pairs that the classroom's runs hold out; None in another run."""
     file = out / "held_out" / "pairs.jsonl"
     if file.exists():
         records = Records(file)

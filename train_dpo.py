@@ -60,14 +60,15 @@ def classroom_files(o, out):
             if done.returncode:
                 why = (done.stderr.strip() or "no word why").splitlines()[-1]
                 raise data.UserError(f"{program} failed: {why}")
-    if (vlm.resolve(o.model) / "classroom.json").exists():
+    built_in = (vlm.resolve(o.model) / "classroom.json").exists()
+    if built_in:
         make(out / "scenes", "scenes", "--seed", str(o.eval_seed), "--split", o.split,
              "--n", str(o.scenes), "--questions", str(o.questions))
     if o.data == "classroom":
         make(out / "data", "--seed", str(o.seed), "--n", str(o.pairs), *shlex.split(o.pair_options))
-        if o.look and not o.val_data:
-            make(out / "held_out", *shlex.split(o.pair_options), "--split", "tune",
-                 "--seed", str(o.eval_seed), "--n", str(min(o.look, o.pairs)))
+    if (built_in or o.data == "classroom") and o.look and not o.val_data:
+        make(out / "held_out", *shlex.split(o.pair_options), "--split", "tune",
+             "--seed", str(o.eval_seed), "--n", str(min(o.look, o.pairs)))
     return out / "data" / "pairs.jsonl" if o.data == "classroom" else Path(o.data)
 
 

@@ -236,15 +236,19 @@ def test_a_run_killed_while_it_trains_or_looks_has_the_same_log_in_the_end(world
 
 
 def test_the_classrooms_runs_look_at_pairs_of_tuning_scenes_by_the_same_recipe(tmp_path):
-    trained(["--out", str(tmp_path / "run"), "--max_steps", "1", *(
+    tiny = ["--max_steps", "1", *(
         x for field in ("pairs=16", "scenes=4", "questions=8", "max_new_tokens=9", "look=6",
-                        "pair_options=--questions=0") for x in ("--set", field))])
+                        "pair_options=--questions=0") for x in ("--set", field))]
+    trained(["--out", str(tmp_path / "run"), *tiny])
     held_out, pairs = (Records(tmp_path / "run" / name / "pairs.jsonl") for name in ("held_out", "data"))
     assert len(held_out) == 6 and len(pairs) == 16
     assert all(held_out[i]["meta"]["kind"] == "caption" for i in range(6))
     assert held_out[0]["id"].startswith("tune-") and pairs[0]["id"].startswith("s0-")
     (start, before), (end, after) = looks(tmp_path / "run")
     assert (start, end, after["n"], before["kl"]) == (0, 1, 6, [0, 0, 0])
+    own = str(tmp_path / "run" / "data" / "pairs.jsonl")                 # a file, and no --val_data
+    trained(["--out", str(tmp_path / "own"), "--data", own, *tiny])
+    assert looks(tmp_path / "own") == looks(tmp_path / "run")
 
 
 def test_a_picture_of_any_size_is_looked_at_by_a_llava_1_6(tmp_path):
