@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 GOLDEN = Path(os.environ.get("GOLDEN", SHARED / "golden"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")    # tiny models: threads only cost, and sums stay the same
+os.environ["OMP_NUM_THREADS"] = "1"              # a fork of a process whose sums have threads waits for ever
 os.environ["HF_HUB_OFFLINE"] = "1"               # nothing here may reach for a hub
 CACHE = tempfile.mkdtemp(prefix="nanovpo-tests-")
 os.environ.setdefault("XDG_CACHE_HOME", CACHE)   # nothing here may write into the user's ~/.cache
