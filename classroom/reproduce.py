@@ -255,9 +255,9 @@ def for_people(rows, out):
     first = {row["arm"]: RUNS / row["run"] for row in reversed(rows) if row["base"] == study.BASES[0]}
     runs = [first.get(arm, RUNS / "-") for arm in ("mDPO", "DPO")]
     if all((run / "after.jsonl").exists() for run in runs):
-        answers = [str(run / "after.jsonl") for run in runs]
-        started(["eval_hallu.py", "compare", *answers, "--out", str(page),
-                 "--images", str(runs[0] / "scenes")])
+        ours, theirs = (os.path.relpath(run, HERE.parent) for run in runs)      # the page keeps these names
+        started(["eval_hallu.py", "compare", f"{ours}/after.jsonl", f"{theirs}/after.jsonl",
+                 "--out", str(page), "--images", f"{ours}/scenes"])
     return page if page.exists() else None
 
 

@@ -1,6 +1,8 @@
 """The papers in miniature: intervals, the judge, the rules, one whole cell, and what was kept apart."""
+import base64
 import json
 import random
+import re
 import statistics
 
 import pytest
@@ -208,6 +210,12 @@ def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path
     a, b = (reproduce.folder(cell) for cell in (first, second))
     for shared in ("before.jsonl", "before.look.json", "scenes/scenes.jsonl", "data/pairs.jsonl"):
         assert (a / shared).stat().st_ino == (b / shared).stat().st_ino
+    rows_of_fig4 = [row | {"arm": arm} for row, arm in zip(rows, ("DPO", "mDPO"), strict=True)]
+    page = reproduce.for_people(rows_of_fig4, tmp_path).read_text()
+    key = json.loads(base64.b64decode(re.search('"key": "(.*?)"', page)[1]))
+    compared = [(reproduce.HERE.parent / key[x]).resolve() for x in "ab"]
+    assert compared == [b / "after.jsonl", a / "after.jsonl"]
+    assert str(reproduce.HERE.parent) not in json.dumps(key)             # the same page on every machine
     again = reproduce.run(second, tmp_path / "again")
     assert all(again[k] == rows[1][k] for k in rows[1] if k not in ("seconds", "run"))
 
