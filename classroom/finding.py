@@ -55,9 +55,14 @@ def heading(key):
 
 
 def three(values, key, sign=""):
-    """(mean, low, high) for reading, the interval in a second line."""
+    """(mean, low, high) for reading, the interval in a second line: percents to a tenth, others to .001."""
     mean, low, high = numbers(values)
-    form = f"{sign}z.1f" if metric(key)[2] == "%" else "+.3g" if sign else None
+    if metric(key)[2] == "%":
+        form = f"{sign}z.1f"
+    else:
+        form = "+.3g" if sign else None
+        mean, low, high = (x if x is None or abs(x) >= 1 else round(x, 3) + 0.0         # + 0.0: never -0
+                           for x in (mean, low, high))
     spread = "" if None in (low, high) else f"\n{report.num(low, form)} to {report.num(high, form)}"
     return report.num(mean, form) + spread
 

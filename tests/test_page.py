@@ -265,3 +265,10 @@ def test_without_matplotlib_the_page_says_how_to_install_it(tmp_path, monkeypatc
 def test_an_unknown_metric_goes_by_its_own_name_and_known_ones_by_their_label():
     assert page.METRICS["chair_s"][0] == "CHAIR_s" and finding.heading("top_1_agreement") == "top_1_agreement"
     assert finding.heading("cover").startswith("Cover") and finding.heading("words") == "words a caption"
+
+
+def test_numbers_that_are_no_percents_have_three_digits_and_no_more_than_a_thousandth():
+    assert finding.three([-.000772, -.00609, .00454], "look") == "−0.001\n−0.006 to 0.005"
+    assert finding.three([-.0001, None, None], "kl") == "0"
+    assert finding.three([14.7496, 1.7149, .45678], "kl") == "14.7\n1.71 to 0.457"
+    assert finding.three([.04, -.04, 12.345], "chair_s") == "0.0\n0.0 to 12.3"
