@@ -60,13 +60,15 @@ padding-right:1.2em}
 .over tr>:nth-child(1){width:20%}.over tr>:nth-child(2){width:33%}.over tr>:nth-child(3):nth-last-child(2){
 width:18%}
 @media(min-width:900px){.finding{grid-template:"head plot" auto "rest plot" 1fr/minmax(0,1fr) 470px}
-.head{grid-area:head}.rest{grid-area:rest}.finding figure{grid-area:plot}}
+.head{grid-area:head}.rest{grid-area:rest}.finding figure{grid-area:plot}
+.scroll{margin-right:min(0px,calc((1088px - 100vw)/2))}}
 @media(max-width:640px){.over table,.over tbody,.over tbody tr,.over td{display:block;width:auto!important}
 .over thead{display:none}.over td{border:0;padding:.12em 0}.over tr{padding:.7em 0;
 border-bottom:1px solid var(--line)}.card{padding:8px}.scroll .wide,.scroll .paper{min-width:13em}}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--c0:#1f6cb0;
 --c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e}body{font-size:10.5pt}main{padding:0;max-width:none}h2,.head{
-break-after:avoid}figure,tr,.head{break-inside:avoid}.scroll{overflow:visible}.scroll th,.scroll td,
+break-after:avoid}figure,tr,.head{break-inside:avoid}.scroll{overflow:visible;margin-right:0}
+.scroll th,.scroll td,
 .scroll .wide,.scroll .paper{font-size:.68rem;padding-left:.5em;min-width:5em}
 .finding{display:block}thead{break-after:avoid}
 .finding figure{max-width:400px}}
