@@ -180,6 +180,7 @@ def test_every_line_was_run_as_the_tables_say():
     asked = {reproduce.key(cell): cell["arm"] for cell in reproduce.cells(findings.TABLES)}
     for row in LINES:
         assert asked.get(reproduce.key(row)) == row["arm"], row["run"]
+        assert row["before"]["look"]["n"] == row["after"]["look"]["n"] == 200, row["run"]
     assert len({reproduce.key(row) for row in LINES}) == len(LINES)
 
 
