@@ -9,12 +9,14 @@ Ours, where the official codes differ or leave a choice:
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import struct
 import sys
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +30,23 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose refusals are one sentence and exit code 1, like every other mistake."""
+    """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
+    def __init__(self, *args, **options):
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
+        super().__init__(*args, **{"formatter_class": form, "allow_abbrev": False, **options})
+        self.description = _reflowed(self.description)
+
     def error(self, message):
         sys.exit(f"{self.prog}: {message}; see --help")
+
+
+def _reflowed(text, width=80):
+    """A docstring for a terminal: paragraphs are filled anew, indented lines (commands) stay as they are."""
+    found = []
+    for block in (text or "").strip().split("\n\n"):
+        indented = any(line.startswith("    ") for line in block.splitlines())
+        found.append(block if indented else textwrap.fill(" ".join(block.split()), width))
+    return "\n\n".join(found)
 
 
 # ---- files: what is already written is never lost ----
@@ -120,6 +136,90 @@ def read_jsonl(path, torn_ok=False):
                         raise
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+
+
+def read_json(path, default=None):
+    """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
+    path = Path(path)
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON ({error}); replace the file") from error
+
+
+def read_records(path, torn_ok=True):
+    """The objects of a JSON list or of JSON lines, told apart by the first character, in a list."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+    if start != b"[":
+        return list(read_jsonl(path, torn_ok))
+    records = read_json(path)
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: entry {number} is {type(record).__name__} instead of a record {{...}}; "
+                            "correct or delete it")
+    return records
+
+
+def inside(root, path, what):
+    """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
+    root = os.path.realpath(root)
+    found = os.path.realpath(os.path.join(root, path))
+    if os.path.commonpath([root, found]) != root:
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside")
+    return found
+
+
+def digest(path, blocks=64, size=1 << 16):
+    """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
+
+    A tuned model differs nearly everywhere, so 14 GB need not be read a second time. Raises UserError.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            found = hashlib.sha256(f"{path.name} {length}".encode())
+            whole = length <= blocks * size
+            for block in range(1 if whole else blocks):
+                file.seek(0 if whole else length * block // blocks)
+                found.update(file.read(-1 if whole else size))
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+    return found.digest()
+
+
+def identity(source):
+    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
+    source, found = str(source), hashlib.sha256()
+    if source.startswith(("http://", "https://")):
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder, and no URL; check the path")
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix != ".md")
+    for file in files:
+        found.update(str(file.relative_to(path)).encode() + digest(file))
+    return found.hexdigest()[:16]
+
+
+def from_folder(kind, folder, what, fix, **options):
+    """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
+    from safetensors import SafetensorError
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
 # ---- the index: where records begin and end ----

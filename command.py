@@ -1,0 +1,321 @@
+"""What every command needs: its options, its place among torchrun's ranks, its folder, work that resumes.
+
+    chosen, rest = parse(Options, argv, "synth.py", __doc__)     a dataclass is the command line
+    ranks = join()                                               who is who under torchrun
+    lock = claim(out)                                            one run in a folder
+    rows = Store(path, ranks).work(items, make)                  what is done stays done
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import data
+from data import UserError
+
+WIDTH = 80                                           # columns of a help text
+
+
+# ---- options: a dataclass is the command line ----
+def option(default, help, *, behind_set=False, choices=None, flag=""):
+    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. flag: another spelling."""
+    about = {"help": help, "behind_set": behind_set, "choices": choices, "flag": flag}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def behind_set(default, help, **more):
+    """A field that is rarely changed: --set NAME=VALUE."""
+    return option(default, help, behind_set=True, **more)
+
+
+def parse(kind, argv, prog, description, positional=()):
+    """argv -> ({field: value} of what was given, {positional: value}). Raises UserError for a bad value.
+
+    kind: the dataclass. positional: (name, choices, default, help) of each argument without dashes. What was
+    not given is absent, so that a preset can stand between the dataclass's defaults and the command line.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    rare = {name: field for name, field in fields.items() if field.metadata["behind_set"]}
+    parser = data.Parser(prog=prog, description=description, epilog=_described(rare))
+    for name, choices, default, text in positional:
+        parser.add_argument(name, nargs="?", choices=choices, default=default, help=text)
+    for name, field in fields.items():
+        if name not in rare:
+            _add(parser, name, field)
+    if rare:
+        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                            help="a rarer setting, see below; may be given several times")
+    given = vars(parser.parse_args(argv))
+    chosen = {}
+    for item in given.pop("set", []):
+        name, equals, text = item.partition("=")
+        if name not in rare or not equals:
+            raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
+        chosen[name] = value(f"--set {item}", text, rare[name])
+    for name in fields.keys() & given.keys():
+        text = given.pop(name)
+        if isinstance(text, str):
+            chosen[name] = value(f"--{name} {text}", text, fields[name])
+        elif text is not None:
+            chosen[name] = text
+    return chosen, given
+
+
+def preset(presets, chosen):
+    """The defaults of the preset that was chosen; without a choice, of the first. Raises UserError."""
+    name = chosen.get("preset", next(iter(presets)))
+    if name not in presets:
+        raise UserError(f"--preset {name}: give one of {', '.join(presets)}")
+    return presets[name]
+
+
+def _add(parser, name, field):
+    """One --NAME; its value stays text until `value` reads it, so that a bad one is refused in one place."""
+    import argparse
+    names = [f"--{name}", *([field.metadata["flag"]] if field.metadata["flag"] else [])]
+    text = f"{field.metadata['help']} [{_shown(field.default)}]".replace("%", "%%")
+    if field.type is bool:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        parser.add_argument(*names, metavar=_typed(field.type), help=text)
+
+
+def value(where, text, field):
+    """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
+    kind, choices = field.type, field.metadata["choices"]
+    try:
+        if kind is bool:
+            found = {"true": True, "false": False}[text.lower()]
+        elif kind is tuple:
+            found = tuple(float(part) for part in text.split(","))
+        else:
+            found = kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{where}: {text!r} is not {_typed(kind, spelt=True)}") from None
+    if choices and found not in choices:
+        raise UserError(f"{where}: give one of {', '.join(str(choice) for choice in choices if choice)}")
+    return found
+
+
+def _typed(kind, spelt=False):
+    names = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
+             tuple: ("X,Y", "numbers with commas"), Path: ("PATH", "a path")}
+    short, long = names.get(kind, ("TEXT", "a text"))
+    return long if spelt else short
+
+
+def _shown(default):
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(f"{x:g}" for x in default)
+    return "none" if default in ("", None) else default
+
+
+def _described(fields):
+    """The --set keys, one paragraph each."""
+    lines = ["settings behind --set, with their defaults:"] if fields else []
+    for name, field in fields.items():
+        text = f"{name}={_shown(field.default)}: {field.metadata['help']}"
+        lines.append(textwrap.fill(text, WIDTH - 2, initial_indent="  ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+# ---- ranks ----
+@dataclass(frozen=True)
+class Ranks:
+    """Who is who. Without torchrun: rank 0 of 1."""
+    rank: int = 0
+    world: int = 1
+    device: Any = "cpu"
+
+    def barrier(self):
+        if self.world > 1:
+            import torch.distributed as dist
+            dist.barrier()
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...] on every rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def first(self, work):
+        """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
+        if self.world == 1:
+            return work()
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as e:
+                error = e
+        return self.told(result, error)
+
+    def told(self, result, error):
+        """Rank 0's result, or its UserError, on every rank."""
+        import torch.distributed as dist
+        sent = [result, error]
+        dist.broadcast_object_list(sent)
+        if sent[1] is not None:
+            raise sent[1] if self.rank == 0 else SystemExit(1)
+        return sent[0]
+
+
+def join(device="", backend=""):
+    """Ranks of this process, which waits for the others under torchrun. Ranks that share a GPU, or have none,
+    use gloo, as does backend="gloo"; `device` is "" for CUDA, else MPS, else the CPU."""
+    import torch
+    import torch.distributed as dist
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    mps = torch.backends.mps.is_available()
+    kind = device or ("cuda" if gpus else "mps" if mps else "cpu")
+    place = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
+    if "RANK" not in os.environ:
+        return Ranks(device=place)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    alone = place.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
+    dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+
+
+def leave(ranks):
+    """The end of join: every rank has come here before the group is taken down."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# ---- the folder ----
+def claim(out):
+    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
+    import fcntl
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out) / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}): give another folder") from None
+    return lock
+
+
+# ---- work that resumes ----
+class Store:
+    """A file of JSON lines, one for each item that is made, in the items' order.
+
+    An item is a dict with an `id` and a `hash` over all that it is made from; a line is the item and what
+    `make` found. While work runs each rank appends to a part of its own beside the file, one line for each
+    group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
+    order.
+    """
+    def __init__(self, path, ranks=None, head=None, shape=None, in_order=True):
+        """head: {name: value} of the first line, settings that decide every other line: a file begun with
+        others is refused. shape: a row -> its line in the finished file. in_order=False: lines stay where
+        they were appended, in one file, and nothing is ever taken out of it.
+        """
+        self.path, self.ranks, self.head = Path(path), ranks or Ranks(), head
+        self.shape, self.in_order = shape or (lambda row: row), in_order
+
+    def part(self, rank):
+        return self.path.with_name(f"{self.path.name}.rank{rank}")
+
+    def parts(self):
+        return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
+
+    def kept(self, items):
+        """{id: line} of the items that are made: those whose line has the item's hash."""
+        wanted, found = {item["id"]: item["hash"] for item in items}, {}
+        for file in (self.path, *self.parts()):
+            lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
+            if lines and self.head:
+                self.check_head(file, lines.pop(0))
+            for line in lines:
+                for row in line.get("rows", [line]):
+                    if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
+                        found[row["id"]] = row
+        return found
+
+    def check_head(self, file, begun):
+        """Raise UserError where a file was begun with other settings: what differs is named."""
+        differ = [f"{k} ({_brief(begun.get(k))}, now {_brief(self.head.get(k))})"
+                  for k in {**begun, **self.head} if begun.get(k) != self.head.get(k)]
+        if differ:
+            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
+                            "--out or delete it")
+
+    def add(self, rows):
+        """Keep rows that are made, all or none of them."""
+        if not self.in_order:
+            for row in rows:
+                data.append_jsonl(self.path, row)
+            return
+        part = self.part(self.ranks.rank)
+        if self.head and not part.exists():
+            data.append_jsonl(part, self.head)
+        data.append_jsonl(part, {"rows": rows})
+
+    def work(self, items, make, size=1, description="", unit="item"):
+        """The items' lines in their order, without those that failed; only what is missing is made.
+
+        make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
+        Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
+        batches. Keys of an item that begin with _ are for `make` alone.
+        """
+        had = self.kept(items)
+        self.ranks.barrier()                                # everyone has read what is there before it grows
+        groups = [items[at:at + size] for at in range(0, len(items), size)]
+        mine = [g for g in groups[self.ranks.rank::self.ranks.world] if any(x["id"] not in had for x in g)]
+        bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
+                   disable=None if self.ranks.rank == 0 else True)
+        with bar:
+            for group, rows in zip(mine, make(mine), strict=True) if mine else ():
+                new = []
+                for item, row in zip(group, rows, strict=True):
+                    if row is not None and item["id"] not in had:
+                        new.append({k: v for k, v in (item | row).items() if not k.startswith("_")})
+                if new:
+                    self.add(new)
+                bar.update(len(new) * self.ranks.world)
+        self.ranks.barrier()
+        found = self.kept(items)
+        self.ranks.barrier()                                # everyone has read the parts before they go
+        rows = [found[item["id"]] for item in items if item["id"] in found]
+        if self.ranks.rank == 0 and self.in_order:
+            self.write(rows)
+        return rows
+
+    def write(self, rows):
+        """The file, in one move; the parts go."""
+        whole = [*([self.head] if self.head else []), *map(self.shape, rows)]
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in whole]
+        data.atomic_write(self.path, "".join(lines).encode("utf-8", "backslashreplace"))
+        for part in self.parts():
+            with contextlib.suppress(FileNotFoundError):
+                part.unlink()
+
+
+def _brief(value):
+    text = str(value)
+    return text if len(text) < 40 else text[:37] + "..."
+
+
+def positive(name, number):
+    """Raise UserError where an option's number is not above 0 and finite."""
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} is {number}: it must be a number above 0")
