@@ -52,7 +52,7 @@ def from_rank_0(work, rank, world, sharded=()):
                  for number, language in enumerate(sharded, 1)]
         try:
             result[0] = work()
-        except (data.UserError, lora.AdapterError) as e:
+        except data.UserError as e:
             result[1] = e
         for hook in hooks:
             hook.remove()
