@@ -621,7 +621,7 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
 # ---------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
     (["--lose", "dpo"], "--lose"), (["--epochs", "three"], "three"), (["--set", "warmpu=1"], "warmpu"),
-    (["--set", "clip=high"], "not of type float"), (["--set", "redraw=maybe"], "not of type bool"),
+    (["--set", "clip=high"], "'high' is not a number"), (["--set", "redraw=maybe"], "not true or false"),
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
     (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
