@@ -179,7 +179,8 @@ def train(o, rank, world, device):
     def load(place=device):
         m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
         if o.lora_r:
-            lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+            targets = [target for target in o.lora_targets.split(",") if target]
+            lora.add_lora(m.model, o.lora_r, o.lora_alpha, targets, seed=o.seed)
         else:
             vlm.train_whole(m)
         return m
