@@ -35,91 +35,162 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import UserError, atomic_write, draw, hash64, index_array, index_lines, parse, read_image
+from data import (
+    UserError,
+    atomic_write,
+    draw,
+    hash64,
+    index_array,
+    index_lines,
+    parse,
+    read_image,
+    read_json,
+)
 
-# ---- the formats ----
 
-def _text(turn):
+# ---- the formats: raw record -> (image or images, question or turns, chosen, rejected) ----
+def native(raw):
+    turns = []
+    for user, assistant in raw.get("history") or []:
+        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    turns.append({"role": "user", "content": raw["question"]})
+    return raw.get("image"), turns, raw["chosen"], raw.get("rejected")
+
+
+def mdpo(raw):
+    inner = re.search(r"USER:(.*)ASSISTANT:", raw["prompt"], re.DOTALL)
+    question = inner[1] if inner else raw["prompt"]
+    return raw["img_path"], question, raw["chosen"], raw.get("rejected")
+
+
+def llava(raw):
+    turns = raw["conversations"]
+    return raw.get("image"), turns[:-1], _last(turns), _last(raw.get("rejected_conversations"))
+
+
+def rlhf_v(raw):
+    """RLHF-V's pair is in `text`, an object or the text of one; RLAIF-V's is in the record itself."""
+    pair = raw.get("text") or raw
+    if isinstance(pair, str):
+        pair = json.loads(pair)
+    return raw.get("image") or raw.get("image_path"), pair["question"], pair["chosen"], pair.get("rejected")
+
+
+def vlfeedback(raw):
+    _, texts = _rated(raw)
+    return raw["img_path"], raw["prompt"], texts[-1], texts[0]
+
+
+def llava_rlhf(raw):
+    turns = raw["conversations"]
+    role, _ = _turn(turns[-1])
+    if role == "assistant":
+        turns = turns[:-1]
+    first, second = raw["output_1"]["value"], raw["output_2"]["value"]
+    chosen, rejected = {1: (first, second), 2: (second, first)}[raw["preference"]]
+    return raw.get("image"), turns, chosen, rejected
+
+
+def ha_dpo(raw):
+    """A question with its answers, or, without a question, several descriptions of an image."""
+    image, chosen = f"VG_100K/{raw['image_id']}.jpg", raw["chosen"]
+    if isinstance(chosen, str):
+        return image, raw["question"], chosen, raw.get("reject", raw.get("rejected"))
+    rng = draw("ha-dpo", raw["image_id"])
+    question, chosen, rejected = (rng.choice(texts).item() for texts in (DESCRIBE, chosen, raw["rejected"]))
+    return image, question, chosen, rejected
+
+
+def trl(raw):
+    image = raw.get("images", raw.get("image"))
+    return image, raw["prompt"], _last(raw["chosen"]), _last(raw.get("rejected"))
+
+
+FORMATS = {  # name: (the keys that it is detected by, in this order; its function)
+    "vlfeedback": ({"prompt", "completions"}, vlfeedback),
+    "llava-rlhf": ({"output_1", "output_2"}, llava_rlhf),
+    "mdpo": ({"img_path", "prompt"}, mdpo),
+    "llava": ({"conversations"}, llava),
+    "ha-dpo": ({"image_id", "chosen"}, ha_dpo),
+    "rlhf-v": ({"text", "image"}, rlhf_v),
+    "rlaif-v": ({"question", "ds_name"}, rlhf_v),
+    "native": ({"question"}, native),
+    "trl": ({"prompt", "chosen"}, trl)}
+SAMPLE = 10_000                                                 # pairs of VLFeedback at most
+NO_IDS = ("llava-rlhf", "ha-dpo", "rlhf-v", "rlaif-v")          # or ids that repeat
+DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
+            "Please provide a detailed description of the picture.",
+            "Could you describe the contents of this image for me?")
+
+
+# ---- what several formats share ----
+def _turn(raw):
     """(role, text) of a turn in LLaVA's or OpenAI's layout."""
-    role, content = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-    if isinstance(content, list):
-        content = "".join(part.get("text") or "" for part in content)
-    return {"human": "user", "gpt": "assistant", "llava": "assistant"}.get(role, role), content
+    role, text = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
+    if isinstance(text, list):
+        text = "".join(part.get("text") or "" for part in text)
+    return {"human": "user", "gpt": "assistant", "llava": "assistant"}.get(role, role), text
 
 
-def _answer(turns):
-    return turns if isinstance(turns, str | None) else _text(turns[-1])[1]
+def _last(turns):
+    """The text of a response, which is its last turn, a text already, or None."""
+    if isinstance(turns, list):
+        _, turns = _turn(turns[-1])
+    return turns
 
 
 def _dialogue(turns):
     """(history, question) of a question or of turns; a system message leads the first question."""
-    turns = [("user", turns)] if isinstance(turns, str) else [_text(turn) for turn in turns]
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    turns = [_turn(turn) for turn in turns]
     system = [text for role, text in turns if role == "system"]
-    turns = [(role, text.replace("<image>", "").strip()) for role, text in turns if role != "system"]
-    if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise UserError("the turns are not user, assistant, user, ..., assistant; mend the conversation")
-    texts = ["\n\n".join([*system, turns[0][1]]), *(text for _, text in turns[1:])]
+    roles = [role for role, _ in turns if role != "system"]
+    texts = [text.replace("<image>", "").strip() for role, text in turns if role != "system"]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        raise UserError("the turns are not user, assistant, user, ..., assistant; fix the conversation")
+    texts[0] = "\n\n".join([*system, texts[0]])
     return [texts[k:k + 2] for k in range(0, len(texts) - 1, 2)], texts[-1]
 
 
 def _rated(raw):
-    """(mean rating, answer) of the completions, worst first; "N/A" or null counts as not rated."""
-    answers, rated = raw.get("completions") or [], []
+    """(mean ratings, texts) of VLFeedback's completions, worst first; "N/A" or null counts as not rated."""
+    answers, means, texts = raw.get("completions") or [], [], []
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
-            rated.append((sum(marks) / len(marks), answer["response"]))
-    return sorted(rated, key=lambda mark: mark[0])
+            mean, text = sum(marks) / len(marks), answer["response"]
+            means.append(mean)
+            texts.append(text)
+    order = sorted(range(len(texts)), key=means.__getitem__)
+    return [means[k] for k in order], [texts[k] for k in order]
 
 
-FORMATS = {  # the keys that tell, in this order
-    "vlfeedback": {"prompt", "completions"}, "llava-rlhf": {"output_1", "output_2"},
-    "mdpo": {"img_path", "prompt"}, "llava": {"conversations"}, "ha-dpo": {"image_id", "chosen"},
-    "rlhf-v": {"text", "image"}, "rlaif-v": {"question", "ds_name"}, "native": {"question"},
-    "trl": {"prompt", "chosen"}}
-DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
-            "Please provide a detailed description of the picture.",
-            "Could you describe the contents of this image for me?")
-SAMPLE = 10_000
+# ---- what the papers leave out: all raw records -> the reason of each, "" where it stays ----
+def _sampled(raws):
+    """LLaVA-Instruct's part of VLFeedback, where there is any, without ties: at most SAMPLE records."""
+    ids, reasons = [], []
+    for raw in raws:
+        means, _ = _rated(raw)
+        ids.append(str(raw.get("id")))
+        reasons.append("tied or no ratings" if len(set(means)) < 2 else "")
+    instruct = {i for i, name in enumerate(ids) if name.startswith("llava-")}
+    for i in range(len(ids)):
+        if instruct and i not in instruct:
+            reasons[i] = "not of LLaVA-Instruct"
+    left = [i for i, reason in enumerate(reasons) if not reason]
+    for i in sorted(left, key=lambda i: hash64("sample", ids[i]))[SAMPLE:]:
+        reasons[i] = f"beyond a sample of {SAMPLE}"
+    return reasons
 
 
-def _fields(kind, raw, genome):
-    """(image or images, question or turns, chosen, rejected) under each format's names."""
-    get, image, chosen, rejected = raw.get, raw.get("image"), raw.get("chosen"), raw.get("rejected")
-    match kind:
-        case "native":
-            turns = [{"role": role, "content": text} for pair in get("history") or []
-                     for role, text in zip(("user", "assistant"), pair, strict=True)]
-            return image, [*turns, {"role": "user", "content": raw["question"]}], raw["chosen"], rejected
-        case "mdpo":
-            inner = re.search(r"USER:(.*)ASSISTANT:", raw["prompt"], re.DOTALL)
-            return raw["img_path"], inner[1] if inner else raw["prompt"], raw["chosen"], rejected
-        case "llava":
-            turns = raw["conversations"]
-            return image, turns[:-1], _answer(turns), _answer(get("rejected_conversations"))
-        case "rlhf-v" | "rlaif-v":
-            pair = json.loads(raw["text"]) if isinstance(get("text"), str) else get("text") or raw
-            return image or get("image_path"), pair["question"], pair["chosen"], pair.get("rejected")
-        case "vlfeedback":
-            rated = _rated(raw)
-            return raw["img_path"], raw["prompt"], rated[-1][1], rated[0][1]
-        case "llava-rlhf":
-            turns, answers = raw["conversations"], [raw["output_1"]["value"], raw["output_2"]["value"]]
-            turns = turns[:-1] if _text(turns[-1])[0] == "assistant" else turns
-            better = {1: 0, 2: 1}[raw["preference"]]
-            return image, turns, answers[better], answers[1 - better]
-        case "ha-dpo":
-            image = genome.get(int(raw["image_id"]), f"VG_100K/{raw['image_id']}.jpg")
-            if isinstance(chosen, str):
-                return image, raw["question"], chosen, get("reject", rejected)
-            rng = draw("ha-dpo", raw["image_id"])
-            return image, rng.choice(DESCRIBE).item(), rng.choice(chosen).item(), rng.choice(rejected).item()
-        case "trl":
-            return get("images", image), raw["prompt"], _answer(raw["chosen"]), _answer(rejected)
+LEAVE_OUT = {"vlfeedback": _sampled,
+             "ha-dpo": lambda raws: ["answered correctly" if raw.get("correct") else "" for raw in raws]}
 
 
+# ---- the records ----
 @functools.lru_cache(maxsize=2)
 def _parquet(path, group=None):
     try:
@@ -136,7 +207,7 @@ class Records:
     """A file's records, normalised when asked for; only their places in the file are in memory."""
 
     def __init__(self, path, image_root=None):
-        self.path, self.dropped, self.genome, self.gap = str(path), {}, {}, None
+        self.path, self.dropped, self.gap = str(path), {}, None
         self.root = os.path.realpath(image_root or os.path.dirname(os.path.abspath(path)))
         try:
             with open(path, "rb") as file:
@@ -158,8 +229,13 @@ class Records:
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format = self._recognise()
-        if self.format in ("ha-dpo", "vlfeedback"):
-            self._select()
+        self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
+        if self.format in LEAVE_OUT:
+            reasons = LEAVE_OUT[self.format](map(self._raw, range(len(self))))
+            self.dropped = dict(Counter(filter(None, reasons)))
+            self.keep = np.flatnonzero([not reason for reason in reasons])
+        if not len(self):
+            raise UserError(f"{path}: no record is left ({self.dropped}); give the whole published file")
 
     def _recognise(self):
         for i in range(len(self)):                      # one broken record must not hide what the others are
@@ -168,38 +244,12 @@ class Records:
                 break
         else:
             self._raw(0)
-        for name, wanted in FORMATS.items():
+        for name, (wanted, _) in FORMATS.items():
             if keys >= wanted:
                 return name
-        known = "; ".join(f"{name} ({', '.join(sorted(wanted))}, ...)" for name, wanted in FORMATS.items())
+        known = [f"{name} ({', '.join(sorted(wanted))}, ...)" for name, (wanted, _) in FORMATS.items()]
         raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
-                        f"them to those of one of these: {known}")
-
-    def _select(self):
-        """Leave out what the papers leave out."""
-        meta = os.path.join(self.root, "image_data.json")
-        try:
-            with contextlib.suppress(FileNotFoundError), open(meta, "rb") as file:
-                rows = json.load(file)
-                self.genome = {row["image_id"]: "/".join(row["url"].split("/")[-2:]) for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{meta} is not Visual Genome's ({error!r}); fetch it again") from error
-        ids, reasons = [], []
-        for raw in map(self._raw, range(len(self))):
-            ids.append(str(raw.get("id")))
-            tied = self.format == "vlfeedback" and len({mark for mark, _ in _rated(raw)}) < 2
-            correct = self.format == "ha-dpo" and raw.get("correct")
-            reasons.append("tied or no ratings" if tied else "answered correctly" if correct else "")
-        if any(name.startswith("llava-") for name in ids):
-            for i, name in enumerate(ids):
-                reasons[i] = reasons[i] if name.startswith("llava-") else "not of LLaVA-Instruct"
-        left = sorted((i for i, why in enumerate(reasons) if not why), key=lambda i: hash64("sample", ids[i]))
-        for i in left[SAMPLE:] if self.format == "vlfeedback" else []:
-            reasons[i] = f"beyond a sample of {SAMPLE}"
-        self.dropped = dict(Counter(filter(None, reasons)))
-        self.keep = np.flatnonzero([not why for why in reasons])
-        if not len(self):
-            raise UserError(f"{self.path}: no record is left ({self.dropped}); give the whole published file")
+                        f"them to those of one of these: {'; '.join(known)}")
 
     def __len__(self):
         return len(self.keep)
@@ -217,7 +267,7 @@ class Records:
             return self.place(i)
 
     def _id(self, raw, i):
-        own = None if self.format in ("llava-rlhf", "ha-dpo", "rlhf-v", "rlaif-v") else raw.get("id")
+        own = None if self.format in NO_IDS else raw.get("id")
         return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
 
     def _raw(self, i):
@@ -244,6 +294,7 @@ class Records:
             return image
         if not isinstance(image, str):
             raise UserError(f"the image is {type(image).__name__}, not a path; mend the record")
+        image = self.genome.get(image, image)
         path = os.path.realpath(os.path.join(self.root, image))    # through links, which may not lead out
         if os.path.commonpath([path, self.root]) != self.root:
             raise UserError(f"image {image} leaves the image root {self.root}; give another --image_root")
@@ -256,7 +307,8 @@ class Records:
     def __getitem__(self, i):
         raw = self._raw(i)
         try:
-            images, turns, chosen, rejected = _fields(self.format, raw, self.genome)
+            _, read = FORMATS[self.format]
+            images, turns, chosen, rejected = read(raw)
             history, question = _dialogue(turns)
             if not isinstance(chosen, str) or not isinstance(rejected, str | None):
                 raise UserError("chosen or rejected is not text; mend the record")
@@ -272,6 +324,16 @@ class Records:
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             problem = f"not laid out as {self.format} is ({error}); mend the record"
         raise UserError(f"{self.where(i)}: {problem}")
+
+
+def _genome(root):
+    """{VG_100K/ID.jpg: where it is} by Visual Genome's image_data.json in the image root, if it is there."""
+    path = os.path.join(root, "image_data.json")
+    try:
+        urls = {row["image_id"]: row["url"].split("/") for row in read_json(path, [])}
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not Visual Genome's ({error!r}); fetch it again") from error
+    return {f"VG_100K/{name}.jpg": "/".join(url[-2:]) for name, url in urls.items()}
 
 
 # ---- the full check ----
