@@ -4,7 +4,7 @@
     good = check(records)               # every record and image, once; the faults on stderr, one a line
     pair = records[good[0]]             # id images images_rejected question history chosen rejected meta
 
-Formats, told by their keys, in JSON lines, a JSON array or parquet, and where each is published:
+Formats, detected by their keys, in JSON lines, a JSON array or parquet, and where each is published:
     native      question chosen rejected image (history meta image_rejected)     this project's own
     mdpo        img_path prompt chosen rejected                                  luka-group/mDPO
     llava       conversations rejected_conversations image                       PDS-DPO; YiyangZhou/POVID
@@ -35,17 +35,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    UserError,
-    atomic_write,
-    draw,
-    hash64,
-    index_array,
-    index_lines,
-    parse,
-    read_image,
-    read_json,
-)
+import data
+from data import UserError, draw, hash64, read_image
 
 
 # ---- the formats: raw record -> (image or images, question or turns, chosen, rejected) ----
@@ -190,60 +181,128 @@ LEAVE_OUT = {"vlfeedback": _sampled,
              "ha-dpo": lambda raws: ["answered correctly" if raw.get("correct") else "" for raw in raws]}
 
 
-# ---- the records ----
+# ---- a file's raw records, by their number in it ----
+class Lines:
+    """JSON lines: only where they begin and end is in memory."""
+    unit = "line"
+
+    def __init__(self, path):
+        self.path = path
+        self.starts, self.ends, self.numbers = data.index_lines(path)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def place(self, k):
+        return f"{self.path}, {self.unit} {self.numbers[k]}"
+
+    def __getitem__(self, k):
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[k])
+            text = file.read(self.ends[k] - self.starts[k])
+        return data.parse(text, lambda _: self.place(k))
+
+
+class Array(Lines):
+    """A JSON array, or one object {image id: record} (HA-DPO's), read whole."""
+    def __init__(self, path):
+        self.path, self.rows = path, data.read_json(path)
+        if isinstance(self.rows, dict):
+            self.rows = [{"image_id": name, **row} for name, row in self.rows.items()]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        if not isinstance(self.rows[k], dict):
+            raise UserError(f"{self.place(k)}: {type(self.rows[k]).__name__} instead of a record {{...}}; "
+                            "fix or delete it")
+        return self.rows[k]
+
+    @functools.cached_property
+    def numbers(self):
+        """The line in which each record begins: found when the first fault is to be named."""
+        text, decode, end, line, found = Path(self.path).read_text("utf-8-sig"), json.JSONDecoder(), 0, 1, []
+        before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
+        for _ in self.rows:
+            begin = before.match(text, end).end()
+            line += text.count("\n", end, begin)
+            found.append(line)
+            _, end = decode.raw_decode(text, begin)
+            line += text.count("\n", begin, end)
+        return found
+
+
+class Parquet(Lines):
+    """Parquet: only a row group or two are in memory."""
+    unit = "record"
+
+    def __init__(self, path):
+        self.path, about = path, _parquet(path)
+        sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
+        self.first = np.cumsum([0, *sizes])                         # record of each group
+        self.starts, self.numbers = range(about.num_rows), range(1, about.num_rows + 1)
+
+    def __getitem__(self, k):
+        group = int(np.searchsorted(self.first, k, "right")) - 1
+        return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
+
+
 @functools.lru_cache(maxsize=2)
 def _parquet(path, group=None):
+    """The metadata of a parquet file, or one of its row groups as a table."""
     try:
         import pyarrow.parquet as pq
-        file = pq.ParquetFile(path, memory_map=True)    # without threads: this may be a forked worker
-        return file.metadata if group is None else file.read_row_group(group, use_threads=False)
+        file = pq.ParquetFile(path, memory_map=True)
+        return file.metadata if group is None else file.read_row_group(group)
     except ImportError as error:
         raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
     except ValueError as error:                         # pyarrow's ArrowInvalid
         raise UserError(f"{path} is no readable parquet ({error}); fetch it again") from error
 
 
+def _opened(path):
+    """A file's raw records, by what the file begins with."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"PAR1"):
+            return Parquet(path)
+        if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
+            return Array(path)
+        return Lines(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); "
+                        "give a .jsonl, .json or .parquet file") from error
+
+
+# ---- the records ----
 class Records:
-    """A file's records, normalised when asked for; only their places in the file are in memory."""
+    """A file's records, normalised when asked for; `dropped` counts what the papers leave out."""
 
     def __init__(self, path, image_root=None):
-        self.path, self.dropped, self.gap = str(path), {}, None
+        self.path, self.raw = str(path), _opened(str(path))
         self.root = os.path.realpath(image_root or os.path.dirname(os.path.abspath(path)))
-        try:
-            with open(path, "rb") as file:
-                head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-            if head.startswith(b"PAR1"):
-                meta = _parquet(self.path)
-                sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-                self.groups = np.cumsum([0, *sizes])
-                self.starts, self.lines = np.arange(meta.num_rows), None
-            elif head.startswith(b"[") or re.match(rb'\{\s*"\d+"\s*:\s*\{', head):      # the latter: HA-DPO
-                self.gap = rb"[\[,]" if head.startswith(b"[") else rb'[{,]\s*"(\d+)"\s*:'    # before a record
-                self.starts, self.ends, self.lines = index_array(path)
-            else:
-                self.starts, self.ends, self.lines = index_lines(path)
-        except OSError as error:
-            raise UserError(f"{path} could not be read ({error.strerror}); "
-                            "give a .jsonl, .json or .parquet file") from error
-        self.keep = np.arange(len(self.starts))
+        self.keep, self.dropped = np.arange(len(self.raw)), {}
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
-        self.format = self._recognise()
+        self.format = self._detected()
         self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
         if self.format in LEAVE_OUT:
-            reasons = LEAVE_OUT[self.format](map(self._raw, range(len(self))))
+            reasons = LEAVE_OUT[self.format](map(self.raw.__getitem__, range(len(self))))
             self.dropped = dict(Counter(filter(None, reasons)))
             self.keep = np.flatnonzero([not reason for reason in reasons])
         if not len(self):
             raise UserError(f"{path}: no record is left ({self.dropped}); give the whole published file")
 
-    def _recognise(self):
+    def _detected(self):
+        """The name of the format, by the first record that can be read."""
         for i in range(len(self)):                      # one broken record must not hide what the others are
             with contextlib.suppress(UserError):
-                keys = self._raw(i).keys()
+                keys = self.raw[i].keys()
                 break
         else:
-            self._raw(0)
+            self.raw[0]                                 # raises
         for name, (wanted, _) in FORMATS.items():
             if keys >= wanted:
                 return name
@@ -254,38 +313,47 @@ class Records:
     def __len__(self):
         return len(self.keep)
 
-    def place(self, i, line=1):
-        k = int(self.keep[i])
-        number = f"record {k + 1}" if self.lines is None else f"line {self.lines[k] + line - 1}"
-        return f"{self.path}, {number}"
+    def place(self, i):
+        """FILE, line N: for messages."""
+        return self.raw.place(self.keep[i])
 
     def where(self, i):
         """FILE, line N (id X): for messages."""
-        try:
-            return f"{self.place(i)} (id {self._id(self._raw(i), i)})"
-        except UserError:
-            return self.place(i)
+        return f"{self.place(i)} (id {self._id(self.raw[self.keep[i]], i)})"
 
     def _id(self, raw, i):
         own = None if self.format in NO_IDS else raw.get("id")
         return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
 
-    def _raw(self, i):
-        k = int(self.keep[i])                           # its IndexError ends a loop over the records
-        if self.lines is None:
-            group = int(np.searchsorted(self.groups, k, "right")) - 1
-            return _parquet(self.path, group).slice(k - self.groups[group], 1).to_pylist()[0]
-        begin = self.starts[k] if self.gap is None else self.ends[k - 1] if k else 0
-        with open(self.path, "rb") as file:
-            file.seek(begin)
-            text = file.read(self.ends[k] - begin)
-        gap, text = (part.removeprefix(b"\xef\xbb\xbf").strip()
-                     for part in (text[:self.starts[k] - begin], text[self.starts[k] - begin:]))
-        key = re.fullmatch(self.gap or b"", gap)
-        if not key:
-            raise UserError(f"{self.place(i)}: broken JSON (no comma before the record); mend the file")
-        raw = parse(text, lambda line: self.place(i, line))
-        return {"image_id": key[1].decode(), **raw} if key.groups() else raw
+    def __getitem__(self, i):
+        raw = self.raw[self.keep[i]]                    # beyond the last: IndexError, which ends a loop
+        try:
+            return {"id": self._id(raw, i), **self._fields(raw)}
+        except KeyError as error:
+            problem = f"key {error} is missing; add it"
+        except UserError as error:
+            problem = error
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            problem = f"not laid out as {self.format} is ({error}); fix the record"
+        raise UserError(f"{self.where(i)}: {problem}")
+
+    def _fields(self, raw):
+        _, read = FORMATS[self.format]
+        image, turns, chosen, rejected = read(raw)
+        history, question = _dialogue(turns)
+        if not isinstance(chosen, str) or not isinstance(rejected, str | None):
+            raise UserError("chosen or rejected is not text; fix the record")
+        own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
+        return {"images": self._images(image),
+                "images_rejected": self._images(raw.get("image_rejected")) or None,
+                "question": question, "history": history, "chosen": chosen, "rejected": rejected,
+                "meta": own | (raw.get("meta") or {})}
+
+    def _images(self, images):
+        """Paths inside the image root, or bytes, of what a record has under an image's key."""
+        if not isinstance(images, list):
+            images = [images]
+        return [self._image(image) for image in images if image is not None]
 
     def _image(self, image):
         if isinstance(image, dict):                     # as Hugging Face's datasets hold images
@@ -293,44 +361,16 @@ class Records:
         if isinstance(image, bytes):
             return image
         if not isinstance(image, str):
-            raise UserError(f"the image is {type(image).__name__}, not a path; mend the record")
-        image = self.genome.get(image, image)
-        path = os.path.realpath(os.path.join(self.root, image))    # through links, which may not lead out
-        if os.path.commonpath([path, self.root]) != self.root:
-            raise UserError(f"image {image} leaves the image root {self.root}; give another --image_root")
-        return path
-
-    def _images(self, value):
-        values = value if isinstance(value, list) else [value]
-        return [self._image(image) for image in values if image is not None]
-
-    def __getitem__(self, i):
-        raw = self._raw(i)
-        try:
-            _, read = FORMATS[self.format]
-            images, turns, chosen, rejected = read(raw)
-            history, question = _dialogue(turns)
-            if not isinstance(chosen, str) or not isinstance(rejected, str | None):
-                raise UserError("chosen or rejected is not text; mend the record")
-            own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
-            return {"id": self._id(raw, i), "images": self._images(images),
-                    "images_rejected": self._images(raw.get("image_rejected")) or None, "question": question,
-                    "history": history, "chosen": chosen, "rejected": rejected,
-                    "meta": own | (raw.get("meta") or {})}
-        except KeyError as error:
-            problem = f"key {error} is missing; add it"
-        except UserError as error:
-            problem = error
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
-            problem = f"not laid out as {self.format} is ({error}); mend the record"
-        raise UserError(f"{self.where(i)}: {problem}")
+            raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
+        fix = "move it inside or give another --image_root"
+        return data.inside(self.root, self.genome.get(image, image), "image", fix)
 
 
 def _genome(root):
     """{VG_100K/ID.jpg: where it is} by Visual Genome's image_data.json in the image root, if it is there."""
     path = os.path.join(root, "image_data.json")
     try:
-        urls = {row["image_id"]: row["url"].split("/") for row in read_json(path, [])}
+        urls = {row["image_id"]: row["url"].split("/") for row in data.read_json(path, [])}
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not Visual Genome's ({error!r}); fetch it again") from error
     return {f"VG_100K/{name}.jpg": "/".join(url[-2:]) for name, url in urls.items()}
@@ -446,7 +486,7 @@ def check(records, needs_rejected=True, needs_image=False, workers=None, skip_ba
         notes.write(json.dumps({"faults": faults}).encode() + b"\n")
         with contextlib.suppress(OSError, UserError):   # a read-only home or a full disk: remember nothing
             cache.mkdir(parents=True, exist_ok=True)
-            atomic_write(memory, notes.getbuffer())
+            data.atomic_write(memory, notes.getbuffer())
     for _, _, sentence in faults:
         print(sentence, file=sys.stderr)
     bad = {i for i, _, _ in faults}
