@@ -22,14 +22,13 @@ Ours, where a format leaves a choice:
  3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs is in `meta`."""
 import contextlib
 import functools
-import io
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +376,43 @@ def _genome(root):
 
 
 # ---- the full check ----
+def check(records, needs_rejected=True, needs_image=False, skip_bad=False, cache_dir=None):
+    """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
+
+    Every image is decoded once. cache_dir: a folder of the run; the outcome stays there, and holds until the
+    data or an image changes size or time."""
+    faults = _kept_check(records, (needs_rejected, needs_image), cache_dir)
+    for _, _, text in faults:
+        print(text, file=sys.stderr)
+    bad = {i for i, _, _ in faults}
+    if bad and not skip_bad:
+        raise UserError(f"{len(bad)} of {len(records)} records of {records.path} are faulty (listed above); "
+                        "fix them or pass --skip_bad")
+    if len(bad) == len(records):
+        raise UserError(f"{records.path} has no usable record (see above); fix it or give an --image_root")
+    if bad:
+        kinds = Counter(kind for _, kind, _ in faults).items()
+        print(f"--skip_bad left out {len(bad)} of {len(records)} records of {records.path} "
+              f"({', '.join(f'{n} {kind}' for kind, n in kinds)})", file=sys.stderr)
+    return [i for i in range(len(records)) if i not in bad]
+
+
+def _kept_check(records, needs, folder):
+    """_full_check's faults, or those that an earlier check has left in `folder`."""
+    path = os.path.abspath(records.path)
+    kept = Path(folder or "") / f"check-{hash64(path, _stat(path), records.root, *needs):016x}.json"
+    if folder and kept.exists():
+        with contextlib.suppress(UserError):            # torn
+            found = data.read_json(kept)
+            if all(_stat(image) == stat for image, stat in found["images"].items()):
+                return found["faults"]
+    faults, images = _full_check(records, needs)
+    if folder:
+        with contextlib.suppress(OSError, UserError):   # a full disk, or a folder to read only: nothing stays
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            data.atomic_write(kept, json.dumps({"images": images, "faults": faults}))
+    return faults
+
 
 def _stat(path):
     with contextlib.suppress(OSError):
@@ -384,119 +420,60 @@ def _stat(path):
         return [stat.st_size, stat.st_mtime_ns]
 
 
-def _image_fault(image, root):
-    try:
-        read_image(image)
-    except UserError as error:
-        shown = str(error)
-        return shown if isinstance(image, bytes) else shown.replace(image, os.path.relpath(image, root))
+def _full_check(records, needs, size=128):
+    """([(index, kind, sentence)], {an image's path: its size and time}). Threads decode the images."""
+    faults, first, broken, stats = [], {}, {}, {}
+    starts = range(0, len(records), size)
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(starts, "checking records", disable=None if len(starts) > 4 else True):
+            read, images = {}, {}
+            for i in range(start, min(start + size, len(records))):
+                try:
+                    record = read[i] = records[i]
+                    images[i] = record["images"] + (record["images_rejected"] or [])
+                except UserError as error:
+                    faults.append((i, "unreadable record", str(error)))
+            # ---- the images that were not seen before; bytes are not kept ----
+            new = set(chain(*images.values())) - broken.keys()
+            paths = [image for image in new if isinstance(image, str)]
+            stats |= {path: _stat(path) for path in paths}
+            found = dict(zip(new, pool.map(_image_fault, new, repeat(records.root)), strict=True))
+            broken |= {path: found[path] for path in paths}
+            # ---- what is wrong with each record ----
+            for i, record in read.items():
+                wrong = _text_faults(record, *needs)
+                before = first.setdefault(record["id"], i)
+                if before != i:
+                    where = records.place(before)
+                    wrong.append(("duplicate id", f"the id is a duplicate of that at {where}; rename one"))
+                for image in images[i]:
+                    if says := found.get(image) or broken.get(image):
+                        wrong.append(("missing or unreadable image", says))
+                faults += [(i, kind, f"{records.where(i)}: {says}") for kind, says in wrong]
+    return sorted(faults), stats
 
 
-def _response_faults(record, needs_rejected):
-    wrong = []
+def _text_faults(record, needs_rejected, needs_image):
+    """[(kind, sentence)]: what is wrong with a record, its images' files apart."""
+    wrong, images = [], record["images"]
     for name in ("chosen", "rejected")[:1 + needs_rejected]:
         if record[name] is None:
             wrong.append(("missing key", f"key '{name}' is missing; add it"))
         elif not record[name].strip():
             wrong.append(("empty response", f"the {name} response is empty; write or delete it"))
     if not wrong and needs_rejected and record["chosen"].strip() == record["rejected"].strip():
-        wrong.append(("identical responses", "chosen and rejected are identical; mend or delete it"))
+        wrong.append(("identical responses", "chosen and rejected are identical; fix or delete it"))
+    if needs_image and not images:
+        wrong.append(("missing image", "there is no image and this loss needs one; add it or choose dpo"))
+    if len(record["images_rejected"] or images) != len(images):
+        wrong.append(("rejected images", "image and image_rejected differ in number; give as many"))
     return wrong
 
 
-def _begin(*what):
-    global _checked                                     # given to each worker once, not with every job
-    _checked = what
-
-
-def _check_some(indices):
-    """Of some records: faults [(index, kind, sentence)], hashes of the ids, {image: its size and time}."""
-    records, needs_rejected, needs_image = _checked
-    faults, hashes, stats, broken = [], [], {}, {}
-    for i in indices:
-        try:
-            record = records[i]
-        except UserError as error:
-            faults.append((i, "unreadable record", str(error)))
-            hashes.append(hash64("unreadable", i))
-            continue
-        hashes.append(hash64(record["id"]))
-        wrong = _response_faults(record, needs_rejected)
-        if needs_image and not record["images"]:
-            wrong.append(("missing image", "there is no image and this loss needs one; add it or choose dpo"))
-        if len(record["images_rejected"] or record["images"]) != len(record["images"]):
-            wrong.append(("rejected images", "image and image_rejected differ in number; give as many"))
-        for image in record["images"] + (record["images_rejected"] or []):
-            if image not in broken:
-                if isinstance(image, str):
-                    stats[image] = _stat(image)
-                broken[image] = _image_fault(image, records.root)
-            if broken[image]:
-                wrong.append(("missing or unreadable image", broken[image]))
-        faults += [(i, kind, f"{records.where(i)}: {sentence}") for kind, sentence in wrong]
-    return faults, hashes, stats
-
-
-def _full_check(records, needs, workers, progress, notes):
-    n, faults, hashes = len(records), [], []
-    jobs = [range(start, min(start + 128, n)) for start in range(0, n, 128)]
-    workers = min(os.cpu_count() or 1, 16) if workers is None else workers
-    with contextlib.ExitStack() as stack:
-        run = map
-        if min(workers, len(jobs)) > 1:
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-            run = stack.enter_context(ProcessPoolExecutor(workers, context, _begin, (records, *needs))).map
-        _begin(records, *needs)
-        for found, some, images in tqdm(run(_check_some, jobs), "checking records", len(jobs),
-                                        disable=not progress or len(jobs) < 5):
-            faults += found
-            hashes += some
-            notes.writelines(json.dumps(entry).encode() + b"\n" for entry in images.items())
-    hashes = np.array(hashes, np.uint64)
-    order = np.argsort(hashes, kind="stable")
-    for k in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]):
-        first, again = (int(i) for i in order[k:k + 2])
-        faults.append((again, "duplicate id", f"{records.where(again)}: the id is a duplicate of that at "
-                                              f"{records.place(first)}; rename one"))
-    return sorted(faults)
-
-
-def check(records, needs_rejected=True, needs_image=False, workers=None, skip_bad=False, cache_dir=None,
-          progress=True):
-    """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
-
-    Every image is decoded once: the outcome is remembered until the data or an image changes size or time."""
-    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/nanovpo").expanduser()
-    path = os.path.abspath(records.path)
-    stamp = hash64(path, _stat(path), records.root, needs_rejected, needs_image)
-    memory, faults = cache / f"check-{stamp:016x}.jsonl", None
-    with contextlib.suppress(OSError, ValueError), open(memory, encoding="utf-8") as file:
-        for entry in map(json.loads, file):             # [image, [size, time]] ... {"faults": ...}
-            if isinstance(entry, dict):
-                faults = entry["faults"]
-            elif _stat(entry[0]) != entry[1]:
-                break
-    if faults is None:
-        notes = io.BytesIO()
-        try:
-            faults = _full_check(records, (needs_rejected, needs_image), workers, progress, notes)
-        except BrokenExecutor as error:
-            raise UserError(f"{records.path}: a process that checked its records was killed, perhaps for "
-                            "want of memory; free some and run the command again") from error
-        notes.write(json.dumps({"faults": faults}).encode() + b"\n")
-        with contextlib.suppress(OSError, UserError):   # a read-only home or a full disk: remember nothing
-            cache.mkdir(parents=True, exist_ok=True)
-            data.atomic_write(memory, notes.getbuffer())
-    for _, _, sentence in faults:
-        print(sentence, file=sys.stderr)
-    bad = {i for i, _, _ in faults}
-    if bad and not skip_bad:
-        raise UserError(f"{len(bad)} of {len(records)} records of {records.path} are faulty (listed above); "
-                        "mend them or pass --skip_bad")
-    if len(bad) == len(records):
-        raise UserError(f"{records.path} has no usable record (see above); mend it or give an --image_root")
-    if bad:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(kind for _, kind, _ in faults).items())
-        print(f"--skip_bad left out {len(bad)} of {len(records)} records of {records.path} ({kinds})",
-              file=sys.stderr)
-    return [i for i in range(len(records)) if i not in bad]
+def _image_fault(image, root):
+    """A sentence where an image cannot be read, with its path as the records have it."""
+    try:
+        read_image(image)
+    except UserError as error:
+        said = str(error)
+        return said if isinstance(image, bytes) else said.replace(image, os.path.relpath(image, root))
