@@ -79,10 +79,10 @@ def evaluate(m, o, out, name, val):
     if o.look and (held_out := val or diagnose.made(out)):
         found["look"] = diagnose.look(m, *held_out[:2], o, name, out / "before.look.json")
     if o.eval_data:
-        import eval_hallu
-        asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
-                                 o.eval_annotations or None, o.eval_synonyms or None,
-                                 description=f"{name}: questions")
+        import answers
+        asked = answers.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
+                              o.eval_annotations or None, o.eval_synonyms or None,
+                              description=f"{name}: questions")
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 
@@ -90,10 +90,10 @@ def evaluate(m, o, out, name, val):
 def measured(m, o, out, name, val):
     """The classroom's metrics where the model is the classroom's, else loss, margin, accuracy on val_data."""
     if m.front.is_classroom:
-        import eval_hallu
-        eval_hallu.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
-                                 max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
-        return eval_hallu.score_classroom(out / f"{name}.jsonl")
+        import answers
+        answers.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
+                              max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
+        return answers.score_classroom(out / f"{name}.jsonl")
     if val is None:
         return {}
     (records, good, reference), forward = val, vlm.FORWARDS[o.forward]
@@ -180,7 +180,8 @@ def train(o, rank, world, device):
     def load(place=device):
         m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
         if o.lora_r:
-            lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+            targets = [target for target in o.lora_targets.split(",") if target]
+            lora.add_lora(m.model, o.lora_r, o.lora_alpha, targets, seed=o.seed)
         else:
             vlm.train_whole(m)
         return m
@@ -290,9 +291,9 @@ def train(o, rank, world, device):
         elif not (out / "model").exists():
             lora.write_folder(m.model, m.front.folder, out / "model", weights)
         if m.front.is_classroom:
-            import eval_hallu
-            summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
-            words = eval_hallu.word_rewards(m, out, o.beta)
+            import answers
+            summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+            words = answers.word_rewards(m, out, o.beta)
             data.atomic_write(out / "words.json", json.dumps(words, indent=1))
         data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
         return summary

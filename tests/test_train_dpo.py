@@ -167,6 +167,16 @@ def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_
     assert (packed_gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-7
 
 
+def test_lora_goes_where_lora_targets_says_and_a_name_of_nothing_is_refused(world, tmp_path):
+    argv = arguments(world, tmp_path / "run", "--epochs", "1", "--set")
+    trained([*argv, "lora_targets=v_proj,multi_modal_projector.linear_2"])
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert [name.split(".", 1)[1] for name in config["target_modules"]] == [
+        *(f"language_model.layers.{i}.self_attn.v_proj" for i in range(2)), "multi_modal_projector.linear_2"]
+    code, text = run([*arguments(world, tmp_path / "other", "--set"), "lora_targets=v_prj"])
+    assert code == 1 and "no linear layer is called 'v_prj'" in text and "Traceback" not in text
+
+
 def kill_at(step, where="step"):
     """SIGKILL in the given optimiser step, or in the middle of writing that step's checkpoint."""
     def arm():
@@ -621,7 +631,7 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
 # ---------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
     (["--lose", "dpo"], "--lose"), (["--epochs", "three"], "three"), (["--set", "warmpu=1"], "warmpu"),
-    (["--set", "clip=high"], "not of type float"), (["--set", "redraw=maybe"], "not of type bool"),
+    (["--set", "clip=high"], "'high' is not a number"), (["--set", "redraw=maybe"], "not true or false"),
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
     (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
