@@ -498,7 +498,7 @@ def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_wit
     assert not torch.equal(crop(0, redraw=True), crop(1, redraw=True))
     seen = []
     def forward(m, pairs, features, needs):
-        seen.append(features.clone())
+        seen.append(torch.cat([*features.images, *features.rejected]))
         return vlm.packed(m, pairs, features, needs)
     import lora
     lora.add_lora(m.model, 4, 8)
