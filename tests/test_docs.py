@@ -23,15 +23,16 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "re
            "report": "data metrics", "vlm": "data families kernels lora losses plan", "chat": "data vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
-           "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
+           "answers": "benchmarks data lora metrics nouns objects ranks vlm",
+           "ballot": "benchmarks data report",
            "compare": "ballot chat data metrics tally",
-           "eval_hallu": "answers benchmarks chat compare data judge lora metrics nouns objects ranks vlm",
+           "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
-           "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
+           "train_dpo": "answers data diagnose lora losses metrics options plan ranks records reference "
                         "report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}

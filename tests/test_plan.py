@@ -86,17 +86,20 @@ def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
 
 
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
-    from ranks import ShardedAdamW
+    import command
+    from ranks import Zero2
     o, row = options.Options(lora_r=0, device="cpu"), [(20, 5, 5, 20, 2)]
     for dtype in ("float32", "bfloat16"):
         m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
         vlm.train_whole(m)
         got = plan.memory(m.front.config, o, row, dtype)
         assert got["weights"] == sum(p.nbytes for p in {*m.model.parameters(), *m.frozen.model.parameters()})
-        adam = ShardedAdamW({n: p for n, p in m.model.named_parameters() if p.requires_grad}, o, 0, 1)
+        trained = {n: p for n, p in m.model.named_parameters() if p.requires_grad}
+        adam = Zero2(trained, torch.optim.AdamW, command.Ranks())
+        adam.step(0.0)
         assert got["gradients"] == adam.grad.nbytes
-        held = [adam.shard.grad, *list(adam.adam.state[adam.shard].values())[1:]]
-        held += [adam.shard] * (dtype == "bfloat16")                   # in float32 it is the weights' memory
+        held = [adam.mine.grad, *list(adam.optimiser.state[adam.mine].values())[1:]]
+        held += [adam.mine] * (dtype == "bfloat16")                    # in float32 it is the weights' memory
         assert got["optimiser"] == sum(x.nbytes for x in held)
     two = plan.memory(m.front.config, dataclasses.replace(o, shard=True), row, "bfloat16", world=2)
     layers = sum(p.numel() for p in m.model.model.language_model.layers.parameters())
