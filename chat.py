@@ -143,7 +143,7 @@ def saved(path, asked):
     (`choices`). Where no line has an id, the replies are the requests' in order, and as many. What `replies`
     wrote names what was asked, and is refused where something else is asked now.
     """
-    lines, said, other = read_records(path), {}, set()
+    lines, said, other = data.read_records(path), {}, set()
     texts = [_text(line) for line in lines]
     names = [line.get("id", line.get("question_id")) if "choices" not in line else None for line in lines]
     if bad := [n for n, text in enumerate(texts, 1) if not isinstance(text, str)]:
@@ -166,28 +166,6 @@ def saved(path, asked):
         raise data.UserError(f"{path} replies to other requests ({len(wrong)} ids, first {wrong[0]}): the "
                              "answers or the prompt have changed since; ask again")
     return said
-
-
-def read_records(path, torn_ok=True):
-    """The objects of a JSON list or of JSON lines, told apart by the first character. A last line that a
-    killed run left unfinished is passed over: what it held is missing, and missing things are counted."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            file.seek(0)
-            whole = file.read() if start == b"[" else b""
-    except OSError as error:
-        raise data.UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    if start != b"[":
-        return list(data.read_jsonl(path, torn_ok))
-    try:
-        records = json.loads(whole.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise data.UserError(f"{path}: broken JSON ({error}); mend the file") from error
-    if bad := next((n for n, record in enumerate(records, 1) if not isinstance(record, dict)), None):
-        raise data.UserError(f"{path}: entry {bad} is {type(records[bad - 1]).__name__} instead of a record "
-                             "{...}; mend or delete it")
-    return records
 
 
 def _text(record):

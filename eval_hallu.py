@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 
 import benchmarks
-import chat
 import compare
 import data
 import judge
@@ -60,12 +59,12 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     answers.answer_questions, such as batch_size.
     """
     Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
-    kind = "pope" if "label" in next(iter(chat.read_records(path)), {}) else "objhal"
+    kind = "pope" if "label" in next(iter(data.read_records(path)), {}) else "objhal"
     questions = benchmarks.questions(kind, [path], images)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
     o = argparse.Namespace(questions=[path], annotations=annotations, synonyms=synonyms, scorer="original",
                            nouns="builtin", extractor="none", mode="robust", partial=False)
-    scores, _ = (pope if kind == "pope" else chair)(o, chat.read_records(out_path))
+    scores, _ = (pope if kind == "pope" else chair)(o, data.read_records(out_path))
     kept = ("accuracy", "f1", "yes_ratio") if kind == "pope" else ("chair_s", "chair_i", "recall")
     return {f"{'pope_' * (kind == 'pope')}{key}": 100 * scores[key] for key in kept}
 
