@@ -13,13 +13,11 @@ written nowhere. No torch is imported until a local model is asked.
 What was said is appended to `out` as it comes; the same call asks only for what is missing. A request that
 the server fails is tried again, a bounded number of times, then counted and left out: no reply is made up.
 """
-import base64
 import concurrent.futures
 import contextlib
 import email.utils
 import hashlib
 import http.client
-import io
 import json
 import os
 import sys
@@ -96,7 +94,7 @@ def digest(messages):
     """16 hex digits over what is asked: the texts, and the bytes of the images rather than their paths."""
     def stable(part):
         if isinstance(part, dict) and part.get("type") == "image":
-            return {"image": hashlib.sha256(_bytes(part["path"])).hexdigest()}
+            return {"image": hashlib.sha256(data.read_bytes(part["path"])).hexdigest()}
         if isinstance(part, list):
             return [stable(inner) for inner in part]
         return {key: stable(inner) for key, inner in part.items()} if isinstance(part, dict) else part
@@ -114,13 +112,6 @@ def weights_of(folder):
                 file.seek(size * block // 16)
                 found.update(file.read(1 << 14))
     return found.hexdigest()[:16]
-
-
-def _bytes(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise data.UserError(f"image {path} could not be read ({error.strerror}); check the path") from error
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -330,19 +321,8 @@ def _parts(content):
     """Content as servers take it: an image is a data: URL."""
     if isinstance(content, str):
         return content
-    return [{"type": "image_url", "image_url": {"url": data_url(part["path"])}} if part["type"] == "image"
-            else part for part in content]
-
-
-def data_url(path):
-    """An image file as a data: URL: JPEG and PNG as they are, what a server may not read as PNG."""
-    raw = _bytes(path)
-    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
-    if kind == "png" and not raw.startswith(b"\x89PNG"):
-        buffer = io.BytesIO()
-        data.read_image(raw).save(buffer, kind)
-        raw = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    return [{"type": "image_url", "image_url": {"url": data.image_url(part["path"])}}
+            if part["type"] == "image" else part for part in content]
 
 
 # ---------------------------------------------------------------------------------------------- a folder
@@ -372,7 +352,7 @@ def local_model(folder, settings):
     folder, sampling = vlm.resolve(folder), {}
     if settings["temperature"]:
         sampling["temperature"] = settings["temperature"]
-    if '"vision_config"' in _bytes(folder / "config.json").decode("utf-8", "replace"):
+    if '"vision_config"' in data.read_bytes(folder / "config.json").decode("utf-8", "replace"):
         m = vlm.load(folder, dtype=dtype, device=device)
 
         def look(batch, seed):
