@@ -31,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+from command import Store
 
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
@@ -67,11 +68,13 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
         said, reason = saved(source, asked), f"{source} does not hold it"
         again = ""
     else:
-        settings = {"model": model if url else weights_of(source), "max_tokens": max_tokens,
+        settings = {"model": model if url else local_identity(source), "max_tokens": max_tokens,
                     "temperature": temperature, "seed": seed}
         keys = {i: digest([key, settings]) for i, key in asked.items()}
-        said, server = resumed(out, keys), Server(
-            source, settings, timeout, attempts, accept) if url else None
+        store = Store(out, in_order=False) if out else None
+        items = [{"id": i, "hash": keys[i]} for i in asked]
+        said = {i: row["reply"] for i, row in store.kept(items).items()} if store else {}
+        server = Server(source, settings, timeout, attempts, accept) if url else None
         missing = [r for r in requests if r["id"] not in said or url and accept and not accept(said[r["id"]])]
         if missing:
             found = server.ask(missing, workers) if url else ask_local(source, requests, set(said), settings)
@@ -79,9 +82,8 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
                                                   desc=description, unit="reply", disable=None) as bar):
                 for i, text, more in found:
                     said[i] = text
-                    if out:
-                        line = {"id": i, "hash": keys[i], "asked": asked[i], "reply": text, **more}
-                        data.append_jsonl(str(out), line)
+                    if store:
+                        store.add([{"id": i, "hash": keys[i], "asked": asked[i], "reply": text, **more}])
                     bar.update()
         reason, again = server.reason if url else "", "; the same command asks only for them"
     if lost := sum(i not in said for i in asked):
@@ -101,32 +103,7 @@ def digest(messages):
     return hashlib.sha256(json.dumps(stable(messages), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_of(folder):
-    """16 hex digits that tell one local model from another: each weights file's size, and blocks of it."""
-    found = hashlib.sha256(str(Path(folder).name).encode())
-    for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            found.update(f"{path.name} {size}".encode())
-            for block in range(16):
-                file.seek(size * block // 16)
-                found.update(file.read(1 << 14))
-    return found.hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------------------------------- files
-def resumed(out, keys):
-    """{id: reply} of what `out` already holds to exactly these requests."""
-    said = {}
-    for line in data.read_jsonl(out, torn_ok=True) if out and os.path.exists(out) else ():
-        if not (isinstance(line.get("id"), str) and "hash" in line and isinstance(line.get("reply"), str)):
-            raise data.UserError(f"{out} is no file of replies (a line lacks id, hash or reply); "
-                                 "give another")
-        if keys.get(line["id"]) == line["hash"]:
-            said[line["id"]] = line["reply"]
-    return said
-
-
 def saved(path, asked):
     """{id: reply} of a file of saved replies: JSON lines or a list, in any of these forms.
 
@@ -340,10 +317,16 @@ def ask_local(folder, requests, done, settings):
                 yield request["id"], text, {}
 
 
+def local_identity(source):
+    """data.identity of a model folder. Raises UserError where it is none."""
+    if not Path(source).is_dir() and source != "classroom":
+        raise data.UserError(f"{source} is no URL, no file of replies and no model folder; give one of these")
+    import vlm
+    return data.identity(vlm.resolve(source))
+
+
 def local_model(folder, settings):
     """-> f(list of messages, a sampling seed or None) -> texts: a LLaVA folder, or a chat model for text."""
-    if not Path(folder).is_dir() and folder != "classroom":
-        raise data.UserError(f"{folder} is no URL, no file of replies and no model folder; give one of these")
     import torch
 
     import vlm
