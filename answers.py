@@ -56,8 +56,8 @@ def describe(m, **more):
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return {"model": Path(m.folder).name, "base": vlm.identity(m), "template": m.template,
-            "images": m.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
+    return {"model": Path(m.front.folder).name, "base": vlm.identity(m), "template": m.front.template,
+            "images": m.front.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
             "dtype": str(m.model.dtype).removeprefix("torch."), "decoding": "greedy", **more}
 
 
@@ -207,9 +207,8 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
     with the true image and with another. For n of the run's first captions; hallucinating ones first."""
     import vlm
 
-    def logps(m, pixels, new):
-        features = vlm.encode_images(m, pixels)                                                 # (2, K, D)
-        return [vlm.word_logps(m, one, new["question"], new["answer"]) for one in features.split(1)]
+    def logps(m, images, new):
+        return [vlm.word_logps(m, image, new["question"], new["answer"]) for image in images]
     run = Path(run_folder)
     (settings, before), (_, after) = (read_answers(run / f"{name}.jsonl") for name in ("before", "after"))
     both = [(b, a) for b, a in zip(before, after, strict=True) if a["kind"] == "caption" and a["answer"]]
@@ -222,11 +221,11 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
         if other is None:
             continue
         paths = [image_path(file, name) for name in (new["image"], other)]
-        pixels = vlm.prepare(m, [data.read_image(p) for p in paths])
+        shown = [data.read_image(p) for p in paths]
         with vlm.base_of(m) as base:
-            reference = logps(base, pixels, new)
+            reference = logps(base, shown, new)
         rewards = [[(w, beta * (p - r)) for (w, p), (_, r) in zip(*both, strict=True)]
-                   for both in zip(logps(m, pixels, new), reference, strict=True)]
+                   for both in zip(logps(m, shown, new), reference, strict=True)]
         image, other_image = (os.path.relpath(p, os.path.realpath(run)) for p in paths)
         out.append({"id": new["id"], "image": image, "other_image": other_image, "question": new["question"],
                     "answer_before": old["answer"], "answer_after": new["answer"], "truth": new["truth"],

@@ -460,6 +460,8 @@ def crop_pixels(pixels, box):
 
 def rejected_pixels(strategy, pixels, seed, id):
     """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     return crop_pixels(pixels, _box(width, height, draw(seed, strategy, id, None), AREAS[strategy]))
 
@@ -473,6 +475,19 @@ class Pair(NamedTuple):
     prompt_rejected: list
     chosen: list
     rejected: list
+    sizes: tuple = ()             # (width, height) of each image in `prompt`
+    sizes_rejected: tuple = ()    # and in `prompt_rejected`
+
+
+class Batch(NamedTuple):
+    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
+    pairs: list
+    images: list
+    images_rejected: list = ()    # none where the loss reads none
+    places: list = ()             # of the pairs among all that are trained on
+    keys: list = ()               # of each pair, a hash over all of it
+    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
+    of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
 def truncate(pair, max_length):
@@ -488,26 +503,43 @@ def truncate(pair, max_length):
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
-    positions: object     # (T,): they restart in each segment, and `rejected` goes on from its prompt's end
+    positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
     segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
 
 
-def pack(pairs, needs):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
-    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then."""
+def plain_positions(ids, sizes):
+    """Positions (T,) of a prompt whose images are tokens like all others."""
     import torch
-    parts = [(p.prompt, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
+    return torch.arange(len(ids))
+
+
+def positions_after(positions, n):
+    """Positions of n tokens that follow a prompt, whose are (T,) or (3, T): they go on from the largest."""
+    import torch
+    more = torch.arange(n) + positions.max() + 1
+    return more.expand(*positions.shape[:-1], n)
+
+
+def pack(pairs, needs, positions_of=plain_positions):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
+
+    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then.
+    positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
+    """
+    import torch
+    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
     if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.chosen, []) for p in pairs]
+        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
     ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, chosen, rejected in parts:
+    for prompt, sizes, chosen, rejected in parts:
         start = len(ids)
         fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
         ids += prompt + chosen + rejected
-        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
+        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
         segments.append((start, len(prompt), len(chosen), len(rejected)))
         # the prompt's last place predicts the first token of both responses
         first.append(([fork - 1, *range(fork, middle - 1)], chosen))
@@ -517,4 +549,4 @@ def pack(pairs, needs):
     predict = torch.tensor([place for places, _ in order for place in places])
     target = torch.tensor([token for _, response in order for token in response])
     lengths = [len(response) for _, response in order]
-    return Row(torch.tensor(ids), torch.tensor(positions), segments, predict, target, lengths)
+    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

@@ -68,9 +68,10 @@ def look(m, records, good, o, name, kept=None):
         for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
             some = jobs[at:at + o.micro_batch]
             pictures = [shut(data.read_image(images[j]), kind) for kind, _, j in some]
-            pairs = [tokenise(model, shown[i], o, [picture.size])[0]
+            pairs = [tokenise(model.front, shown[i], o, [picture.size])[0]
                      for (_, i, _), picture in zip(some, pictures, strict=True)]
-            pairs = [pair._replace(prompt=pair.prompt_rejected) for pair in pairs]   # with this very picture
+            pairs = [pair._replace(prompt=pair.prompt_rejected, sizes=pair.sizes_rejected)
+                     for pair in pairs]                                          # with this very picture
             rows.append(score(model, pairs, pictures, RESPONSES, o))
         return np.concatenate(rows)
     mine = frozen = scores(m)
@@ -132,7 +133,7 @@ def shut(picture, kind):
 @torch.no_grad()
 def score(m, pairs, pictures, needs, o):
     """log p of the responses that `needs` names, chosen first: float64 (B, number of needs)."""
-    features = vlm.encode_images(m, vlm.prepare(m, pictures))
+    features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
     logps = vlm.FORWARDS[o.forward](m, pairs, features, needs)
     return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
 
@@ -143,12 +144,14 @@ def divergence(m, shown, o, moved):
         return np.zeros(len(shown))
     pictures = [data.read_image(r["images"][0]) for r in shown]
     texts = vlm.generate(m, [[p] for p in pictures], [r["question"] for r in shown], o.max_new_tokens,
-                         batch_size=64 if m.is_classroom else 16, sample_seed=o.eval_seed)
+                         batch_size=64 if m.front.is_classroom else 16, sample_seed=o.eval_seed)
     pairs = []
     for r, picture, text in zip(shown, pictures, texts, strict=True):
-        prompt = vlm.prompt_ids(m, r["question"], counts=[vlm.tokens_of(m, picture.size)])
-        ids = [t for t in m.tokenizer(text, add_special_tokens=False).input_ids if t != m.image_token_id]
-        pairs.append(data.Pair(r["id"], prompt, prompt, [*ids, m.eos_id][:o.max_new_tokens], []))
+        prompt = m.front.prompt_ids(r["question"], [picture.size])
+        ids = m.front.tokenizer(text, add_special_tokens=False).input_ids
+        ids = [t for t in ids if t != m.front.image_token_id]
+        answer = [*ids, m.front.eos_id][:o.max_new_tokens]
+        pairs.append(data.Pair(r["id"], prompt, prompt, answer, [], (picture.size,)))
 
     def scores(model):
         return np.concatenate([score(model, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch],

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import data
 import diagnose
+import families
 import lora
 import losses
 import metrics
@@ -60,7 +61,7 @@ def classroom_files(o, out):
             if done.returncode:
                 why = (done.stderr.strip() or "no word why").splitlines()[-1]
                 raise data.UserError(f"{program} failed: {why}")
-    built_in = (vlm.resolve(o.model) / "classroom.json").exists()
+    built_in = (families.resolve(o.model) / "classroom.json").exists()
     if built_in:
         make(out / "scenes", "scenes", "--seed", str(o.eval_seed), "--split", o.split,
              "--n", str(o.scenes), "--questions", str(o.questions))
@@ -88,7 +89,7 @@ def evaluate(m, o, out, name, val):
 
 def measured(m, o, out, name, val):
     """The classroom's metrics where the model is the classroom's, else loss, margin, accuracy on val_data."""
-    if m.is_classroom:
+    if m.front.is_classroom:
         import eval_hallu
         eval_hallu.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
                                  max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
@@ -172,7 +173,7 @@ def train(o, rank, world, device):
     if o.shard and not sharding:
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
-    front = vlm.front(o.model, o.template or None, o.images)
+    front = families.open_folder(o.model, o.template or None, o.images)
     good, lengths = from_rank_0(lambda: plan.usable(front, records, good, o, needs), rank, world)
     from_rank_0(lambda: plan.refuse(front.config, o, lengths, dtype, device, world), rank, world)
 
@@ -184,12 +185,12 @@ def train(o, rank, world, device):
             vlm.train_whole(m)
         return m
     m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
-    sharded = [x.model.model.language_model for x in (m, m.frozen) if x] if sharding else ()
-    if m.is_classroom and device.type == "cpu":
+    sharded = [x.language_model for x in (m, m.frozen) if x] if sharding else ()
+    if m.front.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     if o.checkpointing:
-        m.model.model.language_model.train()                # transformers recomputes in train mode only
-        m.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        m.language_model.train()                # transformers recomputes in train mode only
+        m.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def evaluated(name):
         """Scores by rank 0, kept in NAME.json so that a resumed run does not ask again."""
@@ -211,8 +212,8 @@ def train(o, rank, world, device):
     log = Log(out / "log.jsonl", state["log_bytes"], rank)
     if state["step"] == 0:
         log.write({"options": asdict(o), "ranks": world, "device": str(device), "dtype": dtype,
-                   "pairs": len(good), "steps": steps, "template": m.template_name, "base": base,
-                   "images": m.preparation, "official": options.departures(o),
+                   "pairs": len(good), "steps": steps, "template": m.front.template_name, "base": base,
+                   "images": m.front.preparation, "official": options.departures(o),
                    "base_bytes": frozen_bytes((m.frozen or m).model), **options.provenance()}, before)
     stop, began = Stop(), time.monotonic() - state["seconds"]
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -285,10 +286,10 @@ def train(o, rank, world, device):
 
     def finish():
         if o.lora_r:
-            lora.save(m.model, out / "adapter", str(m.folder))
+            lora.save(m.model, out / "adapter", str(m.front.folder))
         elif not (out / "model").exists():
-            lora.write_folder(m.model, m.folder, out / "model", weights)
-        if m.is_classroom:
+            lora.write_folder(m.model, m.front.folder, out / "model", weights)
+        if m.front.is_classroom:
             import eval_hallu
             summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
             words = eval_hallu.word_rewards(m, out, o.beta)
