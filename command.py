@@ -178,18 +178,25 @@ def join(device="", backend=""):
     use gloo, as does backend="gloo"; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
     import torch.distributed as dist
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    mps = torch.backends.mps.is_available()
-    kind = device or ("cuda" if gpus else "mps" if mps else "cpu")
-    place = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
+    found, gpus = place(device), torch.cuda.device_count()
     if "RANK" not in os.environ:
-        return Ranks(device=place)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    alone = place.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Ranks(device=found)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
     dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    return Ranks(dist.get_rank(), dist.get_world_size(), found)
+
+
+def place(device=""):
+    """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
+    import torch
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    kind = str(device) or ("cuda" if gpus else "mps" if mps else "cpu")
+    if kind == "cuda" and gpus:
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+    return torch.device(kind)
 
 
 def leave(ranks):
