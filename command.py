@@ -7,7 +7,6 @@
 """
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import textwrap
@@ -247,7 +246,7 @@ class Store:
 
     def kept(self, items):
         """{id: line} of the items that are made: those whose line has the item's hash."""
-        wanted, found = {item["id"]: item["hash"] for item in items}, {}
+        wanted, found, appended = {item["id"]: item["hash"] for item in items}, {}, []
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
@@ -256,6 +255,9 @@ class Store:
                 for row in line.get("rows", [line]):
                     if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
                         found[row["id"]] = row
+                        if "rows" in line:
+                            appended.append(row["id"])
+        self.twice = len(appended) - len(set(appended))     # rows that the ranks made more than once
         return found
 
     def check_head(self, file, begun):
@@ -310,8 +312,7 @@ class Store:
     def write(self, rows):
         """The file, in one move; the parts go."""
         whole = [*([self.head] if self.head else []), *map(self.shape, rows)]
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in whole]
-        data.atomic_write(self.path, "".join(lines).encode("utf-8", "backslashreplace"))
+        data.write_jsonl(self.path, whole)
         for part in self.parts():
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()

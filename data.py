@@ -139,6 +139,12 @@ def read_jsonl(path, torn_ok=False):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
 def read_json(path, default=None):
     """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
     path = Path(path)
@@ -312,9 +318,12 @@ def _opened(source):
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
 
 
-def read_image(source):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+def read_image(source, as_stored=False):
+    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do.
+    as_stored: in its own mode and not turned."""
     with _opened(source) as file:
+        if as_stored:
+            return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
