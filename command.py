@@ -279,16 +279,18 @@ class Store:
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 
-    def work(self, items, make, size=1, description="", unit="item"):
+    def work(self, items, make, size=1, description="", unit="item", whole=True):
         """The items' lines in their order, without those that failed; only what is missing is made.
 
         make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
         Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
-        batches. Keys of an item that begin with _ are for `make` alone.
+        batches; whole=False: only what is missing is grouped, for servers, which are asked one by one. Keys
+        of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
         self.ranks.barrier()                                # everyone has read what is there before it grows
-        groups = [items[at:at + size] for at in range(0, len(items), size)]
+        todo = items if whole else [item for item in items if item["id"] not in had]
+        groups = [todo[at:at + size] for at in range(0, len(todo), size)]
         mine = [g for g in groups[self.ranks.rank::self.ranks.world] if any(x["id"] not in had for x in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
                    disable=None if self.ranks.rank == 0 else True)
