@@ -23,6 +23,7 @@ official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does t
 """
 import importlib.util
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,48 +398,48 @@ def choose_template(front, asked):
     return name, TEMPLATES[name]
 
 
-# -------------------------------------------------------------------------------- what a folder is
-PARTS = {"weights": ("*.safetensors", "*.bin"),
-         "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
-         "image processor": ("preprocessor_config.json", "processor_config.json")}
+# ---- what a folder is ----
+def describe(folder):
+    """Lines that say what a model folder is, from its files alone: a run that only plans prints them.
 
-
-def info(folder):
-    """Lines that say what a model folder is, read from its files alone; no weight is loaded, nothing is
-    raised
-    for what is torn or missing: it is said."""
-    from safetensors import SafetensorError, safe_open
+    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
+    """
     folder = resolve(folder)
     config = read_config(folder)
-    parameters, size, types, amiss = 0, 0, set(), []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size += path.stat().st_size
-        try:
-            with safe_open(path, "pt") as tensors:
-                for name in tensors.keys():
-                    piece = tensors.get_slice(name)
-                    parameters += torch.Size(piece.get_shape()).numel()
-                    types.add(piece.get_dtype())
-        except (SafetensorError, OSError) as e:
-            amiss.append(f"{path.name} is torn ({e})" if path.suffix == ".safetensors" else
-                         f"{path.name} is a pickle, not counted")
-    maps = [read_json(index).get("weight_map", {}) for index in folder.glob("*.index.json")]
-    indexed = {name for weight_map in maps for name in weight_map.values()}
-    amiss += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
-    absent = (what for what, names in PARTS.items() if not any(any(folder.glob(n)) for n in names))
-    amiss += [f"{what} is missing" for what in absent]
+    count, types, faults = weights(folder)
     lines = [f"folder          {folder}",
              f"model           {config['model_type']}: {config.get('vision_config', {}).get('model_type')} + "
              f"{config['text_config'].get('model_type')}",
-             f"parameters      {parameters:,} in {', '.join(sorted(types)) or '-'}, {size / 2**20:,.1f} MiB"]
+             f"parameters      {count:,} in {', '.join(sorted(types)) or 'no file'}"]
     try:
-        m = open_folder(folder)
-        text = m.tokenizer.decode(m.prompt_ids("QUESTION", [])) 
-        more = f" a tile, up to {m.tiles} tiles and a token a row" if m.tiles > 1 else ""
-        lines += [f"image           {m.config.vision_config.image_size} pixels, {m.image_tokens} "
-                  f"tokens{more}; {m.preparation}",
-                  f"vocabulary      {m.config.text_config.vocab_size}",
-                  f"template        {m.template_name}: {text!r}"]
+        front = open_folder(folder)
     except data.UserError as e:
-        amiss.append(str(e))
-    return [*lines, f"missing         {'; '.join(amiss) or 'nothing'}"]
+        faults.append(str(e))
+    else:
+        text = front.tokenizer.apply_chat_template(messages("QUESTION", 1, ()), chat_template=front.template,
+                                                   tokenize=False, add_generation_prompt=True)
+        tiles = f" a tile, up to {front.tiles} tiles and a token a row" if front.tiles > 1 else ""
+        lines += [f"image           {front.config.vision_config.image_size} pixels, {front.image_tokens} "
+                  f"tokens{tiles}; {front.preparation}",
+                  f"template        {front.template_name}: {text!r}"]
+    return [*lines, f"missing         {'; '.join(faults) or 'nothing'}"]
+
+
+def weights(folder):
+    """(number of parameters, their types, what is torn or missing) of a folder's safetensors files."""
+    from safetensors import SafetensorError, safe_open
+    count, types, faults = 0, set(), []
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        try:
+            with safe_open(path, "pt") as tensors:
+                pieces = [tensors.get_slice(name) for name in tensors.keys()]
+                count += sum(math.prod(piece.get_shape()) for piece in pieces)
+                types |= {piece.get_dtype() for piece in pieces}
+        except (SafetensorError, OSError) as e:
+            faults.append(f"{path.name} is torn ({e})")
+    indexed = set()
+    for index in folder.glob("*.index.json"):
+        indexed |= set(read_json(index).get("weight_map", {}).values())
+    faults += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
+    return count, types, faults if files else [*faults, "weights (*.safetensors) are missing"]

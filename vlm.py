@@ -1,11 +1,8 @@
 """Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
 
-    python vlm.py info MODEL                         a folder: size, template, image tokens, what is missing
-    python vlm.py info MODEL --preset P --data F     what a run would need: pairs, steps, tokens, GiB per GPU
-
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, stands in families.py.
+between them, texts and images, is in families.py.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -21,7 +18,6 @@ Departures from the published code:
     adapter the projector trains, and the reference's encodes once more.
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
-import argparse
 import bisect
 import contextlib
 import copy
@@ -375,23 +371,3 @@ def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
             if progress:
                 progress(len(batch))
     return answers
-
-
-# -------------------------------------------------------------------------------- python vlm.py info
-def main():
-    parser = data.Parser(prog="vlm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True)
-    info_parser = command.add_parser("info", help="what a model folder is, and what a run with it would need")
-    info_parser.add_argument("model", help="llava-hf folder, or classroom")
-    args, more = parser.parse_known_args()
-    try:
-        print("\n".join(families.info(args.model)))
-        if more:                                     # options of train_dpo.py
-            import plan
-            print("\n".join(plan.show(["--model", args.model, *more])))
-    except data.UserError as e:
-        sys.exit(f"vlm.py: {e}")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from test_train_dpo import adapter, arguments, kill_at, log_of, run, trained, wr
 
 import data
 import diagnose
+import families
 import lora
 import options
 import vlm
@@ -48,8 +49,8 @@ def opts(world, **more):
 
 def by_hand(m, record, image, role):
     """log p of a response with an image in the prompt, one token after another, of policy and reference."""
-    ids, answer = vlm.prompt_ids(m, record["question"]), vlm.response_ids(m, record[role])
-    features = vlm.encode_images(m, vlm.prepare(m, [image]))
+    ids, answer = m.front.prompt_ids(record["question"], [image.size]), m.front.response_ids(record[role])
+    features = m.front.encode(m.model, m.front.prepare([image]))
     out = []
     with torch.no_grad():
         for _ in range(2):
@@ -93,7 +94,8 @@ def test_every_margin_is_the_one_by_hand(world, tuned, forward):
 
 def test_a_blind_model_has_the_same_margins_with_every_image(world, tuned, monkeypatch):
     see = vlm.encode_images
-    monkeypatch.setattr(vlm, "encode_images", lambda *args: torch.zeros_like(see(*args)))
+    monkeypatch.setattr(vlm, "encode_images",
+                        lambda *args: vlm.Features([x * 0 for x in see(*args).images], []))
     found = diagnose.look(tuned, Records(world[1]), range(12), opts(world), "after")
     assert len({tuple(found["margin"][kind]) for kind in KINDS}) == 1 and found["margin"]["true"][0] != 0
     for name in ("margin_true_minus", "preference_true_minus"):
@@ -170,10 +172,10 @@ def test_kl_is_the_drawn_answers_log_ratio_with_its_end_if_it_ended(world, tuned
     ratios = []
     for i, text in enumerate(said):
         record = records[i] | {"chosen": text or WORDS[2]}
-        monkeypatch.setattr(vlm, "response_ids", lambda m, text: [
-            *m.tokenizer(text, add_special_tokens=False).input_ids, m.eos_id][:4])
+        monkeypatch.setattr(families.Llava, "response_ids", lambda front, text: [
+            *front.tokenizer(text, add_special_tokens=False).input_ids, front.eos_id][:4])
         if not text:
-            monkeypatch.setattr(vlm, "response_ids", lambda m, text: [m.eos_id])
+            monkeypatch.setattr(families.Llava, "response_ids", lambda front, text: [front.eos_id])
         mine, frozen = by_hand(tuned, record, data.read_image(record["images"][0]), "chosen")
         ratios.append(mine - frozen)
     assert found["kl"][0] == pytest.approx(np.mean(ratios), abs=1e-5)

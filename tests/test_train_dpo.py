@@ -317,7 +317,7 @@ def test_without_lora_naive_and_packed_train_to_the_same_model_that_transformers
     assert not (tmp_path / "packed" / "adapter").exists()
     saved, base = tmp_path / "packed" / "model", dict(vlm.load(world[0]).model.named_parameters())
     theirs, m = LlavaForConditionalGeneration.from_pretrained(saved), vlm.load(saved, dtype=torch.float64)
-    ids = torch.tensor([vlm.prompt_ids(m, "what is this ?", 0)])
+    ids = torch.tensor([m.front.prompt_ids("what is this ?", [])])
     torch.testing.assert_close(theirs(input_ids=ids).logits, m.model(input_ids=ids).logits)
     for name, p in m.model.named_parameters():
         assert torch.equal(p.float(), base[name]) == ("vision_tower" in name), name
@@ -484,7 +484,7 @@ def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_wit
     assert not torch.equal(crop(0, redraw=True), crop(1, redraw=True))
     seen = []
     def forward(m, pairs, features, needs):
-        seen.append(features.clone())
+        seen.append(torch.cat([*features.images, *features.rejected]))
         return vlm.packed(m, pairs, features, needs)
     import lora
     lora.add_lora(m.model, 4, 8)
@@ -606,7 +606,7 @@ def test_real_pairs_two_empty_responses_are_named_and_the_rest_trains(tmp_path):
     base = LlavaForConditionalGeneration.from_pretrained(model)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     ours = vlm.load(model, adapter=tmp_path / "run" / "adapter")
-    ids = torch.tensor([vlm.prompt_ids(ours, "What is this?", 0)])
+    ids = torch.tensor([ours.front.prompt_ids("What is this?", [])])
     theirs = loaded(input_ids=ids).logits
     torch.testing.assert_close(theirs, ours.model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
