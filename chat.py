@@ -292,8 +292,8 @@ class Server:
     def request(self, path, body, timeout):
         """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
 
-        Seconds: None where the server does not say, inf where another attempt would not help. Raises UserError
-        where the server refuses us.
+        Seconds: None where the server does not say, inf where another attempt would not help. Raises
+        UserError where the server refuses us.
         """
         start, answer = time.monotonic(), None
         try:
