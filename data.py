@@ -296,7 +296,7 @@ def index_array(path):
 # ---- images ----
 
 NARROW = 100                                            # longer side by shorter, at most
-SMALL = 160                                             # pixels: up to here a shrunken image is a PNG
+SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
 
 @contextlib.contextmanager
@@ -342,13 +342,15 @@ def image_url(source, side=None):
 
     In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
     """
-    raw = source if isinstance(source, bytes) else read_bytes(source)
-    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
-    if side or not raw.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-        image, buffer = read_image(source), io.BytesIO()
+    raw = b""
+    if not side:
+        raw = source if isinstance(source, bytes) else read_bytes(source)
+    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
+    if not kind:
+        image, kind, buffer = read_image(source), "png", io.BytesIO()
         if side:
             image.thumbnail((side, side))
-        kind = "jpeg" if side and max(image.size) > SMALL else "png"
+            kind = "jpeg" if max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
