@@ -1,8 +1,8 @@
-"""Train a paper's run at full size on random weights, without a download: what can be checked but the
-weights.
+"""Train a paper's run at full size on random weights, without a download.
 
-    python tests/rehearse.py mdpo-bunny [--keep DIR]      14 GB of memory, 13 GB of disk, two cores
-    python tests/rehearse.py mdpo-llava|pds-llava         7B: a GPU, or 64 GB of memory; 40 GB of disk
+    python tests/rehearse.py mdpo-bunny        14 GB of memory, 13 GB of disk
+    python tests/rehearse.py mdpo-llava        7B: a GPU or 64 GB; 40 GB of disk
+    python tests/rehearse.py pds-llava         the same
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
 published; takes it through tools/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
