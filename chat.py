@@ -13,13 +13,11 @@ written nowhere. No torch is imported until a local model is asked.
 What was said is appended to `out` as it comes; the same call asks only for what is missing. A request that
 the server fails is tried again, a bounded number of times, then counted and left out: no reply is made up.
 """
-import base64
 import concurrent.futures
 import contextlib
 import email.utils
 import hashlib
 import http.client
-import io
 import json
 import os
 import sys
@@ -33,6 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+from command import Store
 
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
@@ -69,11 +68,13 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
         said, reason = saved(source, asked), f"{source} does not hold it"
         again = ""
     else:
-        settings = {"model": model if url else weights_of(source), "max_tokens": max_tokens,
+        settings = {"model": model if url else local_identity(source), "max_tokens": max_tokens,
                     "temperature": temperature, "seed": seed}
         keys = {i: digest([key, settings]) for i, key in asked.items()}
-        said, server = resumed(out, keys), Server(
-            source, settings, timeout, attempts, accept) if url else None
+        store = Store(out, in_order=False) if out else None
+        items = [{"id": i, "hash": keys[i]} for i in asked]
+        said = {i: row["reply"] for i, row in store.kept(items).items()} if store else {}
+        server = Server(source, settings, timeout, attempts, accept) if url else None
         missing = [r for r in requests if r["id"] not in said or url and accept and not accept(said[r["id"]])]
         if missing:
             found = server.ask(missing, workers) if url else ask_local(source, requests, set(said), settings)
@@ -81,9 +82,8 @@ def replies(source, requests, out=None, *, model=None, max_tokens=512, temperatu
                                                   desc=description, unit="reply", disable=None) as bar):
                 for i, text, more in found:
                     said[i] = text
-                    if out:
-                        line = {"id": i, "hash": keys[i], "asked": asked[i], "reply": text, **more}
-                        data.append_jsonl(str(out), line)
+                    if store:
+                        store.add([{"id": i, "hash": keys[i], "asked": asked[i], "reply": text, **more}])
                     bar.update()
         reason, again = server.reason if url else "", "; the same command asks only for them"
     if lost := sum(i not in said for i in asked):
@@ -96,46 +96,14 @@ def digest(messages):
     """16 hex digits over what is asked: the texts, and the bytes of the images rather than their paths."""
     def stable(part):
         if isinstance(part, dict) and part.get("type") == "image":
-            return {"image": hashlib.sha256(_bytes(part["path"])).hexdigest()}
+            return {"image": hashlib.sha256(data.read_bytes(part["path"])).hexdigest()}
         if isinstance(part, list):
             return [stable(inner) for inner in part]
         return {key: stable(inner) for key, inner in part.items()} if isinstance(part, dict) else part
     return hashlib.sha256(json.dumps(stable(messages), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def weights_of(folder):
-    """16 hex digits that tell one local model from another: each weights file's size, and blocks of it."""
-    found = hashlib.sha256(str(Path(folder).name).encode())
-    for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            found.update(f"{path.name} {size}".encode())
-            for block in range(16):
-                file.seek(size * block // 16)
-                found.update(file.read(1 << 14))
-    return found.hexdigest()[:16]
-
-
-def _bytes(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise data.UserError(f"image {path} could not be read ({error.strerror}); check the path") from error
-
-
 # ---------------------------------------------------------------------------------------------- files
-def resumed(out, keys):
-    """{id: reply} of what `out` already holds to exactly these requests."""
-    said = {}
-    for line in data.read_jsonl(out, torn_ok=True) if out and os.path.exists(out) else ():
-        if not (isinstance(line.get("id"), str) and "hash" in line and isinstance(line.get("reply"), str)):
-            raise data.UserError(f"{out} is no file of replies (a line lacks id, hash or reply); "
-                                 "give another")
-        if keys.get(line["id"]) == line["hash"]:
-            said[line["id"]] = line["reply"]
-    return said
-
-
 def saved(path, asked):
     """{id: reply} of a file of saved replies: JSON lines or a list, in any of these forms.
 
@@ -143,7 +111,7 @@ def saved(path, asked):
     (`choices`). Where no line has an id, the replies are the requests' in order, and as many. What `replies`
     wrote names what was asked, and is refused where something else is asked now.
     """
-    lines, said, other = read_records(path), {}, set()
+    lines, said, other = data.read_records(path), {}, set()
     texts = [_text(line) for line in lines]
     names = [line.get("id", line.get("question_id")) if "choices" not in line else None for line in lines]
     if bad := [n for n, text in enumerate(texts, 1) if not isinstance(text, str)]:
@@ -166,28 +134,6 @@ def saved(path, asked):
         raise data.UserError(f"{path} replies to other requests ({len(wrong)} ids, first {wrong[0]}): the "
                              "answers or the prompt have changed since; ask again")
     return said
-
-
-def read_records(path, torn_ok=True):
-    """The objects of a JSON list or of JSON lines, told apart by the first character. A last line that a
-    killed run left unfinished is passed over: what it held is missing, and missing things are counted."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            file.seek(0)
-            whole = file.read() if start == b"[" else b""
-    except OSError as error:
-        raise data.UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    if start != b"[":
-        return list(data.read_jsonl(path, torn_ok))
-    try:
-        records = json.loads(whole.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise data.UserError(f"{path}: broken JSON ({error}); mend the file") from error
-    if bad := next((n for n, record in enumerate(records, 1) if not isinstance(record, dict)), None):
-        raise data.UserError(f"{path}: entry {bad} is {type(records[bad - 1]).__name__} instead of a record "
-                             "{...}; mend or delete it")
-    return records
 
 
 def _text(record):
@@ -352,19 +298,8 @@ def _parts(content):
     """Content as servers take it: an image is a data: URL."""
     if isinstance(content, str):
         return content
-    return [{"type": "image_url", "image_url": {"url": data_url(part["path"])}} if part["type"] == "image"
-            else part for part in content]
-
-
-def data_url(path):
-    """An image file as a data: URL: JPEG and PNG as they are, what a server may not read as PNG."""
-    raw = _bytes(path)
-    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
-    if kind == "png" and not raw.startswith(b"\x89PNG"):
-        buffer = io.BytesIO()
-        data.read_image(raw).save(buffer, kind)
-        raw = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    return [{"type": "image_url", "image_url": {"url": data.image_url(part["path"])}}
+            if part["type"] == "image" else part for part in content]
 
 
 # ---------------------------------------------------------------------------------------------- a folder
@@ -382,10 +317,16 @@ def ask_local(folder, requests, done, settings):
                 yield request["id"], text, {}
 
 
+def local_identity(source):
+    """data.identity of a model folder. Raises UserError where it is none."""
+    if not Path(source).is_dir() and source != "classroom":
+        raise data.UserError(f"{source} is no URL, no file of replies and no model folder; give one of these")
+    import vlm
+    return data.identity(vlm.resolve(source))
+
+
 def local_model(folder, settings):
     """-> f(list of messages, a sampling seed or None) -> texts: a LLaVA folder, or a chat model for text."""
-    if not Path(folder).is_dir() and folder != "classroom":
-        raise data.UserError(f"{folder} is no URL, no file of replies and no model folder; give one of these")
     import torch
 
     import vlm
@@ -394,7 +335,7 @@ def local_model(folder, settings):
     folder, sampling = vlm.resolve(folder), {}
     if settings["temperature"]:
         sampling["temperature"] = settings["temperature"]
-    if '"vision_config"' in _bytes(folder / "config.json").decode("utf-8", "replace"):
+    if '"vision_config"' in data.read_bytes(folder / "config.json").decode("utf-8", "replace"):
         m = vlm.load(folder, dtype=dtype, device=device)
 
         def look(batch, seed):

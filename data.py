@@ -8,6 +8,7 @@ Ours, where the official codes differ or leave a choice:
  1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -168,6 +169,14 @@ def read_records(path, torn_ok=True):
     return records
 
 
+def read_bytes(path):
+    """A file's bytes. Raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+
+
 def inside(root, path, what):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
@@ -281,6 +290,7 @@ def index_array(path):
 # ---- images ----
 
 NARROW = 100                                            # longer side by shorter, at most
+SMALL = 160                                             # pixels: up to here a shrunken image is a PNG
 
 
 @contextlib.contextmanager
@@ -316,6 +326,23 @@ def image_size(source):
     with _opened(source) as file:
         turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
         return file.size[::-1] if turned else file.size
+
+
+def image_url(source, side=None):
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels where that is given.
+
+    In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
+    """
+    raw = source if isinstance(source, bytes) else read_bytes(source)
+    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
+    if side or not raw.startswith((b"\xff\xd8\xff", b"\x89PNG")):
+        image, buffer = read_image(source), io.BytesIO()
+        if side:
+            image.thumbnail((side, side))
+        kind = "jpeg" if side and max(image.size) > SMALL else "png"
+        image.save(buffer, kind)
+        raw = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 
 # ---- rejected images: a draw is keyed by what it is for, never by the order of calls ----

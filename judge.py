@@ -83,7 +83,7 @@ def ask(o, who, source, prompts, accept, path, text, max_tokens=1024):
         raise data.UserError(f"the {who} did not reply to {len(requests) - len(replies)} of {len(requests)} "
                              "requests (why stands above); call again, or score what is there with --partial")
     file = Path(source) if Path(source).is_file() else kept
-    lines = chat.read_records(file) if file.exists() else []
+    lines = data.read_records(file) if file.exists() else []
     models = sorted({line["model"] for line in lines if isinstance(line.get("model"), str)})
     said = {who: source.partition("?")[0] + f" ({', '.join(models)})" * bool(models)}
     if all("asked" in line for line in lines):          # then these very prompts were replied to
