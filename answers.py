@@ -197,11 +197,11 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
 
 
 def read_answers(path):
-    """-> (settings or {}, answers). Raises AnswerError for a file that its run has not finished."""
+    """-> (settings or {}, answers). Raises UserError for a file that its run has not finished."""
     settings = next(data.read_jsonl(path, torn_ok=True), {}).get("settings") or {}
     lines = list(data.read_jsonl(path, torn_ok=bool(settings)))[bool(settings):]
     if len(lines) != settings.get("questions", len(lines)):
-        raise metrics.AnswerError(f"{path} answers {len(lines)} of {settings['questions']} questions; run "
+        raise data.UserError(f"{path} answers {len(lines)} of {settings['questions']} questions; run "
                                   "the same `answers` command again, it goes on where it stopped")
     return settings, lines
 

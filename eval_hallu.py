@@ -283,7 +283,7 @@ def main():
     o = parse()
     try:
         o.run(o)
-    except (data.UserError, metrics.AnswerError, nouns.NounError) as error:
+    except data.UserError as error:
         sys.exit(f"eval_hallu.py: {error}")
 
 

@@ -43,9 +43,10 @@ from functools import lru_cache
 
 import numpy as np
 
+from data import UserError
 from objects import amber_caption, amber_vocabulary, coco_objects, joined, similar_words
 from replies import object_list, official_yes_no, rating, strict_yes_no, yes_no
-from tally import AnswerError, add_up, few, first, image_number, interval, intervals, join, ratio, read
+from tally import add_up, few, first, image_number, interval, intervals, join, ratio, read
 
 POPE_SETS = ("random", "adversarial")
 CLASSROOM = {
@@ -80,10 +81,10 @@ def hallucinated(answer, truth):
 
 
 def check_truth(item, where):
-    """An AnswerError where what is known of a question would not do to score an answer to it."""
+    """An UserError where what is known of a question would not do to score an answer to it."""
     for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
         if not isinstance(item, dict) or not isinstance(item.get(key), types):
-            raise AnswerError(f"{where} has no usable `{key}`; make the scenes and their answers again.")
+            raise UserError(f"{where} has no usable `{key}`; make the scenes and their answers again.")
         where += f" (id {item['id']})" if key == "id" else ""
     truth = item["truth"]
 
@@ -92,12 +93,12 @@ def check_truth(item, where):
 
     if item["kind"] == "caption":
         if not (words("present") and words("absent")):
-            raise AnswerError(f"{where}: a caption needs `present` and `absent`; make the scenes again.")
+            raise UserError(f"{where}: a caption needs `present` and `absent`; make the scenes again.")
     elif not (words("choices") and truth.get("answer") in truth["choices"]):
-        raise AnswerError(f"{where}: the truth needs `choices` with its `answer`; make the scenes again.")
+        raise UserError(f"{where}: the truth needs `choices` with its `answer`; make the scenes again.")
     elif item["kind"] == "existence" and (set(truth["choices"]) != {"yes", "no"}
                                           or not set(_sets(truth)) <= set(POPE_SETS)):
-        raise AnswerError(f"{where}: an existence question needs the choices yes and no, and a `set` out of "
+        raise UserError(f"{where}: an existence question needs the choices yes and no, and a `set` out of "
                           f"{', '.join(POPE_SETS)}; make the scenes again.")
 
 
@@ -130,15 +131,15 @@ def _table(answers):
     """-> keys, images, sums (images, keys, 2), the answers behind each key, and how many cannot be read."""
     items = [a for a in answers if not (isinstance(a, dict) and "settings" in a)]
     if not items:
-        raise AnswerError("there are no answers to score; write them with `eval_hallu.py answers classroom`.")
+        raise UserError("there are no answers to score; write them with `eval_hallu.py answers classroom`.")
     seen, rows, behind, unparsed = set(), {}, {}, 0
     for number, item in enumerate(items, 1):
         check_truth(item, f"answer {number}")
         if not isinstance(item.get("answer"), str):
-            raise AnswerError(f"answer {number} (id {item['id']}) has no text in `answer`; answer it again.")
+            raise UserError(f"answer {number} (id {item['id']}) has no text in `answer`; answer it again.")
         name = (item["id"], item.get("question"), item["kind"], tuple(_sets(item["truth"])))
         if name in seen:
-            raise AnswerError(f"answer {number} (id {item['id']}) stands there twice; keep one of the two.")
+            raise UserError(f"answer {number} (id {item['id']}) stands there twice; keep one of the two.")
         seen.add(name)
         counts, readable = judge(item)
         unparsed += not readable
@@ -194,7 +195,7 @@ def difference(before, after, seed=0, resamples=1000):
                       for a in answers if "settings" not in a)
 
     if asked(before) != asked(after):
-        raise AnswerError("the two files answer different questions; compare answers to the same scenes.")
+        raise UserError("the two files answer different questions; compare answers to the same scenes.")
     (keys, images, first, behind, _), (_, others, second, *_) = _table(before), _table(after)
     place = {image: i for i, image in enumerate(others)}
     second = second[[place[image] for image in images]]
@@ -222,10 +223,10 @@ def pope(questions, answers, mode="robust", partial=False, seed=0, resamples=100
     for split, lines in splits.items():
         for line in lines:
             if line.get("label") not in ("yes", "no") or "question_id" not in line:
-                raise AnswerError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
+                raise UserError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
                                   "POPE's question file.")
             if (split, line["question_id"]) in asked:
-                raise AnswerError(f"question {line['question_id']} of {split} stands there twice; give one "
+                raise UserError(f"question {line['question_id']} of {split} stands there twice; give one "
                                   "split a file.")
             asked[split, line["question_id"]] = line
     found = read(answers, "pope")
@@ -284,7 +285,7 @@ def _split_of(found, splits, asked):
         return next(iter(splits))
     fitting = [split for split in splits if all(repeats(split, name, line) for name, _, line in found)]
     if len(fitting) != 1:
-        raise AnswerError(f"the answers fit {len(fitting)} of the splits {', '.join(splits)}; write its "
+        raise UserError(f"the answers fit {len(fitting)} of the splits {', '.join(splits)}; write its "
                           "`split` into each answer, or give one split's question file.")
     return fitting[0]
 
@@ -373,7 +374,7 @@ def amber(queries, answers, annotations, relation, safe_words, nouns, similarity
         if parts[name] == "generative":
             named = nouns(text) if callable(nouns) else nouns.get(name)
             if named is None:
-                raise AnswerError(f"the file of nouns has none for answer {name}; extract them again.")
+                raise UserError(f"the file of nouns has none for answer {name}; extract them again.")
             named = [noun for noun in named if noun in vocabulary]
             item |= amber_caption(named, truth, known[name]["hallu"], relation, safe_words, near)
             item["nouns"] = named
@@ -442,7 +443,7 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
     join([name for name, *_ in found], {name: "captions" for name, *_ in found}, partial)
     images = {name: image_number(first(line, "image_id", "image")) for name, *_, line in found}
     if strangers := [name for name in images if images[name] not in truth]:
-        raise AnswerError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
+        raise UserError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
                           f"{few(strangers)}); give COCO's 2014 annotations, or the right answers.")
     asked = {name for name, _, caption, _ in found if replies is not None and len(caption.split()) > 3}
     if replies is not None:
@@ -467,7 +468,7 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
             "chair_i": ratio(len(misses), len(named)), "words": len(caption.split(" ")), "tokens": tokens,
             "covered": len({kind for _, kind in named} - set(misses)), "present": len(truth[images[name]])})
     if unread and mode == "official" and not partial:
-        raise AnswerError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
+        raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
                           "again, or score the others with --partial.")
 
     def counts(item):
@@ -504,7 +505,7 @@ def _mmhal_answers(template, answers, partial):
     places = {}
     for place, record in enumerate(template):
         if not isinstance(record, dict) or not {"image_content", "question", "gt_answer"} <= record.keys():
-            raise AnswerError(f"record {place} of the template lacks its question, contents or answer; give "
+            raise UserError(f"record {place} of the template lacks its question, contents or answer; give "
                               "MMHal-Bench's template.")
         places.setdefault((record.get("image_id"), record["question"].strip()), place)
     texts = []
@@ -521,7 +522,7 @@ def mmhal_prompts(template, answers, prompt, partial=False):
     and response."""
     *parts, last = prompt.split("{}")
     if len(parts) != 4:
-        raise AnswerError(f"the judge's prompt has {len(parts)} places {{}} and needs four, for contents, "
+        raise UserError(f"the judge's prompt has {len(parts)} places {{}} and needs four, for contents, "
                           "question, answer and response; mend the prompt.")
     asked = {}
     for place, text in _mmhal_answers(template, answers, partial)[0].items():

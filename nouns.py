@@ -27,10 +27,7 @@ bench/nouns.py prints how far the scores, and these lemmas, are from the officia
 import re
 from functools import lru_cache
 
-
-class NounError(ValueError):
-    """NLTK or its data are absent: one sentence with the mend."""
-
+from data import UserError
 
 # ---------------------------------------------------------------------------------------------- tokens
 ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
@@ -329,27 +326,27 @@ def _nltk():
         nltk.pos_tag(nltk.word_tokenize("two dogs"))
         lemmatize("dogs")
     except ImportError as error:
-        raise NounError("NLTK is not installed; pip install nltk, or take the nouns `builtin`.") from error
+        raise UserError("NLTK is not installed; pip install nltk, or take the nouns `builtin`.") from error
     except LookupError as error:
-        raise NounError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
+        raise UserError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
                         "averaged_perceptron_tagger_eng, or take the nouns `builtin`.") from error
     return nltk.word_tokenize, nltk.pos_tag, lemmatize
 
 
 def nltk_nouns(text):
-    """The official extraction for AMBER. Raises NounError where NLTK or its data are absent."""
+    """The official extraction for AMBER. Raises UserError where NLTK or its data are absent."""
     tokenize, tag, lemmatize = _nltk()
     return [lemmatize(word) for word, kind in tag(tokenize(text)) if kind.startswith("NN")]
 
 
 def nltk_lemmas(text):
-    """The official words for Object HalBench without an extractor. Raises NounError as above."""
+    """The official words for Object HalBench without an extractor. Raises UserError as above."""
     tokenize, _, lemmatize = _nltk()
     return [lemmatize(word) for word in tokenize(text.lower())]
 
 
 def nltk_in_context(text):
-    """The official words for OPERA's CHAIR, each by its tag. Raises NounError as above."""
+    """The official words for OPERA's CHAIR, each by its tag. Raises UserError as above."""
     tokenize, tag, lemmatize = _nltk()
     speech = {"J": "a", "V": "v", "R": "r"}                                        # all else counts as a noun
     return [lemmatize(word, speech.get(kind[0], "n")) for word, kind in tag(tokenize(text.lower()))]

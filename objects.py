@@ -6,14 +6,15 @@
     objects.amber_caption(nouns, truth, hallu, relation, safe_words, near)
 
 A file of its own so that metrics.py holds nothing but measures. Pure functions; the words of a caption come
-from nouns.py or from NLTK, the vocabularies from the benchmarks' files. Errors are AnswerError.
+from nouns.py or from NLTK, the vocabularies from the benchmarks' files. Errors are UserError.
 """
 import re
 from functools import lru_cache
 
 import numpy as np
 
-from tally import AnswerError, first, image_number
+from data import UserError
+from tally import first, image_number
 
 
 # ---------------------------------------------------------------------------------------------- COCO
@@ -73,7 +74,7 @@ def coco_truth(instances, captions, table, words, images):
             if mark["image_id"] in images:
                 name = names.get(mark["category_id"])
                 if name not in table:
-                    raise AnswerError(f"COCO's category {name!r} is not among the synonyms; give the file of "
+                    raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of "
                                       "CHAIR or of Object HalBench.")
                 truth.setdefault(mark["image_id"], set()).add(table[name])
     for part in captions:
@@ -100,7 +101,7 @@ def similar_words(similarity, threshold=0.8):
             rows = np.array(list(similarity.values()), dtype=np.float64)
             rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
         except (ValueError, TypeError) as error:
-            raise AnswerError("the vectors of the similarity file differ in length; mend it.") from error
+            raise UserError("the vectors of the similarity file differ in length; mend it.") from error
         words = list(similarity)
         pairs = [(words[i], words[j]) for i, j in np.argwhere(rows @ rows.T > threshold)]
     else:
@@ -114,7 +115,7 @@ def similar_words(similarity, threshold=0.8):
 
 def _number(key, value):
     if not isinstance(value, int | float) or not re.fullmatch(r"\S+ \S+", key):
-        raise AnswerError(f"{key!r} in the similarity file is no pair \"word word\" with a number; mend the "
+        raise UserError(f"{key!r} in the similarity file is no pair \"word word\" with a number; mend the "
                           "file.")
     return True
 

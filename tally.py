@@ -5,15 +5,13 @@
     total, draws = tally.add_up(items, counts, ...)     sums over all items, and over draws of their images
     tally.intervals(measure(total), measure(draws))     the same measure of both gives the 95% intervals
 
-A file of its own so that metrics.py holds nothing but measures. Pure functions; errors are AnswerError.
+A file of its own so that metrics.py holds nothing but measures. Pure functions; errors are UserError.
 """
 import re
 
 import numpy as np
 
-
-class AnswerError(ValueError):
-    """Answers that cannot be scored: one sentence with what, where and the mend."""
+from data import UserError
 
 
 def interval(values, point):
@@ -63,23 +61,23 @@ def read(answers, benchmark):
     out = []
     for number, line in enumerate(answers, 1):
         if not isinstance(line, dict):
-            raise AnswerError(f"answer {number} is no JSON object; give the file that holds the answers.")
+            raise UserError(f"answer {number} is no JSON object; give the file that holds the answers.")
         found = benchmark_of(line)
         if found not in (None, benchmark):
-            raise AnswerError(f"answer {number} is one to {found}, not to {benchmark}; score it as {found}.")
+            raise UserError(f"answer {number} is one to {found}, not to {benchmark}; score it as {found}.")
         if "settings" in line:
             continue
         name, text = first(line, "question_id", "id"), first(line, *TEXTS)
         if name is None and benchmark in ("objhal", "mmhal"):
             name = len(out)                                                # their official files name no id
         if not isinstance(name, int | str) or isinstance(name, bool):
-            raise AnswerError(f"answer {number} has no usable `question_id` or `id`; answer it again.")
+            raise UserError(f"answer {number} has no usable `question_id` or `id`; answer it again.")
         if not isinstance(text, str):
-            raise AnswerError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}; "
+            raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}; "
                               "answer it again.")
         out.append((name, text, line))
     if not out:
-        raise AnswerError("there are no answers to score; write them with `eval_hallu.py answers`.")
+        raise UserError("there are no answers to score; write them with `eval_hallu.py answers`.")
     return out
 
 
@@ -90,15 +88,15 @@ def join(names, parts, partial, what="answers", of="questions"):
     for name in names:
         (twice.append if name in seen else seen.add)(name)
     if twice:
-        raise AnswerError(f"{len(twice)} {what} stand there twice (ids {few(twice)}); keep one of each.")
+        raise UserError(f"{len(twice)} {what} stand there twice (ids {few(twice)}); keep one of each.")
     if strangers := [name for name in names if name not in parts]:
-        raise AnswerError(f"{len(strangers)} {what} belong to none of the {of} (ids {few(strangers)}); give "
+        raise UserError(f"{len(strangers)} {what} belong to none of the {of} (ids {few(strangers)}); give "
                           f"the {of} that they belong to.")
     begun = {parts[name] for name in names}
     asked = [name for name, part in parts.items() if part in begun]
     missing = [name for name in asked if name not in seen]
     if missing and not partial:
-        raise AnswerError(f"{len(missing)} of {len(asked)} {of} have no answer (ids {few(missing)}); "
+        raise UserError(f"{len(missing)} of {len(asked)} {of} have no answer (ids {few(missing)}); "
                           "complete them, or score what is there with --partial.")
     return {"answered": len(names), "of": len(asked)}
 

@@ -40,7 +40,6 @@ import data
 import diagnose
 import lora
 import losses
-import metrics
 import options
 import plan
 import vlm
@@ -364,7 +363,7 @@ def main():
             print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
         if world > 1:
             dist.barrier()
-    except (data.UserError, lora.AdapterError, metrics.AnswerError) as e:
+    except (data.UserError, lora.AdapterError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)

@@ -111,7 +111,7 @@ def test_other_settings_or_questions_are_refused_and_named(m, tmp_path):
 def test_faulty_scenes_are_refused(m, tmp_path, change, says):
     scenes, (first, *_) = write_scenes(tmp_path / "scenes", 1)
     scenes.write_text(json.dumps({**first, **change}) + "\n")
-    with pytest.raises((data.UserError, metrics.AnswerError), match=says):
+    with pytest.raises(data.UserError, match=says):
         answer(m, scenes, tmp_path / "answers.jsonl")
 
 
@@ -525,7 +525,7 @@ def test_what_cannot_be_joined_is_refused_with_its_ids(tmp_path, fault):
     questions, rows = pope_file(tmp_path / "data")
     change, says = FAULTS[fault]
     answers = write_json(tmp_path / "a.jsonl", change(pope_answers(rows)))
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(data.UserError, match=says):
         score(tmp_path, "pope", answers, "--questions", questions)
     assert not (tmp_path / "scores.json").exists()
 
@@ -534,7 +534,7 @@ def test_a_half_written_last_line_is_a_missing_answer(tmp_path, capsys):
     questions, rows = pope_file(tmp_path / "data")
     answers = write_json(tmp_path / "a.jsonl", pope_answers(rows))
     answers.write_text(answers.read_text()[:-9])
-    with pytest.raises(metrics.AnswerError, match=r"1 of 6 questions have no answer \(ids .*6\)"):
+    with pytest.raises(data.UserError, match=r"1 of 6 questions have no answer \(ids .*6\)"):
         score(tmp_path, "pope", answers, "--questions", questions)
     scores, _ = score(tmp_path, "pope", answers, "--questions", questions, "--partial")
     assert scores["coverage"] == {"answered": 5, "of": 6} and scores["n"] == 5
@@ -662,7 +662,7 @@ def test_words_of_whole_texts_come_from_a_file(tmp_path, coco):
 
 def test_coco_files_that_are_missing_or_of_other_images_are_named(tmp_path, coco):
     answers = write_json(tmp_path / "a.jsonl", [{**CAPTIONS[0], "image_id": 77}])
-    with pytest.raises(metrics.AnswerError, match="images that the annotations do not hold"):
+    with pytest.raises(data.UserError, match="images that the annotations do not hold"):
         score(tmp_path, "chair", answers, *coco)
     (coco[1] / "captions_train2014.json").unlink()
     with pytest.raises(data.UserError, match="captions_train2014.json is missing"):

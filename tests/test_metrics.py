@@ -12,6 +12,7 @@ import metrics
 import nouns
 import objects
 import tally
+from data import UserError
 
 WORLD = ["dog", "cat", "bus", "truck", "fire truck", "cup"]
 
@@ -138,7 +139,7 @@ def test_difference_is_paired():
     assert got["chair_s"]["change"] == pytest.approx(-20)
     assert got["chair_s"]["interval"] == pytest.approx([-22.5, -17.5], abs=.5)  # 1.96 sqrt(.2 .8 / 1000)
     assert got["by_kind"]["existence"]["change"] == 0
-    with pytest.raises(metrics.AnswerError, match="different questions"):
+    with pytest.raises(UserError, match="different questions"):
         metrics.difference(many(), many()[:-1])
 
 
@@ -159,7 +160,7 @@ def test_settings_are_passed_over():
     ([caption("x", "a", ["dog"]), caption("x", "b", ["dog"])], "id x.*twice"),
 ])
 def test_malformed_answers_are_named(answers, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.classroom(answers)
 
 
@@ -168,7 +169,7 @@ def test_scoring_imports_numpy_and_nothing_heavier():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         names = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert names <= {"re", "functools", "json", "numpy", "objects", "replies", "tally"}
+        assert names <= {"re", "functools", "json", "numpy", "data", "objects", "replies", "tally"}
 
 
 # ------------------------------------------------------------------------------------------------- POPE
@@ -232,7 +233,7 @@ def test_pope_the_split_is_known_by_its_questions():
     llava = [{"question_id": i, "text": "No", "prompt": splits["random"][i - 1]["text"] + "\nAnswer briefly."}
              for i in (1, 2)]
     assert list(metrics.pope(splits, llava)[0]["by_split"]) == ["random"]
-    with pytest.raises(metrics.AnswerError, match="fit 2 of the splits random, popular.*`split`"):
+    with pytest.raises(UserError, match="fit 2 of the splits random, popular.*`split`"):
         metrics.pope(splits, pope_answers(["Yes", "No"]))
 
 
@@ -265,14 +266,14 @@ TWO = pope_questions(["yes", "no"])
     ([caption("x", "a dog", ["dog"])], "one to classroom, not to pope"),
     ([{"settings": {"benchmark": "amber"}}, *pope_answers(["Yes", "No"])], "one to amber, not to pope")])
 def test_answers_that_cannot_be_scored_are_refused(answers, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.pope(TWO, answers)
 
 
 def test_what_is_there_is_scored_if_asked_for():
     scores, _ = metrics.pope(TWO, pope_answers(["Yes"]), partial=True)
     assert scores["accuracy"] == 1 and scores["coverage"] == {"answered": 1, "of": 2}
-    with pytest.raises(metrics.AnswerError, match="none of the questions"):           # strangers they remain
+    with pytest.raises(UserError, match="none of the questions"):           # strangers they remain
         metrics.pope(TWO, pope_answers(["Yes", "No", "No"]), partial=True)
 
 
@@ -280,7 +281,7 @@ def test_what_is_there_is_scored_if_asked_for():
     ([{"question_id": 1, "text": "q"}], "lacks a `question_id` or a `label`"),
     (TWO + TWO, "question 1 of pope stands there twice")])
 def test_questions_that_are_none_of_popes(questions, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.pope(questions, pope_answers(["Yes", "No"]))
 
 
@@ -406,7 +407,7 @@ def test_amber_a_part_that_is_begun_is_to_be_whole():
     annotations = [{"id": 1, "type": "generative", "truth": [], "hallu": []},
                    {"id": 2, "type": "relation", "truth": "no"}, {"id": 3, "type": "relation", "truth": "no"}]
     answers = [{"id": 2, "response": "No"}]
-    with pytest.raises(metrics.AnswerError, match="1 of 2 questions have no answer .ids 3"):
+    with pytest.raises(UserError, match="1 of 2 questions have no answer .ids 3"):
         metrics.amber([], answers, annotations, RELATION, [], {})
     scores, _ = metrics.amber([], answers, annotations, RELATION, [], {}, partial=True)
     assert scores["coverage"] == {"answered": 1, "of": 2} and scores["by_type"]["relation"]["accuracy"] == 100
@@ -417,13 +418,13 @@ def test_amber_a_part_that_is_begun_is_to_be_whole():
     ({"similarity": {"dog cat": "x"}}, "'dog cat' in the similarity file"),
     ({"similarity": {"dog": [1, 2], "cat": [1]}}, "differ in length")])
 def test_amber_a_similarity_file_that_is_none(more, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         amber(["dog"], ["dog"], [], **more)
 
 
 def test_amber_a_file_of_nouns_must_hold_every_caption():
     annotations = [{"id": 1, "type": "generative", "truth": [], "hallu": []}]
-    with pytest.raises(metrics.AnswerError, match="none for answer 1"):
+    with pytest.raises(UserError, match="none for answer 1"):
         metrics.amber([], [{"id": 1, "response": "a"}], annotations, RELATION, [], {})
 
 
@@ -468,7 +469,7 @@ def test_the_truth_is_instances_and_captions():
     truth = objects.coco_truth(instances, captions, TABLE, nouns.lemmas, {1, 2, 4})
     assert truth == {1: {"dog", "person"}, 2: set()}
     instances[0]["categories"][0]["name"] = "cat"
-    with pytest.raises(metrics.AnswerError, match="category 'cat'"):
+    with pytest.raises(UserError, match="category 'cat'"):
         objects.coco_truth(instances, captions, TABLE, nouns.lemmas, {1})
 
 
@@ -521,19 +522,19 @@ def test_chair_replies_that_are_missing_strange_or_unreadable():
     def score(replies, **more):
         return metrics.chair(answers, truth, TABLE, nouns.lemmas, replies, nouns.phrase, **more)
 
-    with pytest.raises(metrics.AnswerError, match="1 of 2 captions have no answer .ids 1"):
+    with pytest.raises(UserError, match="1 of 2 captions have no answer .ids 1"):
         score({0: "[]"})
-    with pytest.raises(metrics.AnswerError, match="replies belong to none of the captions .ids 9"):
+    with pytest.raises(UserError, match="replies belong to none of the captions .ids 9"):
         score({0: "[]", 1: "[]", 9: "[]"})
     assert score({0: '["dog"]'}, partial=True)[0]["coverage"] == {"answered": 1, "of": 2}
     scores, items = score({0: '["dog"]', 1: "I see a man."})                  # left out, and counted
     assert (scores["unparsed"], scores["n"], scores["chair_s"]) == (1, 1, 0) and items[1]["unparsed"]
-    with pytest.raises(metrics.AnswerError, match="1 replies are no list of objects .ids 1"):
+    with pytest.raises(UserError, match="1 replies are no list of objects .ids 1"):
         score({0: '["dog"]', 1: "I see a man."}, mode="official")
 
 
 def test_chair_answers_about_other_images_and_without_objects():
-    with pytest.raises(metrics.AnswerError, match="1 answers are about images.*ids 0"):
+    with pytest.raises(UserError, match="1 answers are about images.*ids 0"):
         metrics.chair(chair_answers("A dog.", image=2), {1: {"dog"}}, TABLE, nouns.lemmas)
     scores, _ = metrics.chair(chair_answers("Nothing."), {1: {"dog"}}, TABLE, nouns.lemmas)
     assert scores["chair_i"] == scores["chair_s_refine"] == 0 and "0/0" in scores["remarks"][0]
@@ -569,20 +570,20 @@ def test_mmhal_prompts_in_any_order_of_answers():
     assert prompts[3] == "Dog, Cat|What is 3?|A dog.|a dog|{x}" and list(prompts) == list(range(16))
     merged = [record | {"model_answer": "{} or {}"} for record in TEMPLATE]
     assert metrics.mmhal_prompts(TEMPLATE, merged, "{}|{}|{}|{}")[0] == "Dog, Cat|What is 0?|A dog.|{} or {}"
-    with pytest.raises(metrics.AnswerError, match="has 3 places"):
+    with pytest.raises(UserError, match="has 3 places"):
         metrics.mmhal_prompts(TEMPLATE, merged, "{}{}{}")
 
 
 def test_mmhal_what_is_missing():
     replies = dict.fromkeys(range(16), "Rating: 5")
-    with pytest.raises(metrics.AnswerError, match="1 of 16 questions have no answer .ids 15"):
+    with pytest.raises(UserError, match="1 of 16 questions have no answer .ids 15"):
         metrics.mmhal(TEMPLATE, MMHAL_ANSWERS[:-1], replies)
     del replies[4]
-    with pytest.raises(metrics.AnswerError, match="1 of 16 answers have no answer .ids 4"):
+    with pytest.raises(UserError, match="1 of 16 answers have no answer .ids 4"):
         metrics.mmhal(TEMPLATE, MMHAL_ANSWERS, replies)
     scores, _ = metrics.mmhal(TEMPLATE, MMHAL_ANSWERS, replies, partial=True)
     assert scores["coverage"] == {"answered": 15, "of": 16} and scores["score"] == 5
-    with pytest.raises(metrics.AnswerError, match="record 0 of the template"):
+    with pytest.raises(UserError, match="record 0 of the template"):
         metrics.mmhal([{"a": 1}], MMHAL_ANSWERS, replies)
 
 

@@ -7,6 +7,7 @@ from conftest import GOLDEN, SHARED, need
 
 import metrics
 import nouns
+from data import UserError
 
 
 def golden(pattern):
@@ -194,7 +195,7 @@ def test_verbs_of_real_captions_are_the_official_taggers_with_few_exceptions(pat
 def test_without_nltk_or_its_data_there_is_a_sentence(monkeypatch):
     nouns._nltk.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "nltk", None)
-    with pytest.raises(nouns.NounError, match="pip install nltk"):
+    with pytest.raises(UserError, match="pip install nltk"):
         nouns.nltk_nouns("two dogs")
 
 
@@ -206,7 +207,7 @@ def test_nltk_is_asked_where_it_is_installed():
         nltk.stem.WordNetLemmatizer().lemmatize("dogs")
     except LookupError:
         for extract in (nouns.nltk_nouns, nouns.nltk_lemmas, nouns.nltk_in_context):
-            with pytest.raises(nouns.NounError, match="nltk.downloader"):
+            with pytest.raises(UserError, match="nltk.downloader"):
                 extract("two dogs")
     else:
         assert nouns.nltk_nouns("Two dogs can run.") == ["dog"]
