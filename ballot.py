@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from itertools import combinations
 
 import numpy as np
 
@@ -204,7 +203,7 @@ def read_votes(paths):
 
 
 def preference(key, raters, seed=0, resamples=1000):
-    """Win, tie and loss of A against B as shares of all votes, with intervals over items, and agreement.
+    """Win, tie and loss of A against B as shares of all votes, with intervals over items.
 
     Pairs with equal answers were left out of the page; they count as ties, once for every rater.
     """
@@ -225,31 +224,7 @@ def preference(key, raters, seed=0, resamples=1000):
             "votes": sum(map(len, raters.values())), "equal": key["same"],
             "majority": {"win": majority[1], "tie": majority[0], "loss": majority[-1],
                          "p": sign_test(majority[1], majority[-1])},
-            "by_rater": {name: {kind: list(votes.values()).count(side) for kind, side in kinds.items()}
-                         for name, votes in raters.items()},
-            "agreement": agreement(list(raters.values()))}
-
-
-def agreement(votes):
-    """How far raters agree on the items that all of them judged: percent of pairs, and kappa above chance.
-
-    Two raters: Cohen's (https://doi.org/10.1177/001316446002000104), each with habits of their own; more:
-    Fleiss' (https://doi.org/10.1037/h0031619). None where it does not exist.
-    """
-    shared = sorted(set.intersection(*map(set, votes))) if len(votes) > 1 else []
-    if not shared:
-        return None
-    rows = [[v[item] for v in votes] for item in shared]
-    same = np.mean([x == y for row in rows for x, y in combinations(row, 2)])
-    counts = [Counter(column) for column in zip(*rows, strict=True)]
-    if len(votes) == 2:
-        chance = sum(counts[0][k] * counts[1][k] for k in ("a", "tie", "b")) / len(rows) ** 2
-    else:
-        total = sum(counts, Counter())
-        chance = sum((total[k] / (len(rows) * len(votes))) ** 2 for k in total)
-    name = "Cohen" if len(votes) == 2 else "Fleiss"
-    return {"items": len(rows), "percent": float(100 * same), "name": name,
-            "kappa": float((same - chance) / (1 - chance)) if chance < 1 else None}
+            "raters": len(raters)}
 
 
 def table(found):
@@ -258,15 +233,11 @@ def table(found):
     for kind, says in (("win", "A is better"), ("tie", "tie"), ("loss", "B is better")):
         low, high = found["intervals"][kind]
         lines.append(f"{says:18}{100 * found[kind]:7.1f}   {100 * low:.1f} to {100 * high:.1f}")
-    m, agreed = found["majority"], found["agreement"]
-    lines.append(f"{found['n']} items, {found['votes']} votes, {len(found['by_rater'])} raters; by majority "
+    m = found["majority"]
+    lines.append(f"{found['n']} items, {found['votes']} votes, {found['raters']} raters; by majority "
                  f"A wins {m['win']}, ties {m['tie']}, loses {m['loss']} (sign test p {m['p']:.2g})")
     if found["equal"]:
         lines.append(f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown")
-    if agreed:
-        kappa = "does not exist" if agreed["kappa"] is None else f"{agreed['kappa']:.2f}"
-        lines.append(f"two raters agree on {agreed['percent']:.0f}% of {agreed['items']} items that all "
-                     f"judged; {agreed['name']}'s kappa {kappa}")
     return "\n".join(lines)
 
 

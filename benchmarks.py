@@ -49,19 +49,11 @@ def records(path, keys, what):
     found = data.read_records(path, torn_ok=False)
     for number, record in enumerate(found, 1):
         if missing := [key for key in keys if record.get(key) is None]:
-            raise data.UserError(f"{path}, record {number} has no {missing[0]!r}, so this is no {what}"
-                                 f"{_guess(record)}; give the right file")
+            raise data.UserError(f"{path}, record {number} has no {missing[0]!r}, so this is no {what}; "
+                                 "give the right file")
     if not found:
         raise data.UserError(f"{path} is empty: it holds no {what}; copy it again")
     return found
-
-
-def _guess(record):
-    kinds = {"an answers file": {"settings"}, "POPE's questions": {"text", "label"},
-             "AMBER's queries": {"query"}, "AMBER's annotations": {"id", "type", "truth"},
-             "MMHal's template": {"image_content", "gt_answer"}, "the classroom's scenes": {"kind", "truth"},
-             "answers to AMBER": {"id", "response"}, "answers": {"answer"}}
-    return next((f" but looks like {name}" for name, keys in kinds.items() if keys <= record.keys()), "")
 
 
 def pope_questions(paths):
@@ -143,7 +135,7 @@ def _objhal(path):
             image_id = int(digits[1])
         if text is None or image_id is None:
             raise data.UserError(f"{path}, record {place + 1} has no question or no image, so this is no "
-                                 f"file of questions about images{_guess(row)}; give the right file")
+                                 "file of questions about images; give the right file")
         inside = image.startswith("data:") or len(image) > 300                  # longer than any file's name
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
         yield line, text, image.rpartition(",")[2].encode() if inside else {**row, "image_id": image_id}
@@ -267,21 +259,12 @@ def amber_nouns(path):
 
 
 def lemmas(path):
-    """-> a function text -> its words in the singular, by a JSON file {word: singular}; or, for words that a
-    tagger read in their context, {text: [its words]}, which has to hold every text, COCO's captions too."""
+    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
     table = read_json(path, dict)
-    kinds = {kind for value in table.values() for kind in (type(value), *map(type, value))}
-    if not (kinds <= {str} or kinds == {list, str} and all(isinstance(v, list) for v in table.values())):
-        raise data.UserError(f"{path} is no table of words (a value is no string, or no list of strings "
-                             "among lists); give builtin, nltk or such a table")
-    texts = {" ".join(text.split()): words for text, words in table.items()}
-
-    def found(text):
-        if (text := " ".join(text.split())) not in texts:
-            raise data.UserError(f"{path} holds no words of the text {text[:60]!r}; extract them again, of "
-                                 "the answers and of COCO's captions")
-        return texts[text]
-    return found if list in kinds else lambda text: [table.get(w, w) for w in nouns.tokens(text.lower())]
+    if not all(isinstance(single, str) for single in table.values()):
+        raise data.UserError(f"{path} is no table of words (a value is no string); give builtin, nltk or "
+                             "such a table")
+    return lambda text: [table.get(word, word) for word in nouns.tokens(text.lower())]
 
 
 def coco(folder, images):

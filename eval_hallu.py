@@ -60,9 +60,9 @@ def amber(o, lines):
 def chair(o, lines):
     literal = o.scorer != "objhal" and o.mode == "official"       # their reader keeps blanks as they stand
     classes = objects.synonyms(benchmarks.read_text(o.synonyms), literal)
-    words = {"original": nouns.singulars, "objhal": nouns.lemmas, "opera": nouns.in_context}[o.scorer]
+    words = {"original": nouns.singulars, "objhal": nouns.lemmas}[o.scorer]
     if o.nouns == "nltk":
-        words = nouns.nltk_in_context if o.scorer == "opera" else nouns.nltk_lemmas
+        words = nouns.nltk_lemmas
     elif o.nouns != "builtin":
         words = benchmarks.lemmas(o.nouns)
     images = objects.image_ids(lines)
@@ -101,7 +101,7 @@ NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "
          "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
          "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
          "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response",
-         "len": "tokens in a response", "score": "score, 0 to 6",
+         "score": "score, 0 to 6",
          "informativeness": "informativeness",
          "hallucination_rate": "hallucination rate"}
 FRACTIONS = ("pope", "chair", "mmhal")          # these are fractions in scores.json, shown in percent
@@ -252,13 +252,11 @@ def parse(argv=None):
         if name == "chair":
             p.add_argument("--annotations", required=True, type=Path, help="COCO's 2014 annotations folder")
             p.add_argument("--synonyms", required=True, type=Path, help="the published list, a class a line")
-            p.add_argument("--scorer", choices=("original", "objhal", "opera"), default="objhal",
-                           help="CHAIR's own rules, Object HalBench's, or those of OPERA's and HALVA's code: "
-                                "words by their part of speech [objhal]")
+            p.add_argument("--scorer", choices=("original", "objhal"), default="objhal",
+                           help="CHAIR's own rules, or Object HalBench's [objhal]")
             p.add_argument("--nouns", default="builtin",
                            help="how words are put in the singular: builtin (no package), nltk (Object "
-                                "HalBench's and OPERA's official way), or a JSON file, {word: singular} or "
-                                "{text: [its words]} [builtin]")
+                                "HalBench's official way), or a JSON file {word: singular} [builtin]")
             p.add_argument("--extractor", default="none", metavar="none|FILE|URL|MODEL",
                            help="who lists the objects: nobody, saved replies, a server, a folder [none]")
             p.add_argument("--extraction_prompt", type=Path, help="with {question} and {answer} [our own]")

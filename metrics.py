@@ -429,12 +429,11 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
           resamples=1000):
     """CHAIR, and Object HalBench, which is CHAIR with other synonyms and lemmas and often an extractor's
     replies. -> fractions {"chair_s", "chair_s_refine" (of the captions with an object), "chair_i", "recall"},
-    "len" (tokens, in hundreds: OPERA's Len), "n", "n_with_objects", "mean_words", "unparsed", "counts", ...;
+    "n", "n_with_objects", "mean_words", "unparsed", "counts", ...;
     and the items.
 
     answers: {"question_id", "image_id", "prompt", "text"}. truth, table: from objects.py. words: a function
-    text -> its words in the singular: nouns.lemmas for the scorer objhal, nouns.singulars for the original,
-    nouns.in_context for opera.
+    text -> its words in the singular: nouns.lemmas for the scorer objhal, nouns.singulars for the original.
     replies: {id: an extractor's reply}, with phrase: a function of one object's name -> its words in the
     singular, and its runs of nouns (nouns.phrase). A caption whose reply cannot be read is left out and
     counted as unparsed; in official mode that is refused, since the official code asks until it can read.
@@ -452,7 +451,6 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
         found = [line for line in found if line[0] not in asked or line[0] in replies]
     for name, text, caption, _ in found:
         item, named = {"id": name, "image": images[name]}, joined(words(text), table)
-        tokens = len(named) + named.count("dining table")           # no word of its own to the first CHAIR
         if replies is not None:
             listed = object_list(replies[name], mode) if name in asked else []
             if listed is None:
@@ -465,7 +463,7 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
         misses = [kind for _, kind in named if kind not in truth[images[name]]]
         items.append(item | {
             "generated": named, "hallucinated": misses, "chair_s": int(bool(misses)),
-            "chair_i": ratio(len(misses), len(named)), "words": len(caption.split(" ")), "tokens": tokens,
+            "chair_i": ratio(len(misses), len(named)), "words": len(caption.split(" ")),
             "covered": len({kind for _, kind in named} - set(misses)), "present": len(truth[images[name]])})
     if unread and mode == "official" and not partial:
         raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
@@ -476,15 +474,14 @@ def chair(answers, truth, table, words, replies=None, phrase=None, mode="robust"
             return {"unparsed": 1}
         return {"n": 1, "with": int(bool(item["generated"])), "captions": item["chair_s"],
                 "mentions": len(item["generated"]), "misses": len(item["hallucinated"]),
-                "covered": item["covered"], "present": item["present"], "words": item["words"],
-                "tokens": item["tokens"]}
+                "covered": item["covered"], "present": item["present"], "words": item["words"]}
 
     def measure(sums):
         return {"chair_s": ratio(sums["captions"], sums["n"]),
                 "chair_s_refine": ratio(sums["captions"], sums["with"]),
                 "chair_i": ratio(sums["misses"], sums["mentions"]),
                 "recall": ratio(sums["covered"], sums["present"]),
-                "mean_words": ratio(sums["words"], sums["n"]), "len": ratio(.01 * sums["tokens"], sums["n"])}
+                "mean_words": ratio(sums["words"], sums["n"])}
 
     total, draws = add_up(items, counts, seed, resamples)
     scores = measure(total)

@@ -33,22 +33,6 @@ def few(ids):
     return ", ".join(names) + (", ..." if len(ids) > 5 else "")
 
 
-def benchmark_of(record):
-    """Which benchmark's answer a line looks like, or None."""
-    settings = record.get("settings")
-    if isinstance(settings, dict):
-        return settings.get("benchmark")
-    if {"kind", "truth"} <= record.keys():
-        return "classroom"
-    if {"image_content", "gt_answer"} & record.keys():
-        return "mmhal"
-    if "response" in record or "query" in record:
-        return "amber"
-    if "image_id" in record:
-        return "objhal" if image_number(record["image_id"]) is not None else "mmhal"
-    return "pope" if {"question_id", "question", "answer"} <= record.keys() else None
-
-
 def image_number(image):
     """285, "000000000285.jpg" and "COCO_val2014_000000000285.jpg" are COCO's image 285; else None."""
     found = re.fullmatch(r"(?:.*_)?0*(\d{1,7})(?:\.\w+)?", str(image))
@@ -62,10 +46,8 @@ def read(answers, benchmark):
     for number, line in enumerate(answers, 1):
         if not isinstance(line, dict):
             raise UserError(f"answer {number} is no JSON object; give the file that holds the answers.")
-        found = benchmark_of(line)
-        if found not in (None, benchmark):
-            raise UserError(f"answer {number} is one to {found}, not to {benchmark}; score it as {found}.")
         if "settings" in line:
+            _check_benchmark(line["settings"], benchmark)
             continue
         name, text = first(line, "question_id", "id"), first(line, *TEXTS)
         if name is None and benchmark in ("objhal", "mmhal"):
@@ -79,6 +61,12 @@ def read(answers, benchmark):
     if not out:
         raise UserError("there are no answers to score; write them with `eval_hallu.py answers`.")
     return out
+
+
+def _check_benchmark(settings, benchmark):
+    other = settings.get("benchmark", benchmark) if isinstance(settings, dict) else benchmark
+    if other != benchmark:
+        raise UserError(f"the answers are to {other}, not to {benchmark}; score them as {other}")
 
 
 def join(names, parts, partial, what="answers", of="questions"):

@@ -8,18 +8,13 @@ Compared are scores, in points: CHAIR, Cover, Hal and Cog of AMBER with our noun
 tagger and WordNet found; CHAIR of COCO captions with our lemmas and with the official scorers'. Captions that
 models wrote of COCO images have no truth of AMBER's, so each is set beside an AMBER image: the one of whose
 truth it names most, each image once; or any, ten times over. Their official lemmas are ours where the golden
-table of lemmas is silent. For OPERA's CHAIR the mentions in them are compared: by the official tagger's parts
-of speech and by ours, the lemmas being ours; these rules too were written with these captions in sight.
+table of lemmas is silent.
 """
 import argparse
 import json
 import random
-import re
 import sys
-from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -98,8 +93,7 @@ def bench_chair(shared, golden):
              for part in ("train", "val")] for kind in ("instances", "captions")]
     for scorer, file, words, key in (
             ("original", "synonyms.chair.txt", nouns.singulars, "original_chair(pattern)"),
-            ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt"),
-            ("opera", "synonyms.chair.txt", nouns.in_context, "opera_style(halva)")):
+            ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt")):
         table = objects.synonyms((folder / file).read_text(), literal=scorer != "objhal")
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")
@@ -108,35 +102,6 @@ def bench_chair(shared, golden):
             official = expected[f"{key}|{name}"]
             row(f"{scorer}, {name}", len(answers), [100 * official["CHAIRs"], 100 * official["CHAIRi"]],
                 [100 * scores["chair_s"], 100 * scores["chair_i"]])
-
-
-def by_tags(line):
-    """Our lemmas of the words of a caption, but by the official tagger's parts of speech."""
-    return [nouns.verb(word) if tag[0] == "V" else word if tag[0] in "JR" else nouns.lemma(word)
-            for word, tag in zip(map(str.lower, line["tokens"]), line["tags"], strict=True)]
-
-
-def bench_opera(shared, golden):
-    """Mentions of COCO's classes by the official tags, by our rules, and without verbs."""
-    print("\n| opera, by official tags | n | mentions | ours | in both | without verbs | in both |")
-    print("|---|---|---|---|---|---|---|")
-    text = (shared / "official" / "objhal" / "synonyms.chair.txt").read_text()
-    table, verbs, right = objects.synonyms(text, literal=True), 0, 0
-    for path in sorted(golden.glob("lemma/tokenize_pos*.jsonl")):
-        cells = np.zeros(5, dtype=int)
-        for line in lines(path):
-            theirs, ours, plain = (
-                Counter(kind for _, kind in objects.coco_objects(objects.joined(words, table), table))
-                for words in (by_tags(line), nouns.in_context(line["text"]), nouns.lemmas(line["text"])))
-            cells += [each.total() for each in (theirs, ours, theirs & ours, plain, theirs & plain)]
-            words = ["", *map(str.lower, line["tokens"]), ""]
-            for before, word, after, tag in zip(words, words[1:], words[2:], line["tags"], strict=False):
-                if re.search("...(ing|ed)$", word):
-                    verbs += 1
-                    right += nouns._is_verb(word, before, after) == (tag[0] == "V")
-        print(f"| {path.name} | {len(lines(path))} | {' | '.join(map(str, cells))} |")
-    if verbs:
-        print(f"\nOf {verbs} words in -ing and -ed, {100 * right / verbs:.1f}% are verbs to both or neither.")
 
 
 def main():
@@ -150,7 +115,6 @@ def main():
         sys.exit(f"bench/nouns.py: {golden} holds no amber folder; give --shared and --golden")
     bench_amber(options.shared, golden)
     bench_chair(options.shared, golden)
-    bench_opera(options.shared, golden)
 
 
 if __name__ == "__main__":

@@ -260,11 +260,7 @@ TWO = pope_questions(["yes", "no"])
     ([{"question_id": 1, "answer": ["Yes"]}], "answer 1 .id 1. has no text"),
     ([{"answer": "Yes"}], "no usable `question_id`"),
     ([{"question_id": [1], "answer": "Yes"}], "no usable `question_id`"),
-    ([{"id": 1, "response": "Yes"}], "answer 1 is one to amber, not to pope"),
-    ([{"question_id": 0, "image_id": 285, "prompt": "p", "text": "t"}], "one to objhal, not to pope"),
-    ([{"question_id": 0, "image_id": "5b18b22f53ccc661", "text": "t"}], "one to mmhal, not to pope"),
-    ([caption("x", "a dog", ["dog"])], "one to classroom, not to pope"),
-    ([{"settings": {"benchmark": "amber"}}, *pope_answers(["Yes", "No"])], "one to amber, not to pope")])
+    ([{"settings": {"benchmark": "amber"}}, *pope_answers(["Yes", "No"])], "are to amber, not to pope")])
 def test_answers_that_cannot_be_scored_are_refused(answers, says):
     with pytest.raises(UserError, match=says):
         metrics.pope(TWO, answers)
@@ -490,20 +486,6 @@ def test_chair_by_hand():
     assert singulars["chair_i"] == 2 / 5 and singulars["recall"] == 2 / 6               # and there it is
 
 
-def test_operas_chair_by_hand():
-    """A verb may name an object, and a participle be part of none; tokens are counted once pairs are one."""
-    answers = chair_answers("A man seated beside a hot dog.", "A man on a seated dog.", "Training a puppy.")
-    scores, items = metrics.chair(answers, {1: {"dog", "person"}}, TABLE, nouns.in_context)
-    assert [item["generated"] for item in items] == [
-        [("man", "person"), ("seat", "chair"), ("hot dog", "hot dog")], [("man", "person"), ("dog", "dog")],
-        [("train", "train"), ("puppy", "dog")]]
-    assert scores["chair_s"] == 2 / 3 and scores["chair_i"] == 3 / 7 and scores["recall"] == 4 / 6
-    assert [item["tokens"] for item in items] == [7, 7, 4] and scores["len"] == .01 * 18 / 3
-    dining = objects.synonyms("dining table, table, desk")              # OPERA's Len has it as two words
-    scores, items = metrics.chair(chair_answers("the dining table"), {1: set()}, dining, nouns.in_context)
-    assert scores["len"] == .03 and items[0]["generated"] == [("dining table", "dining table")]
-
-
 def test_chair_with_an_extractor():
     answers = chair_answers("A red hot dog, a man, a woman.", "A bike.", "A seat beside the toilet, twice.")
     assert [line["id"] for line in metrics.extraction_requests(answers)] == [0, 2]  # three words: not asked
@@ -648,13 +630,12 @@ def test_amber_equals_the_official_script(folder, case):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder, case", cases("chair"))
+@pytest.mark.parametrize("folder, case", [case for case in cases("chair") if "opera" not in case.values[1]])
 def test_chair_equals_the_official_scripts(folder, case):
     scorer, name = case.split("|")
     kinds = {"rlhfv_nogpt": ("rlhfv", "synonyms_refine.rlhfv.txt", nouns.lemmas),
              "rlhfv_gpt_canned": ("rlhfv", "synonyms_refine.rlhfv.txt", nouns.lemmas),
-             "original_chair(pattern)": ("original", "synonyms.chair.txt", nouns.singulars),
-             "opera_style(halva)": ("opera_style", "synonyms.chair.txt", nouns.in_context)}
+             "original_chair(pattern)": ("original", "synonyms.chair.txt", nouns.singulars)}
     (kind, file, words), expected = kinds[scorer], read_json(folder / "expected.json")[case]
     text = (need(SHARED / "official" / "objhal") / file).read_text()
     table = objects.synonyms(text, literal=kind != "rlhfv")
@@ -672,8 +653,7 @@ def test_chair_equals_the_official_scripts(folder, case):
         replies = {key: reply for key, reply in replies.items() if key in asked}
     scores, items = metrics.chair(answers, truth, table, words, replies, nouns.phrase, "official")
     names = {"CHAIRs": "chair_s", "CHAIRs_refine": "chair_s_refine", "CHAIRi": "chair_i", "obj_rec": "recall",
-             "sentence_num": "n", "coco_sentence_num": "n_with_objects", "avg_word_len": "mean_words",
-             "Recall": "recall", "Len": "len"}
+             "sentence_num": "n", "coco_sentence_num": "n_with_objects", "avg_word_len": "mean_words"}
     assert {key: scores[names[key]] for key in expected if key in names} == {
         key: expected[key] for key in expected if key in names}
     if "coco_word_count" in expected:

@@ -151,46 +151,6 @@ def test_real_captions_give_the_official_nouns_with_few_exceptions(path):
     assert both / ours > .97 and both / theirs > .99
 
 
-# ------------------------------------------------------------------------------------------------- verbs
-@pytest.mark.parametrize("word, base", [
-    ("seated", "seat"), ("skiing", "ski"), ("training", "train"), ("biking", "bike"), ("manned", "man"),
-    ("bedding", "bed"), ("tied", "tie"), ("tying", "tie"), ("sandwiched", "sandwich"), ("bottled", "bottle"),
-    ("bowling", "bowl"), ("balled", "ball"), ("ferried", "ferry"), ("microwaved", "microwave"),
-    ("monitored", "monitor"), ("skateboarding", "skateboard"), ("cycling", "cycle"), ("born", "bear"),
-    ("parking", "park"), ("potted", "pot"), ("stove", "stave"), ("knifing", "knife"), ("phoning", "phone"),
-    ("busing", "bus"), ("bed", "bed"), ("sled", "sled"), ("dog", "dog")])
-def test_verbs_are_wordnets(word, base):
-    assert nouns.verb(word) == base
-
-
-@pytest.mark.parametrize("text, word", [
-    ("A man seated on a bench.", "seat"), ("A seated man.", "seated"), ("Two seated men.", "seated"),
-    ("They are seated.", "seat"), ("He is skiing.", "ski"), ("the skiing", "skiing"),
-    ("It provides seating for two.", "seat"), ("comfortable seating for two", "seating"),
-    ("next to a parking meter", "parking"), ("Parking meters line it.", "parking"),
-    ("two parking meters", "park"), ("a flooded parking lot", "parking"), ("2 potted plants", "potted"),
-    ("a white stove", "stove"), ("with bananas inside", "banana"), ("a potted plant", "potted"),
-    ("some potted plants", "potted"),
-    ("trees, potted plants and more", "pot"), ("There is a stove.", "stove"), ("a steel stove", "stave"),
-    ("a gosling swimming", "gosling"), ("two umbrellas", "umbrella"), ("with pizzas inside", "pizzas")])
-def test_a_word_is_a_noun_or_a_verb_by_its_neighbours(text, word):
-    assert word in nouns.in_context(text)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("path", golden("lemma/tokenize_pos*.jsonl"))
-def test_verbs_of_real_captions_are_the_official_taggers_with_few_exceptions(path):
-    """All -ing and -ed words, whether objects or not; an adjective is no verb."""
-    right = total = 0
-    for row in map(json.loads, path.read_text().splitlines()):
-        words = ["", *(word.lower() for word in row["tokens"]), ""]
-        for i, tag in enumerate(row["tags"], 1):
-            if re.search("...(ing|ed)$", words[i]):
-                total += 1
-                right += nouns._is_verb(words[i], words[i - 1], words[i + 1]) == tag.startswith("V")
-    assert right > .9 * total, (right, total)
-
-
 # ------------------------------------------------------------------------------------------------- NLTK
 def test_without_nltk_or_its_data_there_is_a_sentence(monkeypatch):
     nouns._nltk.cache_clear()
@@ -206,19 +166,9 @@ def test_nltk_is_asked_where_it_is_installed():
         nltk.pos_tag(nltk.word_tokenize("two dogs"))
         nltk.stem.WordNetLemmatizer().lemmatize("dogs")
     except LookupError:
-        for extract in (nouns.nltk_nouns, nouns.nltk_lemmas, nouns.nltk_in_context):
+        for extract in (nouns.nltk_nouns, nouns.nltk_lemmas):
             with pytest.raises(UserError, match="nltk.downloader"):
                 extract("two dogs")
     else:
         assert nouns.nltk_nouns("Two dogs can run.") == ["dog"]
         assert nouns.nltk_lemmas("Two Dogs") == ["two", "dog"]
-        assert nouns.nltk_in_context("He is seated.") == ["he", "be", "seat", "."]
-
-
-def test_in_context_a_words_tag_chooses_its_lemma(monkeypatch):
-    """With NLTK's three functions played: its data are not on the package index."""
-    tags = {"he": "PRP", "seated": "VBN", "bigger": "JJR", "dogs": "NNS", "fast": "RB"}
-    monkeypatch.setattr(nouns, "_nltk", lambda: (
-        str.split, lambda words: [(word, tags[word]) for word in words], lambda word, pos: f"{word}.{pos}"))
-    assert nouns.nltk_in_context("He seated bigger DOGS fast") == [
-        "he.n", "seated.v", "bigger.a", "dogs.n", "fast.r"]
