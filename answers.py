@@ -45,11 +45,7 @@ def read_scenes(path):
 
 def image_path(file, image):
     """The path of an image named in a file, which must not lead out of that file's folder."""
-    root = os.path.realpath(Path(file).parent)
-    path = os.path.realpath(os.path.join(root, image))
-    if os.path.commonpath([root, path]) != root:
-        raise data.UserError(f"{file}: image {image} leaves the folder {root}; move it inside")
-    return path
+    return data.inside(Path(file).parent, image, str(file))
 
 
 def describe(m, **more):
@@ -231,7 +227,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     if kind == "pope":
         scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
         return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
-    classes, about = objects.synonyms(benchmarks.read_text(synonyms)), objects.image_ids(lines)
+    classes, about = objects.synonyms(data.read_text(synonyms)), objects.image_ids(lines)
     truth = objects.coco_truth(*benchmarks.coco(annotations, about), classes, nouns.singulars, about)
     scores, _ = metrics.chair(lines, truth, classes, nouns.singulars)
     return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}

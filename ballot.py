@@ -157,7 +157,7 @@ def write(both, names, out, images=None, n=100, seed=0):
     places = benchmarks.find_images(images, [a for _, a, _ in shown]) if images else [None] * len(shown)
     for (key, a, b), path in zip(shown, places, strict=True):
         if path and path not in pictures:
-            pictures[path] = page.image_url(data.read_image(path), 640)
+            pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
         items.append({"question": question(a), "first": text(first).strip(), "second": text(second).strip(),
                       "image": list(pictures).index(path) + 1 if path else 0})
@@ -177,7 +177,7 @@ def read_votes(paths):
     """-> (what the page was, {rater: {item: "a" | "tie" | "b"}}). Raises UserError: nothing is guessed."""
     shown, key, raters = None, None, {}
     for path in paths:
-        votes = benchmarks.read_json(path, dict)
+        votes = data.read_json(path)
         try:
             rater, this = votes["rater"], (votes["page"], votes["key"])
             key = json.loads(base64.b64decode(votes["key"], validate=True))

@@ -139,17 +139,29 @@ def read_jsonl(path, torn_ok=False):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
-def read_json(path, default=None):
-    """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
+def read_json(path, default=None, kind=object, object_hook=None):
+    """What a JSON file holds; `default` where there is none, unless that is None. kind: list or dict, where
+    nothing else will do. object_hook: see json.loads. Raises UserError."""
     path = Path(path)
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
+        found = json.loads(read_text(path), object_hook=object_hook)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON ({error}); replace the file") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is wanted; give the "
+                        "right file")
+    return found
+
+
+def read_text(path):
+    """A text file as it is, its line ends included. Raises UserError."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); give the right "
+                        "file") from error
 
 
 def read_records(path, torn_ok=True):

@@ -52,14 +52,14 @@ def pope(o, lines):
 def amber(o, lines):
     finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
-    similarity = None if o.similarity == "exact" else benchmarks.read_json(o.similarity, dict)
+    similarity = None if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
     queries, annotations, relation, safe = benchmarks.amber_data(o.data)
     return metrics.amber(queries, lines, annotations, relation, safe, finder, similarity, o.mode, o.partial)
 
 
 def chair(o, lines):
     literal = o.scorer != "objhal" and o.mode == "official"       # their reader keeps blanks as they stand
-    classes = objects.synonyms(benchmarks.read_text(o.synonyms), literal)
+    classes = objects.synonyms(data.read_text(o.synonyms), literal)
     words = {"original": nouns.singulars, "objhal": nouns.lemmas}[o.scorer]
     if o.nouns == "nltk":
         words = nouns.nltk_lemmas
@@ -81,7 +81,7 @@ def chair(o, lines):
 
 
 def mmhal(o, lines):
-    template = benchmarks.read_json(o.template, list)
+    template = data.read_json(o.template, kind=list)
     text = judge.prompt(o.judge_prompt, judge.JUDGE, ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     prompts = {str(place): filled for place, filled in prompts.items()}

@@ -13,7 +13,6 @@ import json
 import re
 from pathlib import Path
 
-import benchmarks
 import chat
 import data
 
@@ -56,7 +55,7 @@ Leave out what the answer does not name, and what it says is absent.
 
 def prompt(path, own, places):
     """The prompt of a file, or our own. places: what it must hold, as often as it stands there. UserError."""
-    text = benchmarks.read_text(path) if path else own
+    text = data.read_text(path) if path else own
     if any(text.count(place) != places.count(place) for place in places):
         raise data.UserError(f"{path} must hold {' '.join(places)}, where the question and the answer go; "
                              "mend it")
