@@ -156,30 +156,20 @@ def run_answers(o):
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise data.UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, "
                              "--limit and further --data")
-    from types import SimpleNamespace
-
     import torch
 
-    import lora
-    import ranks
+    import command
     import vlm
-    rank, world, device = ranks.distributed(SimpleNamespace(device=None))
-    dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    try:
-        m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device, template=o.template,
-                     preparation="pad" if o.pad else "")
-    except lora.AdapterError as error:
-        raise data.UserError(str(error)) from error
-    options = {"batch_size": o.batch_size or (64 if questions is None else 16),
-               "max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark],
-               "rank": rank, "world": world}
+    ranks = command.join()
+    dtype = o.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+    m = vlm.load(o.model, adapter=o.adapter, dtype=getattr(torch, dtype), device=ranks.device,
+                 template=o.template, preparation="pad" if o.pad else "")
+    options = {"max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark], "ranks": ranks}
     if questions is None:
-        answer_scenes(m, o.data[0], o.out, **options)
+        answer_scenes(m, o.data[0], o.out, batch_size=o.batch_size or 64, **options)
     else:
-        answer_questions(m, o.benchmark, questions, o.out, o.prompt, **options)
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, **options)
+    command.leave(ranks)
 
 
 def run_score(o):

@@ -45,7 +45,7 @@ def m(tmp_path_factory):
 
 
 def answer(m, scenes, out, **more):
-    more = {"batch_size": 3, "max_new_tokens": 6, "progress": False, **more}
+    more = {"batch_size": 3, "max_new_tokens": 6, **more}
     answering.answer_scenes(m, scenes, out, **more)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -210,7 +210,7 @@ def test_the_classroom_model_looks(tmp_path):
     import vlm
     subprocess.run([sys.executable, ROOT / "classroom" / "pairs.py", "scenes", "--seed", "3", "--n", "60",
                     "--questions", "60", "--split", "tune", "--out", tmp_path], check=True)
-    answering.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
+    answering.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl")
     scores = answering.score_classroom(tmp_path / "answers.jsonl")
     assert 25 < scores["chair_s"] < 75 and scores["cover"] > 75 and scores["unparsed"] <= 3
 
@@ -289,8 +289,7 @@ KEYS = {"pope": {"question_id", "split", "image", "question", "label"}, "amber":
 
 def ask(m, benchmark, path, out, **more):
     questions = benchmarks.questions(benchmark, [path])
-    answering.answer_questions(m, benchmark, questions, out, **{"batch_size": 3, "max_new_tokens": 5,
-                                                                "progress": False, **more})
+    answering.answer_questions(m, benchmark, questions, out, **{"batch_size": 3, "max_new_tokens": 5, **more})
     return data.read_records(out)
 
 
@@ -348,8 +347,7 @@ def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, mon
                         **k: asked.extend(prompts) or ["yes"] * len(prompts))
     path, rows = pope_file(tmp_path / "data", n=1)
     questions = benchmarks.questions("pope", [path], prompt="{question}\nyes or no ?")
-    answering.answer_questions(m, "pope", questions, tmp_path / "a.jsonl", prompt="{question}\nyes or no ?",
-                               progress=False)
+    answering.answer_questions(m, "pope", questions, tmp_path / "a.jsonl", prompt="{question}\nyes or no ?")
     assert asked == [rows[0]["text"] + "\nyes or no ?"]
     first, line = data.read_records(tmp_path / "a.jsonl")
     assert first["settings"]["prompt"] == "{question}\nyes or no ?" and line["question"] == rows[0]["text"]
@@ -421,7 +419,7 @@ def torchrun(world, *arguments):
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path):
+def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path, monkeypatch):
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
@@ -431,15 +429,21 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     first, *lines = whole.read_text().splitlines()
-    answers = [json.loads(line)["answer"] for line in lines]
-    out.write_text("\n".join([first,
-                              *lines[:4]]) + "\n")                         # what a killed run may leave
-    for rank, places in ((0, [6, 7, 8]), (1, [3, 4, 5, 9])):
-        part = [json.loads(first), *({"place": place, "answer": answers[place]} for place in places)]
+    lines = [json.loads(line) for line in lines]
+    rows = [{"id": place, "hash": answering._hash({k: v for k, v in line.items() if k != "answer"}),
+             "answer": line["answer"]} for place, line in enumerate(lines)]
+    out.unlink()                                                         # what a killed run may leave
+    for rank, groups in ((0, [rows[:3], rows[6:9]]), (1, [rows[3:6], rows[9:12]])):
+        part = [json.loads(first), *({"rows": group} for group in groups)]
         write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
     with open(tmp_path / "answers.jsonl.rank1", "a") as file:
-        file.write('{"place": 10, "ans')
+        file.write('{"rows": [{"id": 12, "ans')
+    import vlm
+    asked, generate = [], vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+                        or generate(m, i, questions, **k))
     ask(m, "pope", path, out)
+    assert asked == [2]
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     write_json(tmp_path / "answers.jsonl.rank0", [{"settings": {"model": "another"}}])
     with pytest.raises(data.UserError, match="rank0 was begun with other settings"):
@@ -831,14 +835,13 @@ def test_export_refuses_other_answers(m, tmp_path):
 
 def test_quick_scores_a_small_file_while_training(m, tmp_path, coco):
     path, _ = pope_file(tmp_path / "data")
-    found = answering.quick(m, path, tmp_path / "pope.jsonl", progress=False)
+    found = answering.quick(m, path, tmp_path / "pope.jsonl")
     assert found.keys() == {"pope_accuracy", "pope_f1",
                             "pope_yes_ratio"} and 0 <= found["pope_accuracy"] <= 100
     captions = write_json(tmp_path / "captions.jsonl", [
         {"question_id": i, "image": f"COCO_val2014_{i:012d}.jpg", "text": "what is this ?"} for i in (1, 2)])
     write_images(tmp_path, ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"])
-    found = answering.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
-                             progress=False)
+    found = answering.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3])
     assert found.keys() == {"chair_s", "chair_i", "recall"}
 
 
