@@ -32,7 +32,7 @@ def read_scenes(path):
     scenes = list(data.read_jsonl(file))
     for number, scene in enumerate(scenes, 1):
         where = f"{file}, line {number}"
-        metrics.check_truth(scene, where)
+        objects.check_truth(scene, where)
         if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
             raise UserError(f"{where} lacks a question or an image; make the scenes again")
         image_path(file, scene["image"])
@@ -186,7 +186,7 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
 
 
 def _invents(both):
-    return any(metrics.hallucinated(line["answer"], line["truth"]) for line in both)
+    return any(objects.hallucinated(line["answer"], line["truth"]) for line in both)
 
 
 def _rewards(m, paths, question, answer, beta):

@@ -21,6 +21,7 @@ import json
 import sys
 from pathlib import Path
 
+import amber as ambers
 import benchmarks
 import compare
 import data
@@ -29,20 +30,16 @@ import metrics
 import nouns
 import objects
 from answers import LENGTHS, answer_questions, answer_scenes, read_answers
+from replies import object_list, rating
 
 
 # ---------------------------------------------------------------------------------------------- score
-def items_classroom(answers):
-    """What each answer adds to the sums, {measure: [numerator, denominator]}, and its hallucinated words."""
-    for a in answers:
-        yield {"id": a["id"], "kind": a["kind"], "answer": a["answer"],
-               "hallucinated": metrics.hallucinated(a["answer"], a["truth"]), "sums": metrics.judge(a)[0]}
-
-
 # Each of these: the options and the lines of the answers file -> (scores, items).
 def classroom(o, lines):
     settings, answers = read_answers(o.answers[0])
-    return {**metrics.classroom(answers), "settings": settings}, items_classroom(answers)
+    keys = ("id", "kind", "answer", "hallucinated", "sums")
+    items = [{key: item[key] for key in keys} for item in metrics.classroom_items(answers)]
+    return {**metrics.classroom(answers), "settings": settings}, items
 
 
 def pope(o, lines):
@@ -53,8 +50,8 @@ def amber(o, lines):
     finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
     similarity = None if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
-    queries, annotations, relation, safe = benchmarks.amber_data(o.data)
-    return metrics.amber(queries, lines, annotations, relation, safe, finder, similarity, o.mode, o.partial)
+    queries, *known = benchmarks.amber_data(o.data)
+    return ambers.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
 
 
 def chair(o, lines):
@@ -73,7 +70,7 @@ def chair(o, lines):
         text = judge.prompt(o.extraction_prompt, judge.EXTRACTION, places)
         needed = {str(line["id"]): line for line in metrics.extraction_requests(lines)}
         prompts = {i: judge.filled(text, line) for i, line in needed.items()}
-        replies, said = judge.ask(o, "extractor", o.extractor, prompts, metrics.object_list,
+        replies, said = judge.ask(o, "extractor", o.extractor, prompts, object_list,
                                   o.extraction_prompt, text)
         replies = {needed[i]["id"]: reply for i, reply in replies.items()}
     scores, items = metrics.chair(lines, truth, classes, words, replies, nouns.phrase, o.mode, o.partial)
@@ -89,7 +86,7 @@ def mmhal(o, lines):
         judge.keep(path := o.out.with_suffix(".prompts.jsonl"), prompts)
         raise data.UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them "
                              "judged and give the replies with --judge FILE, or give a URL or a model folder")
-    replies, said = judge.ask(o, "judge", o.judge, prompts, metrics.rating, o.judge_prompt, text)
+    replies, said = judge.ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
     replies = {int(place): reply for place, reply in replies.items()}
     scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
     return {**scores, **said}, items
@@ -188,9 +185,25 @@ def run_score(o):
     print(table(o.benchmark, scores))
 
 
+def run_votes(o):
+    found = compare.preference(*compare.read_votes(o.votes))
+    data.atomic_write(o.out, json.dumps(found, indent=1) + "\n")
+    print("\n".join(compare.preference_table(found)))
+
+
+def run_compare(o):
+    print("\n".join(compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed)))
+
+
 def run_export(o):
     answers = [line for line in benchmarks.read_answers([o.answers]) if "settings" not in line]
     data.atomic_write(o.out, benchmarks.export(o.benchmark, answers))
+
+
+def positive(text):
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError
+    return int(text)
 
 
 def parse(argv=None):
@@ -209,11 +222,11 @@ def parse(argv=None):
     p.add_argument("--images", type=Path, help="the folder of the images [beside --data]")
     p.add_argument("--out", required=True, type=Path, help="answers.jsonl; an unfinished one is continued")
     p.add_argument("--prompt", default="{question}", help="what is asked, with {question} [{question}]")
-    p.add_argument("--batch_size", type=compare.positive,
+    p.add_argument("--batch_size", type=positive,
                    help="questions at once [classroom: 64, others: 16]")
-    p.add_argument("--max_new_tokens", type=compare.positive,
+    p.add_argument("--max_new_tokens", type=positive,
                    help="an answer's length at most [classroom, pope: 64; others: 512]")
-    p.add_argument("--limit", type=compare.positive, help="only the first N questions")
+    p.add_argument("--limit", type=positive, help="only the first N questions")
     p.add_argument("--dtype", choices=("bfloat16", "float16", "float32", "float64"),
                    help="of the model [bfloat16 on a GPU, float32 elsewhere]")
     scoring = step.add_parser("score", help="score answers, without a model", formatter_class=raw)
@@ -256,14 +269,27 @@ def parse(argv=None):
             p.add_argument("--judge_prompt", type=Path, help="with four {} to fill in [our own]")
         if name in ("chair", "mmhal"):
             p.add_argument("--chat_model", help="the server's name for the model, where it serves several")
-    compare.add_votes_parser(kinds)
+    p = kinds.add_parser("votes", help="what people chose on a page of `compare`")
+    p.set_defaults(run=run_votes)
+    p.add_argument("votes", type=Path, nargs="+", help="votes-NAME.json as downloaded, one a rater")
+    p.add_argument("--out", required=True, type=Path, help="preference.json")
     scoring.epilog = "\n".join(each.format_usage().removeprefix("usage: ") for each in kinds.choices.values())
     p = step.add_parser("export", help="answers as the official scripts read them")
     p.set_defaults(run=run_export)
     p.add_argument("benchmark", choices=("pope", "amber", "objhal", "mmhal"))
     p.add_argument("--answers", required=True, type=Path, help="what `answers` wrote")
     p.add_argument("--out", required=True, type=Path)
-    compare.add_parser(step)
+    p = step.add_parser("compare", help="two answers files: the paired difference, and a page to choose on")
+    p.set_defaults(run=run_compare)
+    p.add_argument("a", type=Path, help="answers of the one model")
+    p.add_argument("b", type=Path, help="answers of the other to the same questions")
+    p.add_argument("--out", required=True, type=Path, help="page.html")
+    p.add_argument("--images", type=Path, help="the folder of the images, to be shown [no images]")
+    p.add_argument("--items", type=Path, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl"),
+                   help="what `score` wrote per item, where the answers do not hold the truth themselves")
+    p.add_argument("--n", type=positive, default=100, help="pairs on the page, drawn at random [100]")
+    p.add_argument("--seed", type=int, default=0, help="of the pairs and of their sides [0]")
+
     return parser.parse_args(argv)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import amber as ambers  # noqa: E402
 import metrics  # noqa: E402
 import nouns  # noqa: E402
 import objects  # noqa: E402
@@ -39,7 +40,7 @@ def row(name, n, theirs, ours):
 def amber(files, captions, official):
     """[[CHAIR, Cover, Hal, Cog] with the official nouns, with ours] of {AMBER id: caption}."""
     answers = [{"id": name, "response": text} for name, text in captions.items()]
-    scores = [metrics.amber([], answers, nouns=found, partial=True, resamples=0, **files)[0]
+    scores = [ambers.measures([], answers, nouns=found, partial=True, resamples=0, **files)[0]
               for found in (official, nouns.nouns)]
     return [[part[key] for key in KEYS] for part in scores]
 
@@ -60,7 +61,7 @@ def bench_amber(shared, golden):
         captions = {line["id"]: line["response"] for line in answers if line["id"] in official}
         row(f"templates, {path.name}", len(captions), *amber(files, captions, official))
     table = json.loads((golden / "lemma" / "nltk_noun_lemma.json").read_text())
-    vocabulary = metrics.amber_vocabulary(files["relation"])
+    vocabulary = ambers.vocabulary(files["relation"])
     truths = {line["id"]: set(line["truth"]) for line in files["annotations"]
               if line["type"] == "generative"}
     for path in sorted(golden.glob("lemma/tokenize_pos*.jsonl")):

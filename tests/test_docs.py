@@ -18,15 +18,16 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
-           "nouns": "data", "pairing": "", "objects": "data tally", "metrics": "data objects replies tally",
+           "nouns": "data", "pairing": "", "objects": "data tally", "amber": "data replies tally",
+           "metrics": "data objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
            "report": "data metrics", "vlm": "data families kernels lora losses plan", "chat": "data vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "data nouns", "judge": "chat data",
            "answers": "benchmarks command data lora metrics nouns objects vlm",
-           "ballot": "benchmarks data report",
-           "compare": "ballot data metrics tally",
-           "eval_hallu": "answers benchmarks command compare data judge metrics nouns objects vlm",
+           "compare": "benchmarks data metrics page tally",
+           "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
+                         "tally vlm",
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
            "responders": "chat data vlm", "gallery": "chat data report",
            "synth": "data gallery journal pairing responders rewards sd3 topics",

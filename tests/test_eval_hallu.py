@@ -517,7 +517,7 @@ def test_questions_are_not_scored_as_answers(tmp_path, rows, says):
 
 FAULTS = {
     "missing": (lambda rows: rows[:-2], "2 of 6 questions have no answer .*5.*6"),
-    "twice": (lambda rows: [*rows, rows[0]], "1 answers stand there twice .*ids .*1"),
+    "twice": (lambda rows: [*rows, rows[0]], "1 answers appear twice .*ids .*1"),
     "stranger": (lambda rows: [*rows, {**rows[0], "question_id": 99}], "belong to none .*99"),
     "no text": (lambda rows: [*rows[:-1], {**rows[-1], "answer": 7}], "answer 6 .*has no text"),
     "another benchmark": (lambda rows: [{"settings": {"benchmark": "amber"}}, *rows],

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import GOLDEN, SHARED, need
 
-import metrics
+import amber
 import nouns
 from data import UserError
 
@@ -120,7 +120,7 @@ def distance(captions, official):
     """{CHAIR, Cover, Hal, Cog: how far our nouns are from the official ones}, captions {AMBER id: text}."""
     files = {name: json.loads((AMBER / f"{name}.json").read_text()) for name in ("annotations", "relation")}
     answers = [{"id": name, "response": text} for name, text in captions.items()]
-    ours, theirs = (metrics.amber([], answers, safe_words=(AMBER / "safe_words.txt").read_text().split("\n"),
+    ours, theirs = (amber.measures([], answers, safe_words=(AMBER / "safe_words.txt").read_text().split("\n"),
                                   nouns=found, partial=True, resamples=0, **files)[0]
                     for found in (nouns.nouns, official))
     return {key: round(ours[key] - theirs[key], 2) for key in ("chair", "cover", "hal", "cog")}
@@ -140,7 +140,7 @@ def test_ambers_scores_are_within_a_point_of_the_official_extraction(path):
 @pytest.mark.parametrize("path", golden("lemma/tokenize_pos*.jsonl"))
 def test_real_captions_give_the_official_nouns_with_few_exceptions(path):
     """Of COCO images, so AMBER has no truth for them; the mentions themselves are compared."""
-    vocabulary = metrics.amber_vocabulary(json.loads((need(AMBER) / "relation.json").read_text()))
+    vocabulary = amber.vocabulary(json.loads((need(AMBER) / "relation.json").read_text()))
     ours = theirs = both = 0
     for row in map(json.loads, path.read_text().splitlines()):
         found = sorted(word for word in nouns.nouns(row["text"]) if word in vocabulary)
