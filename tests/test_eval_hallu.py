@@ -170,6 +170,18 @@ def test_help_and_score_load_no_model_code():
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.parametrize("command", ["", "score", *eval_hallu.COMMANDS])
+def test_help_is_complete_and_fits_a_terminal(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        eval_hallu.parse([*command.split(), "--help"])
+    said = capsys.readouterr().out
+    assert not stop.value.code and max(map(len, said.splitlines())) <= 80
+    _, _, arguments = eval_hallu.COMMANDS.get(command, ("", "", {}))
+    for about in arguments.values():
+        assert "".join(about["help"].split()) in "".join(said.split())
+
+
 def test_command_line_answers_a_folder_of_scenes(m, tmp_path):
     write_scenes(tmp_path / "scenes", 2)
     out = tmp_path / "answers.jsonl"
