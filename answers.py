@@ -54,8 +54,8 @@ def describe(m, **more):
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return {"model": Path(m.folder).name, "base": vlm.identity(m), "template": m.template,
-            "images": m.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
+    return {"model": Path(m.front.folder).name, "base": vlm.identity(m), "template": m.front.template,
+            "images": m.front.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
             "dtype": str(m.model.dtype).removeprefix("torch."), "decoding": "greedy", **more}
 
 
@@ -192,16 +192,11 @@ def _invents(both):
 def _rewards(m, paths, question, answer, beta):
     """[{"word", "true", "other"}]: each word's reward in an answer, with the first image and the second."""
     import vlm
-    pixels = vlm.prepare(m, [data.read_image(path) for path in paths])
-
-    def logps(model):
-        features = vlm.encode_images(model, pixels)                                             # (2, K, D)
-        return [vlm.word_logps(model, one, question, answer) for one in features.split(1)]
-
-    with vlm.base_of(m) as base:
-        reference = logps(base)
     rewards = []
-    for policy, frozen in zip(logps(m), reference, strict=True):
-        rewards.append([(word, beta * (p - r)) for (word, p), (_, r) in zip(policy, frozen, strict=True)])
+    for image in map(data.read_image, paths):
+        policy = vlm.word_logps(m, image, question, answer)
+        with vlm.base_of(m) as base:
+            frozen = vlm.word_logps(base, image, question, answer)
+        rewards.append([beta * (p - r) for (_, p), (_, r) in zip(policy, frozen, strict=True)])
     return [{"word": word, "true": true, "other": other}
-            for (word, true), (_, other) in zip(*rewards, strict=True)]
+            for (word, _), true, other in zip(policy, *rewards, strict=True)]

@@ -332,7 +332,7 @@ def local_model(folder, settings):
     import vlm
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    folder, sampling = vlm.resolve(folder), {}
+    folder, sampling = data.model_folder(folder), {}
     if settings["temperature"]:
         sampling["temperature"] = settings["temperature"]
     if '"vision_config"' in data.read_bytes(folder / "config.json").decode("utf-8", "replace"):

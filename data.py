@@ -110,17 +110,22 @@ def append_jsonl(target, record):
                         "lines; free space and run the command again") from error
 
 
-def parse(text, place):
-    """One JSON object; a fault names `place(its line)`."""
+def decode(text, place, object_hook=None):
+    """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:       # ValueError covers bytes that are not UTF-8, too
-        line, why = 1, error
-        if isinstance(error, json.JSONDecodeError):     # its own line number counts from the start of `text`
-            line, why = error.lineno, f"{error.msg} at column {error.colno}"
-        raise UserError(f"{place(line)}: broken JSON ({why}); mend or delete the record") from error
+        return json.loads(text, object_hook=object_hook)
+    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
+        where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
+        where, why = place(1), error
+    raise UserError(f"{where}: broken JSON ({why}); fix or delete it")
+
+
+def parse(text, place):
+    """The object of a JSON text; a fault names `place(its line)`."""
+    record = decode(text, place)
     if not isinstance(record, dict):
-        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; mend or delete it")
+        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; fix or delete it")
     return record
 
 
@@ -145,10 +150,7 @@ def read_json(path, default=None, kind=object, object_hook=None):
     path = Path(path)
     if default is not None and not path.exists():
         return default
-    try:
-        found = json.loads(read_text(path), object_hook=object_hook)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: broken JSON ({error}); replace the file") from error
+    found = decode(read_bytes(path), lambda line: f"{path}, line {line}", object_hook)
     if not isinstance(found, kind):
         raise UserError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is wanted; give the "
                         "right file")
@@ -189,12 +191,12 @@ def read_bytes(path):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
-def inside(root, path, what):
+def inside(root, path, what, fix="move it inside"):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
-    found = os.path.realpath(os.path.join(root, path))
+    found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside")
+        raise UserError(f"{what}: {path} leaves the folder {root}; {fix}")
     return found
 
 
@@ -233,6 +235,15 @@ def identity(source):
     return found.hexdigest()[:16]
 
 
+def model_folder(name):
+    """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
+    own = Path(__file__).resolve().parent / "classroom" / "models"
+    for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
+        if path.is_dir():
+            return path
+    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+
+
 def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     from safetensors import SafetensorError
@@ -243,60 +254,22 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
-# ---- the index: where records begin and end ----
+# ---- the index: where the lines of a file begin and end ----
 
-def _chunks(path, size=1 << 20):                        # fits the processor's cache: twice as fast as 16 MiB
-    offset = 0
+def index_lines(path, size=1 << 20):
+    """(starts, ends, numbers): bytes and, from 1, line numbers of a file's lines that are not blank."""
+    found, at = [], 0
     with open(path, "rb") as file:
-        while chunk := file.read(size):
-            while chunk.endswith(b"\\") and (more := file.read(1)):    # never part \\ from what follows
-                chunk += more
-            yield offset, chunk
-            offset += len(chunk)
-
-
-def index_lines(path):
-    """Starts, ends and numbers of the lines that are not blank."""
-    breaks = [np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at for at, chunk in _chunks(path)]
-    ends = np.concatenate([*breaks, [os.path.getsize(path)]])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    keep = ends > starts
-    with open(path, "rb") as file:
-        for i in np.flatnonzero(keep & (ends - starts < 16)):
+        while chunk := file.read(size):                 # fits the processor's cache: twice as fast as 16 MiB
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
+            at += len(chunk)
+        ends = np.concatenate([*found, [at]])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        filled = ends > starts
+        for i in np.flatnonzero(filled & (ends - starts < 16)):
             file.seek(starts[i])
-            keep[i] = bool(file.read(ends[i] - starts[i]).strip())
-    return starts[keep], ends[keep], np.flatnonzero(keep) + 1
-
-
-MARKS = bytes(b"{[}]\"\n".find(bytes([byte])) // 2 + 1 for byte in range(256))     # 1 opens, 2 closes
-
-
-def index_array(path):
-    """Starts, ends and lines of what a top-level array (or object) holds, by brackets outside strings."""
-    found, depth, quoted, line = [], 0, 0, 1
-    for offset, chunk in _chunks(path):
-        text, kind = np.frombuffer(chunk, np.uint8), np.frombuffer(chunk.translate(MARKS), np.uint8)
-        marks = np.flatnonzero(kind != 0)
-        kind, newline = kind[marks], text[marks] == ord("\n")
-        quote = (kind == 3) & ~newline
-        run, back = np.flatnonzero(quote), 1
-        while len(run := run[(marks[run] >= back) & (text[marks[run] - back] == ord("\\"))]):
-            quote[run] ^= True                          # after an odd number of backslashes it ends no string
-            back += 1
-        strings, rows = quoted + np.cumsum(quote), line + np.cumsum(newline)
-        step = np.array([0, 1, -1, 0])[kind] * (strings % 2 == 0)
-        level = depth + np.cumsum(step)
-        opens, closes = (level == 2) & (step > 0), (level == 1) & (step < 0)
-        found.append((marks[opens] + offset, marks[closes] + offset + 1, rows[opens]))
-        if len(marks):
-            depth, quoted, line = level[-1], strings[-1] % 2, rows[-1]
-    starts, ends, lines = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    with open(path, "rb") as file:
-        file.seek(ends[-1] if len(ends) else 0)
-        if depth or quoted or file.read().split() not in ([b"]"], [b"}"], [b"[]"], [b"[", b"]"]):
-            file.seek(0)
-            parse(file.read(), lambda at: f"{path}, line {at}")    # slow, but it names the line that breaks
-    return starts, ends, lines
+            filled[i] = bool(file.read(ends[i] - starts[i]).strip())
+    return starts[filled], ends[filled], np.flatnonzero(filled) + 1
 
 
 # ---- images ----
@@ -357,7 +330,10 @@ def image_url(source, side=None):
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 
-# ---- rejected images: a draw is keyed by what it is for, never by the order of calls ----
+# ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
+#
+# record: as records.py reads it. image: the PIL image to replace. other: a function that reads the image of
+# another record. rng: a random generator; a draw is keyed by what it is for, never by the order of calls.
 
 def hash64(*key):
     text = "\0".join(map(str, key)).encode("utf-8", "surrogatepass")
@@ -376,7 +352,7 @@ def other_index(seed, id, i, n, attempt=0):
     return (i + 1 + int(draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
-def _box(width, height, rng, area):
+def crop_box(width, height, rng, area):
     """(x, y, w, h) of torchvision's RandomResizedCrop: a share of the area, aspect 3/4 to 4/3."""
     for _ in range(10):
         target = width * height * rng.uniform(*area)
@@ -389,20 +365,37 @@ def _box(width, height, rng, area):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _crop(image, rng, area):
+def cropped(image, rng, area):
     """A random box of the picture, resized back."""
-    x, y, w, h = _box(*image.size, rng, area)
+    x, y, w, h = crop_box(*image.size, rng, area)
     return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
 
 
-def _blank(image):
+def crop(area):
+    """The rejected image that keeps a share of the picture's area."""
+    return lambda record, image, other, rng: cropped(image, rng, area)
+
+
+def patch(record, image, other, rng):
+    """What crop keeps, neither moved nor magnified."""
+    x, y, w, h = crop_box(*image.size, rng, AREAS["crop"])
+    found, box = blank(record, image, other, rng), (x, y, x + w, y + h)
+    found.paste(image.crop(box), box)
+    return found
+
+
+def another(record, image, other, rng):
+    return other()
+
+
+def blank(record, image, other, rng):
     """A picture that is zeros once normalised."""
     return Image.new("RGB", image.size, tuple((MEAN * 255).round().astype(int).tolist()))
 
 
-def _moco(image, rng):
+def moco(record, image, other, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
-    image = _crop(image, rng, (0.2, 1.0))
+    image = cropped(image, rng, (0.2, 1.0))
     for kind in rng.permutation(4) if rng.random() < 0.8 else ():
         if kind < 3:
             enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
@@ -423,7 +416,7 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073])    # CLIP's, whose normalis
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def _noise(image, rng, step=500):
+def noise(record, image, other, rng, step=500):
     """x_500 of 1000 as in VCD (arXiv 2311.16922, vcd_add_noise.py): sigmoid betas."""
     betas = 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
     kept, size, scale = np.cumprod(1 - betas)[step], image.size, min(1.0, 336 / min(image.size))
@@ -436,30 +429,20 @@ def _noise(image, rng, step=500):
 
 AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8),      # the share that is kept
          "crop80-100": (0.8, 1.0)}
-REJECTED = (*AREAS, "patch", "random", "moco", "blank", "noise")
+REJECTED = {name: crop(area) for name, area in AREAS.items()}
+REJECTED |= {"patch": patch, "random": another, "moco": moco, "blank": blank, "noise": noise}
 
 
-def rejected_image(strategy, image, seed, id, other=None, epoch=None):
-    """A pair's rejected image: the same for the same seed, strategy and id (and epoch, if drawn anew)."""
-    rng = draw(seed, strategy, id, epoch)
-    match strategy:
-        case "random":
-            return other
-        case "moco":
-            return _moco(image, rng)
-        case "blank":
-            return _blank(image)
-        case "patch":                                   # what crop keeps, neither moved nor magnified
-            x, y, w, h = _box(*image.size, draw(seed, "crop", id, epoch), AREAS["crop"])
-            patch, box = _blank(image), (x, y, x + w, y + h)
-            patch.paste(image.crop(box), box)
-            return patch
-        case "noise":
-            return _noise(image, rng)
-    if strategy not in AREAS:
-        known = ", ".join(REJECTED)
-        raise UserError(f"--image_rejected {strategy} is not one of {known}; choose one of them")
-    return _crop(image, rng, AREAS[strategy])
+def rng_of(strategy, seed, id):
+    """The generator of a pair's rejected image. `patch` takes crop's, so that it keeps what crop keeps."""
+    return draw(seed, "crop" if strategy == "patch" else strategy, id, None)
+
+
+def rejected_image(strategy, image, seed, id, other=None, record=None):
+    """A pair's rejected image: the same for the same seed, strategy and id. other, record: see above."""
+    if strategy not in REJECTED:
+        raise UserError(f"--image_rejected {strategy} is not one of {', '.join(REJECTED)}; choose another")
+    return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 
 def crop_pixels(pixels, box):
@@ -472,8 +455,10 @@ def crop_pixels(pixels, box):
 
 def rejected_pixels(strategy, pixels, seed, id):
     """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
-    return crop_pixels(pixels, _box(width, height, draw(seed, strategy, id, None), AREAS[strategy]))
+    return crop_pixels(pixels, crop_box(width, height, rng_of(strategy, seed, id), AREAS[strategy]))
 
 
 # ---- token ids ----
@@ -485,6 +470,19 @@ class Pair(NamedTuple):
     prompt_rejected: list
     chosen: list
     rejected: list
+    sizes: tuple = ()             # (width, height) of each image in `prompt`
+    sizes_rejected: tuple = ()    # and in `prompt_rejected`
+
+
+class Batch(NamedTuple):
+    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
+    pairs: list
+    images: list
+    images_rejected: list = ()    # none where the loss reads none
+    places: list = ()             # of the pairs among all that are trained on
+    keys: list = ()               # of each pair, a hash over all of it
+    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
+    of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
 def truncate(pair, max_length):
@@ -500,26 +498,43 @@ def truncate(pair, max_length):
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
-    positions: object     # (T,): they restart in each segment, and `rejected` goes on from its prompt's end
+    positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
     segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
 
 
-def pack(pairs, needs):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
-    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then."""
+def plain_positions(ids, sizes):
+    """Positions (T,) of a prompt whose images are tokens like all others."""
     import torch
-    parts = [(p.prompt, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
+    return torch.arange(len(ids))
+
+
+def positions_after(positions, n):
+    """Positions of n tokens that follow a prompt, whose are (T,) or (3, T): they go on from the largest."""
+    import torch
+    more = torch.arange(n) + positions.max() + 1
+    return more.expand(*positions.shape[:-1], n)
+
+
+def pack(pairs, needs, positions_of=plain_positions):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
+
+    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then.
+    positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
+    """
+    import torch
+    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
     if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.chosen, []) for p in pairs]
+        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
     ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, chosen, rejected in parts:
+    for prompt, sizes, chosen, rejected in parts:
         start = len(ids)
         fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
         ids += prompt + chosen + rejected
-        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
+        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
         segments.append((start, len(prompt), len(chosen), len(rejected)))
         # the prompt's last place predicts the first token of both responses
         first.append(([fork - 1, *range(fork, middle - 1)], chosen))
@@ -529,4 +544,4 @@ def pack(pairs, needs):
     predict = torch.tensor([place for places, _ in order for place in places])
     target = torch.tensor([token for _, response in order for token in response])
     lengths = [len(response) for _, response in order]
-    return Row(torch.tensor(ids), torch.tensor(positions), segments, predict, target, lengths)
+    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

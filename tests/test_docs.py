@@ -138,7 +138,7 @@ def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
     """Every --flag and every --set key that it mentions; torchrun's and Hugging Face's apart."""
     helps = ""
     scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
-    for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare", "vlm.py info",
+    for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
                     "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
                     "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
                     "classroom/make.py", "classroom/synthesis.py", "classroom/reproduce.py"):

@@ -92,7 +92,7 @@ def test_other_settings_or_questions_are_refused_and_named(m, tmp_path):
         answer(m, scenes, out)
     write_scenes(tmp_path / "again" / "scenes")
     import vlm
-    other = vlm.load(m.folder)
+    other = vlm.load(m.front.folder)
     lora.add_lora(other.model, 2, 4)
     with pytest.raises(data.UserError, match="adapter"):
         answer(other, tmp_path / "again" / "scenes", out)
@@ -185,7 +185,7 @@ def test_help_is_complete_and_fits_a_terminal(command, monkeypatch, capsys):
 def test_command_line_answers_a_folder_of_scenes(m, tmp_path):
     write_scenes(tmp_path / "scenes", 2)
     out = tmp_path / "answers.jsonl"
-    code, _, err = run("answers", "classroom", "--model", m.folder, "--data", tmp_path / "scenes",
+    code, _, err = run("answers", "classroom", "--model", m.front.folder, "--data", tmp_path / "scenes",
                        "--out", out, "--max_new_tokens", 4)
     assert code == 0, err
     assert len(out.read_text().splitlines()) == 5
@@ -199,7 +199,7 @@ def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
     import lora
     import vlm
     scenes, _ = write_scenes(tmp_path / "scenes")
-    policy = vlm.load(m.folder)
+    policy = vlm.load(m.front.folder)
     lora.add_lora(policy.model, 2, 4)
     for name in ("before", "after"):
         answer(policy, scenes, tmp_path / f"{name}.jsonl")
@@ -435,8 +435,8 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
-    arguments = ["answers", "pope", "--model", m.folder, "--data", path, "--out", out, "--batch_size", 3,
-                 "--max_new_tokens", 5]
+    arguments = ["answers", "pope", "--model", m.front.folder, "--data", path, "--out", out,
+                 "--batch_size", 3, "--max_new_tokens", 5]
     done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
@@ -798,7 +798,7 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{} {} {} {} ?")
-    arguments = ["--template", template, "--judge", m.folder, "--judge_prompt", prompt]
+    arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
     import vlm
