@@ -144,6 +144,12 @@ def read_jsonl(path, torn_ok=False):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
 def read_json(path, default=None, kind=object, object_hook=None):
     """What a JSON file holds; `default` where there is none, unless that is None. kind: list or dict, where
     nothing else will do. object_hook: see json.loads. Raises UserError."""
@@ -275,7 +281,7 @@ def index_lines(path, size=1 << 20):
 # ---- images ----
 
 NARROW = 100                                            # longer side by shorter, at most
-SMALL = 160                                             # pixels: up to here a shrunken image is a PNG
+SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
 
 @contextlib.contextmanager
@@ -297,9 +303,12 @@ def _opened(source):
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
 
 
-def read_image(source):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+def read_image(source, as_stored=False):
+    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do.
+    as_stored: in its own mode and not turned."""
     with _opened(source) as file:
+        if as_stored:
+            return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -318,13 +327,15 @@ def image_url(source, side=None):
 
     In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
     """
-    raw = source if isinstance(source, bytes) else read_bytes(source)
-    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
-    if side or not raw.startswith((b"\xff\xd8\xff", b"\x89PNG")):
-        image, buffer = read_image(source), io.BytesIO()
+    raw = b""
+    if not side:
+        raw = source if isinstance(source, bytes) else read_bytes(source)
+    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
+    if not kind:
+        image, kind, buffer = read_image(source), "png", io.BytesIO()
         if side:
             image.thumbnail((side, side))
-        kind = "jpeg" if side and max(image.size) > SMALL else "png"
+            kind = "jpeg" if max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"

@@ -18,10 +18,11 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
-           "nouns": "data", "pairing": "", "objects": "data tally", "amber": "data replies tally",
-           "metrics": "data objects replies tally",
+           "nouns": "data", "pairing": "", "command": "data", "page": "data",
+           "objects": "data tally", "amber": "data replies tally", "metrics": "data objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families kernels lora losses plan", "chat": "data vlm",
+           "report": "data metrics", "vlm": "data families kernels lora losses plan",
+           "chat": "command data vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "data nouns", "judge": "chat data",
            "answers": "benchmarks command data lora metrics nouns objects vlm",
@@ -29,8 +30,8 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data",
            "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
                          "tally vlm",
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
-           "responders": "chat data vlm", "gallery": "chat data report",
-           "synth": "data gallery journal pairing responders rewards sd3 topics",
+           "gallery": "chat data report",
+           "synth": "chat data gallery journal pairing rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
            "train_dpo": "answers data diagnose lora losses metrics options plan ranks records reference "
