@@ -363,9 +363,9 @@ def falling(chosen):
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        if "--dry_run" in sys.argv:
-            return print("\n".join(plan.show([x for x in sys.argv[1:] if x != "--dry_run"])))
         o = options.parse(sys.argv[1:], __doc__)
+        if o.dry_run:
+            return print("\n".join(plan.show(o)))
         ranks = command.join(o.device)
         summary, out = train(o, ranks)
         if rank == 0:
