@@ -30,7 +30,7 @@ ADDED = 1e-3                                               # to each sum that th
 
 
 def measures(queries, answers, annotations, relation, safe_words, nouns, similarity=None, mode="robust",
-             partial=False, seed=0, resamples=1000):
+             partial=False, resamples=1000):
     """-> {"chair", "cover", "hal", "cog"} of the captions; {"accuracy", "precision", "recall", "f1"} of the
     questions where all three dimensions are answered; the same by dimension and type under "by_type";
     "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. What is not
@@ -60,7 +60,7 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             said = strict_yes_no(text) if official else yes_no(text, asked.get("query", ""))
             item |= {"truth": truth, "said": said, "right": said == truth}
         items.append(item)
-    total, draws = add_up(items, _counts, seed, resamples)
+    total, draws = add_up(items, _counts, resamples=resamples)
     by_type, resampled = by_part(total, official), by_part(draws, False)
     scores = by_type.pop("generative", {}) | by_type.pop("all", {})
     drawn = resampled.pop("generative", {}) | resampled.pop("all", {})
@@ -70,9 +70,15 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
         points["n"], points["unparsed"] = total[part, "n"], total[part, "unparsed"]
         if not total[part, "said_no"]:
             remarks.append(f"{part}: no answer is a no, so precision is 0/0; it and F1 are given as 0")
-    return {"mode": mode, "n": len(items), "unparsed": total["all", "unparsed"], **scores,
-            "intervals": intervals(scores, drawn), "by_type": by_type, "coverage": coverage,
-            "counts": counters(total, official), "remarks": remarks}, items
+    return {"mode": mode,
+            **scores,
+            "intervals": intervals(scores, drawn),
+            "n": len(items),
+            "unparsed": total["all", "unparsed"],
+            "by_type": by_type,
+            "counts": counters(total, official),
+            "coverage": coverage,
+            "remarks": remarks}, items
 
 
 def kind_of(annotated):
@@ -113,8 +119,14 @@ class Captions:
             _credit({noun}, added, cognised)
             _credit(near, added, cognised)
             misses += not _credit(near, present, covered)
-        return {"hal": misses, "mentions": len(nouns), "cover": len(covered), "cover_num": len(truth),
-                "cog": len(cognised), "cog_num": len(hallu), "non_hallu": int(not misses), "nouns": nouns}
+        return {"hal": misses,
+                "mentions": len(nouns),
+                "cover": len(covered),
+                "cover_num": len(truth),
+                "cog": len(cognised),
+                "cog_num": len(hallu),
+                "non_hallu": int(not misses),
+                "nouns": nouns}
 
     def entries(self, words):
         """[(word, index of what it credits)]: the associations of all words, then the words themselves."""
@@ -169,7 +181,11 @@ def _counts(item):
         keys = [key for pair in CAPTIONS.values() for key in pair]
         return {(part, "n"): 1} | {(part, key): item[key] for key in (*keys, "non_hallu")}
     no, said_no = item["truth"] == "no", item["said"] == "no"
-    counts = {"n": 1, "correct": item["right"], "no": no, "said_no": said_no, "no_right": no and said_no,
+    counts = {"n": 1,
+              "correct": item["right"],
+              "no": no,
+              "said_no": said_no,
+              "no_right": no and said_no,
               "unparsed": item["said"] is None}
     homes = [home for home, types in TYPES.items() if part in types]
     return {(home, key): int(value) for home in homes for key, value in counts.items()}

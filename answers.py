@@ -12,7 +12,7 @@ ends with the same bytes where the device is deterministic.
 import hashlib
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import benchmarks
@@ -54,9 +54,14 @@ def describe(m, **more):
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return {"model": Path(m.front.folder).name, "base": vlm.identity(m), "template": m.front.template,
-            "images": m.front.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
-            "dtype": str(m.model.dtype).removeprefix("torch."), "decoding": "greedy", **more}
+    return {"model": Path(m.front.folder).name,
+            "base": vlm.identity(m),
+            "template": m.front.template,
+            "images": m.front.preparation,
+            "adapter": digest.hexdigest()[:16] if weights else None,
+            "dtype": str(m.model.dtype).removeprefix("torch."),
+            "decoding": "greedy",
+            **more}
 
 
 def _hash(lines):
@@ -66,34 +71,32 @@ def _hash(lines):
 def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
     """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
     Question's image -> a PIL image."""
-    import vlm
-    lines = [question.line for question in questions]
-    items = [{"id": place, "hash": _hash(line), "_question": question}
-             for place, (line, question) in enumerate(zip(lines, questions, strict=True))]
+    def line(row):
+        return questions[row["id"]].line | {"answer": row["answer"]}
 
-    def make(groups):
-        for group in groups:
-            asked = [item["_question"] for item in group]
-            images = [[read(question.image)] for question in asked]
-            texts = vlm.generate(m, images, [question.prompt for question in asked], batch_size=batch_size,
-                                 max_new_tokens=settings["max_new_tokens"])
-            yield [{"answer": text} for text in texts]
-
+    items = [{"id": place, "hash": _hash(question.line), "_question": question}
+             for place, question in enumerate(questions)]
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    store = command.Store(out_path, ranks, {"settings": settings}, shape=lambda row: _line(row, lines),
-                          unshape=_row)
+    store = command.Store(out_path, ranks, {"settings": settings}, shape=line, unshape=_row)
+    make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
     store.work(items, make, batch_size, description, "answer")
 
 
-def _line(row, lines):
-    """What was made of a question -> its line in the finished file."""
-    return lines[row["id"]] | {"answer": row["answer"]}
+def _texts(m, read, max_new_tokens, batch_size, groups):
+    """For each group of items: what the model says, [{"answer"}]."""
+    import vlm
+    for group in groups:
+        questions = [item["_question"] for item in group]
+        images = [[read(question.image)] for question in questions]
+        prompts = [question.prompt for question in questions]
+        texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        yield [{"answer": text} for text in texts]
 
 
 def _row(place, line):
-    """The way back: a line of the finished file -> what was made."""
-    return {"id": place, "hash": _hash({key: line[key] for key in line if key != "answer"}),
-            "answer": line.get("answer")}
+    """A line of the finished file -> what was made of its question."""
+    asked = {key: line[key] for key in line if key != "answer"}
+    return {"id": place, "hash": _hash(asked), "answer": line.get("answer")}
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
@@ -162,25 +165,29 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
 
 
 def word_rewards(m, run_folder, beta, images=12, n=4):
-    """Does the model look? beta (log p_policy - log p_reference) of each word of an answer after training,
-    with the true image and with another. For n of the run's first captions; hallucinating ones first."""
+    """Does the model look? The reward of each word of an answer after training, with the true image and with
+    another. For n of the run's first captions; hallucinating ones first."""
     run = Path(run_folder)
     settings, before = read_answers(run / "before.jsonl")
     _, after = read_answers(run / "after.jsonl")
     captions = [(old, new) for old, new in zip(before, after, strict=True)
                 if new["kind"] == "caption" and new["answer"]]
-    places = sorted(range(len(captions[:images])), key=lambda place: not _invents(captions[place]))
+    chosen = sorted(range(len(captions[:images])), key=lambda place: not _invents(captions[place]))[:n]
     file, found = run / settings["scenes"], []
-    for place in sorted(places[:n]):
+    for place in sorted(chosen):
         old, new = captions[place]
-        others = [line["image"] for line, _ in captions[place + 1:] + captions[:place]
-                  if line["image"] != new["image"]]
-        if others:
-            paths = [image_path(file, name) for name in (new["image"], others[0])]
-            image, other_image = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
-            found.append({"id": new["id"], "image": image, "other_image": other_image,
-                          "question": new["question"], "answer_before": old["answer"],
-                          "answer_after": new["answer"], "truth": new["truth"],
+        following = [line["image"] for line, _ in captions[place + 1:] + captions[:place]]
+        other = next((image for image in following if image != new["image"]), None)
+        if other is not None:
+            paths = [image_path(file, new["image"]), image_path(file, other)]
+            image, other = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
+            found.append({"id": new["id"],
+                          "image": image,
+                          "other_image": other,
+                          "question": new["question"],
+                          "answer_before": old["answer"],
+                          "answer_after": new["answer"],
+                          "truth": new["truth"],
                           "words": _rewards(m, paths, new["question"], new["answer"], beta)})
     return found
 
@@ -190,13 +197,14 @@ def _invents(both):
 
 
 def _rewards(m, paths, question, answer, beta):
-    """[{"word", "true", "other"}]: each word's reward in an answer, with the first image and the second."""
+    """[{"word", "true", "other"}]: beta (log p_policy - log p_reference) of each word of an answer, with the
+    first image and with the second."""
     import vlm
     rewards = []
     for image in map(data.read_image, paths):
         policy = vlm.word_logps(m, image, question, answer)
         with vlm.base_of(m) as base:
-            frozen = vlm.word_logps(base, image, question, answer)
-        rewards.append([beta * (p - r) for (_, p), (_, r) in zip(policy, frozen, strict=True)])
+            reference = vlm.word_logps(base, image, question, answer)
+        rewards.append([beta * (p - r) for (_, p), (_, r) in zip(policy, reference, strict=True)])
     return [{"word": word, "true": true, "other": other}
             for (word, _), true, other in zip(policy, *rewards, strict=True)]

@@ -320,7 +320,7 @@ def _chosen(votes, key):
     return found
 
 
-def preference(key, raters, seed=0, resamples=1000):
+def preference(key, raters):
     """Win, tie and loss of A against B as shares of all votes, with intervals over items.
 
     Pairs with equal answers were left out of the page; they count as ties, once for every rater.
@@ -332,7 +332,7 @@ def preference(key, raters, seed=0, resamples=1000):
             items.append({"image": item, "votes": {kind: votes.count(kind) for kind in KINDS}})
     for n in range(key["same"]):
         items.append({"image": f"same {n}", "votes": {"win": 0, "tie": len(raters), "loss": 0}})
-    total, draws = tally.add_up(items, lambda item: item["votes"], seed, resamples)
+    total, draws = tally.add_up(items, lambda item: item["votes"])
 
     def shares(counted):
         return {kind: tally.ratio(counted[kind], sum(counted.values())) for kind in KINDS}

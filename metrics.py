@@ -30,7 +30,7 @@ import numpy as np
 from data import UserError
 from objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from replies import object_list, official_yes_no, rating, yes_no
-from tally import add_up, few, first, image_number, join, paired, parts, percent, ratio, read, scored
+from tally import add_up, few, first, image_number, join, paired, parts, percent, ratio, ratios, read, scored
 
 # ---- classroom: an answer is a line of answers.jsonl with its `truth` (objects.py); in percent ----
 CLASSROOM = {
@@ -51,13 +51,13 @@ def classroom_items(answers):
         if question in seen:
             raise UserError(f"answer {number} (id {name}) is there twice; keep one of the two")
         seen.add(question)
-        item = {"id": name, "image": line.get("image", name), "kind": kind, "answer": text,
-                "hallucinated": hallucinated(text, truth), "readable": True}
+        item = {"id": name, "image": line.get("image", name), "kind": kind, "answer": text}
+        item["hallucinated"] = hallucinated(text, truth)
         if kind == "caption":
-            item["sums"] = _caption_sums(text, truth)
+            item["sums"], item["readable"] = _caption_sums(text, truth), True
         else:
             said = {word for word, _ in mentions(text, truth["choices"])}
-            item |= {"sums": _choice_sums(said, truth, kind), "readable": len(said) == 1}
+            item["sums"], item["readable"] = _choice_sums(said, truth, kind), len(said) == 1
         items.append(item)
     return items
 
@@ -68,7 +68,8 @@ def _caption_sums(text, truth):
     said = [word for word, _ in mentions(text, present | absent, plural=True)]
     misses = sum(word in absent for word in said)
     covered = present.intersection(said)
-    return {"chair_s": (int(misses > 0), 1), "chair_i": (misses, len(said)),
+    return {"chair_s": (int(misses > 0), 1),
+            "chair_i": (misses, len(said)),
             "cover": (len(covered), len(present))}
 
 
@@ -89,29 +90,30 @@ def _ordered(measures):
     return known + sorted(set(measures) - set(CLASSROOM))
 
 
-def classroom(answers, seed=0, resamples=1000):
+def classroom(answers, resamples=1000):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
     "unparsed", "intervals": {key: [low, high]}}. A measure that no question is about is None."""
     items = classroom_items(answers)
-    total, draws = add_up(items, lambda item: parts(item["sums"]), seed, resamples)
+    total, draws = add_up(items, lambda item: parts(item["sums"]), resamples=resamples)
     keys = _ordered({measure for measure, _ in total})
     found = scored(lambda sums: {key: percent(sums, key) for key in keys}, total, draws)
     spread, by_kind = found.pop("intervals"), {}
     for key in keys:
         if key not in CLASSROOM:
             by_kind[key] = {"acc": found.pop(key), "n": total[key, "n"], "interval": spread.pop(key)}
+    images = {item["image"] for item in items}
+    unparsed = sum(not item["readable"] for item in items)
     return dict.fromkeys(CLASSROOM) | found | {
-        "by_kind": by_kind, "n": len(items), "images": len({item["image"] for item in items}),
-        "unparsed": sum(not item["readable"] for item in items), "intervals": spread}
+        "by_kind": by_kind, "n": len(items), "images": len(images), "unparsed": unparsed, "intervals": spread}
 
 
-def difference(before, after, seed=0, resamples=1000):
+def difference(before, after):
     """The change of each measure between two sets of answers to the same questions, in points, with its 95%
     interval: {key: {"change", "interval"}, "by_kind": {kind: {"change", "interval"}}}."""
     old, new = _by_question(before), _by_question(after)
     if old.keys() != new.keys():
         raise UserError("the two files answer different questions; compare answers to the same scenes")
-    found = paired(old.values(), new.values(), lambda item: item["sums"], seed=seed, resamples=resamples)
+    found = paired(old.values(), new.values(), lambda item: item["sums"])
     result = {"by_kind": {}}
     for key in _ordered(found):
         home = result if key in CLASSROOM else result["by_kind"]
@@ -133,7 +135,7 @@ def _by_question(answers):
 COUNTS = ("tp", "fp", "tn", "fn", "unparsed", "n")
 
 
-def pope(questions, answers, mode="robust", partial=False, seed=0, resamples=1000):
+def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     """-> {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed", "n",
     "version", "by_split", ...} in fractions, and the items. Over several splits the counts are sums, and the
     ratios means of the splits. An unparsed answer counts as the wrong one; it is no yes in yes_ratio.
@@ -149,9 +151,13 @@ def pope(questions, answers, mode="robust", partial=False, seed=0, resamples=100
     for (split, name), (_, text, _) in zip(names, found, strict=True):
         line = asked[split, name]
         said = official_yes_no(text) if mode == "official" else yes_no(text, line.get("text", ""))
-        items.append({"id": name, "split": split, "image": line.get("image", name), "label": line["label"],
-                      "said": said, "right": said == line["label"]})
-    total, draws = add_up(items, _pope_counts, seed, resamples)
+        items.append({"id": name,
+                      "split": split,
+                      "image": line.get("image", name),
+                      "label": line["label"],
+                      "said": said,
+                      "right": said == line["label"]})
+    total, draws = add_up(items, _pope_counts, resamples=resamples)
     by_split, remarks = {}, []
     for split in dict.fromkeys(item["split"] for item in items):
         sums = total.of(split)
@@ -163,13 +169,18 @@ def pope(questions, answers, mode="robust", partial=False, seed=0, resamples=100
                 remarks.append(f"{split}: no {of} is a yes, so {key} is 0/0; it and F1 are given as 0")
 
     def mean(sums):
-        ratios = [_pope_ratios(sums.of(split)) for split in by_split]
-        return {key: np.mean([each[key] for each in ratios], axis=0) for key in ratios[0]}
+        each = [_pope_ratios(sums.of(split)) for split in by_split]
+        return {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
 
     counts = {key: sum(part[key] for part in by_split.values()) for key in COUNTS}
     version = "; ".join(part["version"] for part in by_split.values())
-    return {"mode": mode, **counts, **scored(mean, total, draws), "version": version, "by_split": by_split,
-            "coverage": coverage, "remarks": remarks}, items
+    return {"mode": mode,
+            **counts,
+            **scored(mean, total, draws),
+            "version": version,
+            "by_split": by_split,
+            "coverage": coverage,
+            "remarks": remarks}, items
 
 
 def _pope_questions(splits):
@@ -211,9 +222,14 @@ def _repeats(answer, split, asked):
 
 
 def _pope_counts(item):
-    positive = (item["label"] == "yes") == item["right"]
-    cell = ("t" if item["right"] else "f") + ("p" if positive else "n")
-    counts = {cell: 1, "n": 1, "yes": int(item["said"] == "yes"), "unparsed": int(item["said"] is None)}
+    if item["label"] == "yes":
+        cell = "tp" if item["right"] else "fn"
+    else:
+        cell = "tn" if item["right"] else "fp"
+    counts = {"n": 1,
+              cell: 1,
+              "yes": int(item["said"] == "yes"),
+              "unparsed": int(item["said"] is None)}
     return {(item["split"], key): n for key, n in counts.items()}
 
 
@@ -228,6 +244,13 @@ def _pope_ratios(sums):
 
 
 # ---- CHAIR ----
+CHAIR = {"chair_s": ("captions", "n"),
+         "chair_s_refine": ("captions", "with"),
+         "chair_i": ("misses", "mentions"),
+         "recall": ("covered", "present"),
+         "mean_words": ("words", "n")}
+
+
 def _caption(text):
     return text.replace("Assistant:", "").strip()
 
@@ -246,7 +269,7 @@ def extraction_requests(answers):
     return asked
 
 
-def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="robust", partial=False, seed=0,
+def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="robust", partial=False,
           resamples=1000):
     """CHAIR, and Object HalBench, which is CHAIR with other synonyms and lemmas and often an extractor's
     replies. -> fractions {"chair_s", "chair_s_refine" (of the captions with an object), "chair_i", "recall"},
@@ -285,12 +308,17 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
     if unread and mode == "official" and not partial:
         raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
                         "again, or score the others with --partial")
-    total, draws = add_up(items, _chair_counts, seed, resamples)
+    total, draws = add_up(items, _chair_counts, resamples=resamples)
     remarks = [] if total["mentions"] else ["no caption names an object: CHAIR_i is 0/0, given as 0"]
-    return {"mode": mode} | scored(_chair_ratios, total, draws) | {
-        "n": total["n"], "n_with_objects": total["with"], "unparsed": total["unparsed"],
-        "counts": {key: total[key] for key in ("captions", "mentions", "misses", "covered", "present")},
-        "coverage": {"answered": len(items), "of": len(images)}, "remarks": remarks}, items
+    counts = {key: total[key] for key in ("captions", "mentions", "misses", "covered", "present")}
+    return {"mode": mode,
+            **scored(lambda sums: ratios(sums, CHAIR), total, draws),
+            "n": total["n"],
+            "n_with_objects": total["with"],
+            "unparsed": total["unparsed"],
+            "counts": counts,
+            "coverage": {"answered": len(items), "of": len(images)},
+            "remarks": remarks}, items
 
 
 def _extracted(reply, table, phrase, mode):
@@ -330,14 +358,6 @@ def _chair_counts(item):
             "words": item["words"]}
 
 
-def _chair_ratios(sums):
-    return {"chair_s": ratio(sums["captions"], sums["n"]),
-            "chair_s_refine": ratio(sums["captions"], sums["with"]),
-            "chair_i": ratio(sums["misses"], sums["mentions"]),
-            "recall": ratio(sums["covered"], sums["present"]),
-            "mean_words": ratio(sums["words"], sums["n"])}
-
-
 # ---- MMHal-Bench ----
 MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 
@@ -374,7 +394,7 @@ def mmhal_prompts(template, answers, prompt, partial=False):
     return asked
 
 
-def mmhal(template, answers, replies, mode="robust", partial=False, seed=0, resamples=1000):
+def mmhal(template, answers, replies, mode="robust", partial=False, resamples=1000):
     """-> {"score", "hallucination_rate" (fraction), "informativeness" (percent), "by_category", "unparsed",
     "n", ...}, and the items. A reply that cannot be read is a 0 in official mode, and left out in robust
     mode.
@@ -388,28 +408,37 @@ def mmhal(template, answers, replies, mode="robust", partial=False, seed=0, resa
     items = []
     for place in [place for place in texts if place in replies]:
         score = rating(replies[place], mode)
-        item = {"id": place, "image": template[place].get("image_id", place), "type": MMHAL[place % 8],
-                "score": score, "unparsed": score is None, "reply": replies[place]}
+        item = {"id": place,
+                "image": template[place].get("image_id", place),
+                "type": MMHAL[place % 8],
+                "score": score,
+                "unparsed": score is None,
+                "reply": replies[place]}
         if score is None and mode == "official":
             item["score"] = 0
         items.append(item)
-    total, draws = add_up(items, _mmhal_counts, seed, resamples)
+    total, draws = add_up(items, _mmhal_counts, resamples=resamples)
     by_category = {}
     for kind in MMHAL:
         if total[kind, "n"]:
             measured = scored(_mmhal_ratios, total.of(kind), draws.of(kind))
             by_category[kind] = measured | {"n": total[kind, "n"]}
     n = total["all", "n"]
-    return {"mode": mode} | scored(_mmhal_ratios, total.of("all"), draws.of("all")) | {
-        "by_category": by_category, "unparsed": total["all", "unparsed"], "n": n,
-        "coverage": coverage | {"answered": len(items)},
-        "remarks": [] if n else ["no reply can be read, so there is no score"]}, items
+    return {"mode": mode,
+            **scored(_mmhal_ratios, total.of("all"), draws.of("all")),
+            "by_category": by_category,
+            "unparsed": total["all", "unparsed"],
+            "n": n,
+            "coverage": coverage | {"answered": len(items)},
+            "remarks": [] if n else ["no reply can be read, so there is no score"]}, items
 
 
 def _mmhal_counts(item):
     score, counts = item["score"], {"unparsed": int(item["unparsed"])}
     if score is not None:
-        counts |= {"n": 1, "score": score, "hallucinated": int(score < 3),
+        counts |= {"n": 1,
+                   "score": score,
+                   "hallucinated": int(score < 3),
                    "informative": score - 3 if score >= 3 else score}
     return {(home, key): n for home in ("all", item["type"]) for key, n in counts.items()}
 

@@ -33,29 +33,39 @@ SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`�
 
 def tokens(text):
     """Words and punctuation marks in order, as NLTK's word_tokenize cuts them."""
-    found = []
-    chunks = text.split()
+    found, chunks = [], text.split()
     for place, chunk in enumerate(chunks):
+        following = chunks[place + 1] if place + 1 < len(chunks) else ""
+        listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
         parts = [part for part in SPLIT.split(chunk) if part]
         for i, part in enumerate(parts):
             # A stop is cut off where a sentence ends, closing quotes and brackets aside.
-            closing = all(p in ")]}>\"'”’''" for p in parts[i + 1:])
-            last = closing and place == len(chunks) - 1
-            listed = not last and re.fullmatch(r"\d+\.", chunk) and chunks[place + 1][0].islower()  # 1. first
-            stop = closing and bool(re.search(r"[^.]\.$", part)) and (last or not listed and
-                                                                      not _abbreviation(part))
-            word = part[:-1] if stop else part
-            if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
-                found.append("'")                                               # 'quoted
-                word = word[1:]
-            tail = []
-            if match := CLITICS.search(word):
-                word, tail = word[:match.start()], [match[0]]
-            cut = GLUED.get(word.lower())
-            if word == '"':
-                word = "''" if i else "``"
-            found += ([word[:cut], word[cut:]] if cut else [word] if word else []) + tail + ["."] * stop
+            closing = all(mark in ")]}>\"'”’''" for mark in parts[i + 1:])
+            ends = not following or not listed and not _abbreviation(part)
+            if closing and ends and re.search(r"[^.]\.$", part):
+                found += [*_cut(part[:-1], i), "."]
+            else:
+                found += _cut(part, i)
     return found
+
+
+def _cut(word, place):
+    """A piece of a chunk -> its tokens: an opening quote, the word, a clitic."""
+    if word == '"':
+        return ["''" if place else "``"]
+    found = []
+    if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
+        found.append("'")                                                       # 'quoted
+        word = word[1:]
+    clitic = CLITICS.search(word)
+    if clitic:
+        word = word[:clitic.start()]
+    glued = GLUED.get(word.lower())
+    if glued:
+        found += [word[:glued], word[glued:]]
+    elif word:
+        found.append(word)
+    return found + [clitic[0]] if clitic else found
 
 
 def _abbreviation(word):

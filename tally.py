@@ -117,7 +117,7 @@ class Sums(dict):
         return Sums({name: value for (home, name), value in self.items() if home == part})
 
 
-def add_up(items, counts, seed, resamples):
+def add_up(items, counts, seed=0, resamples=1000):
     """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
 
     counts: an item -> {name: number}, whole numbers where the total is read.
@@ -157,6 +157,11 @@ def intervals(points, draws):
             if isinstance(point, float) and key in draws}
 
 
+def ratios(sums, table):
+    """{name: top / bottom} of a table {name: (top, bottom)}."""
+    return {name: ratio(sums[top], sums[bottom]) for name, (top, bottom) in table.items()}
+
+
 def scored(measure, total, draws):
     """{name: number} that measure makes of the total, with the intervals by the draws under "intervals"."""
     points = measure(total)
@@ -177,7 +182,7 @@ def percent(sums, measure):
     return ratio(100 * sums[measure, "top"], sums[measure, "bottom"])
 
 
-def paired(a_items, b_items, sums, lower=(), seed=0, resamples=1000):
+def paired(a_items, b_items, sums, lower=()):
     """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p", "n"}} of items with equal ids.
 
     sums: an item -> {measure: (top, bottom)}. Both sides see the same draws of images, which is what pairs
@@ -192,7 +197,7 @@ def paired(a_items, b_items, sums, lower=(), seed=0, resamples=1000):
             both.append({"image": image, "a": sums(item), "b": sums(other)})
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
-    total, draws = add_up(both, _of_both, seed, resamples)
+    total, draws = add_up(both, _of_both)
     signs, found = _signs(both, lower), {}
     old, new, old_draws, new_draws = total.of("a"), total.of("b"), draws.of("a"), draws.of("b")
     for measure in dict.fromkeys(measure for pair in both for measure in pair["a"]):

@@ -980,9 +980,10 @@ def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
     import vlm
     folder = write_llava(tmp_path / "model", seed=5)
     policy = vlm.load(folder)
-    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), policy.front.tokenizer, patch_size=14,
+    front = policy.front
+    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), front.tokenizer, patch_size=14,
                    vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                   chat_template=policy.front.template).save_pretrained(folder)          # published folders have it
+                   chat_template=front.template).save_pretrained(folder)           # published folders have it
     lora.add_lora(policy.model, 4, 8)
     torch.manual_seed(1)
     for weight in lora.lora_parameters(policy.model).values():
