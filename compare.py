@@ -90,8 +90,10 @@ def sums(item):
         yes, true = item["said"] == "yes", item["label"] == "yes"
         return {"accuracy": (item["right"], 1), "f1": (2 * (yes and true), yes + true)}
     if "cover_num" in item:
-        return {"chair": (item["hal"], item["mentions"]), "cover": (item["cover"], item["cover_num"]),
-                "hal": (1 - item["non_hallu"], 1), "cog": (item["cog"], item["cog_num"])}
+        return {"chair": (item["hal"], item["mentions"]),
+                "cover": (item["cover"], item["cover_num"]),
+                "hal": (1 - item["non_hallu"], 1),
+                "cog": (item["cog"], item["cog_num"])}
     if "chair_s" in item:
         n, wrong = len(item["generated"]), item["chair_s"]
         return {"chair_s": (wrong, 1), "chair_s_refine": (wrong, int(n > 0)),

@@ -64,10 +64,10 @@ def run_answers(o):
 
 # ---- score: each takes the options and the lines of the answers file -> (scores, items) ----
 def score_classroom(o, lines):
-    _, said = answers.read_answers(o.answers[0])
+    settings, said = answers.read_answers(o.answers[0])
     keys = ("id", "kind", "answer", "hallucinated", "sums")
     items = [{key: item[key] for key in keys} for item in metrics.classroom_items(said)]
-    return metrics.classroom(said) | {"settings": {}}, items
+    return metrics.classroom(said) | {"settings": settings}, items
 
 
 def score_pope(o, lines):
@@ -104,7 +104,7 @@ def score_chair(o, lines):
 
 
 def score_mmhal(o, lines):
-    template = data.read_json(o.template, kind=list)
+    template = benchmarks.records(o.template, ("image_content", "question", "gt_answer"), "MMHal template")
     text = judge.prompt(o.judge_prompt, judge.JUDGE, ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     prompts = {str(place): filled for place, filled in prompts.items()}
@@ -322,10 +322,10 @@ def parse(argv=None):
     kinds = scoring.add_subparsers(dest="benchmark", required=True)
     for name, (run, says, arguments) in COMMANDS.items():
         home = kinds if name.startswith("score ") else steps
-        command = home.add_parser(name.removeprefix("score "), help=says, description=says)
-        command.set_defaults(run=run)
+        p = home.add_parser(name.removeprefix("score "), help=says, description=says)
+        p.set_defaults(run=run)
         for argument, about in arguments.items():
-            command.add_argument(argument, **about)
+            p.add_argument(argument, **about)
     return parser.parse_args(argv)
 
 

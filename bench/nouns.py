@@ -1,8 +1,6 @@
 """How far AMBER's and CHAIR's scores are from the official ones when nouns.py finds the nouns.
 
-    python bench/nouns.py                          tables for the README, a minute
-    python bench/nouns.py --shared D --golden D    where the benchmarks' files lie (default ../shared), and
-                                                   results of the official code (default its golden/)
+    python bench/nouns.py      tables for the docs, a minute
 
 Compared are scores, in points: CHAIR, Cover, Hal and Cog of AMBER with our nouns and with those that NLTK's
 tagger and WordNet found; CHAIR of COCO captions with our lemmas and with the official scorers'. Captions that
@@ -10,7 +8,6 @@ models wrote of COCO images have no truth of AMBER's, so each is set beside an A
 truth it names most, each image once; or any, ten times over. Their official lemmas are ours where the golden
 table of lemmas is silent.
 """
-import argparse
 import json
 import random
 import sys
@@ -20,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import amber as ambers  # noqa: E402
+import data  # noqa: E402
 import metrics  # noqa: E402
 import nouns  # noqa: E402
 import objects  # noqa: E402
@@ -71,8 +69,8 @@ def bench_amber(shared, golden):
             found.append([table.get(word, nouns.lemma(word)) for word, tag in
                           zip(line["tokens"], line["tags"], strict=True) if tag.startswith("NN")])
         free, places = dict(truths), []
-        for words in found:                        # the image of which a caption names most, each image once
-            named = set(words) & vocabulary
+        for named in found:                        # the image of which a caption names most, each image once
+            named = set(named) & vocabulary
             places.append(max(free, key=lambda i: len(free[i] & named) / (len(free[i]) + 3)))
             del free[places[-1]]
         row("real, beside the nearest image", len(texts), *amber(files, *beside(places, texts, found)))
@@ -92,24 +90,25 @@ def bench_chair(shared, golden):
     expected = json.loads((golden / "chair" / "expected.json").read_text())
     coco = [[json.loads((golden / "chair" / "coco80" / f"{kind}_{part}2014.json").read_text())
              for part in ("train", "val")] for kind in ("instances", "captions")]
-    for scorer, file, words, key in (
+    for scorer, file, lemmatize, key in (
             ("original", "synonyms.chair.txt", nouns.singulars, "original_chair(pattern)"),
             ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt")):
         table = objects.synonyms((folder / file).read_text(), literal=scorer != "objhal")
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")
-            truth = objects.coco_truth(*coco, table, words, objects.image_ids(answers))
-            scores, _ = metrics.chair(answers, truth, table, words, mode="official", resamples=0)
+            truth = objects.coco_truth(*coco, table, lemmatize, objects.image_ids(answers))
+            scores, _ = metrics.chair(answers, truth, table, lemmatize, mode="official", resamples=0)
             official = expected[f"{key}|{name}"]
             row(f"{scorer}, {name}", len(answers), [100 * official["CHAIRs"], 100 * official["CHAIRi"]],
                 [100 * scores["chair_s"], 100 * scores["chair_i"]])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--golden", type=Path)
+    parser = data.Parser(prog="bench/nouns.py", description=__doc__)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared",
+                        help="where the benchmarks' files are [../shared]")
+    parser.add_argument("--golden", type=Path,
+                        help="results of the official code [golden/ in --shared]")
     options = parser.parse_args()
     golden = options.golden or options.shared / "golden"
     if not (golden / "amber").is_dir():

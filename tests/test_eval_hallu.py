@@ -787,6 +787,9 @@ def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
     first = data.read_records(tmp_path / "scores.prompts.jsonl")[0]
     assert first["messages"][0]["content"] == ("Known: Dog, Cat. what is this ? 0 A dog and a cat. "
                                                 "a dog Rating?")
+    wrong = write_json(tmp_path / "wrong.json", [{"question": "what ?"}], lines=False)
+    with pytest.raises(data.UserError, match="wrong.json, record 1 has no 'image_content'.*no MMHal"):
+        score(tmp_path, "mmhal", answers, "--template", wrong)
     prompt.write_text("Known: {}. {}")
     with pytest.raises(data.UserError, match="judge.txt must hold {} {} {} {}"):
         score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
