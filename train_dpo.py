@@ -62,7 +62,7 @@ def classroom_files(o, out):
             if done.returncode:
                 why = (done.stderr.strip() or "no word why").splitlines()[-1]
                 raise data.UserError(f"{program} failed: {why}")
-    built_in = (families.resolve(o.model) / "classroom.json").exists()
+    built_in = (data.model_folder(o.model) / "classroom.json").exists()
     if built_in:
         make(out / "scenes", "scenes", "--seed", str(o.eval_seed), "--split", o.split,
              "--n", str(o.scenes), "--questions", str(o.questions))
