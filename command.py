@@ -288,6 +288,7 @@ class Store:
         of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
+        self.there = len(had)
         self.ranks.barrier()                                # everyone has read what is there before it grows
         todo = items if whole else [item for item in items if item["id"] not in had]
         groups = [todo[at:at + size] for at in range(0, len(todo), size)]

@@ -268,7 +268,7 @@ def analyse(run):
     ranked, o = run.rows("ranked", "rank"), run.o
     found = {"guidance": guidance(ranked), "agreement": agreement(ranked), "judge": judged(run, ranked),
              "similarity": similarity([p["prompt"] for p in run.rows("prompts")], run.rows("responses"),
-                                      o.encoder, run.device)}
+                                      o.encoder, run.ranks.device)}
     short = {k: {"n": len(v), "mean": float(np.mean(v)),
                  "deciles": np.quantile(v, np.arange(1, 10) / 10).tolist()}
              for k, v in found["similarity"].items() if v}

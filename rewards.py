@@ -147,7 +147,8 @@ class ImageReward(nn.Module):
         text["encoder_hidden_size"] = text.pop("encoder_width", text["encoder_hidden_size"])
         for name in ("model_type", "architectures"):
             text.pop(name, None)
-        text |= {"is_decoder": True, "attention_probs_dropout_prob": 0., "hidden_dropout_prob": 0.}
+        text |= {"is_decoder": True, "attention_probs_dropout_prob": 0., "hidden_dropout_prob": 0.,
+                 "bos_token_id": None, "sep_token_id": None}             # is_decoder: with cross-attention
         return cls(BlipVisionConfig(**PUBLISHED["vision"] | vision), BlipTextConfig(**text), **options)
 
     @classmethod
@@ -179,12 +180,8 @@ class ImageReward(nn.Module):
         model.tokenizer = bert_tokenizer(vocab or folder)
         return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
 
-    def forward(self, input_ids, attention_mask, pixels):
-        """Rewards (B,) of B texts (B, T) and B pictures (B, 3, S, S)."""
-        return self.read(input_ids, attention_mask, self.vision(pixel_values=pixels).last_hidden_state)
-
-    def read(self, input_ids, attention_mask, seen):
-        """The same from the pictures' tokens (B, K, D)."""
+    def forward(self, input_ids, attention_mask, seen):
+        """Rewards (B,) of B texts (B, T) and B pictures' tokens (B, K, D), vision's last_hidden_state."""
         everywhere = torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device)
         x = self.text(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=seen,
                       encoder_attention_mask=everywhere).last_hidden_state[:, 0].float()           # (B, D)
@@ -202,9 +199,10 @@ class ImageReward(nn.Module):
                               return_tensors="pt").to(device)
         for at in range(0, len(images), batch_size):
             pixels = [preprocess(opened(image), size) for image in images[at:at + batch_size]]
-            seen = self.vision(pixel_values=torch.stack(pixels).to(device, self.vision.dtype))
-            ids, mask = (text[k].expand(len(pixels), -1) for k in ("input_ids", "attention_mask"))
-            scores += self.read(ids, mask, seen.last_hidden_state).tolist()
+            pixels = torch.stack(pixels).to(device, self.vision.dtype)
+            ids = text.input_ids.expand(len(pixels), -1)
+            mask = text.attention_mask.expand(len(pixels), -1)
+            scores += self(ids, mask, self.vision(pixel_values=pixels).last_hidden_state).tolist()
         return scores
 
 
@@ -304,34 +302,29 @@ class ArmoRM(nn.Module):
         self.pad_id, self.tokenizer = pad_id, tokenizer
 
     @classmethod
-    def load(cls, weights, config=None, token_pattern=LLAMA3, device="cpu", dtype=None):
+    def load(cls, weights, config=None, token_pattern=LLAMA3, device="cpu", dtype=torch.float32):
         """weights: the published folder, or a file of its state dict. config: a dict, a JSON file, or None:
-        the folder's config.json. dtype: of the Llama tower; None is float32, bfloat16 on CUDA. The heads'
-        sizes come from their shapes. Raises UserError for what does not fit.
+        the folder's config.json. dtype: of the Llama tower. The heads' sizes come from their shapes. Raises
+        UserError for what does not fit.
         """
         from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-        folder = folder_of(weights)
+        folder, tower, head = folder_of(weights), {}, {}
         if not isinstance(config, dict):
             config = data.read_json(config or folder / "config.json")
         sizes = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "architectures")}
-        tower, head = {}, {}
         for name, x in read_weights(weights).items():
             if name.startswith("model."):
                 tower[name.removeprefix("model.")] = x
             else:
                 head[name.replace(".", "/")] = x.float()
-        if dtype is None:
-            dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         try:
             llama, info = LlamaModel.from_pretrained(None, config=LlamaConfig(**sizes), state_dict=tower,
                                                      dtype=dtype, output_loading_info=True)
+            if wrong := HEAD - head.keys() | info["missing_keys"] | info["unexpected_keys"]:
+                raise ValueError(f"{len(wrong)} names differ, among them {min(wrong).replace('/', '.')}")
         except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{weights} does not fit its config ({_first(error)}); give both as "
+            raise UserError(f"{weights} does not fit ArmoRM or its config ({_first(error)}); give both as "
                             "published") from error
-        wrong = HEAD - head.keys() | info["missing_keys"] | info["unexpected_keys"]
-        if wrong:
-            raise UserError(f"{weights} does not fit ArmoRM or its config: {len(wrong)} names differ, among "
-                            f"them {min(wrong).replace('/', '.')}; give both as published")
         model = cls(llama, head, config.get("gating_temperature", 10), token_pattern,
                     config.get("pad_token_id"))
         if (folder / "tokenizer_config.json").exists():
@@ -378,14 +371,16 @@ class ArmoRM(nn.Module):
         """[{"rewards", "gating", "score"}] of a question's answers, in the folder's chat template."""
         if self.tokenizer is None:
             raise UserError("ArmoRM's folder has no tokenizer; copy tokenizer.json and tokenizer_config.json")
-        ids, found, device = [], [], self.head["gating/logit_scale"].device
-        for answer in answers:
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            ids.append(self.tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"][:max_length])
-        for at in range(0, len(ids), batch_size):
-            batch = self.tokenizer.pad({"input_ids": ids[at:at + batch_size]}, padding_side="right",
-                                       return_tensors="pt").to(device)
-            judged = self(batch["input_ids"], batch["attention_mask"])
+        found, device = [], self.head["gating/logit_scale"].device
+        for at in range(0, len(answers), batch_size):
+            chats = []
+            for answer in answers[at:at + batch_size]:
+                asked = {"role": "user", "content": question}
+                chats.append([asked, {"role": "assistant", "content": answer}])
+            tokens = self.tokenizer.apply_chat_template(
+                chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
+                return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(device)
+            judged = self(tokens["input_ids"], tokens["attention_mask"])
             for rewards, gating, score in zip(*(x.tolist() for x in judged.values()), strict=True):
                 found.append({"rewards": rewards, "gating": gating, "score": score})
         return found

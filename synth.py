@@ -1,53 +1,62 @@
-"""Make preference pairs from nothing but prompts: PDS-DPO's data engine (arXiv 2412.17417) in seven stages.
+"""Make preference pairs from nothing but prompts: PDS-DPO's data engine (arXiv
+2412.17417) in seven stages.
 
-    python synth.py                                 all stages on the built-in world: two CPU cores, minutes
-    python synth.py all --preset pds-dpo --out D --generator G --imagereward R --armorm A --responders M,N,O
-    torchrun --nproc_per_node 8 synth.py all ...    the same files from eight GPUs
-    python synth.py pairs --out D --margin 0.5      one stage again, with another setting
-    python synth.py analyse --out D                 the paper's analyses, and gallery.html
+    python synth.py                  on the built-in world: minutes on two cores
+    python synth.py all --preset pds-dpo --out D --generator G --imagereward R \\
+        --armorm A --responders M,N,O
+    torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
+    python synth.py pairs --out D --margin 0.5       one stage again
+    python synth.py analyse --out D    the paper's analyses, and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
-Each stage reads the files before its own and writes one, a JSON object a line:
-    prompts   prompts.jsonl       id number topic prompt                  from text files, or by --writer
-    images    images.jsonl        id prompt_id guidance seed image        every scale of a prompt in one call
-    rank      ranked.jsonl        id topic prompt image guidance scores   the best image; all scores are kept
-    instruct  instructions.jsonl  id question                             template, text file or chat model
-    respond   responses.jsonl     id model response finished              one model after another
-    score     scores-NAME.jsonl   id model score (rewards gating)         armorm, clip, length or random
-    pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl (what, why) and card.md
+Each stage reads the files before its own and writes one, JSON lines:
 
-Kill it anywhere and call it again: parts/ holds what each stage has made, by a hash of all that it came from
-(texts, images, model files, settings). What fits is kept, the rest is made, nothing twice (journal.py). Each
-stage loads its models and frees them: generator, reward and responders are never in memory together.
+    prompts   prompts.jsonl       id number topic prompt: text files or --writer
+    images    images.jsonl        id prompt_id guidance seed image
+    rank      ranked.jsonl        the best image of each prompt, and all scores
+    instruct  instructions.jsonl  id question: template, text file or chat model
+    respond   responses.jsonl     id model response finished
+    score     scores-NAME.jsonl   id model score (ArmoRM: rewards gating)
+    pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl
+                                  (what, why) and card.md
+
+Kill it anywhere and call it again: parts/ holds what each stage has made, by a
+hash of all that it came from (texts, images, model files, settings). What fits
+is kept, the rest is made. Each stage loads its models and frees them:
+generator, reward and responders are never in memory together.
 
 Departures from the official pipeline; --as_official goes back on 1 to 4:
- 1. Responders get their chat template and answer without an echo (official: raw text, its echo is scored).
- 2. Faulty responses and near ties make no pair (pairing.py); official: first maximum against first minimum.
- 3. Prompts whose best image scores below --threshold are left out, and counted.
+
+ 1. Responders get their chat template and answer without an echo (official:
+    raw text, whose echo is scored).
+ 2. Faulty responses and near ties make no pair; official: the first maximum
+    against the first minimum.
+ 3. Prompts whose best image scores below --threshold are left out and counted.
  4. Responses keep their line breaks.
- 5. Scales, seeds and texts stand in the files beside each image: nothing is matched by its place in a list.
+ 5. Scales, seeds and texts are in the files beside each image: nothing is
+    matched by its place in a list.
 """
 import dataclasses
+import functools
+import gc
 import json
-import os
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import chat
+import command
 import data
 import pairing
 import topics
 from data import UserError
-from journal import bare, begin, file_hash, free, identity, key, work
 
 HERE = Path(__file__).resolve().parent
-# The published PDS-DPO prompts, as they are: no roles, no template.
-RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
-       "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
-BUILT_IN, BASES = HERE / "classroom" / "synthesis", HERE / "classroom" / "models"
+BUILT_IN = HERE / "classroom" / "synthesis"
 
 
 @dataclass
@@ -92,195 +101,256 @@ class Options:
 
 SHORT = [f.name for f in dataclasses.fields(Options)][:24]
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
+RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
-    "pds-dpo": {"prompts": str(HERE / "prompts")},
     "classroom": {
         "prompts": str(BUILT_IN / "prompts"), "generator": str(BUILT_IN / "sd3"), "steps": 16, "size": 0,
         "imagereward": str(BUILT_IN / "imagereward"), "clip": str(BUILT_IN / "clip"),
         "armorm": str(BUILT_IN / "armorm"), "ranker": "imagereward,clip", "guidance": (1., 2., 4., 8.),
         "threshold": -1.6,            # halfway from another prompt's picture to the true: statistics.json
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
-        "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?")) or sorted(BASES.glob("base?"))))}}
+        "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?"))))},
+    "pds-dpo": {"prompts": str(topics.SHIPPED)}}
 
 
-def dtype(run, on_cuda):
+@dataclass
+class Run:
+    """A call's options, its folder, its place among the ranks, and the folder's lock."""
+    o: Options
+    out: Path
+    ranks: command.Ranks = command.Ranks()
+    lock: Any = None
+
+    def rows(self, name, made_by=None):
+        """The lines of OUT/name.jsonl. Where it is missing: [] without `made_by`, else a UserError."""
+        path = self.out / f"{name}.jsonl"
+        if path.exists():
+            return list(data.read_jsonl(path))
+        if made_by:
+            raise UserError(f"{path} is missing: run `python synth.py {made_by}` with this --out first")
+        return []
+
+    def write(self, name, rows):
+        """OUT/name.jsonl, in one move, by rank 0."""
+        if self.ranks.rank == 0:
+            data.write_jsonl(self.out / f"{name}.jsonl", rows)
+
+    def say(self, **line):
+        """A line of log.jsonl and of the terminal."""
+        if self.ranks.rank == 0:
+            data.append_jsonl(self.out / "log.jsonl", line)
+            print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items()), flush=True)
+
+    def made(self, name, items, make, made_by, size=1, whole=True):
+        """The items' rows in their order, without those that failed; only what is missing is made.
+
+        items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups) -> rows; it,
+        size and whole are command.Store.work's, which keeps the rows in parts/NAME.jsonl.
+        """
+        start, store, keyed = time.time(), command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks), []
+        for item in items:
+            text = json.dumps([item, made_by], sort_keys=True)
+            keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
+        rows = store.work(keyed, functools.partial(make, self), size, name, whole=whole)
+        free()
+        self.say(stage=name, items=len(items), there=store.there, made=len(rows) - store.there,
+                 failed=len(items) - len(rows), twice=store.twice, seconds=round(time.time() - start, 1))
+        return [{k: v for k, v in row.items() if k != "hash"} for row in rows]
+
+    def dtype(self, on_cuda):
+        import torch
+        name = self.o.dtype
+        if name == "auto":
+            name = on_cuda if str(self.ranks.device).startswith("cuda") else "float32"
+        return getattr(torch, name)
+
+    def asked(self):
+        """[{"id", "_question", "_file"}] of each question, with the name of the image it is about."""
+        image = {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
+        return [{"id": row["id"], "_question": row["question"], "_file": image[row["id"]]}
+                for row in self.rows("instructions", "instruct")]
+
+    def needs(self, option, what):
+        """The option's value. Raises UserError where it has none."""
+        if not getattr(self.o, option):
+            raise UserError(f"--{option} is missing: give {what}")
+        return getattr(self.o, option)
+
+
+def begin(o):
+    """A Run in the folder o.out, which it locks; under torchrun one of several. Raises UserError."""
+    run = Run(o, Path(o.out), command.join(o.device, backend="gloo"))   # the ranks only wait for each other
+    if run.ranks.rank == 0:
+        run.lock = command.claim(run.out)
+        (run.out / "parts").mkdir(exist_ok=True)
+        (run.out / "images").mkdir(exist_ok=True)
+    run.ranks.barrier()
+    return run
+
+
+def free():
+    """Give the memory of what nothing refers to any more to the next model."""
     import torch
-    name = on_cuda if run.device.startswith("cuda") else "float32"
-    return getattr(torch, name if run.o.dtype == "auto" else run.o.dtype)
+    gc.collect()                                        # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def needed(value, flag, what):
-    if not value:
-        raise UserError(f"{flag} is missing: give {what}")
-
-
-# ---------------------------------------------------------------------------- 1 prompts
-def prompts(run):
-    """Rank 0 alone: a few requests, or a few files."""
+# ---- 1 prompts ----
+def make_prompts(run):
+    """A few requests, or a few files."""
     o, rows, count = run.o, [], Counter()
-    if run.rank:
-        return
     if o.writer:
-        about = o.topics.split(",") if o.topics else sorted(f.stem for f in (HERE / "prompts").glob("*.txt"))
-        limit = o.per_topic or 30
-        both = topics.written(o.writer, about, limit, o.similar, run.out / "parts", o.model_name, o.seed)
+        found = topics.written(o, run.out / "parts")
     else:
-        needed(o.prompts, "--prompts", "a text file, or a folder of them")
-        both = topics.read(o.prompts)
-        limit = o.per_topic or len(both)
-    kept = topics.distinct([text for _, text in both], o.similar)
-    for topic, text in (both[i] for i in kept):
-        count[topic] += 1
-        if count[topic] <= limit:
+        found = topics.read(run.needs("prompts", "a text file, or a folder of them"))
+    kept = topics.distinct([text for _, text in found], o.similar)
+    for topic, text in (found[place] for place in kept):
+        if count[topic] < (o.per_topic or len(found)):
+            count[topic] += 1
             name = f"{topic}-{count[topic]}"
             rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
     if not rows:
         raise UserError(f"--writer {o.writer} wrote no prompts; see {run.out}/parts for what it said")
     run.write("prompts", rows)
-    run.say(stage="prompts", prompts=len(rows), topics=len(count), near_duplicates=len(both) - len(kept))
+    run.say(stage="prompts", prompts=len(rows), topics=len(count), near_duplicates=len(found) - len(kept))
 
 
-# ---------------------------------------------------------------------------- 2 images
-def images(run):
+# ---- 2 images ----
+def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, items = run.o, []
-    needed(o.generator, "--generator", "the folder of Stable Diffusion 3 in diffusers' layout")
-    if o.preset == "classroom" and not Path(o.generator).exists():
-        raise UserError(f"{o.generator} is missing: `python classroom/synthesis.py` trains the built-in "
-                        "models; --preset pds-dpo takes yours")
-    made_by = [identity(o.generator), o.steps, o.size, o.dtype]
-    for p in run.rows("prompts", "prompts"):
+    generator = run.needs("generator", "the folder of Stable Diffusion 3 in diffusers' layout")
+    for row in run.rows("prompts", "prompts"):
         for k, scale in enumerate(o.guidance, 1):
-            seed = 10 ** 7 * o.seed + 1000 * p["number"] + (0 if o.paired_seeds else k)
-            item = {"id": f"{p['id']}-{k}", "prompt_id": p["id"], "guidance": scale, "seed": seed,
-                    "image": f"images/{p['id']}-{k}.png", "_prompt": p["prompt"]}
-            items.append(item | {"hash": key(item, made_by)})
-    (run.out / "images").mkdir(exist_ok=True)
-    rows = work(run, "images", items, lambda groups: paint(run, groups), len(o.guidance))
-    run.write("images", map(bare, rows))
+            name, seed = f"{row['id']}-{k}", 10 ** 7 * o.seed + 1000 * row["number"]
+            items.append({"id": name, "prompt_id": row["id"], "guidance": scale,
+                          "seed": seed if o.paired_seeds else seed + k, "image": f"images/{name}.png",
+                          "_prompt": row["prompt"]})
+    made_by = [data.identity(generator), o.steps, o.size, o.dtype]
+    run.write("images", run.made("images", items, paint, made_by, len(o.guidance)))
 
 
 def paint(run, groups):
-    """The rows of each group, a prompt's images, painted in one call. A file says in itself what it was made
-    from: one that a killed run wrote, but did not note in its journal, is kept."""
-    from PIL import Image, PngImagePlugin
-
+    """The rows of each group, a prompt's images, painted in one call."""
     import sd3
-    o, kind = run.o, dtype(run, "float16")
-
-    def there(item):
-        try:
-            with Image.open(run.out / item["image"]) as file:
-                return file.text.get("nanoVPO") == item["hash"]
-        except (OSError, SyntaxError, ValueError, AttributeError):
-            return False
+    o, device, kind = run.o, run.ranks.device, run.dtype("float16")
     for at in range(0, len(groups), o.chunk):
         chunk = groups[at:at + o.chunk]
-        missing = {g[0]["id"]: g for g in chunk if not all(map(there, g))}
-        if missing:
-            encoded = sd3.encode(o.generator, [g[0]["_prompt"] for g in missing.values()], run.device, kind)
-            painter = sd3.Painter(o.generator, run.device, kind)
+        encoded = sd3.encode(o.generator, [group[0]["_prompt"] for group in chunk], device, kind)
+        free()
+        painter = sd3.Painter(o.generator, device, kind)
         for group in chunk:
-            if group[0]["id"] in missing:
-                scales, seeds = ([x[k] for x in group] for k in ("guidance", "seed"))
-                pictures = painter(encoded[group[0]["_prompt"]], encoded[""], scales, seeds, o.steps, o.size)
-                for item, picture in zip(group, pictures, strict=True):
-                    path, note = run.out / item["image"], PngImagePlugin.PngInfo()
-                    note.add_text("nanoVPO", item["hash"])
-                    if not there(item):
-                        picture.save(path.with_suffix(".tmp"), "png", pnginfo=note)
-                        os.replace(path.with_suffix(".tmp"), path)
+            scales, seeds = [item["guidance"] for item in group], [item["seed"] for item in group]
+            prompt = encoded[group[0]["_prompt"]]
+            pictures = painter(prompt, encoded[""], scales, seeds, o.steps, o.size)
+            for item, picture in zip(group, pictures, strict=True):
+                picture.save(run.out / item["image"])   # one that a kill tears is painted again
             yield [{}] * len(group)
         painter = encoded = None
         free()
 
 
-# ---------------------------------------------------------------------------- 3 rank
+# ---- 3 rank ----
 def rank(run):
-    o, scores, groups = run.o, {}, {p["id"]: (p, []) for p in run.rows("prompts", "prompts")}
-    for row in run.rows("images", "images"):
-        if row["prompt_id"] in groups:
-            groups[row["prompt_id"]][1].append(row)
-    groups = {id: both for id, both in groups.items() if both[1]}
-    hashes = {id: [file_hash(run.out / x["image"]) for x in rows] for id, (_, rows) in groups.items()}
-    names = o.ranker.split(",")
-    for name in names:
-        if name not in ("imagereward", "clip", "blip"):
-            raise UserError(f"--ranker {name} is not one of imagereward, clip, blip; choose one of them")
-        needed(getattr(o, name), f"--{name}", "the model that --ranker names")
-        made_by = [identity(getattr(o, name)), o.dtype]
-        items = [{"id": id, "hash": key(p["prompt"], hashes[id], made_by)} for id, (p, _) in groups.items()]
-
-        def make(todo, name=name):
-            model = load_ranker(run, name)
-            for (item,) in todo:
-                p, rows = groups[item["id"]]
-                yield [{"scores": model.score(p["prompt"], [run.out / x["image"] for x in rows])}]
-        for row in work(run, f"rank-{name}", items, make):
-            scores.setdefault(row["id"], {})[name] = row["scores"]
-    found = [choose(p, rows, scores[id], names[0], o) for id, (p, rows) in groups.items()]
+    """Of each prompt the image that the first ranker scores best, beside what all of them scored."""
+    o, items = run.o, []
+    shown = pairing.grouped(run.rows("images", "images"), "prompt_id")
+    asked = [row for row in run.rows("prompts", "prompts") if row["id"] in shown]
+    for row in asked:
+        files = [image["image"] for image in shown[row["id"]]]
+        items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files,
+                      "_seen": [data.identity(run.out / file) for file in files]})
+    scores = {row["id"]: {} for row in asked}
+    for name in o.ranker.split(","):
+        if name not in RANKERS:
+            raise UserError(f"--ranker {name} is not one of {', '.join(RANKERS)}; choose one of them")
+        made_by = [name, data.identity(run.needs(name, "the model that --ranker names")), o.dtype]
+        for row in run.made(f"rank-{name}", items, functools.partial(rank_by, name), made_by):
+            scores[row["id"]][name] = row["scores"]
+    found = [best(row, shown[row["id"]], scores[row["id"]], o) for row in asked]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say(stage="rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
-def load_ranker(run, name):
+def rank_by(name, run, groups):
+    model = reward(run, name)
+    for (item,) in groups:
+        yield [{"scores": model.score(item["_prompt"], [run.out / file for file in item["_files"]])}]
+
+
+def reward(run, name):
+    """The reward model of a name; None of one that needs none."""
     import rewards
+    source, device = getattr(run.o, name, None), run.ranks.device
     if name == "imagereward":
-        return rewards.ImageReward.load(run.o.imagereward, device=run.device)
-    return rewards.Similarity.load(getattr(run.o, name), run.device)
+        return rewards.ImageReward.load(source, device=device)
+    if name in ("clip", "blip"):
+        return rewards.Similarity.load(source, device)
+    if name == "armorm":                # a tokenizer other than Llama 3's ends the prompt with ids of its own
+        pattern = data.read_json(Path(source) / "token_pattern.json", rewards.LLAMA3)
+        return rewards.ArmoRM.load(source, None, pattern, device, run.dtype("bfloat16"))
 
 
-def choose(prompt, rows, scores, first, o):
-    """The first of the images that the first ranker scores best, with what all of them scored."""
-    best = max(range(len(rows)), key=lambda k: scores[first][k])
-    low = not o.as_official and scores[first][best] < o.threshold
-    return {**{k: prompt[k] for k in ("id", "topic", "prompt")},
-            **{k: rows[best][k] for k in ("image", "guidance")},
-            "dropped": f"best image scores below {o.threshold}" if low else None, "scores": scores,
-            "candidates": [{k: row[k] for k in ("image", "guidance", "seed")} for row in rows]}
+def best(prompt, candidates, scores, o):
+    """The row of ranked.jsonl: the first ranker's best image (the first of equals), dropped if it is poor."""
+    picks, dropped = next(iter(scores.values())), None
+    image = candidates[picks.index(max(picks))]
+    if max(picks) < o.threshold and not o.as_official:
+        dropped = f"best image scores below {o.threshold}"
+    row = {name: prompt[name] for name in ("id", "topic", "prompt")}
+    row |= {"image": image["image"], "guidance": image["guidance"], "dropped": dropped, "scores": scores}
+    tried = [{name: each[name] for name in ("image", "guidance", "seed")} for each in candidates]
+    return row | {"candidates": tried}
 
 
-# ---------------------------------------------------------------------------- 4 instruct
+# ---- 4 instruct ----
 def instruct(run):
-    o, kept = run.o, {r["id"]: r["prompt"] for r in run.rows("ranked", "rank") if not r["dropped"]}
+    o, kept = run.o, {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         asked = topics.template(o.instruct, kept, o.seed)
-        run.write("instructions", [{"id": id, "question": q} for id, q in asked.items()])
-        return run.say(stage="instruct", questions=len(asked))
-    made_by = [identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
-
-    def make(groups):
-        writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
-        for group in groups:
-            said = topics.ask(writer, {x["id"]: kept[x["id"]] for x in group})
-            yield [{"question": said[x["id"]]} if x["id"] in said else None for x in group]
-    items = [{"id": id, "hash": key(text, made_by)} for id, text in kept.items()]
-    run.write("instructions", map(bare, work(run, "instruct", items, make, 64)))
+        run.write("instructions", [{"id": id, "question": question} for id, question in asked.items()])
+        run.say(stage="instruct", questions=len(asked))
+        return
+    items = [{"id": id, "_prompt": text} for id, text in kept.items()]
+    made_by = [data.identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
+    rows = run.made("instruct", items, ask, made_by, 64, whole=not chat.is_url(o.instruct))
+    run.write("instructions", rows)
 
 
-# ---------------------------------------------------------------------------- 5 respond
+def ask(run, groups):
+    o = run.o
+    writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
+    for group in groups:
+        yield topics.questions(writer, group)
+
+
+# ---- 5 respond ----
 def respond(run):
-    o, out, said = run.o, run.out, {}
-    needed(o.responders, "--responders", "folders or URLs of vision-language models, with commas")
-    picked = {r["id"]: r["image"] for r in run.rows("ranked", "rank")}
-    asked = [(r["id"], r["question"], picked[r["id"]]) for r in run.rows("instructions", "instruct")]
+    """One model after another answers all questions."""
+    o, items, said = run.o, run.asked(), []
+    run.needs("responders", "folders or URLs of vision-language models, with commas")
+    for item in items:
+        item["_seen"] = data.identity(run.out / item["_file"])
     for name, source in named(o.responders).items():
-        made_by = [identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
-        items = [{"id": id, "hash": key(q, file_hash(out / image), made_by), "_question": q, "_image": image}
-                 for id, q, image in asked]
+        made_by = [data.identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
+        make, whole = functools.partial(answer, source), not chat.is_url(source)
+        rows = run.made(f"respond-{name}", items, make, made_by, o.batch, whole)
+        said += [{"id": row["id"], "model": name} | row for row in rows]
+    order = {item["id"]: place for place, item in enumerate(items)}
+    run.write("responses", sorted(said, key=lambda row: order[row["id"]]))
 
-        def make(groups, source=source):
-            model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens,
-                                 batch=o.batch, device=run.device, dtype=dtype(run, "bfloat16"),
-                                 template=RAW if o.as_official else None)
-            for group in groups:
-                asked = [chat.Question(x["id"], x["_question"], [out / x["_image"]]) for x in group]
-                said = chat.ask(model, asked, description="respond")
-                yield [response(x["_question"], said.get(x["id"]), o.as_official) for x in group]
-        for row in work(run, f"respond-{name}", items, make, o.batch):
-            said.setdefault(row["id"], []).append({"id": row["id"], "model": name} | bare(row))
-    run.write("responses", [row for id, *_ in asked for row in said.get(id, ())])
+
+def answer(source, run, groups):
+    o = run.o
+    model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens, batch=o.batch,
+                         device=run.ranks.device, dtype=run.dtype("bfloat16"),
+                         template=topics.RAW if o.as_official else None)
+    for group in groups:
+        asked = [chat.Question(item["id"], item["_question"], [run.out / item["_file"]]) for item in group]
+        said = chat.ask(model, asked, description="respond")
+        yield [response(item["_question"], said.get(item["id"]), o.as_official) for item in group]
 
 
 def response(question, row, as_official):
@@ -305,111 +375,98 @@ def named(sources):
     return names
 
 
-# ---------------------------------------------------------------------------- 6 score
+# ---- 6 score ----
 def score(run):
-    """All responses to a question. ArmoRM reads question and response, and never sees the image."""
-    o, said = run.o, {r["id"]: (r["question"], []) for r in run.rows("instructions", "instruct")}
-    if o.scorer not in ("armorm", "clip", "length", "random"):
-        raise UserError(f"--scorer {o.scorer} is not one of armorm, clip, length, random; choose one of them")
-    if model := {"armorm": o.armorm, "clip": o.clip}.get(o.scorer, "none"):
-        made_by = [o.seed if model == "none" else identity(model), o.dtype]
-    needed(model, f"--{o.scorer}", "the model that --scorer names")
-    image = {r["id"]: run.out / r["image"] for r in run.rows("ranked", "rank")} if o.scorer == "clip" else {}
-    for row in run.rows("responses", "respond"):
-        if row["id"] in said:
-            said[row["id"]][1].append(row)
-    items = [{"id": id, "hash": key(q, [(r["model"], r["response"]) for r in rows], made_by,
-                                    file_hash(image[id]) if image else None)}
-             for id, (q, rows) in said.items() if rows]
-
-    def make(groups):
-        judge = load_scorer(run)
-        for (item,) in groups:
-            question, rows = said[item["id"]]
-            texts = [r["response"] for r in rows]
-            yield [{"scores": judge(item["id"], question, texts, image.get(item["id"]))}]
-    rows = work(run, f"score-{o.scorer}", items, make)
-    run.write(f"scores-{o.scorer}", [{"id": row["id"], "model": r["model"]} | s for row in rows
-                                     for r, s in zip(said[row["id"]][1], row["scores"], strict=True)])
+    """All responses to a question at once. ArmoRM reads question and response, and never sees the image."""
+    o, items, found, made_by = run.o, [], [], [run.o.seed]
+    if o.scorer not in SCORERS:
+        raise UserError(f"--scorer {o.scorer} is not one of {', '.join(SCORERS)}; choose one of them")
+    if o.scorer in MODELS:
+        made_by = [data.identity(run.needs(o.scorer, "the model that --scorer names")), o.dtype]
+    said = pairing.grouped(run.rows("responses", "respond"), "id")
+    for item in run.asked():
+        if item["id"] in said:
+            items.append(item | {"_said": said[item["id"]]})
+            if o.scorer == "clip":
+                items[-1]["_seen"] = data.identity(run.out / item["_file"])
+    for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
+        for response, scores in zip(said[row["id"]], row["scores"], strict=True):
+            found.append({"id": row["id"], "model": response["model"]} | scores)
+    run.write(f"scores-{o.scorer}", found)
 
 
-def load_scorer(run):
-    """-> f(id, question, texts, image) -> [{"score", ...}]."""
+def score_by(run, groups):
+    o, model = run.o, reward(run, run.o.scorer)
+    for (item,) in groups:
+        texts = [row["response"] for row in item["_said"]]
+        if o.scorer == "armorm":
+            scores = model.judge(item["_question"], texts)
+        elif o.scorer == "clip":
+            scores = [{"score": cosine} for cosine in model.score_texts(run.out / item["_file"], texts)]
+        elif o.scorer == "length":
+            scores = [{"score": float(len(text.split()))} for text in texts]
+        else:
+            draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
+            scores = [{"score": float(draw.random())} for draw in draws]
+        yield [{"scores": scores}]
+
+
+# ---- 7 pairs ----
+def make_pairs(run):
     o = run.o
-    if o.scorer == "length":
-        return lambda id, question, texts, image: [{"score": float(len(t.split()))} for t in texts]
-    if o.scorer == "random":
-        return lambda id, question, texts, image: [
-            {"score": float(data.draw(o.seed, "scorer", id, k).random())} for k in range(len(texts))]
-    import rewards
-    if o.scorer == "clip":
-        clip = rewards.Similarity.load(o.clip, run.device)
-        return lambda id, question, texts, image: [{"score": s} for s in clip.score_texts(image, texts)]
-    pattern = Path(o.armorm) / "token_pattern.json"         # of a tokenizer that is not Llama 3's
-    pattern = json.loads(pattern.read_text()) if pattern.exists() else rewards.LLAMA3
-    armorm = rewards.ArmoRM.load(o.armorm, None, pattern, run.device, dtype(run, "bfloat16"))
-    return lambda id, question, texts, image: armorm.judge(question, texts)
-
-
-# ---------------------------------------------------------------------------- 7 pairs
-def pairs(run):
-    if run.rank:
-        return
-    o, said, ranked = run.o, {}, {r["id"]: r for r in run.rows("ranked", "rank")}
-    asked = [{k: ranked[r["id"]][k] for k in ("image", "topic", "prompt", "guidance")} | r
-             for r in run.rows("instructions", "instruct") if r["id"] in ranked]
-    for row in run.rows("responses", "respond"):
-        said.setdefault(row["id"], []).append(row)
-    paper = o.attributes == "paper" and o.scorer == "armorm"
-    scores = {(r["id"], r["model"]): sum(r["rewards"][:5]) / 5 if paper else r["score"]
-              for r in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}")}
+    ranked, asked, scores = {row["id"]: row for row in run.rows("ranked", "rank")}, [], {}
+    for row in run.rows("instructions", "instruct"):
+        shown = ranked[row["id"]]
+        asked.append({k: shown[k] for k in ("image", "topic", "prompt", "guidance")} | row)
+    said = pairing.grouped(run.rows("responses", "respond"), "id")
+    for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
+        paper = o.attributes == "paper" and o.scorer == "armorm"
+        scores[row["id"], row["model"]] = sum(row["rewards"][:5]) / 5 if paper else row["score"]
     found, dropped, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
-    gone = [{"id": r["id"], "reason": r["dropped"]} for r in ranked.values() if r.get("dropped")]
-    for name, rows in (("pairs", found), ("dropped", gone + dropped), ("faults", faulty)):
-        run.write(name, rows)
-    published = json.dumps([pairing.conversations(p) for p in found], indent=1, ensure_ascii=False)
+    gone = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    run.write("pairs", found)
+    run.write("dropped", gone + dropped)
+    run.write("faults", faulty)
+    published = json.dumps([pairing.conversations(pair) for pair in found], indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", published + "\n")
-    counts = {"prompts": len(ranked), **Counter(r["reason"] for r in gone), "questions": len(asked),
-              "responses": sum(map(len, said.values())), **Counter(f for r in faulty for f in r["faults"]),
-              **Counter(r["reason"] for r in dropped), "pairs": len(found)}
-    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in ("out", "device", *MODELS)}
-    gap = pairing.lengths(found)
-    card = pairing.card(run.out.name, models(o), settings, counts, gap)
-    data.atomic_write(run.out / "card.md", card)
+    counts = Counter(row["reason"] for row in gone + dropped)
+    counts.update(fault for row in faulty for fault in row["faults"])
+    counts.update(prompts=len(ranked), questions=len(asked), pairs=len(found))
+    counts["responses"] = sum(map(len, said.values()))
     run.say(stage="pairs", **counts)
-    print(pairing.length_report(gap))
+    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in ("out", "device", *MODELS)}
+    card = pairing.card(run.out.name, models(o), settings, counts, found)
+    data.atomic_write(run.out / "card.md", card)
+    print(pairing.length_report(found))
 
 
 def models(o):
-    """Rows (role, name, revision, licence) of the models that a run names."""
-    return [(role, name, revision(source), licence(source)) for role in MODELS
-            for name, source in named(getattr(o, role)).items()
-            if source.startswith("http") or Path(source).exists()]
-
-
-def revision(source):
-    """A hub snapshot's commit, or our own hash of the files."""
-    parts = Path(source).resolve().parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else identity(source)
+    """Rows (role, name, our hash of its files, licence) of the models that a run names."""
+    found = []
+    for role in MODELS:
+        for name, source in named(getattr(o, role)).items():
+            if chat.is_url(source) or Path(source).exists():
+                found.append((role, name, data.identity(source), licence(source)))
+    return found
 
 
 def licence(source):
-    """What a model's folder says of itself: `license:` in its README.md, or the first line of its LICENSE."""
-    for name, pattern in (("README.md", r"^license(?:_name)?:\s*(.+)$"), ("LICENSE", r"^\s*(\S.*)$")):
-        file = Path(source) / name
-        if file.is_file() and (found := re.search(pattern, file.read_text(errors="replace"), re.M)):
-            return found[1].strip()
-    return "not stated in its folder"
+    """What the README.md of a model's folder says."""
+    card = Path(source) / "README.md"
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    found = re.findall(r"^license(?:_name)?:\s*(.+)$", text, re.M)
+    return ", ".join(found) or "not stated in its folder"
 
 
-# ---------------------------------------------------------------------------- the command line
+# ---- the command line ----
 def analyse(run):
     import gallery
-    if run.rank == 0:
-        gallery.analyse(run)
+    gallery.analyse(run)
 
 
-STAGES = {f.__name__: f for f in (prompts, images, rank, instruct, respond, score, pairs)}
+STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
+          "respond": respond, "score": score, "pairs": make_pairs}
+ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
 
 
 def value(name, text, kind):
@@ -448,6 +505,8 @@ def options(argv):
     o = Options(**(PRESETS[preset] | chosen))
     if not o.guidance or o.steps < 1 or o.batch < 1 or o.chunk < 1 or o.size < 0 or o.margin < 0:
         raise UserError("guidance, steps, batch, chunk must be above 0, size and margin not below; mend them")
+    if o.writer and not o.per_topic:
+        o.per_topic = 30
     o.out = o.out or f"runs/synth-{preset}-s{o.seed}" + "-official" * o.as_official
     return given["stage"], o
 
@@ -455,15 +514,14 @@ def options(argv):
 def main(argv=None):
     try:
         stage, o = options(argv)
-        run = begin(o, o.out)
+        run = begin(o)
         for name in STAGES if stage == "all" else [stage]:
-            (STAGES | {"analyse": analyse})[name](run)
-            run.barrier()
+            if run.ranks.rank == 0 or name not in ALONE:
+                (STAGES | {"analyse": analyse})[name](run)
+            run.ranks.barrier()
     except UserError as error:
         sys.exit(f"synth.py: {error}")
-    if run.world > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
+    command.leave(run.ranks)
 
 
 if __name__ == "__main__":

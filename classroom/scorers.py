@@ -62,10 +62,9 @@ def pairs(n=100):
     synthesis.prompts(n, OUT)
     given = ["--out", str(OUT), "--prompts", str(OUT / "prompts")]
     synth.main(["all", *given])
-    run = synth.begin(synth.options(["all", *given])[1], OUT)
+    run = synth.Run(synth.options(["all", *given])[1], OUT)
     oracle(run)
     judge(run)
-    run.lock.close()
     synth.main(["analyse", *given, "--set", f"judge={OUT}/judge.jsonl"])
     found = json.loads((OUT / "analysis.json").read_text()) | {"longer": {}}
     for scorer in SCORERS:

@@ -27,9 +27,9 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "re
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
            "compare": "ballot data metrics tally",
            "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
-           "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
-           "gallery": "chat data report",
-           "synth": "chat data gallery journal pairing rewards sd3 topics",
+           "rewards": "data", "sd3": "data", "topics": "chat data",
+           "gallery": "chat data page",
+           "synth": "chat command data gallery pairing rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
            "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
