@@ -53,6 +53,7 @@ import command
 import data
 import pairing
 import topics
+from command import behind_set, option
 from data import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -61,45 +62,44 @@ BUILT_IN = HERE / "classroom" / "synthesis"
 
 @dataclass
 class Options:
-    """The 24 options of the command line, and below what --set reaches."""
-    out: str = ""                     # folder of the run; "": runs/synth-PRESET-sSEED
-    preset: str = "classroom"         # classroom, or pds-dpo (the paper's settings, your models)
-    prompts: str = ""                 # a text file, one prompt a line, or a folder of them, one a topic
-    writer: str = ""                  # a chat model that writes them: a folder, a URL, or saved replies
-    per_topic: int = 0                # at most so many prompts a topic; 0: all (--writer: 30)
-    generator: str = ""               # folder of a Stable Diffusion 3 pipeline
-    guidance: tuple = (5., 7., 9., 11.)   # scales, with commas: one image of each prompt for each
-    steps: int = 28                   # of the generator
-    size: int = 1024                  # pixels; 0: the generator's own
-    seed: int = 0                     # of images, templates and the random scorer
-    paired_seeds: bool = False        # one seed for all scales of a prompt (official: one for each image)
-    ranker: str = "imagereward"       # of imagereward, clip, blip, with commas: the first one picks
-    imagereward: str = ""             # its weights: ImageReward.pt, or their folder
-    clip: str = ""                    # folder of a CLIP, as ranker and as scorer
-    blip: str = ""                    # folder of a BLIP for retrieval
-    threshold: float = 0.             # what the best image must score (0: ImageReward's average)
-    instruct: str = "template"        # template, a text file of questions, or a chat model as for --writer
-    responders: str = ""              # folders or URLs of vision-language models, with commas
-    scorer: str = "armorm"            # armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl
-    armorm: str = ""                  # folder of ArmoRM
-    margin: float = .1                # least gap of a pair's scores, in standard deviations of all scores
-    batch: int = 8                    # responses at once
-    as_official: bool = False         # the published pipeline, faults included
-    device: str = ""                  # cuda, mps or cpu; "": what is there
-    # by --set
-    attributes: str = "gated"         # of ArmoRM: gated, or paper (the mean of HelpSteer's five)
-    max_new_tokens: int = 1000        # of a response
-    topics: str = ""                  # of --writer, with commas; "": the prompts folder's
-    similar: float = .5               # prompts that share more of their word pairs are near-duplicates
-    model_name: str = ""              # what a server calls the model, where it serves several
-    judge: str = ""                   # analyse: a vision-language model that compares two rankers' picks
-    encoder: str = ""                 # analyse: folder of a sentence encoder; "": shared words
-    gallery: int = 24                 # analyse: prompts on the page
-    dtype: str = "auto"               # auto: float16 images and bfloat16 texts on CUDA, else float32
-    chunk: int = 256                  # prompts that are encoded before their images are painted
+    out: str = option("", "folder of the run; none: runs/synth-PRESET-sSEED")
+    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
+    prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
+    writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
+    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
+    generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
+    guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each")
+    steps: int = option(28, "of the generator")
+    size: int = option(1024, "pixels; 0: the generator's own")
+    seed: int = option(0, "of images, templates and the random scorer")
+    paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
+    ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
+    imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
+    clip: str = option("", "folder of a CLIP, as ranker and as scorer")
+    blip: str = option("", "folder of a BLIP for retrieval")
+    threshold: float = option(0., "what the best image must score; 0 is ImageReward's average")
+    instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
+    responders: str = option("", "folders or URLs of vision-language models, with commas")
+    scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
+    armorm: str = option("", "folder of ArmoRM")
+    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores")
+    batch: int = option(8, "responses at once")
+    as_official: bool = option(False, "the published pipeline, faults included")
+    device: str = option("", "cuda, mps or cpu; none: what is there")
+    attributes: str = behind_set("gated", "of ArmoRM: gated, or paper (the mean of HelpSteer's five)",
+                                 choices=("gated", "paper"))
+    max_new_tokens: int = behind_set(1000, "of a response")
+    topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
+    similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
+    model_name: str = behind_set("", "what a server calls the model, where it serves several")
+    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
+    encoder: str = behind_set("", "for analyse: folder of a sentence encoder; none: shared words")
+    gallery: int = behind_set(24, "for analyse: prompts on the page")
+    dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
+                            choices=("auto", "float32", "float16", "bfloat16"))
+    chunk: int = behind_set(256, "prompts that are encoded before their images are painted")
 
 
-SHORT = [f.name for f in dataclasses.fields(Options)][:24]
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -469,46 +469,20 @@ STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruc
 ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
 
 
-def value(name, text, kind):
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(text).lower()]
-        return tuple(map(float, text.split(","))) if kind is tuple else kind(text)
-    except (ValueError, KeyError):
-        what = {bool: "true or false", tuple: "numbers with commas"}.get(kind, "a number")
-        raise UserError(f"{name} is {text!r}: give {what}") from None
-
-
 def options(argv):
-    """-> (stage, Options). Defaults, then the preset's, then the command line's."""
-    import inspect
-    says = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Options), re.M))
-    rest = "; ".join(f"{k}: {v}" for k, v in says.items() if k not in SHORT)
-    parser = data.Parser(prog="synth.py", description=__doc__.split("\n")[0], epilog=f"--set reaches {rest}")
-    parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES, "analyse"))
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Options)}
-    for name in SHORT:
-        extra = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}
-        parser.add_argument(f"--{name}", help=says[name].replace("%", "%%"), **extra)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="any option by name")
-    given = vars(parser.parse_args(argv))
-    chosen = {k: given[k] for k in SHORT if given[k] is not None}
-    for text in given["set"]:
-        name, _, what = text.partition("=")
-        if name not in kinds:
-            raise UserError(f"--set {text}: {name} is no option; see --help")
-        chosen[name] = what
-    chosen = {k: value(k, v, kinds[k]) for k, v in chosen.items()}
-    preset = chosen.get("preset", "classroom")
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of {', '.join(PRESETS)}; choose one of them")
-    o = Options(**(PRESETS[preset] | chosen))
-    if not o.guidance or o.steps < 1 or o.batch < 1 or o.chunk < 1 or o.size < 0 or o.margin < 0:
-        raise UserError("guidance, steps, batch, chunk must be above 0, size and margin not below; mend them")
+    """-> (stage, Options): the defaults, then the preset's, then the command line's. Raises UserError."""
+    stage = ("stage", ("all", *STAGES, "analyse"), "all", "all is the seven from prompts to pairs [all]")
+    chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
+    o = Options(**(command.preset(PRESETS, chosen) | chosen))
+    for name in ("steps", "batch", "chunk"):
+        command.positive(name, getattr(o, name))
+    if o.size < 0 or o.margin < 0:
+        raise UserError(f"--size {o.size} --margin {o.margin}: give 0 or more")
     if o.writer and not o.per_topic:
         o.per_topic = 30
-    o.out = o.out or f"runs/synth-{preset}-s{o.seed}" + "-official" * o.as_official
-    return given["stage"], o
+    official = "-official" if o.as_official else ""
+    o.out = o.out or f"runs/synth-{o.preset}-s{o.seed}{official}"
+    return rest["stage"], o
 
 
 def main(argv=None):
