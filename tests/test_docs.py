@@ -28,7 +28,7 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "re
            "compare": "ballot data metrics tally",
            "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
            "rewards": "data", "sd3": "data", "topics": "chat data",
-           "gallery": "chat data page",
+           "gallery": "chat data page pairing",
            "synth": "chat command data gallery pairing rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
