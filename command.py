@@ -206,6 +206,16 @@ def leave(ranks):
         dist.destroy_process_group()
 
 
+def free():
+    """Give the memory of what nothing refers to any more to the next model."""
+    import gc
+
+    import torch
+    gc.collect()                                        # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 # ---- the folder ----
 def claim(out):
     """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""

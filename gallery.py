@@ -33,8 +33,7 @@ WORDS = 4096                            # places of a vector of word counts
 def guidance(ranked):
     """{topic: {scale: share}}, `all` first."""
     scales = sorted({image["guidance"] for row in ranked for image in row["candidates"]})
-    topics = sorted({row["topic"] for row in ranked})
-    shares = {}
+    shares, topics = {}, sorted({row["topic"] for row in ranked})
     for topic in ("all", *topics) if ranked else ():
         picked = [row["guidance"] for row in ranked if topic in ("all", row["topic"])]
         shares[topic] = {scale: picked.count(scale) / len(picked) for scale in scales}
@@ -54,12 +53,14 @@ def agreement(ranked):
         for row in ranked:
             if row["scores"].keys() >= set(rankers) and len(row["candidates"]) > 1:
                 scores.append([row["scores"][name] for name in rankers])
-        most = max((len(first) for first, *_ in scores), default=1)
-        for k in range(1, most):
-            common = [len(set.intersection(*(top(one, k) for one in each))) / k for each in scores]
-            chance = [(k / len(first)) ** (len(rankers) - 1) for first, *_ in scores]
-            found.append({"rankers": list(rankers), "k": k, "agree": float(np.mean(common)),
-                          "chance": float(np.mean(chance)), "n": len(scores)})
+        sizes = [len(first) for first, *_ in scores]
+        for k in range(1, max(sizes, default=1)):
+            common = 0.
+            for each in scores:
+                common += len(set.intersection(*(top(one, k) for one in each))) / k
+            chance = sum((k / size) ** (len(rankers) - 1) for size in sizes)
+            found.append({"rankers": list(rankers), "k": k, "agree": common / len(sizes),
+                          "chance": chance / len(sizes), "n": len(sizes)})
     return found
 
 
@@ -72,7 +73,9 @@ class Duel(NamedTuple):
 
 def duel(row, seed):
     """The Duel of two rankers' picks, in random order; None where they picked the same picture."""
-    picks = [(scores.index(max(scores)), name) for name, scores in list(row["scores"].items())[:2]]
+    picks = []
+    for name, scores in list(row["scores"].items())[:2]:
+        picks.append((scores.index(max(scores)), name))
     if data.draw(seed, "judge", row["id"]).integers(2) == 0:
         picks.reverse()
     (a, first), (b, second) = picks
@@ -81,14 +84,17 @@ def duel(row, seed):
 
 def judged(run, ranked):
     """Table 5's counts, or None without --judge or with one ranker."""
-    o, duels, asked, count = run.o, {}, [], Counter()
-    names = list(ranked[0]["scores"])[:2] if ranked else []
+    o, names = run.o, []
+    duels, asked, count = {}, [], Counter()
+    if ranked:
+        names = list(ranked[0]["scores"])[:2]
     if not o.judge or len(names) < 2:
         return None
     for row in ranked:
         if shown := duel(row, o.seed):
             files = [run.out / row["candidates"][place]["image"] for place in (shown.a, shown.b)]
-            asked.append(chat.Question(row["id"], ASK_JUDGE.format(prompt=row["prompt"]), files))
+            text = ASK_JUDGE.format(prompt=row["prompt"])
+            asked.append(chat.Question(row["id"], text, files))
             duels[row["id"]] = {"a": shown.first, "b": shown.second, "tie": "tie"}
     said = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
                         max_tokens=16, description="judge")
@@ -96,10 +102,11 @@ def judged(run, ranked):
         vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", text, re.I)
         count[duels[id][vote[1].lower()] if vote else "unread"] += 1
     wins, losses = count[names[0]], count[names[1]]
-    return {"rankers": names, "wins": wins, "losses": losses, "ties": count["tie"], "unread": count["unread"],
-            "not_answered": len(asked) - len(said), "same_pick": len(ranked) - len(asked),
-            "win_rate": wins / (wins + losses) if wins + losses else None,
-            "interval": wilson(wins, wins + losses)}
+    decided = wins + losses
+    return {"rankers": names, "wins": wins, "losses": losses, "ties": count["tie"],
+            "unread": count["unread"], "not_answered": len(asked) - len(said),
+            "same_pick": len(ranked) - len(asked),
+            "win_rate": wins / decided if decided else None, "interval": wilson(wins, decided)}
 
 
 def wilson(k, n, z=1.96):
@@ -126,7 +133,8 @@ def encoded(texts, encoder, device):
     for at in range(0, len(texts), 64):
         x = tokenizer(texts[at:at + 64], padding=True, truncation=True, return_tensors="pt").to(device)
         with torch.no_grad():
-            hidden, mask = model(**x).last_hidden_state, x["attention_mask"][..., None]
+            hidden = model(**x).last_hidden_state                                                 # (B, T, D)
+        mask = x["attention_mask"][..., None]
         means.append((hidden * mask).sum(1) / mask.sum(1))
     return torch.cat(means).float().cpu().numpy()
 
@@ -208,25 +216,30 @@ def percent(*shares):
 def tables(analysis):
     """The analyses as sections of the page."""
     shares, judge = analysis["guidance"], analysis["judge"]
-    head = ["topic", *(f"{scale:g}" for scale in shares.get("all", ()))]
+    scales = [f"{scale:g}" for scale in shares.get("all", ())]
     rows = [[topic, *percent(*row.values())] for topic, row in shares.items()]
     body = page.section("Guidance", "Share of the prompts whose best image has this scale, in percent.",
-                        page.table(head, rows))
-    rows = [[" and ".join(row["rankers"]), row["k"], *percent(row["agree"], row["chance"]), row["n"]]
-            for row in analysis["agreement"]]
+                        page.table(["topic", *scales], rows))
+    rows = []
+    for row in analysis["agreement"]:
+        names = " and ".join(row["rankers"])
+        rows.append([names, row["k"], *percent(row["agree"], row["chance"]), row["n"]])
     body += page.section("Agreement", "Share in common of the rankers' top k, in percent.",
                          page.table(("rankers", "k", "agree", "chance", "prompts"), rows))
     if judge:
         counts = ("wins", "losses", "ties", "same_pick", "unread", "not_answered")
-        row = [judge[name] for name in counts] + percent(judge["win_rate"] or 0., *judge["interval"])
-        head = [name.replace("_", " ") for name in (*counts, "rate, %", "from", "to")]
+        row = [judge[name] for name in counts]
+        row += percent(judge["win_rate"] or 0., *judge["interval"])
+        head = [name.replace("_", " ") for name in counts]
         note = "How often {}'s pick is preferred to {}'s; the rate is of the decided, with its 95% interval."
-        body += page.section("Judge", note.format(*judge["rankers"]), page.table(head, [row]))
-    rows = [[name, of["n"], *(f"{x:.2f}" for x in (of["mean"], *of["deciles"]))]
-            for name, of in analysis["similarity"].items()]
-    head = ["of", "n", "mean", *(f"{tenth}0%" for tenth in range(1, 10))]
+        body += page.section("Judge", note.format(*judge["rankers"]),
+                             page.table([*head, "rate, %", "from", "to"], [row]))
+    rows = []
+    for name, of in analysis["similarity"].items():
+        rows.append([name, of["n"], *(f"{x:.2f}" for x in (of["mean"], *of["deciles"]))])
+    tenths = [f"{tenth}0%" for tenth in range(1, 10)]
     return body + page.section("Similarity", "Cosines with the others: their mean, and its deciles.",
-                               page.table(head, rows))
+                               page.table(["of", "n", "mean", *tenths], rows))
 
 
 def analyse(run):

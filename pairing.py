@@ -14,6 +14,9 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
+from pathlib import Path
+
+import data
 
 LONG = 12                               # words from which a text without a full stop is taken for cut off
 TELLING = .65                           # share of pairs that length alone tells apart, from which to warn
@@ -63,6 +66,19 @@ def faults(question, response, finished=None):
 
 
 # ---- the choice ----
+
+def best_image(prompt, candidates, scores, threshold=None):
+    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` where it scores
+    below the threshold. scores: {ranker: those of the candidates}."""
+    picks, dropped = next(iter(scores.values())), None
+    image = candidates[picks.index(max(picks))]
+    if threshold is not None and max(picks) < threshold:
+        dropped = f"best image scores below {threshold}"
+    row = {name: prompt[name] for name in ("id", "topic", "prompt")}
+    row |= {"image": image["image"], "guidance": image["guidance"], "dropped": dropped, "scores": scores}
+    tried = [{name: each[name] for name in ("image", "guidance", "seed")} for each in candidates]
+    return row | {"candidates": tried}
+
 
 def select(asked, responses, scores, margin=0., official=False):
     """-> (pairs, dropped, faulty), lists of dicts in the prompts' order.
@@ -185,11 +201,20 @@ Images and texts are their outputs: the models' licences decide what may be done
 
 
 def card(title, models, settings, counts, pairs):
-    """The data card, Markdown. models: rows of (role, name, hash of its files, licence)."""
+    """The data card, Markdown. models: (role, name, source) of each; its files say its hash and licence."""
+    rows = [(role, name, data.identity(source), licence(source)) for role, name, source in models]
     return CARD.format(
-        title=title, models=markdown(("role", "model", "files", "licence"), models),
+        title=title, models=markdown(("role", "model", "files", "licence"), rows),
         settings=markdown(("setting", "value"), settings.items()),
         counts=markdown(("what", "n"), counts.items()), length=length_report(pairs))
+
+
+def licence(source):
+    """What the README.md of a model's folder says."""
+    readme = Path(source) / "README.md"
+    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    found = re.findall(r"^license(?:_name)?:\s*(.+)$", text, re.M)
+    return ", ".join(found) or "not stated in its folder"
 
 
 def markdown(head, rows):

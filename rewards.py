@@ -394,3 +394,14 @@ def last(found):
     """The last true place of each row: (B, T) -> (B,)."""
     place = torch.arange(found.shape[1], device=found.device)
     return torch.where(found, place, -1).amax(1)
+
+
+def load(name, source, device="cpu", dtype=torch.float32):
+    """The reward model of a name, from its weights or folder; dtype: of ArmoRM's tower."""
+    if name == "imagereward":
+        return ImageReward.load(source, device=device)
+    if name in ("clip", "blip"):
+        return Similarity.load(source, device)
+    # a tokenizer other than Llama 3's ends the prompt with ids of its own
+    pattern = data.read_json(Path(source) / "token_pattern.json", LLAMA3)
+    return ArmoRM.load(source, None, pattern, device, dtype)

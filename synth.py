@@ -38,7 +38,6 @@ Departures from the official pipeline; --as_official goes back on 1 to 4:
 """
 import dataclasses
 import functools
-import gc
 import json
 import re
 import sys
@@ -104,9 +103,9 @@ MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "res
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
     "classroom": {
-        "prompts": str(BUILT_IN / "prompts"), "generator": str(BUILT_IN / "sd3"), "steps": 16, "size": 0,
-        "imagereward": str(BUILT_IN / "imagereward"), "clip": str(BUILT_IN / "clip"),
-        "armorm": str(BUILT_IN / "armorm"), "ranker": "imagereward,clip", "guidance": (1., 2., 4., 8.),
+        **{name: str(BUILT_IN / name) for name in ("prompts", "imagereward", "clip", "armorm")},
+        "generator": str(BUILT_IN / "sd3"), "steps": 16, "size": 0, "guidance": (1., 2., 4., 8.),
+        "ranker": "imagereward,clip",
         "threshold": -1.6,            # halfway from another prompt's picture to the true: statistics.json
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
         "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?"))))},
@@ -147,12 +146,13 @@ class Run:
         items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups) -> rows; it,
         size and whole are command.Store.work's, which keeps the rows in parts/NAME.jsonl.
         """
-        start, store, keyed = time.time(), command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks), []
+        start, keyed = time.time(), []
+        store = command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks)
         for item in items:
             text = json.dumps([item, made_by], sort_keys=True)
             keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
         rows = store.work(keyed, functools.partial(make, self), size, name, whole=whole)
-        free()
+        command.free()
         self.say(stage=name, items=len(items), there=store.there, made=len(rows) - store.there,
                  failed=len(items) - len(rows), twice=store.twice, seconds=round(time.time() - start, 1))
         return [{k: v for k, v in row.items() if k != "hash"} for row in rows]
@@ -176,6 +176,14 @@ class Run:
             raise UserError(f"--{option} is missing: give {what}")
         return getattr(self.o, option)
 
+    def reward(self, flag, name, known):
+        """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
+        if name not in known:
+            raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
+        if name not in MODELS:
+            return [self.o.seed]
+        return [data.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
+
 
 def begin(o):
     """A Run in the folder o.out, which it locks; under torchrun one of several. Raises UserError."""
@@ -188,32 +196,21 @@ def begin(o):
     return run
 
 
-def free():
-    """Give the memory of what nothing refers to any more to the next model."""
-    import torch
-    gc.collect()                                        # modules refer to each other in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # ---- 1 prompts ----
 def make_prompts(run):
-    """A few requests, or a few files."""
-    o, rows, count = run.o, [], Counter()
+    """A few files, or a few requests."""
+    o = run.o
     if o.writer:
-        found = topics.written(o, run.out / "parts")
+        lines = topics.written(o, run.out / "parts")
     else:
-        found = topics.read(run.needs("prompts", "a text file, or a folder of them"))
-    kept = topics.distinct([text for _, text in found], o.similar)
-    for topic, text in (found[place] for place in kept):
-        if count[topic] < (o.per_topic or len(found)):
-            count[topic] += 1
-            name = f"{topic}-{count[topic]}"
-            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
-    if not rows:
+        lines = topics.read(run.needs("prompts", "a text file, or a folder of them"))
+    if not lines:
         raise UserError(f"--writer {o.writer} wrote no prompts; see {run.out}/parts for what it said")
+    kept = [lines[place] for place in topics.distinct([text for _, text in lines], o.similar)]
+    rows = topics.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    run.say(stage="prompts", prompts=len(rows), topics=len(count), near_duplicates=len(found) - len(kept))
+    run.say(stage="prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
+            near_duplicates=len(lines) - len(kept))
 
 
 # ---- 2 images ----
@@ -224,31 +221,26 @@ def make_images(run):
     for row in run.rows("prompts", "prompts"):
         for k, scale in enumerate(o.guidance, 1):
             name, seed = f"{row['id']}-{k}", 10 ** 7 * o.seed + 1000 * row["number"]
-            items.append({"id": name, "prompt_id": row["id"], "guidance": scale,
-                          "seed": seed if o.paired_seeds else seed + k, "image": f"images/{name}.png",
-                          "_prompt": row["prompt"]})
+            if not o.paired_seeds:
+                seed += k
+            items.append({"id": name, "prompt_id": row["id"], "guidance": scale, "seed": seed,
+                          "image": f"images/{name}.png", "_prompt": row["prompt"]})
     made_by = [data.identity(generator), o.steps, o.size, o.dtype]
     run.write("images", run.made("images", items, paint, made_by, len(o.guidance)))
 
 
 def paint(run, groups):
-    """The rows of each group, a prompt's images, painted in one call."""
+    """The rows of each group: the images of a prompt, painted in one call."""
     import sd3
-    o, device, kind = run.o, run.ranks.device, run.dtype("float16")
-    for at in range(0, len(groups), o.chunk):
-        chunk = groups[at:at + o.chunk]
-        encoded = sd3.encode(o.generator, [group[0]["_prompt"] for group in chunk], device, kind)
-        free()
-        painter = sd3.Painter(o.generator, device, kind)
-        for group in chunk:
-            scales, seeds = [item["guidance"] for item in group], [item["seed"] for item in group]
-            prompt = encoded[group[0]["_prompt"]]
-            pictures = painter(prompt, encoded[""], scales, seeds, o.steps, o.size)
-            for item, picture in zip(group, pictures, strict=True):
-                picture.save(run.out / item["image"])   # one that a kill tears is painted again
-            yield [{}] * len(group)
-        painter = encoded = None
-        free()
+    o, jobs = run.o, []
+    for group in groups:
+        scales = [item["guidance"] for item in group]
+        jobs.append(sd3.Job(group[0]["_prompt"], scales, [item["seed"] for item in group]))
+    painted = sd3.paint(o.generator, jobs, run.ranks.device, run.dtype("float16"), o.steps, o.size, o.chunk)
+    for group, pictures in zip(groups, painted, strict=True):
+        for item, picture in zip(group, pictures, strict=True):
+            picture.save(run.out / item["image"])       # one that a kill tears is painted again
+        yield [{}] * len(group)
 
 
 # ---- 3 rank ----
@@ -263,51 +255,28 @@ def rank(run):
                       "_seen": [data.identity(run.out / file) for file in files]})
     scores = {row["id"]: {} for row in asked}
     for name in o.ranker.split(","):
-        if name not in RANKERS:
-            raise UserError(f"--ranker {name} is not one of {', '.join(RANKERS)}; choose one of them")
-        made_by = [name, data.identity(run.needs(name, "the model that --ranker names")), o.dtype]
+        made_by = run.reward("--ranker", name, RANKERS)
         for row in run.made(f"rank-{name}", items, functools.partial(rank_by, name), made_by):
             scores[row["id"]][name] = row["scores"]
-    found = [best(row, shown[row["id"]], scores[row["id"]], o) for row in asked]
+    threshold = None if o.as_official else o.threshold
+    found = [pairing.best_image(row, shown[row["id"]], scores[row["id"]], threshold) for row in asked]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say(stage="rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
 def rank_by(name, run, groups):
-    model = reward(run, name)
-    for (item,) in groups:
-        yield [{"scores": model.score(item["_prompt"], [run.out / file for file in item["_files"]])}]
-
-
-def reward(run, name):
-    """The reward model of a name; None of one that needs none."""
     import rewards
-    source, device = getattr(run.o, name, None), run.ranks.device
-    if name == "imagereward":
-        return rewards.ImageReward.load(source, device=device)
-    if name in ("clip", "blip"):
-        return rewards.Similarity.load(source, device)
-    if name == "armorm":                # a tokenizer other than Llama 3's ends the prompt with ids of its own
-        pattern = data.read_json(Path(source) / "token_pattern.json", rewards.LLAMA3)
-        return rewards.ArmoRM.load(source, None, pattern, device, run.dtype("bfloat16"))
-
-
-def best(prompt, candidates, scores, o):
-    """The row of ranked.jsonl: the first ranker's best image (the first of equals), dropped if it is poor."""
-    picks, dropped = next(iter(scores.values())), None
-    image = candidates[picks.index(max(picks))]
-    if max(picks) < o.threshold and not o.as_official:
-        dropped = f"best image scores below {o.threshold}"
-    row = {name: prompt[name] for name in ("id", "topic", "prompt")}
-    row |= {"image": image["image"], "guidance": image["guidance"], "dropped": dropped, "scores": scores}
-    tried = [{name: each[name] for name in ("image", "guidance", "seed")} for each in candidates]
-    return row | {"candidates": tried}
+    model = rewards.load(name, getattr(run.o, name), run.ranks.device)
+    for (item,) in groups:
+        files = [run.out / file for file in item["_files"]]
+        yield [{"scores": model.score(item["_prompt"], files)}]
 
 
 # ---- 4 instruct ----
 def instruct(run):
-    o, kept = run.o, {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
+    o, ranked = run.o, run.rows("ranked", "rank")
+    kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         asked = topics.template(o.instruct, kept, o.seed)
         run.write("instructions", [{"id": id, "question": question} for id, question in asked.items()])
@@ -348,7 +317,9 @@ def answer(source, run, groups):
                          device=run.ranks.device, dtype=run.dtype("bfloat16"),
                          template=topics.RAW if o.as_official else None)
     for group in groups:
-        asked = [chat.Question(item["id"], item["_question"], [run.out / item["_file"]]) for item in group]
+        asked = []
+        for item in group:
+            asked.append(chat.Question(item["id"], item["_question"], [run.out / item["_file"]]))
         said = chat.ask(model, asked, description="respond")
         yield [response(item["_question"], said.get(item["id"]), o.as_official) for item in group]
 
@@ -371,18 +342,17 @@ def named(sources):
     for source in filter(None, sources.split(",")):
         short = chat.public(source).split("//")[-1] if chat.is_url(source) else Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
-        names[short if short not in names else f"{short}-{len(names) + 1}"] = source
+        if short in names:
+            short = f"{short}-{len(names) + 1}"
+        names[short] = source
     return names
 
 
 # ---- 6 score ----
 def score(run):
     """All responses to a question at once. ArmoRM reads question and response, and never sees the image."""
-    o, items, found, made_by = run.o, [], [], [run.o.seed]
-    if o.scorer not in SCORERS:
-        raise UserError(f"--scorer {o.scorer} is not one of {', '.join(SCORERS)}; choose one of them")
-    if o.scorer in MODELS:
-        made_by = [data.identity(run.needs(o.scorer, "the model that --scorer names")), o.dtype]
+    o, items, found = run.o, [], []
+    made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
     for item in run.asked():
         if item["id"] in said:
@@ -396,14 +366,18 @@ def score(run):
 
 
 def score_by(run, groups):
-    o, model = run.o, reward(run, run.o.scorer)
+    o, name = run.o, run.o.scorer
+    if name in MODELS:
+        import rewards
+        model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
     for (item,) in groups:
         texts = [row["response"] for row in item["_said"]]
-        if o.scorer == "armorm":
+        if name == "armorm":
             scores = model.judge(item["_question"], texts)
-        elif o.scorer == "clip":
-            scores = [{"score": cosine} for cosine in model.score_texts(run.out / item["_file"], texts)]
-        elif o.scorer == "length":
+        elif name == "clip":
+            cosines = model.score_texts(run.out / item["_file"], texts)
+            scores = [{"score": cosine} for cosine in cosines]
+        elif name == "length":
             scores = [{"score": float(len(text.split()))} for text in texts]
         else:
             draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
@@ -414,14 +388,17 @@ def score_by(run, groups):
 # ---- 7 pairs ----
 def make_pairs(run):
     o = run.o
-    ranked, asked, scores = {row["id"]: row for row in run.rows("ranked", "rank")}, [], {}
+    ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
+    asked, scores = [], {}
     for row in run.rows("instructions", "instruct"):
         shown = ranked[row["id"]]
         asked.append({k: shown[k] for k in ("image", "topic", "prompt", "guidance")} | row)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
-        paper = o.attributes == "paper" and o.scorer == "armorm"
-        scores[row["id"], row["model"]] = sum(row["rewards"][:5]) / 5 if paper else row["score"]
+        score = row["score"]
+        if o.attributes == "paper" and o.scorer == "armorm":
+            score = sum(row["rewards"][:5]) / 5
+        scores[row["id"], row["model"]] = score
     found, dropped, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
     gone = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
     run.write("pairs", found)
@@ -441,21 +418,13 @@ def make_pairs(run):
 
 
 def models(o):
-    """Rows (role, name, our hash of its files, licence) of the models that a run names."""
+    """(role, name, source) of the models that a run names."""
     found = []
     for role in MODELS:
         for name, source in named(getattr(o, role)).items():
             if chat.is_url(source) or Path(source).exists():
-                found.append((role, name, data.identity(source), licence(source)))
+                found.append((role, name, source))
     return found
-
-
-def licence(source):
-    """What the README.md of a model's folder says."""
-    card = Path(source) / "README.md"
-    text = card.read_text(errors="replace") if card.is_file() else ""
-    found = re.findall(r"^license(?:_name)?:\s*(.+)$", text, re.M)
-    return ", ".join(found) or "not stated in its folder"
 
 
 # ---- the command line ----

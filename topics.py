@@ -1,5 +1,6 @@
 """Prompts and questions for synth.py: from text files, a template or a chat model, none nearly twice."""
 import re
+from collections import Counter
 from pathlib import Path
 
 import chat
@@ -57,6 +58,17 @@ def read(source, flag="--prompts"):
     if not found:
         raise UserError(f"{flag} {source} holds no lines; write one a line into TOPIC.txt")
     return found
+
+
+def numbered(lines, per_topic):
+    """[{"id", "number", "topic", "prompt"}] of (topic, prompt) lines, at most `per_topic` of each topic."""
+    rows, count = [], Counter()
+    for topic, text in lines:
+        if count[topic] < per_topic:
+            count[topic] += 1
+            name = f"{topic}-{count[topic]}"
+            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
+    return rows
 
 
 def written(o, folder):

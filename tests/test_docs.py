@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "replies": "", "nouns": "",
-           "pairing": "", "command": "data", "objects": "nouns tally", "metrics": "objects replies tally",
+           "pairing": "data", "command": "data", "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
            "report": "data metrics", "vlm": "data families kernels lora losses plan",
            "chat": "command data families vlm",
@@ -27,7 +27,7 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "re
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
            "compare": "ballot data metrics tally",
            "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
-           "rewards": "data", "sd3": "data", "topics": "chat data",
+           "rewards": "data", "sd3": "command data", "topics": "chat data",
            "gallery": "chat data page pairing",
            "synth": "chat command data gallery pairing rewards sd3 topics",
            "plan": "data families losses options records",

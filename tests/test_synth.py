@@ -478,7 +478,7 @@ def test_the_card_names_models_revisions_licences_and_counts(parts, whole):
     for text in ("| generator | sd3 |", "| responders | llava2 |", "not stated in its folder", "| margin |"):
         assert text in card
     (parts / "armorm" / "README.md").write_text("---\nlicense: llama3\n---\n")
-    assert synth.licence(str(parts / "armorm")) == "llama3"
+    assert pairing.licence(str(parts / "armorm")) == "llama3"
     (parts / "armorm" / "README.md").unlink()
     assert f"| generator | sd3 | {data.identity(parts / 'sd3')} |" in card
 
