@@ -56,9 +56,9 @@ def parse(kind, argv, prog, description, positional=()):
     chosen = {}
     for item in given.pop("set", []):
         name, equals, text = item.partition("=")
-        if name not in rare or not equals:
+        if name not in fields or not equals:             # also an --option's name, though help lists the rest
             raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
-        chosen[name] = value(f"--set {item}", text, rare[name])
+        chosen[name] = value(f"--set {item}", text, fields[name])
     for name in fields.keys() & given.keys():
         text = given.pop(name)
         if isinstance(text, str):

@@ -39,6 +39,7 @@ def read_weights(path):
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+    torn = OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, TypeError
     files, state = [Path(path)], {}
     if Path(path).is_dir():
         files = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.pt"))
@@ -48,21 +49,26 @@ def read_weights(path):
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, TypeError) as error:
-            raise UserError(f"{file} cannot be read as weights ({_first(error)}); "
+        except torn as error:
+            raise UserError(f"{file} cannot be read as weights ({first_line(error)}); "
                             "copy the published file again") from error
     if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path}: no weights there, or more than them; give the published file or its folder")
+        raise UserError(f"{path}: no weights there, or more than them; give the published file or folder")
     return state
 
 
-def _first(error):
-    """The first line of an error's text."""
+def first_line(error):
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def folder_of(weights):
-    return Path(weights) if Path(weights).is_dir() else Path(weights).parent
+def beside(weights, config, default=None):
+    """(the weights' folder, their config): a dict, a JSON file, or None for config.json in the folder."""
+    folder = Path(weights)
+    if not folder.is_dir():
+        folder = folder.parent
+    if not isinstance(config, dict):
+        config = data.read_json(config or folder / "config.json", None if config else default)
+    return folder, config
 
 
 # ---- ImageReward ----
@@ -123,7 +129,8 @@ def preprocess(image, size):
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(x, dtype=torch.float32)[:, None, None] for x in (MEAN, STD))
+    mean = torch.tensor(MEAN, dtype=torch.float32)[:, None, None]
+    std = torch.tensor(STD, dtype=torch.float32)[:, None, None]
     return (pixels - mean) / std
 
 
@@ -158,10 +165,9 @@ class ImageReward(nn.Module):
         file of it; None: beside the weights (config.json). What it leaves out has the published size, and a
         picture's and its patches' size show in the weights. Raises UserError for what does not fit.
         """
-        folder = folder_of(weights)
-        state = {to_ours(name): x for name, x in read_weights(weights).items() if to_ours(name)}
-        if not isinstance(config, dict):
-            config = data.read_json(config or folder / "config.json", None if config else {})
+        folder, config = beside(weights, config, {})
+        state = {to_ours(name): x for name, x in read_weights(weights).items()}
+        state.pop(None, None)
         try:
             patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
             across = math.isqrt(state["vision.embeddings.position_embedding"].shape[1])
@@ -194,7 +200,8 @@ class ImageReward(nn.Module):
         """Rewards of pictures (paths or PIL images, or one of them) for a prompt, a list of floats."""
         if isinstance(images, str | Path | Image.Image):
             images = [images]
-        device, size, scores = self.mlp["0"].weight.device, self.vision.config.image_size, []
+        device, scores = self.mlp["0"].weight.device, []
+        size = self.vision.config.image_size
         text = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=MAX_PROMPT,
                               return_tensors="pt").to(device)
         for at in range(0, len(images), batch_size):
@@ -214,7 +221,9 @@ def opened(image):
 def bert_tokenizer(vocab):
     """bert-base-uncased's tokenizer from its vocab.txt, with the two tokens that BLIP adds behind it."""
     from transformers import BertTokenizer
-    path = Path(vocab) / "vocab.txt" if Path(vocab).is_dir() else Path(vocab)
+    path = Path(vocab)
+    if path.is_dir():
+        path = path / "vocab.txt"
     if not path.exists():
         raise UserError(f"{path} is missing: ImageReward reads prompts with bert-base-uncased's vocab.txt; "
                         "pass its path or put it beside the weights")
@@ -246,7 +255,8 @@ class Similarity:
     @torch.no_grad()
     def texts(self, texts):
         """Unit vectors (N, D) of texts, cut to what the model reads."""
-        model, limit = self.model, self.model.config.text_config.max_position_embeddings
+        model = self.model
+        limit = model.config.text_config.max_position_embeddings
         x = self.processor.tokenizer(list(texts), padding=True, truncation=True, max_length=limit,
                                      return_tensors="pt").to(model.device)
         x = {k: x[k] for k in ("input_ids", "attention_mask")}
@@ -259,7 +269,8 @@ class Similarity:
     @torch.no_grad()
     def images(self, images):
         """Unit vectors (N, D) of pictures, paths or PIL images."""
-        model, pictures = self.model, [opened(image).convert("RGB") for image in images]
+        model = self.model
+        pictures = [opened(image).convert("RGB") for image in images]
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
         pixels = pixels.to(model.device, model.dtype)
         if self.blip:
@@ -308,9 +319,8 @@ class ArmoRM(nn.Module):
         UserError for what does not fit.
         """
         from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-        folder, tower, head = folder_of(weights), {}, {}
-        if not isinstance(config, dict):
-            config = data.read_json(config or folder / "config.json")
+        folder, config = beside(weights, config)
+        tower, head = {}, {}
         sizes = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "architectures")}
         for name, x in read_weights(weights).items():
             if name.startswith("model."):
@@ -320,23 +330,24 @@ class ArmoRM(nn.Module):
         try:
             llama, info = LlamaModel.from_pretrained(None, config=LlamaConfig(**sizes), state_dict=tower,
                                                      dtype=dtype, output_loading_info=True)
-            if wrong := HEAD - head.keys() | info["missing_keys"] | info["unexpected_keys"]:
+            wrong = HEAD - head.keys() | info["missing_keys"] | info["unexpected_keys"]
+            if wrong:
                 raise ValueError(f"{len(wrong)} names differ, among them {min(wrong).replace('/', '.')}")
         except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{weights} does not fit ArmoRM or its config ({_first(error)}); give both as "
-                            "published") from error
-        model = cls(llama, head, config.get("gating_temperature", 10), token_pattern,
-                    config.get("pad_token_id"))
+            raise UserError(f"{weights} does not fit ArmoRM or its config ({first_line(error)}); give both "
+                            "as published") from error
+        temperature, pad_id = config.get("gating_temperature", 10), config.get("pad_token_id")
+        model = cls(llama, head, temperature, token_pattern, pad_id)
         if (folder / "tokenizer_config.json").exists():
             model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
         return model.requires_grad_(False).eval().to(device)
 
     def prompt_end(self, input_ids, real):
         """Where the last whole occurrence of the pattern starts: (B,). Raises UserError where none is."""
-        n, pattern = len(self.pattern), torch.tensor(self.pattern, device=input_ids.device)
-        found = torch.zeros_like(real[:, :1])
+        n, found = len(self.pattern), torch.zeros_like(real[:, :1])
         if input_ids.shape[1] >= n:
-            found = ((input_ids.unfold(1, n, 1) == pattern) & real.unfold(1, n, 1)).all(-1)       # (B, T-n+1)
+            same = input_ids.unfold(1, n, 1) == torch.tensor(self.pattern, device=input_ids.device)
+            found = (same & real.unfold(1, n, 1)).all(-1)                                         # (B, T-n+1)
         for row, there in enumerate(found.any(1).tolist(), 1):
             if not there:
                 raise UserError(f"ArmoRM: conversation {row} of {len(input_ids)} has no assistant header "
@@ -349,10 +360,10 @@ class ArmoRM(nn.Module):
 
         No mask: every id but the padding's is real.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids) if self.pad_id is None else input_ids != self.pad_id
-        real, rows, head = attention_mask.bool(), range(len(input_ids)), self.head
-        start = self.prompt_end(input_ids, real)
+        if attention_mask is None:                      # an id that never is: every token is real
+            attention_mask = input_ids != (-1 if self.pad_id is None else self.pad_id)
+        real, head = attention_mask.bool(), self.head
+        start, rows = self.prompt_end(input_ids, real), range(len(input_ids))
         places = (real.long().cumsum(1) - 1).clamp(min=0)
         hidden = self.llama(input_ids=input_ids, attention_mask=real.long(), position_ids=places,
                             use_cache=False).last_hidden_state                                    # (B, T, D)
@@ -360,8 +371,8 @@ class ArmoRM(nn.Module):
         x, k = hidden[rows, start].float(), 0
         while f"gating/layers/{k}/weight" in head:
             x = x.relu() if k else x
-            x = F.linear(x, head[f"gating/layers/{k}/weight"], head[f"gating/layers/{k}/bias"])
-            k += 1
+            weight, bias = head[f"gating/layers/{k}/weight"], head[f"gating/layers/{k}/bias"]
+            x, k = F.linear(x, weight, bias), k + 1
         gating = (x / self.temperature).softmax(-1) * head["gating/logit_scale"]                  # (B, O)
         score = (gating * (rewards @ head["reward_transform_matrix"])).sum(-1)                    # (B,)
         return {"rewards": rewards, "gating": gating, "score": score}
@@ -381,8 +392,8 @@ class ArmoRM(nn.Module):
                 chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
                 return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(device)
             judged = self(tokens["input_ids"], tokens["attention_mask"])
-            for rewards, gating, score in zip(*(x.tolist() for x in judged.values()), strict=True):
-                found.append({"rewards": rewards, "gating": gating, "score": score})
+            for row in range(len(chats)):
+                found.append({name: x[row].tolist() for name, x in judged.items()})
         return found
 
     def score(self, question, answers):
