@@ -42,22 +42,26 @@ def guidance(ranked):
 
 def top(scores, k):
     """The k best places; of equal scores the earlier."""
-    return set(sorted(range(len(scores)), key=lambda place: -scores[place])[:k])
+    places = sorted(range(len(scores)), key=lambda place: -scores[place])
+    return set(places[:k])
 
 
 def agreement(ranked):
     """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers that scored."""
     found, names = [], dict.fromkeys(name for row in ranked for name in row["scores"])
-    for rankers in (*itertools.combinations(names, 2), *itertools.combinations(names, 3)):
+    twos, threes = itertools.combinations(names, 2), itertools.combinations(names, 3)
+    for rankers in (*twos, *threes):
         scores = []
         for row in ranked:
-            if row["scores"].keys() >= set(rankers) and len(row["candidates"]) > 1:
+            if row["scores"].keys() >= set(rankers):
                 scores.append([row["scores"][name] for name in rankers])
+        scores = [each for each in scores if len(each[0]) > 1]
         sizes = [len(first) for first, *_ in scores]
         for k in range(1, max(sizes, default=1)):
             common = 0.
             for each in scores:
-                common += len(set.intersection(*(top(one, k) for one in each))) / k
+                tops = [top(one, k) for one in each]
+                common += len(set.intersection(*tops)) / k
             chance = sum((k / size) ** (len(rankers) - 1) for size in sizes)
             found.append({"rankers": list(rankers), "k": k, "agree": common / len(sizes),
                           "chance": chance / len(sizes), "n": len(sizes)})
@@ -96,11 +100,13 @@ def judged(run, ranked):
             text = ASK_JUDGE.format(prompt=row["prompt"])
             asked.append(chat.Question(row["id"], text, files))
             duels[row["id"]] = {"a": shown.first, "b": shown.second, "tie": "tie"}
-    said = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
-                        max_tokens=16, description="judge")
+    replies = run.out / "parts" / "judge.jsonl"
+    said = chat.replies(o.judge, asked, replies, model=o.model_name or None, max_tokens=16,
+                        description="judge")
     for id, text in said.items():
         vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", text, re.I)
-        count[duels[id][vote[1].lower()] if vote else "unread"] += 1
+        meant = duels[id][vote[1].lower()] if vote else "unread"
+        count[meant] += 1
     wins, losses = count[names[0]], count[names[1]]
     decided = wins + losses
     return {"rankers": names, "wins": wins, "losses": losses, "ties": count["tie"],
@@ -114,14 +120,16 @@ def wilson(k, n, z=1.96):
     if not n:
         return [0., 1.]
     centre = (k + z * z / 2) / (n + z * z)
-    width = z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    spread = math.sqrt(k * (n - k) / n + z * z / 4)
+    width = z * spread / (n + z * z)
     return [centre - width, centre + width]
 
 
 def vectors(texts, encoder="", device="cpu"):
     """Unit vectors (N, D): a sentence encoder's mean over tokens, or word counts weighted by rarity."""
     found = encoded(texts, encoder, device) if encoder else counted(texts)
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
+    length = np.linalg.norm(found, axis=1, keepdims=True)
+    return found / np.maximum(length, 1e-9)
 
 
 def encoded(texts, encoder, device):
@@ -145,14 +153,18 @@ def counted(texts):
     found = np.zeros((len(texts), WORDS), np.float32)
     for row, count in zip(found, words, strict=True):
         for word, n in count.items():
-            row[data.hash64(word) % WORDS] += n * math.log((1 + len(texts)) / seen[word])
+            rarity = math.log((1 + len(texts)) / seen[word])
+            row[data.hash64(word) % WORDS] += n * rarity
     return found
 
 
 def mean_similarity(unit):
     """Each vector's mean cosine with the others: (N,)."""
     n = len(unit)
-    return (unit @ unit.sum(0) - (unit * unit).sum(1)) / (n - 1) if n > 1 else np.zeros(0)
+    if n < 2:
+        return np.zeros(0)
+    own = (unit * unit).sum(1)
+    return (unit @ unit.sum(0) - own) / (n - 1)
 
 
 def similarity(texts, responses, encoder="", device="cpu"):
@@ -188,7 +200,8 @@ def candidates(run, row):
 
 def entry(run, row, made):
     """One prompt's card. made: {name of SHOWN: {a prompt's id: its rows}}."""
-    id, terms, roles, notes = row["id"], [], {}, {}
+    id, terms = row["id"], []
+    roles, notes = {}, {}
     here = {name: made[name].get(id, ()) for name in SHOWN}
     for dropped in here["dropped"]:
         terms.append(("dropped", f"<mark>{escape(dropped['reason'])}</mark>"))
@@ -223,7 +236,8 @@ def tables(analysis):
     rows = []
     for row in analysis["agreement"]:
         names = " and ".join(row["rankers"])
-        rows.append([names, row["k"], *percent(row["agree"], row["chance"]), row["n"]])
+        agree, chance = percent(row["agree"], row["chance"])
+        rows.append([names, row["k"], agree, chance, row["n"]])
     body += page.section("Agreement", "Share in common of the rankers' top k, in percent.",
                          page.table(("rankers", "k", "agree", "chance", "prompts"), rows))
     if judge:
@@ -236,7 +250,8 @@ def tables(analysis):
                              page.table([*head, "rate, %", "from", "to"], [row]))
     rows = []
     for name, of in analysis["similarity"].items():
-        rows.append([name, of["n"], *(f"{x:.2f}" for x in (of["mean"], *of["deciles"]))])
+        cosines = [f"{cosine:.2f}" for cosine in (of["mean"], *of["deciles"])]
+        rows.append([name, of["n"], *cosines])
     tenths = [f"{tenth}0%" for tenth in range(1, 10)]
     return body + page.section("Similarity", "Cosines with the others: their mean, and its deciles.",
                                page.table(["of", "n", "mean", *tenths], rows))
@@ -245,8 +260,9 @@ def tables(analysis):
 def analyse(run):
     """Writes analysis.json and gallery.html into the run's folder."""
     o, ranked, alike = run.o, run.rows("ranked", "rank"), {}
-    texts, responses = [row["prompt"] for row in run.rows("prompts")], run.rows("responses")
-    for name, values in similarity(texts, responses, o.encoder, run.ranks.device).items():
+    texts = [row["prompt"] for row in run.rows("prompts")]
+    found = similarity(texts, run.rows("responses"), o.encoder, run.ranks.device)
+    for name, values in found.items():
         if values:
             deciles = np.quantile(values, np.arange(1, 10) / 10).tolist()
             alike[name] = {"n": len(values), "mean": float(np.mean(values)), "deciles": deciles}
@@ -268,7 +284,8 @@ def whole_page(run, ranked, analysis):
     reasons = Counter(row["reason"] for row in run.rows("dropped"))
     reasons.update(f"response {fault}" for row in run.rows("faults") for fault in row["faults"])
     apart = len(ranked) // max(1, run.o.gallery)
-    cards = "".join(entry(run, row, made) for row in ranked[::max(1, apart)][:run.o.gallery])
+    shown = ranked[::max(1, apart)][:run.o.gallery]
+    cards = "".join(entry(run, row, made) for row in shown)
     body = page.section("What was left out", f"{len(ranked)} prompts, {len(made['pairs'])} pairs.",
                         page.table(("reason", "n"), reasons.items()))
     body += tables(analysis)

@@ -166,9 +166,11 @@ class Run:
 
     def asked(self):
         """[{"id", "_question", "_file"}] of each question, with the name of the image it is about."""
-        image = {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
-        return [{"id": row["id"], "_question": row["question"], "_file": image[row["id"]]}
-                for row in self.rows("instructions", "instruct")]
+        found, image = [], {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
+        for row in self.rows("instructions", "instruct"):
+            id = row["id"]
+            found.append({"id": id, "_question": row["question"], "_file": image[id]})
+        return found
 
     def needs(self, option, what):
         """The option's value. Raises UserError where it has none."""
@@ -206,7 +208,8 @@ def make_prompts(run):
         lines = topics.read(run.needs("prompts", "a text file, or a folder of them"))
     if not lines:
         raise UserError(f"--writer {o.writer} wrote no prompts; see {run.out}/parts for what it said")
-    kept = [lines[place] for place in topics.distinct([text for _, text in lines], o.similar)]
+    places = topics.distinct([text for _, text in lines], o.similar)
+    kept = [lines[place] for place in places]
     rows = topics.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
     run.say(stage="prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
@@ -235,8 +238,10 @@ def paint(run, groups):
     o, jobs = run.o, []
     for group in groups:
         scales = [item["guidance"] for item in group]
-        jobs.append(sd3.Job(group[0]["_prompt"], scales, [item["seed"] for item in group]))
-    painted = sd3.paint(o.generator, jobs, run.ranks.device, run.dtype("float16"), o.steps, o.size, o.chunk)
+        seeds = [item["seed"] for item in group]
+        jobs.append(sd3.Job(group[0]["_prompt"], scales, seeds))
+    kind = run.dtype("float16")
+    painted = sd3.paint(o.generator, jobs, run.ranks.device, kind, o.steps, o.size, o.chunk)
     for group, pictures in zip(groups, painted, strict=True):
         for item, picture in zip(group, pictures, strict=True):
             picture.save(run.out / item["image"])       # one that a kill tears is painted again
@@ -279,7 +284,8 @@ def instruct(run):
     kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         asked = topics.template(o.instruct, kept, o.seed)
-        run.write("instructions", [{"id": id, "question": question} for id, question in asked.items()])
+        rows = [{"id": id, "question": question} for id, question in asked.items()]
+        run.write("instructions", rows)
         run.say(stage="instruct", questions=len(asked))
         return
     items = [{"id": id, "_prompt": text} for id, text in kept.items()]
@@ -411,7 +417,8 @@ def make_pairs(run):
     counts.update(prompts=len(ranked), questions=len(asked), pairs=len(found))
     counts["responses"] = sum(map(len, said.values()))
     run.say(stage="pairs", **counts)
-    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in ("out", "device", *MODELS)}
+    apart = ("out", "device", *MODELS)
+    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in apart}
     card = pairing.card(run.out.name, models(o), settings, counts, found)
     data.atomic_write(run.out / "card.md", card)
     print(pairing.length_report(found))
