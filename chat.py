@@ -30,7 +30,6 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -194,36 +193,35 @@ class File:
 
 
 # ---- a server ----
-class Attempt(NamedTuple):
-    """What one request came to: the server's answer, or the reason why there is none."""
-    answer: dict | None = None
-    reason: str = ""
-    wait: float | None = None       # seconds until another attempt may help; inf: never; None: not said
-
-
+@dataclass
 class Server:
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself.
 
     The key in OPENAI_API_KEY goes to this host only: no redirect is followed. Neither the key nor the URL's
     query is ever shown. https goes through the environment's proxy, http to the host itself.
     """
-    def __init__(self, url, settings, timeout, attempts, workers, accept):
-        self.settings, self.accept = settings, accept
-        self.timeout, self.attempts, self.workers = timeout, attempts, workers
+    url: str
+    settings: dict
+    timeout: float
+    attempts: int
+    workers: int
+    accept: object                  # reply -> whether it will do
+
+    def __post_init__(self):
         self.reason, self.failed = "", 0                # of the last failure; failures in a row
         self.stop = threading.Event()
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        secure = url.startswith("https")
+        secure = self.url.startswith("https")
         self.kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         try:
-            parts = urllib.parse.urlsplit(url)
+            parts = urllib.parse.urlsplit(self.url)
             self.host, self.query = parts.netloc, parts.query
             valid = parts.hostname and "@" not in self.host and self.kind(self.host)
         except (ValueError, http.client.InvalidURL):
             valid = False
         if not valid:
-            raise UserError(f"{public(url)}: give a server's URL, without user and password; a key belongs "
-                            "in the variable OPENAI_API_KEY")
+            raise UserError(f"{public(self.url)}: give a server's URL, without user and password; a key "
+                            "belongs in the variable OPENAI_API_KEY")
         self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.base = f"{parts.scheme}://{self.host}{self.path}"
         self.proxy = ""
@@ -261,8 +259,8 @@ class Server:
         if self.settings["model"]:
             return self.settings["model"]
         try:
-            listed = self.request("/models", None, min(self.timeout, 10)).answer["data"]
-            names = [str(entry["id"]) for entry in listed]
+            answer, _, _ = self.request("/models", None, min(self.timeout, 10))
+            names = [str(entry["id"]) for entry in answer["data"]]
         except (UserError, TypeError, KeyError):
             return None
         if len(names) > 1:
@@ -292,31 +290,35 @@ class Server:
         return None, reason
 
     def request(self, path, body, timeout):
-        """An Attempt: a POST, or a GET without a body. Raises UserError where the server refuses us."""
-        start = time.monotonic()
+        """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
+
+        Seconds: None where the server does not say, inf where another attempt would not help. Raises
+        UserError where the server refuses us.
+        """
+        start, answer = time.monotonic(), None
         try:
             status, headers, raw = self.exchange(path, body, timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
             status, headers, raw = 0, {}, str(error or type(error).__name__).encode()
         if time.monotonic() - start >= timeout:
-            return Attempt(reason=f"no answer within {timeout:g} seconds")
+            return None, f"no answer within {timeout:g} seconds", None
         if len(raw) > LARGEST:
-            return Attempt(reason=f"an answer of more than {LARGEST >> 20} MiB", wait=math.inf)
-        answer = _object(raw) if 200 <= status < 300 else None
-        if answer is not None:
-            return Attempt(answer)
+            return None, f"an answer of more than {LARGEST >> 20} MiB", math.inf
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(raw)
         said = self.hide(" ".join(raw.decode("utf-8", "replace").split()))[:200]
         if not status:
-            return Attempt(reason=f"{self.base}: {said}")
+            return None, f"{self.base}: {said}", None
         if status < 300:
-            return Attempt(reason=f"the answer is no JSON object but {said[:80]!r}")
+            if isinstance(answer, dict):
+                return answer, "", None
+            return None, f"the answer is no JSON object but {said[:80]!r}", None
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may do
-            return Attempt(reason=reason, wait=math.inf)
+            return None, reason, math.inf
         if status in (408, 425, 429) or status >= 500:
             after = headers.get("Retry-After", "")
-            wait = min(float(after), LONGEST_WAIT) if after.isdecimal() else None
-            return Attempt(reason=reason, wait=wait)
+            return None, reason, min(float(after), LONGEST_WAIT) if after.isdecimal() else None
         self.stop.set()                                 # the others would be refused as well
         raise UserError(f"{self.base}{path}: {reason}; check the URL, the model's name and the key in "
                         "OPENAI_API_KEY")
@@ -348,21 +350,15 @@ class Server:
 @contextlib.contextmanager
 def _shut_after(seconds, sock):
     """Inside the `with` nobody waits longer for the socket, whose own timeout starts anew with each byte."""
-    timer = threading.Timer(seconds, sock.shutdown, [socket.SHUT_RDWR])
+    def shut():
+        with contextlib.suppress(OSError):              # the other end has shut it
+            sock.shutdown(socket.SHUT_RDWR)
+    timer = threading.Timer(seconds, shut)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-def _object(raw):
-    """The JSON object in bytes; None where there is none."""
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 # ---- a folder ----
