@@ -57,9 +57,9 @@ def parse(kind, argv, prog, description, positional=()):
     chosen = {}
     for item in given.pop("set", []):
         name, equals, text = item.partition("=")
-        if name not in rare or not equals:
+        if name not in fields or not equals:             # also an --option's name, though help lists the rest
             raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
-        chosen[name] = value(f"--set {item}", text, rare[name])
+        chosen[name] = value(f"--set {item}", text, fields[name])
     for name in fields.keys() & given.keys():
         text = given.pop(name)
         if isinstance(text, str):
@@ -209,6 +209,16 @@ def leave(ranks):
         dist.destroy_process_group()
 
 
+def free():
+    """Give the memory of what nothing refers to any more to the next model."""
+    import gc
+
+    import torch
+    gc.collect()                                        # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 # ---- the folder ----
 def claim(out):
     """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
@@ -296,6 +306,7 @@ class Store:
         of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
+        self.there = len(had)
         self.ranks.barrier()                                # everyone has read what is there before it grows
         todo = items if whole else [item for item in items if item["id"] not in had]
         groups = [todo[at:at + size] for at in range(0, len(todo), size)]

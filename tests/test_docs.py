@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
-           "nouns": "data", "pairing": "", "command": "data", "page": "data",
+           "nouns": "data", "pairing": "data", "command": "data", "page": "data",
            "objects": "data tally", "amber": "data replies tally", "metrics": "data objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
            "report": "data metrics", "vlm": "data families kernels lora losses plan",
@@ -29,9 +29,9 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data",
            "compare": "benchmarks data metrics page tally",
            "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
                          "tally vlm",
-           "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
-           "gallery": "chat data report",
-           "synth": "chat data gallery journal pairing rewards sd3 topics",
+           "rewards": "data", "sd3": "command data", "topics": "chat data",
+           "gallery": "chat data page pairing",
+           "synth": "chat command data gallery pairing rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
            "train_dpo": "answers data diagnose lora losses metrics options plan ranks records reference "
