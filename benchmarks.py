@@ -2,7 +2,6 @@
 
     questions("pope", ["coco/"], images="val2014/")   [Question(line, prompt, image)], ready for a model
     read_answers(["answers.jsonl"])                   their lines, ours or as the official scripts take them
-    export("amber", answers)                          what AMBER's own script reads
 
 No question, image or prompt of theirs is part of this repository: everything is read by path.
 
@@ -14,7 +13,6 @@ No question, image or prompt of theirs is part of this repository: everything is
 """
 import base64
 import binascii
-import json
 import os
 import re
 from pathlib import Path
@@ -59,6 +57,15 @@ def records(path, keys, what):
     if not found:
         raise UserError(f"{path} is empty: it holds no {what}; copy it again")
     return found
+
+
+def prompt(path, own, places):
+    """The text of a prompt's file, or of our own. Raises UserError where a place is not as often in it as in
+    `places`."""
+    text = data.read_text(path or Path(__file__).with_name(own))
+    if any(text.count(place) != places.count(place) for place in places):
+        raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
+    return text
 
 
 def pope_questions(paths):
@@ -289,26 +296,3 @@ def coco(folder, images):
             part[key] = list(filter(None, part.get(key, [])))
         found[kind].append(part)
     return found["instances"], found["captions"]
-
-
-# ---- for the official scripts ----
-MMHAL = ("question_type", "question_topic", "image_id", "image_src", "image_content", "question", "gt_answer")
-EXPORTS = {"pope": {"question_id": "question_id", "question": "question", "answer": "answer"},
-           "amber": {"id": "id", "answer": "response"},
-           "objhal": {"question_id": "question_id", "image_id": "image_id", "question": "prompt",
-                      "answer": "text"},
-           "mmhal": {key: key for key in MMHAL} | {"answer": "model_answer"}}      # {our key: theirs}
-
-
-def export(benchmark, answers):
-    """Our answers as the text of a file that the benchmark's own script reads."""
-    lines = []
-    for line in answers:
-        for key in EXPORTS[benchmark]:
-            if key not in line:
-                raise UserError(f"the answers have no {key!r}: they are no answers to {benchmark}; give what "
-                                "`answers` wrote")
-        lines.append({theirs: line[ours] for ours, theirs in EXPORTS[benchmark].items()})
-    if benchmark in ("amber", "mmhal"):
-        return json.dumps(lines, ensure_ascii=False, indent=1) + "\n"
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -20,6 +20,7 @@ pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Obj
 --mode official equals the official scorers to the digit; robust, the default, also reads what they misread,
 and reports what it cannot read. metrics.py defines the measures, benchmarks.py the benchmarks' files.
 """
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -27,9 +28,9 @@ from pathlib import Path
 import amber
 import answers
 import benchmarks
+import chat
 import compare
 import data
-import judge
 import metrics
 import nouns
 import objects
@@ -71,13 +72,13 @@ def score_classroom(o, lines):
 
 
 def score_pope(o, lines):
-    return metrics.pope(benchmarks.pope_questions(o.questions), lines, mode=o.mode, partial=o.partial)
+    return metrics.pope(benchmarks.pope_questions(o.questions), lines, o.mode, o.partial)
 
 
 def score_amber(o, lines):
     finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
-    similarity = None if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
+    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
 
@@ -93,29 +94,52 @@ def score_chair(o, lines):
     truth = objects.coco_truth(*benchmarks.coco(o.annotations, images), table, lemmatize, images)
     replies, said = None, {}
     if o.extractor != "none":
-        text = judge.prompt(o.extraction_prompt, judge.EXTRACTION, ["{question}", "{answer}"])
-        needed = {str(line["id"]): line for line in metrics.extraction_requests(lines)}
-        prompts = {i: judge.filled(text, line) for i, line in needed.items()}
-        replies, said = judge.ask(o, "extractor", o.extractor, prompts, object_list,
-                                  o.extraction_prompt, text)
-        replies = {needed[i]["id"]: reply for i, reply in replies.items()}
+        text = benchmarks.prompt(o.extraction_prompt, "extraction.txt", ["{question}", "{answer}"])
+        prompts = metrics.extraction_prompts(lines, text)
+        replies, said = ask(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
     scores, items = metrics.chair(lines, truth, table, lemmatize, replies, nouns.phrase, o.mode, o.partial)
     return scores | said, items
 
 
 def score_mmhal(o, lines):
     template = benchmarks.records(o.template, ("image_content", "question", "gt_answer"), "MMHal template")
-    text = judge.prompt(o.judge_prompt, judge.JUDGE, ["{}"] * 4)
+    text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
-    prompts = {str(place): filled for place, filled in prompts.items()}
     if not o.judge:
-        judge.keep(path := o.out.with_suffix(".prompts.jsonl"), prompts)
+        path = o.out.with_suffix(".prompts.jsonl")
+        rows = [{"id": str(i), "messages": chat.messages(prompt)} for i, prompt in prompts.items()]
+        data.write_jsonl(path, rows)
         raise UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them judged and "
                         "give the replies with --judge FILE, or give a URL or a model folder")
-    replies, said = judge.ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
-    replies = {int(place): reply for place, reply in replies.items()}
+    replies, said = ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
     scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
     return scores | said, items
+
+
+def ask(o, who, source, prompts, read, path, text):
+    """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
+
+    Replies are kept beside --out. read: reads a reply, None where it cannot: a server is then asked again.
+    path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts are not
+    comparable. Raises UserError where a reply is missing, unless o.partial.
+    """
+    asked = {str(i): i for i in prompts}
+    rows = chat.ask(source, [chat.Question(name, prompts[i]) for name, i in asked.items()],
+                    o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who, max_tokens=1024,
+                    accept=lambda reply: read(reply) is not None)
+    lost = len(asked) - len(rows)
+    if lost and not o.partial:
+        raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
+                        "call again, or score what is there with --partial")
+    models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
+    said = {who: chat.public(str(source)) + (models and f" ({models})"),
+            f"{who}_prompt": "the replies do not say which",
+            f"{who}_prompt_sha256": None}
+    if all(row["asked"] for row in rows.values()):              # then these very prompts were replied to
+        own = "built-in, in our own words: no match for the published one's scores"
+        said[f"{who}_prompt"] = str(path or own)
+        said[f"{who}_prompt_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return {asked[name]: row["reply"] for name, row in rows.items()}, said
 
 
 SCORERS = {"classroom": score_classroom, "pope": score_pope, "amber": score_amber, "chair": score_chair,
@@ -134,7 +158,7 @@ def run_score(o):
     settings = [line["settings"] for line in lines if "settings" in line]
     if settings:
         scores["settings"] = settings[0] if len(settings) == 1 else settings
-    data.atomic_write(items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    data.write_jsonl(items_path, items)
     data.atomic_write(o.out, json.dumps(scores, indent=1) + "\n")
     print("\n".join(table(o.benchmark, scores)))
 
@@ -147,11 +171,6 @@ def run_votes(o):
 
 def run_compare(o):
     print("\n".join(compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed)))
-
-
-def run_export(o):
-    lines = [line for line in benchmarks.read_answers([o.answers]) if "settings" not in line]
-    data.atomic_write(o.out, benchmarks.export(o.benchmark, lines))
 
 
 # ---- tables ----
@@ -307,11 +326,7 @@ COMMANDS = {
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
         "--seed": {"type": int, "default": 0, "metavar": "N",
-                   "help": "of the pairs and of their sides [0]"}}),
-    "export": (run_export, "answers as the official scripts read them", {
-        "benchmark": {"choices": tuple(benchmarks.EXPORTS), "help": "whose script is to read them"},
-        "--answers": path("what `answers` wrote"),
-        "--out": path("the file to write")})}
+                   "help": "of the pairs and of their sides [0]"}})}
 
 
 def parse(argv=None):

@@ -24,10 +24,10 @@ IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data",
            "report": "data metrics", "vlm": "data families kernels lora losses plan",
            "chat": "command data vlm",
            "reference": "data lora losses plan ranks vlm",
-           "benchmarks": "data nouns", "judge": "chat data",
+           "benchmarks": "data nouns",
            "answers": "benchmarks command data lora metrics nouns objects vlm",
            "compare": "benchmarks data metrics page tally",
-           "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
+           "eval_hallu": "amber answers benchmarks chat command compare data metrics nouns objects replies "
                          "tally vlm",
            "rewards": "data", "sd3": "command data", "topics": "chat data",
            "gallery": "chat data page pairing",
@@ -140,7 +140,7 @@ def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
     helps = ""
     scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
     for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
-                    "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
+                    "lora.py", "synth.py all", "synth.py analyse",
                     "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
                     "classroom/make.py", "classroom/synthesis.py", "classroom/reproduce.py"):
         script, *words = command.split()
