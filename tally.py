@@ -46,20 +46,20 @@ def image_number(image):
     return int(found[1]) if found else None
 
 
-def read(answers, benchmark):
+def read(answers, benchmark=None):
     """-> [Answer]. Settings are passed over; another benchmark's file, and a line without id or text, are
-    refused."""
+    refused. benchmark: None for any."""
     found = []
     for number, line in enumerate(answers, 1):
         if not isinstance(line, dict):
             raise UserError(f"answer {number} is no JSON object; give the file that holds the answers")
         if "settings" in line:
             other = line["settings"].get("benchmark", benchmark)
-            if other != benchmark:
+            if benchmark and other != benchmark:
                 raise UserError(f"the answers are to {other}, not to {benchmark}; score them as {other}")
             continue
         name, text = first(line, "question_id", "id"), first(line, *TEXTS)
-        if name is None and benchmark in ("objhal", "mmhal"):
+        if name is None and benchmark in (None, "objhal", "mmhal"):
             name = len(found)                                              # their official files name no id
         if not isinstance(name, int | str):
             raise UserError(f"answer {number} has no usable `question_id` or `id`; answer it again")

@@ -281,11 +281,11 @@ def mmhal_file(folder, n=8):
 
 
 def objhal_file(folder, n=4):
-    """One image each way: base64, a data: URL, a name, and only the number of a COCO image."""
+    """One image each way: base64, beside its question or under `prompt`, a name, and only a COCO number."""
     write_images(folder, ["dog.png", "COCO_val2014_000000000003.jpg"])
     code = base64.b64encode((folder / "dog.png").read_bytes()).decode()
     rows = [{"image_id": 10, "question": "what is this ?", "image": code},
-            {"image_id": 11, "prompt": "what is this ?", "image": f"data:image/png;base64,{code}"},
+            {"image_id": 11, "prompt": "what is this ?", "image": code},
             {"image_id": 12, "question": "a red dog ?", "image_path": "dog.png"},
             {"question_id": 7, "image_id": 3, "question": "what is this ?"}]
     return write_json(folder / "questions.jsonl", rows[:n]), rows
@@ -666,7 +666,7 @@ def test_coco_files_that_are_missing_or_of_other_images_are_named(tmp_path, coco
     with pytest.raises(data.UserError, match="images that the annotations do not hold"):
         score(tmp_path, "chair", answers, *coco)
     (coco[1] / "captions_train2014.json").unlink()
-    with pytest.raises(data.UserError, match="captions_train2014.json is missing"):
+    with pytest.raises(data.UserError, match="captions_train2014.json could not be read"):
         score(tmp_path, "chair", answers, *coco)
 
 
