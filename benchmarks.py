@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import data
 import nouns
+import objects
 from data import UserError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -170,13 +171,16 @@ def _mmhal(paths):
         yield Question(line, row["question"], line)
 
 
-def image_names(line):
-    """The names under which the image of a question or an answer may lie in a folder, the likeliest first."""
+def image_names(line, listed=()):
+    """The names under which the image of a question or an answer may lie in a folder, the likeliest first.
+
+    listed: what the folder holds, since MMHal's archive numbers its files: 00_name.
+    """
     names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
-    if isinstance(line.get("image_src"), str):              # MMHal; its archive numbers the files: 00_name
+    if isinstance(line.get("image_src"), str):                                                       # MMHal's
         name = line["image_src"].rpartition("/")[2]
         names += [f"{line.get('image_id')}.{end}" for end in ("jpg", "png", "jpeg")]
-        names += [name, f"*_{name}"]
+        names += [name, *(other for other in listed if other.endswith(f"_{name}"))]
     elif isinstance(line.get("image_id"), int):
         names += [f"COCO_val2014_{line['image_id']:012d}.jpg", f"{line['image_id']:012d}.jpg"]
     return names or ["one without a name"]
@@ -188,11 +192,7 @@ def find_images(root, lines):
         raise UserError(f"--images {root} is no folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
     for line in lines:
-        paths = []
-        for name in image_names(line):
-            if name.startswith("*"):
-                name = next((other for other in listed if other.endswith(name[1:])), name)
-            paths.append(data.inside(root, name, "the image of a question"))
+        paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 
@@ -260,21 +260,19 @@ def lemmas(path):
     return lambda text: [table.get(word, word) for word in nouns.tokens(text.lower())]
 
 
-def coco(folder, images):
-    """-> ([instances], [captions]) of COCO's 2014 train and val files, cut down to what these images need.
+def coco_truth(folder, answers, table, lemmatize):
+    """-> objects.coco_truth of the images that the answers are about, by COCO's 2014 train and val files."""
+    images, found = objects.image_ids(answers), []
 
-    Nothing but ids, names and captions is kept: train's outlines alone would take gigabytes.
-    """
-    def slim(part):
+    def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         image = part.get("image_id", part.get("id") if "file_name" in part else None)
         if image is not None and image not in images:
             return None
         return {key: part[key] for key in KEPT if key in part}
 
-    found = []
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
         part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
         for key in ("images", "annotations"):
             part[key] = list(filter(None, part.get(key, [])))
         found.append(part)
-    return found[:2], found[2:]
+    return objects.coco_truth(found[:2], found[2:], table, lemmatize, images)

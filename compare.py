@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections import Counter
 
+import amber
 import benchmarks
 import data
 import metrics
@@ -83,10 +84,8 @@ def sums(item):
         yes, true = item["said"] == "yes", item["label"] == "yes"
         return {"accuracy": (item["right"], 1), "f1": (2 * (yes and true), yes + true)}
     if "cover_num" in item:
-        return {"chair": (item["hal"], item["mentions"]),
-                "cover": (item["cover"], item["cover_num"]),
-                "hal": (1 - item["non_hallu"], 1),
-                "cog": (item["cog"], item["cog_num"])}
+        shares = {key: (item[top], item[bottom]) for key, (top, bottom) in amber.CAPTIONS.items()}
+        return shares | {"hal": (1 - item["non_hallu"], 1)}
     if "chair_s" in item:
         n, wrong = len(item["generated"]), item["chair_s"]
         return {"chair_s": (wrong, 1),
@@ -99,14 +98,15 @@ def sums(item):
 
 def table(found, names):
     """What tally.paired found, as lines of text."""
-    widths = (26, 8, 8, 8)
-    head = tally.columns(("percent", "A", "B", "B - A"), widths)
-    lines = [f"A {names[0]}", f"B {names[1]}", f"{head}   95% interval       better  worse  p of sign test"]
+    lines = [f"A {names[0]}",
+             f"B {names[1]}",
+             f"{'percent':26}       A       B   B - A   95% interval       better  worse  p of sign test"]
     for measure, row in found.items():
         low, high = row["interval"]
-        cells = [measure, f"{row['a']:.1f}", f"{row['b']:.1f}", f"{row['change']:+.1f}"]
+        spread = f"{low:.1f} to {high:.1f}"
         signs = "" if measure.endswith("f1") else f"{row['better']:8}{row['worse']:7}  {row['p']:.2g}"
-        lines.append(f"{tally.columns(cells, widths)}   {f'{low:.1f} to {high:.1f}':16}{signs}")
+        points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
+        lines.append(f"{measure:26}{points}   {spread:16}{signs}")
     return lines
 
 
@@ -338,13 +338,10 @@ def preference(key, raters):
 
 def preference_table(found):
     """preference()'s result as lines of text."""
-    widths = (18, 7)
-    head = tally.columns(("percent of votes", ""), widths)
-    lines = [f"A {found['a']}", f"B {found['b']}", f"{head}   95% interval"]
+    lines = [f"A {found['a']}", f"B {found['b']}", "percent of votes            95% interval"]
     for kind, says in KINDS.items():
         low, high = found["intervals"][kind]
-        cells = tally.columns((says, f"{100 * found[kind]:.1f}"), widths)
-        lines.append(f"{cells}   {100 * low:.1f} to {100 * high:.1f}")
-    lines.append(f"{found['n']} items, {found['votes']} votes, {found['raters']} raters; {found['equal']} of the "
-                 "items are pairs of equal answers: ties that nobody was shown")
-    return lines
+        lines.append(f"{says:18}{100 * found[kind]:7.1f}   {100 * low:.1f} to {100 * high:.1f}")
+    return [*lines,
+            f"{found['n']} items, {found['votes']} votes, {found['raters']} raters",
+            f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown"]

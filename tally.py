@@ -11,7 +11,7 @@ bootstrap intervals over images: images are drawn with replacement, and every ra
 functions; errors are UserError.
 """
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -120,24 +120,23 @@ def add_up(items, counts, seed=0, resamples=1000):
 
     counts: an item -> {name: number}, whole numbers where the total is read.
     """
-    columns, images, entries = {}, {}, []
+    images = {}
     for item in items:
-        image = images.setdefault(item["image"], len(images))
+        images.setdefault(item["image"], len(images))
+    columns = defaultdict(lambda: np.zeros(len(images)))                        # name -> its sum by image
+    for item in items:
         for name, number in counts(item).items():
-            entries.append((image, columns.setdefault(name, len(columns)), number))
-    if not entries:
+            columns[name][images[item["image"]]] += number
+    if not columns:
         return Sums(), Sums()
-    table = np.zeros((len(images), len(columns)))
-    for image, column, number in entries:
-        table[image, column] += number
-    draws, rng = np.zeros((resamples, len(columns))), np.random.default_rng(seed)
+    table = np.stack(list(columns.values()), 1)                                 # (images, names)
+    draws, rng = [np.zeros((0, len(columns)))], np.random.default_rng(seed)
     for start in range(0, resamples, 100):                               # in blocks, for the memory's sake
         drawn = rng.integers(len(images), size=(min(100, resamples - start), len(images)))
         times = [np.bincount(draw, minlength=len(images)) for draw in drawn]
-        draws[start:start + 100] = np.stack(times) @ table
-    total = table.sum(0)
-    return (Sums({name: int(total[column]) for name, column in columns.items()}),
-            Sums({name: draws[:, column] for name, column in columns.items()}))
+        draws.append(np.stack(times) @ table)
+    draws = np.concatenate(draws).T                                             # (names, resamples)
+    return Sums(zip(columns, map(int, table.sum(0)), strict=True)), Sums(zip(columns, draws, strict=True))
 
 
 # ---- intervals ----
@@ -219,9 +218,3 @@ def sign_test(better, worse):
         total += term
         term = term * (n - k) // (k + 1)
     return min(1.0, 2 * total / 2 ** n) if n else 1.0
-
-
-def columns(cells, widths):
-    """One line of a table of text: the first cell on the left of its column, the others on the right."""
-    (name, *others), (width, *rest) = cells, widths
-    return f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(others, rest, strict=True))
