@@ -15,14 +15,27 @@ from data import UserError
 from replies import strict_yes_no, yes_no
 from tally import add_up, intervals, join, ratio, read, under
 
-TYPES = {"existence": ("existence",), "attribute": ("state", "number", "action"), "state": ("state",),
-         "number": ("number",), "action": ("action",), "relation": ("relation",),
-         "all": ("existence", "state", "number", "action", "relation")}   # by what they make up
-CAPTIONS = {"chair": ("hal", "mentions"), "cover": ("cover", "cover_num"), "cog": ("cog", "cog_num")}
+ATTRIBUTES = ("state", "number", "action")
+TYPES = {"existence": ("existence",),                                   # by what they make up
+         "attribute": ATTRIBUTES,
+         "state": ("state",),
+         "number": ("number",),
+         "action": ("action",),
+         "relation": ("relation",),
+         "all": ("existence", *ATTRIBUTES, "relation")}
+CAPTIONS = {"chair": ("hal", "mentions"),
+            "cover": ("cover", "cover_num"),
+            "cog": ("cog", "cog_num")}
 CREDITS = ("hal", "mentions", "cover", "cover_num", "cog", "cog_num", "non_hallu")     # counts of a caption
-# the official names of counters
-COUNTERS = {"all": "qa", "state": "as_qa", "number": "an_qa", "action": "aa_qa", "relation": "asso_qa",
-            "existence": "ha_qa", "chair": "chair", "cover": "safe_cover", "cog": "hallu_cover"}
+COUNTERS = {"all": "qa",                                                # the official names of counters
+            "state": "as_qa",
+            "number": "an_qa",
+            "action": "aa_qa",
+            "relation": "asso_qa",
+            "existence": "ha_qa",
+            "chair": "chair",
+            "cover": "safe_cover",
+            "cog": "hallu_cover"}
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
 
 
@@ -64,7 +77,8 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     remarks = []
     for part, points in by_type.items():
         points["intervals"] = intervals(points, resampled[part])
-        points["n"], points["unparsed"] = total[part, "n"], total[part, "unparsed"]
+        points["n"] = total[part, "n"]
+        points["unparsed"] = total[part, "unparsed"]
         if not total[part, "said_no"]:
             remarks.append(f"{part}: no answer is a no, so precision is 0/0; it and F1 are given as 0")
     return {"mode": mode,
@@ -193,7 +207,10 @@ def _questions(sums, added, part):
         small = 1e-3 if part == "existence" else 1e-4
         p, r = precision / 100, recall / 100
         f1 = round(2 * p * r / (p + r + small) * 100, 1)
-    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+    return {"accuracy": accuracy,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1}
 
 
 def _share(top, bottom, added=0):

@@ -23,7 +23,11 @@ import nouns
 import objects
 from data import UserError
 
-LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
+LENGTHS = {"classroom": 64,                                             # tokens of an answer
+           "pope": 64,
+           "amber": 512,
+           "objhal": 512,
+           "mmhal": 512}
 
 
 def read_scenes(path):
@@ -72,8 +76,9 @@ def _hash(lines):
 def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
     """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
     Question's image -> a PIL image."""
-    items = [{"id": place, "hash": _hash(question.line), "_question": question}
-             for place, question in enumerate(questions)]
+    items = []
+    for place, question in enumerate(questions):
+        items.append({"id": place, "hash": _hash(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings}, unshape=_row,
                           shape=lambda row: questions[row["id"]].line | {"answer": row["answer"]})
@@ -105,7 +110,10 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
     scenes, file = read_scenes(scenes_path)
     questions = [benchmarks.Question(scene, scene["question"], image_path(file, scene["image"]))
                  for scene in scenes]
-    settings = describe(m, benchmark="classroom", max_new_tokens=max_new_tokens, questions=len(scenes),
+    settings = describe(m,
+                        benchmark="classroom",
+                        max_new_tokens=max_new_tokens,
+                        questions=len(scenes),
                         scenes=os.path.relpath(file, Path(out_path).parent),
                         scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     answer(m, questions, data.read_image, out_path, settings, batch_size, description, ranks)
@@ -114,8 +122,13 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
                      max_new_tokens=512, ranks=None):
     """Let a model answer a published benchmark: what benchmarks.questions read; called again it goes on."""
-    settings = describe(m, benchmark=benchmark, prompt=prompt, max_new_tokens=max_new_tokens, seed=None,
-                        questions=len(questions), questions_sha256=_hash([each.line for each in questions]))
+    settings = describe(m,
+                        benchmark=benchmark,
+                        prompt=prompt,
+                        max_new_tokens=max_new_tokens,
+                        seed=None,
+                        questions=len(questions),
+                        questions_sha256=_hash([each.line for each in questions]))
     read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
     answer(m, questions, read, out_path, settings, batch_size, "answering", ranks)
 
@@ -172,10 +185,9 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
     _, after = read_answers(run / "after.jsonl")
     captions = [(old, new) for old, new in zip(before, after, strict=True)
                 if new["kind"] == "caption" and new["answer"]]
-    clean = [place for place, lines in enumerate(captions[:images]) if not any(map(_invents, lines))]
-    chosen = sorted(range(len(captions[:images])), key=clean.__contains__)[:n]
+    chosen = sorted(range(len(captions[:images])), key=lambda place: not any(map(_invents, captions[place])))
     found = []
-    for place in sorted(chosen):
+    for place in sorted(chosen[:n]):
         old, new = captions[place]
         other = captions[(place + 1) % len(captions)][1]
         paths = [image_path(run / settings["scenes"], line["image"]) for line in (new, other)]

@@ -131,13 +131,13 @@ def ask(o, who, source, prompts, read, path, text):
         raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
                         "call again, or score what is there with --partial")
     models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
+    prompt = str(path or "built-in, in our own words: no match for the published one's scores")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if not all(row["asked"] for row in rows.values()):          # else these very prompts were replied to
+        prompt, digest = "the replies do not say which", None
     said = {who: chat.public(str(source)) + (models and f" ({models})"),
-            f"{who}_prompt": "the replies do not say which",
-            f"{who}_prompt_sha256": None}
-    if all(row["asked"] for row in rows.values()):              # then these very prompts were replied to
-        own = "built-in, in our own words: no match for the published one's scores"
-        said[f"{who}_prompt"] = str(path or own)
-        said[f"{who}_prompt_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            f"{who}_prompt": prompt,
+            f"{who}_prompt_sha256": digest}
     return {asked[name]: row["reply"] for name, row in rows.items()}, said
 
 
@@ -193,9 +193,11 @@ def table(benchmark, scores):
     for kind, part in scores.get("by_kind", {}).items():
         name = f"{kind}, accuracy of {part['n']}"
         lines.append(measure(benchmark, kind, name, part["acc"], part["interval"]))
-    for title in ("split", "type", "category"):
-        if parts := scores.get(f"by_{title}"):
-            lines += ["", *breakdown(benchmark, title, parts)]
+    for parts in ("by_split", "by_type", "by_category"):
+        for name, part in scores.get(parts, {}).items():
+            cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
+                     if key in part]
+            lines.append(f"{name} ({part['n']}): {', '.join(cells)}")
     return lines + notes(scores)
 
 
@@ -210,17 +212,6 @@ def shown(benchmark, key, value):
 def measure(benchmark, key, name, value, interval):
     value, low, high = (shown(benchmark, key, number) for number in (value, *interval))
     return f"{name:32}{value:>7}   {low:>5} to {high}"
-
-
-def breakdown(benchmark, title, parts):
-    """A table of the measures by split, type or category."""
-    heads = {key: "     " + name.partition(",")[0] for key, name in NAMES.items()}
-    keys = [key for key in heads if key in next(iter(parts.values()))]
-    lines = [f"{title:15}      n" + "".join(heads[key] for key in keys)]
-    for name, part in parts.items():
-        cells = [f"{shown(benchmark, key, part[key]):>{len(heads[key])}}" for key in keys]
-        lines.append(f"{name:15}{part['n']:7}" + "".join(cells))
-    return lines
 
 
 def notes(scores):

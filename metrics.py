@@ -36,9 +36,13 @@ from tally import add_up, few, first, image_number, join, paired, parts, percent
 
 # ---- classroom: an answer is a line of answers.jsonl with its `truth` (objects.py); in percent ----
 CLASSROOM = {
-    "chair_s": "CHAIR_s, lower is better", "chair_i": "CHAIR_i, lower is better", "cover": "Cover",
-    "pope_random_acc": "POPE random, accuracy", "pope_random_f1": "POPE random, F1",
-    "pope_adversarial_acc": "POPE adversarial, accuracy", "pope_adversarial_f1": "POPE adversarial, F1"}
+    "chair_s": "CHAIR_s, lower is better",
+    "chair_i": "CHAIR_i, lower is better",
+    "cover": "Cover",
+    "pope_random_acc": "POPE random, accuracy",
+    "pope_random_f1": "POPE random, F1",
+    "pope_adversarial_acc": "POPE adversarial, accuracy",
+    "pope_adversarial_f1": "POPE adversarial, F1"}
 
 
 def classroom_items(answers):
@@ -304,8 +308,7 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
                         "again, or score the others with --partial")
     total, draws = add_up(items, _chair_counts, resamples=resamples)
     return {"mode": mode,
-            **scored(lambda sums: {key: ratio(sums[top], sums[of]) for key, (top, of) in CHAIR.items()},
-                     total, draws),
+            **scored(_chair_ratios, total, draws),
             "n": total["n"],
             "n_with_objects": total["with"],
             "unparsed": len(unread),
@@ -352,22 +355,24 @@ def _chair_counts(item):
             "words": item["words"]}
 
 
+def _chair_ratios(sums):
+    return {key: ratio(sums[top], sums[bottom]) for key, (top, bottom) in CHAIR.items()}
+
+
 # ---- MMHal-Bench ----
 MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 
 
 def _mmhal_answers(template, answers, partial):
-    """-> {place in the template: response}, joined by image and question, else by id; and the coverage."""
-    places, texts, names = {}, {}, []
-    for place, record in enumerate(template):
-        places.setdefault((record.get("image_id"), record["question"].strip()), place)
+    """{place in the template: response}, joined by image, else by id; and the coverage."""
+    places = {record.get("image_id"): place for place, record in enumerate(template)}
+    texts, names = {}, []
     for name, text, line in read(answers, "mmhal"):
-        question = str(first(line, "question", "prompt") or "").strip()
-        merged = "model_answer" in line and "answer" not in line                # has been through this before
-        names.append(places.get((line.get("image_id"), question), name))
-        texts[names[-1]] = text if merged else _caption(text)
+        place = places.get(line.get("image_id", ""), name)
+        names.append(place)
+        texts[place] = _caption(text)
     coverage = join(names, dict.fromkeys(range(len(template)), "all"), partial)
-    return {place: texts[place] for place in sorted(names)}, coverage
+    return {place: texts[place] for place in sorted(texts)}, coverage
 
 
 def mmhal_prompts(template, answers, prompt, partial=False):

@@ -27,7 +27,7 @@ from data import UserError
 ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                     "jan feb mar apr aug sept oct nov dec".split())
 CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
-GLUED = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}          # can|not
+GLUED = set("cannot gonna gotta wanna gimme lemme".split())                                 # can|not
 SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
 
 
@@ -60,9 +60,8 @@ def _cut(word, place):
     clitic = CLITICS.search(word)
     if clitic:
         word = word[:clitic.start()]
-    glued = GLUED.get(word.lower())
-    if glued:
-        found += [word[:glued], word[glued:]]
+    if word.lower() in GLUED:
+        found += [word[:3], word[3:]]
     elif word:
         found.append(word)
     return found + [clitic[0]] if clitic else found

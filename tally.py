@@ -61,11 +61,9 @@ def read(answers, benchmark=None):
         name, text = first(line, "question_id", "id"), first(line, *TEXTS)
         if name is None and benchmark in (None, "objhal", "mmhal"):
             name = len(found)                                              # their official files name no id
-        if not isinstance(name, int | str):
-            raise UserError(f"answer {number} has no usable `question_id` or `id`; answer it again")
-        if not isinstance(text, str):
-            raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}; "
-                            "answer it again")
+        if not (isinstance(name, int | str) and isinstance(text, str)):
+            raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}, or no "
+                            "usable `question_id` or `id`; answer it again")
         found.append(Answer(name, text, line))
     if not found:
         raise UserError("there are no answers to score; write them with `eval_hallu.py answers`")
@@ -136,7 +134,8 @@ def add_up(items, counts, seed=0, resamples=1000):
         times = [np.bincount(draw, minlength=len(images)) for draw in drawn]
         draws.append(np.stack(times) @ table)
     draws = np.concatenate(draws).T                                             # (names, resamples)
-    return Sums(zip(columns, map(int, table.sum(0)), strict=True)), Sums(zip(columns, draws, strict=True))
+    total = Sums(zip(columns, map(int, table.sum(0)), strict=True))
+    return total, Sums(zip(columns, draws, strict=True))
 
 
 # ---- intervals ----
@@ -194,8 +193,14 @@ def paired(a_items, b_items, sums, lower=()):
         better, worse = _signs(both, measure)
         if measure in lower:
             better, worse = worse, better
-        found[measure] = {"a": a, "b": b, "change": b - a, "interval": interval(changes, b - a),
-                          "better": better, "worse": worse, "p": sign_test(better, worse), "n": len(both)}
+        found[measure] = {"a": a,
+                          "b": b,
+                          "change": b - a,
+                          "interval": interval(changes, b - a),
+                          "better": better,
+                          "worse": worse,
+                          "p": sign_test(better, worse),
+                          "n": len(both)}
     return found
 
 
