@@ -22,6 +22,10 @@ from tqdm import tqdm
 import benchmarks
 import data
 import metrics
+import nouns
+import objects
+
+LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
 
 
 def read_scenes(path):
@@ -56,8 +60,8 @@ def describe(m, **more):
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
-    return {"model": Path(m.folder).name, "base": vlm.identity(m), "template": m.template,
-            "images": m.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
+    return {"model": Path(m.front.folder).name, "base": vlm.identity(m), "template": m.front.template,
+            "images": m.front.preparation, "adapter": digest.hexdigest()[:16] if weights else None,
             "dtype": str(m.model.dtype).removeprefix("torch."), "decoding": "greedy", **more}
 
 
@@ -202,14 +206,44 @@ def read_answers(path):
     return settings, lines
 
 
+def score_classroom(answers_path):
+    """-> metrics.classroom of an answers file."""
+    return metrics.classroom(read_answers(answers_path)[1])
+
+
+def difference(before_path, after_path):
+    """-> metrics.difference of two answers files."""
+    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
+
+
+def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
+    """{measure: percent} of a small file of questions, asked of a model as it is while it is trained.
+
+    path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
+    scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
+    answer_questions, such as batch_size.
+    """
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
+    kind = "pope" if "label" in data.read_records(path)[0] else "objhal"
+    questions = benchmarks.questions(kind, [path], images)
+    answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
+    lines = benchmarks.read_answers([out_path])
+    if kind == "pope":
+        scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
+        return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
+    classes, about = objects.synonyms(benchmarks.read_text(synonyms)), objects.image_ids(lines)
+    truth = objects.coco_truth(*benchmarks.coco(annotations, about), classes, nouns.singulars, about)
+    scores, _ = metrics.chair(lines, truth, classes, nouns.singulars)
+    return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}
+
+
 def word_rewards(m, run_folder, beta, images=12, n=4):
     """Does the model look? beta (log p_policy - log p_reference) of each word of an answer after training,
     with the true image and with another. For n of the run's first captions; hallucinating ones first."""
     import vlm
 
-    def logps(m, pixels, new):
-        features = vlm.encode_images(m, pixels)                                                 # (2, K, D)
-        return [vlm.word_logps(m, one, new["question"], new["answer"]) for one in features.split(1)]
+    def logps(m, images, new):
+        return [vlm.word_logps(m, image, new["question"], new["answer"]) for image in images]
     run = Path(run_folder)
     (settings, before), (_, after) = (read_answers(run / f"{name}.jsonl") for name in ("before", "after"))
     both = [(b, a) for b, a in zip(before, after, strict=True) if a["kind"] == "caption" and a["answer"]]
@@ -222,11 +256,11 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
         if other is None:
             continue
         paths = [image_path(file, name) for name in (new["image"], other)]
-        pixels = vlm.prepare(m, [data.read_image(p) for p in paths])
+        shown = [data.read_image(p) for p in paths]
         with vlm.base_of(m) as base:
-            reference = logps(base, pixels, new)
+            reference = logps(base, shown, new)
         rewards = [[(w, beta * (p - r)) for (w, p), (_, r) in zip(*both, strict=True)]
-                   for both in zip(logps(m, pixels, new), reference, strict=True)]
+                   for both in zip(logps(m, shown, new), reference, strict=True)]
         image, other_image = (os.path.relpath(p, os.path.realpath(run)) for p in paths)
         out.append({"id": new["id"], "image": image, "other_image": other_image, "question": new["question"],
                     "answer_before": old["answer"], "answer_after": new["answer"], "truth": new["truth"],

@@ -25,9 +25,10 @@ WIDTH = 80                                           # columns of a help text
 
 
 # ---- options: a dataclass is the command line ----
-def option(default, help, *, behind_set=False, choices=None, flag=""):
-    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. flag: another spelling."""
-    about = {"help": help, "behind_set": behind_set, "choices": choices, "flag": flag}
+def option(default, help, *, behind_set=False, choices=None, flag="", off=""):
+    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. flag: another spelling.
+    off: a flag that makes it 0."""
+    about = {"help": help, "behind_set": behind_set, "choices": choices, "flag": flag, "off": off}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -86,6 +87,8 @@ def _add(parser, name, field):
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=text)
     else:
         parser.add_argument(*names, metavar=_typed(field.type), help=text)
+    if off := field.metadata["off"]:
+        parser.add_argument(off, dest=name, action="store_const", const=0, help=f"--{name} 0")
 
 
 def value(where, text, field):

@@ -109,17 +109,22 @@ def append_jsonl(target, record):
                         "lines; free space and run the command again") from error
 
 
-def parse(text, place):
-    """One JSON object; a fault names `place(its line)`."""
+def decode(text, place):
+    """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:       # ValueError covers bytes that are not UTF-8, too
-        line, why = 1, error
-        if isinstance(error, json.JSONDecodeError):     # its own line number counts from the start of `text`
-            line, why = error.lineno, f"{error.msg} at column {error.colno}"
-        raise UserError(f"{place(line)}: broken JSON ({why}); mend or delete the record") from error
+        return json.loads(text)
+    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
+        where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
+        where, why = place(1), error
+    raise UserError(f"{where}: broken JSON ({why}); fix or delete it")
+
+
+def parse(text, place):
+    """The object of a JSON text; a fault names `place(its line)`."""
+    record = decode(text, place)
     if not isinstance(record, dict):
-        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; mend or delete it")
+        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; fix or delete it")
     return record
 
 
@@ -144,11 +149,10 @@ def read_json(path, default=None):
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: broken JSON ({error}); replace the file") from error
+    return decode(text, lambda line: f"{path}, line {line}")
 
 
 def read_records(path, torn_ok=True):
@@ -168,12 +172,12 @@ def read_records(path, torn_ok=True):
     return records
 
 
-def inside(root, path, what):
+def inside(root, path, what, fix="move it inside"):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
-    found = os.path.realpath(os.path.join(root, path))
+    found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside")
+        raise UserError(f"{what}: {path} leaves the folder {root}; {fix}")
     return found
 
 
@@ -222,60 +226,22 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
-# ---- the index: where records begin and end ----
+# ---- the index: where the lines of a file begin and end ----
 
-def _chunks(path, size=1 << 20):                        # fits the processor's cache: twice as fast as 16 MiB
-    offset = 0
+def index_lines(path, size=1 << 20):
+    """(starts, ends, numbers): bytes and, from 1, line numbers of a file's lines that are not blank."""
+    found, at = [], 0
     with open(path, "rb") as file:
-        while chunk := file.read(size):
-            while chunk.endswith(b"\\") and (more := file.read(1)):    # never part \\ from what follows
-                chunk += more
-            yield offset, chunk
-            offset += len(chunk)
-
-
-def index_lines(path):
-    """Starts, ends and numbers of the lines that are not blank."""
-    breaks = [np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at for at, chunk in _chunks(path)]
-    ends = np.concatenate([*breaks, [os.path.getsize(path)]])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    keep = ends > starts
-    with open(path, "rb") as file:
-        for i in np.flatnonzero(keep & (ends - starts < 16)):
+        while chunk := file.read(size):                 # fits the processor's cache: twice as fast as 16 MiB
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
+            at += len(chunk)
+        ends = np.concatenate([*found, [at]])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        filled = ends > starts
+        for i in np.flatnonzero(filled & (ends - starts < 16)):
             file.seek(starts[i])
-            keep[i] = bool(file.read(ends[i] - starts[i]).strip())
-    return starts[keep], ends[keep], np.flatnonzero(keep) + 1
-
-
-MARKS = bytes(b"{[}]\"\n".find(bytes([byte])) // 2 + 1 for byte in range(256))     # 1 opens, 2 closes
-
-
-def index_array(path):
-    """Starts, ends and lines of what a top-level array (or object) holds, by brackets outside strings."""
-    found, depth, quoted, line = [], 0, 0, 1
-    for offset, chunk in _chunks(path):
-        text, kind = np.frombuffer(chunk, np.uint8), np.frombuffer(chunk.translate(MARKS), np.uint8)
-        marks = np.flatnonzero(kind != 0)
-        kind, newline = kind[marks], text[marks] == ord("\n")
-        quote = (kind == 3) & ~newline
-        run, back = np.flatnonzero(quote), 1
-        while len(run := run[(marks[run] >= back) & (text[marks[run] - back] == ord("\\"))]):
-            quote[run] ^= True                          # after an odd number of backslashes it ends no string
-            back += 1
-        strings, rows = quoted + np.cumsum(quote), line + np.cumsum(newline)
-        step = np.array([0, 1, -1, 0])[kind] * (strings % 2 == 0)
-        level = depth + np.cumsum(step)
-        opens, closes = (level == 2) & (step > 0), (level == 1) & (step < 0)
-        found.append((marks[opens] + offset, marks[closes] + offset + 1, rows[opens]))
-        if len(marks):
-            depth, quoted, line = level[-1], strings[-1] % 2, rows[-1]
-    starts, ends, lines = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    with open(path, "rb") as file:
-        file.seek(ends[-1] if len(ends) else 0)
-        if depth or quoted or file.read().split() not in ([b"]"], [b"}"], [b"[]"], [b"[", b"]"]):
-            file.seek(0)
-            parse(file.read(), lambda at: f"{path}, line {at}")    # slow, but it names the line that breaks
-    return starts, ends, lines
+            filled[i] = bool(file.read(ends[i] - starts[i]).strip())
+    return starts[filled], ends[filled], np.flatnonzero(filled) + 1
 
 
 # ---- images ----
@@ -433,6 +399,8 @@ def crop_pixels(pixels, box):
 
 def rejected_pixels(strategy, pixels, seed, id):
     """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     return crop_pixels(pixels, _box(width, height, draw(seed, strategy, id, None), AREAS[strategy]))
 
@@ -446,6 +414,19 @@ class Pair(NamedTuple):
     prompt_rejected: list
     chosen: list
     rejected: list
+    sizes: tuple = ()             # (width, height) of each image in `prompt`
+    sizes_rejected: tuple = ()    # and in `prompt_rejected`
+
+
+class Batch(NamedTuple):
+    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
+    pairs: list
+    images: list
+    images_rejected: list = ()    # none where the loss reads none
+    places: list = ()             # of the pairs among all that are trained on
+    keys: list = ()               # of each pair, a hash over all of it
+    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
+    of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
 def truncate(pair, max_length):
@@ -461,26 +442,43 @@ def truncate(pair, max_length):
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
-    positions: object     # (T,): they restart in each segment, and `rejected` goes on from its prompt's end
+    positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
     segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
 
 
-def pack(pairs, needs):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
-    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then."""
+def plain_positions(ids, sizes):
+    """Positions (T,) of a prompt whose images are tokens like all others."""
     import torch
-    parts = [(p.prompt, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
+    return torch.arange(len(ids))
+
+
+def positions_after(positions, n):
+    """Positions of n tokens that follow a prompt, whose are (T,) or (3, T): they go on from the largest."""
+    import torch
+    more = torch.arange(n) + positions.max() + 1
+    return more.expand(*positions.shape[:-1], n)
+
+
+def pack(pairs, needs, positions_of=plain_positions):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
+
+    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then.
+    positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
+    """
+    import torch
+    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
     if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.chosen, []) for p in pairs]
+        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
     ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, chosen, rejected in parts:
+    for prompt, sizes, chosen, rejected in parts:
         start = len(ids)
         fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
         ids += prompt + chosen + rejected
-        positions += [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
+        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
         segments.append((start, len(prompt), len(chosen), len(rejected)))
         # the prompt's last place predicts the first token of both responses
         first.append(([fork - 1, *range(fork, middle - 1)], chosen))
@@ -490,4 +488,4 @@ def pack(pairs, needs):
     predict = torch.tensor([place for places, _ in order for place in places])
     target = torch.tensor([token for _, response in order for token in response])
     lengths = [len(response) for _, response in order]
-    return Row(torch.tensor(ids), torch.tensor(positions), segments, predict, target, lengths)
+    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

@@ -1,30 +1,41 @@
-"""What differs between LLaVA-1.5, LLaVA-1.6 and imported Bunny before a weight is read: texts and images.
+"""What is in front of a language model: texts become token ids, images become features. A family is a class.
 
-    front = families.front("llava-1.5-7b")        tokenizer, template, image processor, from the files alone
-    families.prompt_ids(front, "What is this?")   token ids, each image a run of image tokens
-    families.prepare(front, [image])              pixel values
+    front = open_folder("llava-1.5-7b")                      tokenizer, template, image processor
+    front.prompt_ids("What is this?", sizes=[(640, 480)])    token ids, each image as its image_ids
+    front.prepare([image])                                   what encode() takes, one entry an image
 
-    llava        LLaVA-1.5 and imported Bunny: one square picture, always the same number of tokens
-    llava_next   LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape makes the tokens more
+A family is a class, and a line in FAMILIES. A new one inherits from Llava and says what differs:
 
-Pictures are prepared as the folder's own image processor does it: llava-hf's published folders resize and cut
+    image_ids(size)                 the ids that an image of (width, height) pixels becomes in a prompt
+    prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
+    inputs(prepared)                those of a batch, as transformers' forward and generate take them
+    encode(model, prepared)         features in the language model's space: [(K, D)], one an image
+    positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
+    language_model(model)           the part that reads embeddings
+    language_inputs(row, features)  what that takes besides embeddings and positions, of a data.Row
+
+What is asked about an image before it is read is a function of its size: checking the pairs and planning a
+run need no pixels.
+
+Images are prepared as the folder's own image processor does it: llava-hf's published folders resize and cut
 out the middle; what tools/import_checkpoint.py wrote pads to a square with the mean colour first, as the
 official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does that with any LLaVA-1.5 folder.
 """
 import importlib.util
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 
 CLASSROOM = Path(__file__).resolve().parent / "classroom" / "models"
-CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 IMAGE = "<image>"
 # Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
 # as liuhaotian trains and serves it (conversation.py, "vicuna_v1"), and Bunny (the same text, its own EOS).
@@ -48,27 +59,186 @@ TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS, "mistral": _MISTRAL, "
 PREPARATIONS = ("", "pad")
 
 
+# ---- the families ----
 @dataclass
-class Front:
-    """What stands before a model: texts become token ids, pictures become pixels."""
-    config: Any                # transformers' config of the folder
+class Llava:
+    """LLaVA-1.5 and imported Bunny: one square picture, always the same number of tokens."""
+    folder: Path
+    config: Any                # transformers'
     tokenizer: Any
     image_processor: Any
-    template: str              # Jinja
-    template_name: str         # "folder", "plain", "vicuna" or "given": what the log says
-    preparation: str           # of pictures, in words: what the log says
-    pad: tuple | None          # the colour that pictures are padded to a square with before the processor
-    image_token_id: int
-    image_tokens: int          # K: tokens of a picture, or, if it is cut into tiles, of one tile
-    eos_id: int
-    folder: Path
-    is_classroom: bool         # made by classroom/make.py: before/after are classroom metrics
+    template: str = ""         # Jinja
+    template_name: str = ""    # "folder", "given" or a name in TEMPLATES: for the log
+    pad: tuple | None = None   # the colour of the square that images are padded to before the processor
+
+    architecture = "LlavaForConditionalGeneration"     # transformers' class
+    tower = "model.vision_tower"                       # the part that --no-lora leaves frozen
+    tiles = 1                                          # what the tower sees of an image, at most
+    squares = True                                     # whether `pad` makes sense
+
+    def __post_init__(self):
+        vision = self.config.vision_config
+        whole = self.config.vision_feature_select_strategy == "full"
+        cls = whole and vision.model_type == "clip_vision_model"
+        self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + cls    # of an image, or of a tile
+        self.image_token_id = self.config.image_token_id
+        self.eos_id = self.tokenizer.eos_token_id
+        self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
+
+    # ---- what differs between families ----
+    def usual_template(self):
+        """The template for a folder that brings none."""
+        return "vicuna"
+
+    def image_ids(self, size):
+        return [self.image_token_id] * self.image_tokens
+
+    def prepare(self, images):
+        if not images:
+            return []
+        if self.pad:
+            images = [pad_square(image, self.pad) for image in images]
+        pixels = self.image_processor(images=images, return_tensors="pt").pixel_values          # (N, 3, H, W)
+        return [{"pixel_values": x} for x in pixels]
+
+    def inputs(self, prepared):
+        return {"pixel_values": torch.stack([x["pixel_values"] for x in prepared])}             # (N, 3, H, W)
+
+    def positions(self, ids, sizes):
+        return data.plain_positions(ids, sizes)
+
+    def language_model(self, model):
+        return model.model.language_model
+
+    def language_inputs(self, row, features):
+        return {}
+
+    # ---- what they share ----
+    def on_device(self, model, prepared):
+        """inputs(prepared) on the model's device, floats in its type."""
+        found = {name: x.to(model.device) for name, x in self.inputs(prepared).items()}
+        return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in found.items()}
+
+    def encode(self, model, prepared):
+        if not prepared:
+            return []
+        return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]
+
+    def prompt_ids(self, question, sizes, history=()):
+        """Token ids of a prompt, up to where the response starts; each image is its image_ids.
+
+        sizes: (width, height) of each image. history: earlier [user, assistant] turns; the images are in the
+        first user turn. BOS comes once, whether the template writes it or the tokenizer adds it. Raises
+        UserError where the text contains IMAGE.
+        """
+        text = self.tokenizer.apply_chat_template(messages(question, len(sizes), history), tokenize=False,
+                                                  chat_template=self.template, add_generation_prompt=True)
+        bos = self.tokenizer.bos_token
+        ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+        if ids and ids[-1] == self.eos_id:                             # some tokenizers close every text
+            ids = ids[:-1]
+        if (places := ids.count(self.image_token_id)) != len(sizes):
+            raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
+                                 f"{len(sizes)} images in {text[:80]!r}: the text contains {IMAGE}")
+        runs, found = iter([self.image_ids(size) for size in sizes]), []
+        for token in ids:
+            found += next(runs) if token == self.image_token_id else [token]
+        return found
+
+    def response_ids(self, text):
+        """Token ids of a response, EOS last: tokenised apart from the prompt, as both official codes do.
+
+        An EOS in the text is removed. Raises UserError for a text with the image marker or without a token.
+        """
+        text = text.replace(self.tokenizer.eos_token, "").strip()
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.image_token_id in ids:
+            raise data.UserError(f"the response {text[:60]!r} contains {IMAGE}: remove the marker")
+        if not ids:
+            raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
+                                 "--skip_bad")
+        return [*ids, self.eos_id]
+
+    @property
+    def preparation(self):
+        """How images are prepared, in words: for the log."""
+        processor, pad = self.image_processor, self.pad
+        shapes = getattr(processor, "image_grid_pinpoints", None)
+        if not pad and not shapes and getattr(processor, "do_pad", False):      # the processor does it itself
+            pad = colour(processor)
+        words = [f"padded to a square with {pad}"] if pad else []
+        words += [f"the whole and tiles of {len(shapes)} shapes"] if shapes else []
+        size = {k: v for k, v in dict(processor.size).items() if v}
+        words.append("resized to " + " x ".join(str(v) for v in size.values()))
+        if getattr(processor, "do_center_crop", False) and "shortest_edge" in size:
+            words.append("the middle cut out")
+        return ", ".join(words) + f" ({type(processor).__name__})"
 
 
-class Tiles(NamedTuple):
-    """A picture as LLaVA-1.6 sees it."""
-    pixels: Any                # (P, 3, H, W): the whole picture, then its tiles, row by row
-    size: tuple                # (height, width) as it came: the padding is cut off the features again
+class LlavaNext(Llava):
+    """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
+    architecture = "LlavaNextForConditionalGeneration"
+    tiles = 5
+    squares = False
+
+    def usual_template(self):
+        if self.tokenizer.eos_token == "<|eot_id|>":
+            return "llama3"
+        kind = self.config.text_config.model_type
+        return kind if kind in TEMPLATES else "vicuna"
+
+    def image_ids(self, size):
+        """The whole picture, its tiles without the padding (unpad_image), a newline after each row."""
+        from transformers.image_processing_utils import select_best_resolution
+        width, height = size
+        vision = self.config.vision_config
+        shape = select_best_resolution((height, width), self.config.image_grid_pinpoints)
+        side = vision.image_size // vision.patch_size                                # patches along a tile
+        rows, columns = (length // vision.image_size * side for length in shape)
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
+
+    def prepare(self, images):
+        found = []
+        for image in images:
+            pixels = self.image_processor(images=[image], return_tensors="pt").pixel_values[0]  # (P, 3, H, W)
+            size = torch.tensor(image.size[::-1])         # by which the padding is cut off the features again
+            found.append({"pixel_values": pixels, "image_sizes": size})
+        return found
+
+    def inputs(self, prepared):
+        tiles = [x["pixel_values"] for x in prepared]
+        return {"pixel_values": pad_sequence(tiles, batch_first=True),                       # (N, P, 3, H, W)
+                "image_sizes": torch.stack([x["image_sizes"] for x in prepared])}
+
+
+FAMILIES = {"llava": Llava, "llava_next": LlavaNext}
+
+
+def messages(question, n_images, history):
+    """A dialogue as chat templates take it; the images are in the first user turn."""
+    found, images = [], [{"type": "image"}] * n_images
+    for user, assistant in history:
+        found.append({"role": "user", "content": [*images, {"type": "text", "text": user}]})
+        found.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
+        images = []
+    return [*found, {"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+
+
+def pad_square(image, fill):
+    """The picture in the middle of a square of a colour: LLaVA's expand2square (mm_utils.py)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def colour(processor):
+    """The processor's mean as a colour: cut off, as LLaVA does."""
+    return tuple(int(x * 255) for x in processor.image_mean)
 
 
 # -------------------------------------------------------------------------------- the folder
@@ -102,15 +272,16 @@ def read_config(folder):
     config = read_json(path)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
-    if kind in CLASSES and isinstance(config.get("text_config"), dict):
+    if kind in FAMILIES and isinstance(config.get("text_config"), dict):
         return config
     mend = "give a llava-hf folder"
     if "mm_vision_tower" in config:
         mend = f"run `python tools/import_checkpoint.py {folder} NEW_FOLDER`, then use that"
     elif "vision_config" not in config:
         mend = "it has no vision tower, it is a text-only model; " + mend
+    classes = ", ".join(family.architecture for family in FAMILIES.values())
     raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only llava-hf "
-                         f"folders ({', '.join(CLASSES.values())}) can be loaded; {mend}")
+                         f"folders ({classes}) can be loaded; {mend}")
 
 
 def read_header(path):
@@ -176,192 +347,99 @@ def own_template(folder, tokenizer):
     return text or read_json(folder / "processor_config.json").get("chat_template")
 
 
-def front(folder, template=None, preparation=""):
-    """The Front of a llava-hf folder.
+def open_folder(folder, template=None, preparation=""):
+    """The family of a llava-hf folder, from its files alone.
 
     template: None for the folder's own, a name in TEMPLATES or Jinja. preparation: "" for the folder's own,
-    "pad" to pad pictures to a square with the mean colour first. Raises UserError for what is missing or
-    amiss.
+    "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
     from transformers import AutoConfig, AutoImageProcessor
     folder = resolve(folder)
-    read_config(folder)
+    family = FAMILIES[read_config(folder)["model_type"]]
     config = part(folder, AutoConfig, "config.json", "copy it again")      # with the defaults of the classes
     tokenizer = read_tokenizer(folder)
     processor = part(folder, AutoImageProcessor, "image processor", "copy preprocessor_config.json",
                      backend="pil")
-    image_id = config.image_token_id
+    check_tokens(folder, config, tokenizer)
+    found = family(folder, config, tokenizer, processor)
+    found.template_name, found.template = choose_template(found, template)
+    if preparation not in PREPARATIONS:
+        raise data.UserError(f"images={preparation} is no preparation: give one of "
+                             f"{', '.join(repr(p) for p in PREPARATIONS)}")
+    if preparation == "pad":
+        if not family.squares or not getattr(processor, "image_mean", None):
+            raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
+                                 "images=pad")
+        found.pad = colour(processor)
+    return found
+
+
+def check_tokens(folder, config, tokenizer):
+    """Raise UserError where the tokenizer is not this model's."""
     found, unknown = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.unk_token_id
     if found is None or found == unknown:
         raise data.UserError(f"{folder}: its tokenizer does not know {IMAGE}: copy the tokenizer of a "
                              "llava-hf folder, not that of its language model")
-    if found != image_id:
+    if found != config.image_token_id:
         raise data.UserError(f"{folder}: the tokenizer gives {IMAGE} the id {found}, config.json "
-                             f"says {image_id}: one of the two files is not this model's")
+                             f"says {config.image_token_id}: one of the two files is not this model's")
     if len(tokenizer) > (rows := config.text_config.vocab_size):
         raise data.UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model's embedding "
                              f"only {rows} rows: one of the two is not this model's")
 
-    own, usual = own_template(folder, tokenizer), "vicuna"
-    if config.model_type == "llava_next":
-        usual = "llama3" if tokenizer.eos_token == "<|eot_id|>" else config.text_config.model_type
-    name = template if template in TEMPLATES else "given" if template else "folder" if own else (
-        usual if usual in TEMPLATES else "vicuna")
-    vision = config.vision_config
-    cls = config.vision_feature_select_strategy == "full" and vision.model_type == "clip_vision_model"
-    mean = getattr(processor, "image_mean", None)
-    if preparation not in PREPARATIONS:
-        raise data.UserError(f"images={preparation} is no preparation: give one of "
-                             f"{', '.join(repr(p) for p in PREPARATIONS)}")
-    if preparation == "pad" and (config.model_type != "llava" or not mean):
-        raise data.UserError(f"{folder}: only LLaVA-1.5's pictures can be padded to a square: leave out "
-                             "images=pad")
-    pad = tuple(int(x * 255) for x in mean) if preparation == "pad" else None    # cut off, as LLaVA does
-    template = own if name == "folder" else TEMPLATES.get(name, template)
-    return Front(config, tokenizer, processor, template, name, _in_words(processor, pad), pad, image_id,
-                 image_tokens=(vision.image_size // vision.patch_size) ** 2 + cls,
-                 eos_id=tokenizer.eos_token_id, folder=folder,
-                 is_classroom=(folder / "classroom.json").exists())
+
+def choose_template(front, asked):
+    """(name, Jinja) of the template asked for, else the folder's own, else the family's usual one."""
+    if asked:
+        return (asked, TEMPLATES[asked]) if asked in TEMPLATES else ("given", asked)
+    if own := own_template(front.folder, front.tokenizer):
+        return "folder", own
+    name = front.usual_template()
+    return name, TEMPLATES[name]
 
 
-def _in_words(processor, pad):
-    shapes = getattr(processor, "image_grid_pinpoints", None)
-    if not pad and not shapes and getattr(processor, "do_pad", False):          # the processor does it itself
-        pad = tuple(int(x * 255) for x in processor.image_mean)
-    words = [f"padded to a square with {pad}"] if pad else []
-    words += [f"the whole and tiles of {len(shapes)} shapes"] if shapes else []
-    size = {k: v for k, v in dict(processor.size).items() if v}
-    words.append("resized to " + " x ".join(str(v) for v in size.values()))
-    if getattr(processor, "do_center_crop", False) and "shortest_edge" in size:
-        words.append("the middle cut out")
-    return ", ".join(words) + f" ({type(processor).__name__})"
+# ---- what a folder is ----
+def describe(folder):
+    """Lines that say what a model folder is, from its files alone: a run that only plans prints them.
 
-
-# -------------------------------------------------------------------------------- texts
-def prompt_ids(m, question, n_images=1, history=(), counts=None):
-    """Token ids of a prompt, up to where the response starts; each image is a run of image tokens.
-
-    history: earlier [user, assistant] turns; the images stand in the first user turn. counts: the images'
-    numbers of tokens (tokens_of), m.image_tokens each if None. BOS comes once, whether the template writes it
-    or the tokenizer adds it. Raises UserError where the text holds IMAGE.
+    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
     """
-    counts = [m.image_tokens] * n_images if counts is None else counts
-    messages, images = [], [{"type": "image"}] * len(counts)
-    for user, assistant in [*history, (question, None)]:
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": user}]})
-        images = []
-        if assistant is not None:
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
-    text = m.tokenizer.apply_chat_template(messages, chat_template=m.template, tokenize=False,
-                                           add_generation_prompt=True)
-    bos = m.tokenizer.bos_token
-    ids = m.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
-    if ids and ids[-1] == m.eos_id:                                    # some tokenizers close every text
-        ids = ids[:-1]
-    if (places := ids.count(m.image_token_id)) != len(counts):
-        raise data.UserError(f"the template {m.template_name!r} makes {places} image places for "
-                             f"{len(counts)} images in {text[:80]!r}: question or template holds {IMAGE}")
-    runs = iter(counts)
-    return [t for i in ids for t in ([i] * next(runs) if i == m.image_token_id else [i])]
-
-
-def response_ids(m, text):
-    """Token ids of a response, EOS last: tokenised apart from the prompt, as both official codes do.
-
-    An EOS inside the text is removed. Raises UserError for a text with the image marker or without a token.
-    """
-    ids = m.tokenizer(text.replace(m.tokenizer.eos_token, "").strip(), add_special_tokens=False).input_ids
-    if m.image_token_id in ids:
-        raise data.UserError(f"the response {text[:60]!r} holds {IMAGE}: remove the marker")
-    if not ids:
-        raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass --skip_bad")
-    return [*ids, m.eos_id]
-
-
-# -------------------------------------------------------------------------------- pictures
-def pad_square(image, colour):
-    """The picture in the middle of a square of a colour: LLaVA's expand2square (mm_utils.py)."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def prepare(m, images):
-    """PIL images -> pixel values (N, 3, H, W) float32; for LLaVA-1.6 a list of N Tiles."""
-    images = [pad_square(image, m.pad) for image in images] if m.pad else list(images)
-    if m.config.model_type != "llava_next":
-        return m.image_processor(images=images, return_tensors="pt").pixel_values
-    tiles = (m.image_processor(images=[i], return_tensors="pt").pixel_values[0] for i in images)
-    return [Tiles(pixels, image.size[::-1]) for pixels, image in zip(tiles, images, strict=True)]
-
-
-def counts(m, sources):
-    """The numbers of tokens of images, given as paths or bytes; read from their headers only if they vary."""
-    if m.config.model_type != "llava_next":
-        return [m.image_tokens] * len(sources)
-    return [tokens_of(m, data.image_size(source)) for source in sources]
-
-
-def tokens_of(m, size):
-    """The number of tokens that an image of (width, height) pixels becomes."""
-    if m.config.model_type != "llava_next":
-        return m.image_tokens
-    from transformers.image_processing_utils import select_best_resolution
-    width, height = size
-    vision = m.config.vision_config
-    rows, columns = (side // vision.image_size * (vision.image_size // vision.patch_size)
-                     for side in select_best_resolution((height, width), m.config.image_grid_pinpoints))
-    # The tiles' features without the padding's (transformers' unpad_image), and a newline after each row.
-    if width / height > columns / rows:
-        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-    else:
-        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-    return m.image_tokens + rows * (columns + 1)
-
-
-# -------------------------------------------------------------------------------- what a folder is
-PARTS = {"weights": ("*.safetensors", "*.bin"),
-         "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
-         "image processor": ("preprocessor_config.json", "processor_config.json")}
-
-
-def info(folder):
-    """Lines that say what a model folder is, read from its files alone; no weight is loaded, nothing is
-    raised
-    for what is torn or missing: it is said."""
-    from safetensors import SafetensorError, safe_open
     folder = resolve(folder)
     config = read_config(folder)
-    parameters, size, types, amiss = 0, 0, set(), []
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size += path.stat().st_size
-        try:
-            with safe_open(path, "pt") as tensors:
-                for name in tensors.keys():
-                    piece = tensors.get_slice(name)
-                    parameters += torch.Size(piece.get_shape()).numel()
-                    types.add(piece.get_dtype())
-        except (SafetensorError, OSError) as e:
-            amiss.append(f"{path.name} is torn ({e})" if path.suffix == ".safetensors" else
-                         f"{path.name} is a pickle, not counted")
-    maps = [read_json(index).get("weight_map", {}) for index in folder.glob("*.index.json")]
-    indexed = {name for weight_map in maps for name in weight_map.values()}
-    amiss += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
-    absent = (what for what, names in PARTS.items() if not any(any(folder.glob(n)) for n in names))
-    amiss += [f"{what} is missing" for what in absent]
+    count, types, faults = weights(folder)
     lines = [f"folder          {folder}",
              f"model           {config['model_type']}: {config.get('vision_config', {}).get('model_type')} + "
              f"{config['text_config'].get('model_type')}",
-             f"parameters      {parameters:,} in {', '.join(sorted(types)) or '-'}, {size / 2**20:,.1f} MiB"]
+             f"parameters      {count:,} in {', '.join(sorted(types)) or 'no file'}"]
     try:
-        m = front(folder)
-        text = m.tokenizer.decode(prompt_ids(m, "QUESTION", counts=[1]))
-        more = " a tile, up to 5 tiles and a token a row" if m.config.model_type == "llava_next" else ""
-        lines += [f"image           {m.config.vision_config.image_size} pixels, {m.image_tokens} "
-                  f"tokens{more}; {m.preparation}",
-                  f"vocabulary      {m.config.text_config.vocab_size}",
-                  f"template        {m.template_name}: {text!r}"]
+        front = open_folder(folder)
     except data.UserError as e:
-        amiss.append(str(e))
-    return [*lines, f"missing         {'; '.join(amiss) or 'nothing'}"]
+        faults.append(str(e))
+    else:
+        text = front.tokenizer.apply_chat_template(messages("QUESTION", 1, ()), chat_template=front.template,
+                                                   tokenize=False, add_generation_prompt=True)
+        tiles = f" a tile, up to {front.tiles} tiles and a token a row" if front.tiles > 1 else ""
+        lines += [f"image           {front.config.vision_config.image_size} pixels, {front.image_tokens} "
+                  f"tokens{tiles}; {front.preparation}",
+                  f"template        {front.template_name}: {text!r}"]
+    return [*lines, f"missing         {'; '.join(faults) or 'nothing'}"]
+
+
+def weights(folder):
+    """(number of parameters, their types, what is torn or missing) of a folder's safetensors files."""
+    from safetensors import SafetensorError, safe_open
+    count, types, faults = 0, set(), []
+    files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        try:
+            with safe_open(path, "pt") as tensors:
+                pieces = [tensors.get_slice(name) for name in tensors.keys()]
+                count += sum(math.prod(piece.get_shape()) for piece in pieces)
+                types |= {piece.get_dtype() for piece in pieces}
+        except (SafetensorError, OSError) as e:
+            faults.append(f"{path.name} is torn ({e})")
+    indexed = set()
+    for index in folder.glob("*.index.json"):
+        indexed |= set(read_json(index).get("weight_map", {}).values())
+    faults += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
+    return count, types, faults if files else [*faults, "weights (*.safetensors) are missing"]

@@ -65,21 +65,40 @@ def layers(model):
 
 
 def add_lora(model, r, alpha, targets=None, seed=0):
-    """Freeze `model`, adapt the linear layers of its language model (never lm_head), return their names."""
+    """Freeze `model` and adapt linear layers: those that `targeted` finds. Returns their names."""
     if layers(model):
         raise AdapterError("the model already carries an adapter: merge it or load the model anew.")
-    names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "lm_head" not in n]
-    names = [n for n in names if "language_model" in n.split(".")] or names
-    kinds = {n.split(".")[-1] for n in names}
-    targets = kinds if targets is None else set(targets)
-    if r < 1 or not targets or targets - kinds:
-        raise AdapterError(f"rank {r} on layers {sorted(targets)} is no adapter for this model: give a "
-                           f"rank of at least 1 and layers out of {sorted(kinds)}.")
+    if r < 1:
+        raise AdapterError(f"LoRA of rank {r} is no adapter: give a rank of at least 1.")
+    names = targeted([n for n, m in model.named_modules() if type(m) is torch.nn.Linear], targets)
     model.requires_grad_(False)
-    names = [n for n in names if n.split(".")[-1] in targets]
     for name in names:
         LoRALinear.adapt(model.get_submodule(name), r, alpha, seed, name)
     return names
+
+
+def targeted(names, targets=None):
+    """Those of the linear layers' names that LoRA goes on; without targets all of the language model.
+
+    A target without a dot is the last name of a layer of the language model (CLIP has a q_proj of its own);
+    one with a dot is the end of a full name, anywhere but in lm_head. Raises AdapterError for a target that
+    names nothing.
+    """
+    names = [n for n in names if n.split(".")[-1] != "lm_head"]
+    language = [n for n in names if "language_model" in n.split(".")] or names
+    if not targets:
+        return language
+    chosen = set()
+    for target in targets:
+        found = {n for n in language if n.split(".")[-1] == target}
+        if "." in target:
+            found = {n for n in names if f".{n}".endswith(f".{target}")}
+        if not found:
+            kinds = ", ".join(sorted({n.split(".")[-1] for n in language}))
+            raise AdapterError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
+                               "full name with a dot in it.")
+        chosen |= found
+    return [n for n in names if n in chosen]
 
 
 @contextlib.contextmanager

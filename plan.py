@@ -30,22 +30,21 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 # -------------------------------------------------------------------------------- pairs as tokens
-def tokenise(m, record, o, damaged=None):
+def tokenise(front, record, o, damaged=None):
     """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
 
-    damaged: the rejected images' (width, height), if they are not the images' own; LLaVA-1.6 alone cares.
+    front: of families.open_folder. damaged: (width, height) of the rejected images, if not the images' own.
     """
-    counts = [] if o.image_rejected == "none" else families.counts(m, record["images"])
-    prompt = families.prompt_ids(m, record["question"], history=record["history"], counts=counts)
-    other = [families.tokens_of(m, size) for size in damaged or []] or counts
-    again = prompt
-    if other != counts:
-        again = families.prompt_ids(m, record["question"], history=record["history"], counts=other)
-    chosen, rejected = (families.response_ids(m, record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected), o.max_length)
+    sizes = () if o.image_rejected == "none" else tuple(data.image_size(x) for x in record["images"])
+    other = tuple(damaged or sizes)
+    prompt = again = front.prompt_ids(record["question"], sizes, record["history"])
+    if other != sizes:
+        again = front.prompt_ids(record["question"], other, record["history"])
+    chosen, rejected = (front.response_ids(record[role]) for role in ("chosen", "rejected"))
+    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected, sizes, other), o.max_length)
 
 
-def usable(m, records, good, o, needs):
+def usable(front, records, good, o, needs):
     """(indices whose responses have tokens and whose prompts fit, lengths of their pairs).
 
     Faults are printed one a line, cuts counted.
@@ -55,7 +54,7 @@ def usable(m, records, good, o, needs):
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
             record = records[i]
-            pair, lost = tokenise(m, record, o)
+            pair, lost = tokenise(front, record, o)
             cut += lost > 0
             kept.append(i)
             lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
@@ -75,7 +74,7 @@ def shapes(config):
     """{name: shape} of a model's weights, by transformers' class: no weight is read."""
     import transformers
     with torch.device("meta"):
-        model = getattr(transformers, families.CLASSES[config.model_type])(config)
+        model = getattr(transformers, families.FAMILIES[config.model_type].architecture)(config)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
@@ -120,7 +119,7 @@ def memory(config, o, rows, dtype, world=1, weights=None):
     responses = sum(c + r + (c if a else 0) for _, c, r, a, _ in rows)
     scored = T if o.forward == "naive" else min(1024, responses)
     vision, pictures = config.vision_config, sum(r[4] for r in rows)
-    tiles = 1 + 4 * (config.model_type == "llava_next")
+    tiles = families.FAMILIES[config.model_type].tiles
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     seen = pictures * tiles * patches * e * (vision.hidden_size * (vision.num_hidden_layers + 8)
                                              + 2 * vision.intermediate_size)
@@ -240,7 +239,7 @@ def show(argv):
     import options
     from records import Records, check
     o = options.parse(argv, "the options of train_dpo.py")
-    front = families.front(o.model, o.template or None, o.images)
+    front = families.open_folder(o.model, o.template or None, o.images)
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
     records = Records(o.data, o.image_root or None)

@@ -16,7 +16,6 @@ import data
 import losses
 import vlm
 from plan import tokenise
-from ranks import on_any
 
 
 def read_pair(m, records, good, place, o, needs, epoch):
@@ -33,18 +32,18 @@ def read_pair(m, records, good, place, o, needs, epoch):
             other = data.read_image(another["images"][0])
         damaged = [data.rejected_image(o.image_rejected, image, seed, name, other)
                    for name, image in zip(names, images, strict=True)]
-    pair, _ = tokenise(m, record, o, [image.size for image in damaged])
-    both, n = vlm.prepare(m, images + damaged) if images + damaged else torch.zeros(0), len(images)
-    pixels, pixels_damaged = both[:n], both[n:]
+    pair, _ = tokenise(m.front, record, o, [image.size for image in damaged])
+    both, n = m.front.prepare(images + damaged), len(images)
+    shown, shown_rejected = both[:n], both[n:]
     if cropped:
-        if not torch.is_tensor(pixels):
-            raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
-        pixels_damaged = torch.stack([data.rejected_pixels(o.image_rejected, x, seed, name)
-                                      for name, x in zip(names, pixels, strict=True)]) if images else pixels
+        for name, x in zip(names, shown, strict=True):
+            pixels = data.rejected_pixels(o.image_rejected, x["pixel_values"], seed, name)
+            shown_rejected.append({"pixel_values": pixels})
     key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-    for x in pixels if o.redraw else (*pixels, *pixels_damaged):
-        key.update(getattr(x, "pixels", x).numpy().tobytes())
-    return pair, pixels, pixels_damaged, int.from_bytes(key.digest(), "little", signed=True)
+    for prepared in shown if o.redraw else shown + shown_rejected:
+        for x in prepared.values():
+            key.update(x.numpy().tobytes())
+    return pair, shown, shown_rejected, int.from_bytes(key.digest(), "little", signed=True)
 
 
 @functools.lru_cache(2)
@@ -75,7 +74,7 @@ class Feed:
         if place in self.kept:
             return self.kept[place]
         pair = self.read_anew(place=place, epoch=epoch)
-        size = sum(getattr(image, "pixels", image).nbytes for kind in (1, 2) for image in pair[kind])
+        size = sum(x.nbytes for prepared in pair[1] + pair[2] for x in prepared.values())
         if not self.o.redraw and size * len(self.tokens) <= KEEP:
             self.kept[place] = pair
         return pair
@@ -119,25 +118,26 @@ class Reference:
         pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
         kept = needs - {"image_rejected"} if redraw else needs
         stale = not torch.equal(self.key[places], keys)
-        stale = on_any(stale) if self.sharded else stale
+        if self.sharded:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, stale)
+            stale = any(everyone)
         with torch.no_grad(), vlm.base_of(m) as base:
             if base is not m and (stale or redraw):             # the policy's projector trains, too
                 features = encode(base, batch)
-            shown = sum(p.prompt.count(m.image_token_id) for p in pairs)
-            true, damaged = features.flatten(0, -2).tensor_split([shown])                       # (T, D)
             if stale:
-                logps = forward(base, pairs, true if redraw else features, kept)
+                logps = forward(base, pairs, features, kept)
                 for i, field in enumerate(self.FIELDS):
                     if field in kept:
                         self.logps[places, i] = getattr(logps, field).cpu().double()
                 self.key[places], self.new = keys, self.new + places
-            exact = torch.promote_types(features.dtype, torch.float32)
-            values = [self.logps[places, i].to(exact).to(features.device) if f in kept else None
+            exact = torch.promote_types(m.model.dtype, torch.float32)
+            values = [self.logps[places, i].to(exact).to(m.device) if f in kept else None
                       for i, f in enumerate(self.FIELDS)]
             if redraw:
-                again = [p._replace(prompt=p.prompt_rejected) for p in pairs]
-                values[2] = forward(base, again, damaged, {"chosen"}).chosen
-        tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=features.device)
+                again = [p._replace(prompt=p.prompt_rejected, sizes=p.sizes_rejected) for p in pairs]
+                values[2] = forward(base, again, vlm.Features(features.rejected, []), {"chosen"}).chosen
+        tokens = [torch.tensor([len(getattr(p, f)) for p in pairs], dtype=exact, device=m.device)
                   for f in ("chosen", "rejected")]
         return losses.Logps(*values, *tokens)
 
@@ -152,5 +152,6 @@ class Reference:
 
 
 def encode(m, batch):
-    """Features of a micro-batch's images, all true ones, then all rejected ones, as vlm's forwards expect."""
-    return vlm.encode_images(m, [image for kind in (1, 2) for b in batch for image in b[kind]])
+    """vlm.Features of a micro-batch."""
+    pairs, shown, shown_rejected, _ = zip(*batch, strict=True)
+    return vlm.encode_images(m, data.Batch(pairs, sum(shown, []), sum(shown_rejected, [])))

@@ -61,7 +61,7 @@ def _llava(folder, device, dtype, max_new_tokens, official):
 
     def answer(files, questions):
         texts = vlm.generate(m, [[data.read_image(f)] for f in files], questions, max_new_tokens, len(files))
-        return [{"response": t, "finished": len(m.tokenizer(t, add_special_tokens=False).input_ids)
+        return [{"response": t, "finished": len(m.front.tokenizer(t, add_special_tokens=False).input_ids)
                  < max_new_tokens} for t in texts]
     return answer
 

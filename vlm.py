@@ -1,11 +1,8 @@
 """Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
 
-    python vlm.py info MODEL                         a folder: size, template, image tokens, what is missing
-    python vlm.py info MODEL --preset P --data F     what a run would need: pairs, steps, tokens, GiB per GPU
-
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, stands in families.py.
+between them, texts and images, is in families.py.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -21,7 +18,6 @@ Departures from the published code:
     adapter the projector trains, and the reference's encodes once more.
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
-import argparse
 import bisect
 import contextlib
 import copy
@@ -32,7 +28,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -43,12 +39,12 @@ import families
 import kernels
 import lora
 import losses
-from families import counts, front, info, prepare, prompt_ids, resolve, response_ids, tokens_of  # noqa: F401
 
 
 @dataclass
-class VLM(families.Front):
+class VLM:
     """A loaded model and what belongs to it."""
+    front: Any                 # its family's object: tokenizer, template, images
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: those that the softmax goes over
     frozen: Any = None         # where the model itself trains: a VLM, the copy that does not
@@ -57,43 +53,53 @@ class VLM(families.Front):
     def device(self):
         return self.model.device
 
+    @property
+    def language_model(self):
+        return self.front.language_model(self.model)
+
+
+class Features(NamedTuple):
+    """Of a micro-batch's images, in the pairs' order: lists of (K, D), one an image."""
+    images: list
+    rejected: list
+
 
 # -------------------------------------------------------------------------------- loading
 def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
-    """A VLM from a llava-hf folder, or from its Front, frozen and in eval mode.
+    """A VLM from a llava-hf folder, or from what families.open_folder made of it, frozen and in eval mode.
 
-    adapter: a PEFT-format LoRA folder put on top. template, preparation: as families.front takes them. Raises
+    adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
     UserError for a folder that is not llava-hf or lacks a part, AdapterError for a bad adapter.
     """
     import transformers
-    ready = isinstance(folder, families.Front)
-    before = folder if ready else families.front(folder, template, preparation)
+    opened = isinstance(folder, families.Llava)
+    family = folder if opened else families.open_folder(folder, template, preparation)
     _register_attention()
     for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):        # Departure 2
-        if hasattr(before.config.text_config, name):
-            setattr(before.config.text_config, name, 0.0)
-    kind = getattr(transformers, families.CLASSES[before.config.model_type])
-    model, found = families.part(before.folder, kind, "model", "copy the checkpoint again",
-                                 dtype=stored_type(before.folder) or dtype, config=before.config,
+        if hasattr(family.config.text_config, name):
+            setattr(family.config.text_config, name, 0.0)
+    kind = getattr(transformers, family.architecture)
+    model, found = families.part(family.folder, kind, "model", "copy the checkpoint again",
+                                 dtype=stored_type(family.folder) or dtype, config=family.config,
                                  output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
-        raise data.UserError(f"{before.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+        raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for weight in model.parameters():      # mapped until here, not read; in the file they lie unaligned, and
         mapped, weight.data = weight.data, weight.data.to(device, dtype, copy=True)    # products are slower
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
-    model.model.language_model.set_attn_implementation("packed")    # once for all calls: see packed_attention
-    kernels.install(model.model.language_model)                     # the same bits, sooner
+    family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
+    kernels.install(family.language_model(model))                   # the same bits, sooner
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
-    words, weight = before.image_token_id, model.lm_head.weight
+    words, weight = family.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
     if model.device.type == "cpu":
         keep_memory()
-    return VLM(**vars(before), model=model, words=words)
+    return VLM(family, model, words)
 
 
 def train_whole(m):
@@ -101,7 +107,7 @@ def train_whole(m):
 
     m.frozen becomes a copy of what trains, and shares the tower.
     """
-    tower = m.model.model.vision_tower
+    tower = m.model.get_submodule(m.front.tower)
     m.frozen = replace(m, model=copy.deepcopy(m.model, {id(tower): tower}))
     m.model.requires_grad_(True)
     tower.requires_grad_(False)
@@ -156,8 +162,8 @@ def identity(m):
     Of each file the name, the size and 64 spread blocks of 64 KiB (all of it, up to 4 MiB): a tuned model
     differs nearly everywhere, and 14 GB are not read a second time.
     """
-    digest = hashlib.sha256((m.folder / "config.json").read_bytes())
-    for path in sorted([*m.folder.glob("*.safetensors"), *m.folder.glob("*.bin")]):
+    digest = hashlib.sha256((m.front.folder / "config.json").read_bytes())
+    for path in sorted([*m.front.folder.glob("*.safetensors"), *m.front.folder.glob("*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
@@ -168,60 +174,62 @@ def identity(m):
 
 
 # -------------------------------------------------------------------------------- images in the model
-def encode_images(m, pixels):
-    """What prepare() made, or a list of its parts -> features in the language model's space, or UserError.
+def encode_images(m, batch):
+    """Features of a data.Batch; no graph unless something in front of the language model trains.
 
-    Autograd keeps nothing of it unless the projector trains.
-
-    (N, 3, H, W) -> (N, K, D); Tiles -> (T, D), image after image, since their numbers of tokens differ.
+    Raises UserError where an image has not as many features as it has places in the prompt.
     """
-    if not len(pixels):
-        width = m.config.text_config.hidden_size
-        return torch.zeros(0, m.image_tokens, width, device=m.device, dtype=m.model.dtype)
-    inputs = {k: v.to(m.device) for k, v in model_inputs(pixels).items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(m.model.dtype)
-    features = m.model.get_image_features(**inputs).pooler_output                # a list of (K, D)
-    if "image_sizes" in inputs:
-        return torch.cat(features)                                                              # (T, D)
-    if len(features[0]) != m.image_tokens:
-        raise data.UserError(f"{m.folder}: its vision tower gives {len(features[0])} tokens an image, its "
-                             f"config.json makes it {m.image_tokens}: the config is not this model's")
-    return torch.stack(features)                                                                # (N, K, D)
+    n = len(batch.images)
+    found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
+    features = Features(found[:n], found[n:])
+    check_places(m, [(p.id, p.prompt, p.sizes) for p in batch.pairs], features.images)
+    if batch.images_rejected:
+        check_places(m, [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs], features.rejected)
+    return features
 
 
-def model_inputs(pixels):
-    """Pictures as transformers' forward and generate take them: all LLaVA-1.6's padded to as many tiles."""
-    if not isinstance(pixels[0], families.Tiles):
-        return {"pixel_values": pixels if torch.is_tensor(pixels) else torch.stack(list(pixels))}
-    return {"pixel_values": pad_sequence([p.pixels for p in pixels], batch_first=True),      # (N, P, 3, H, W)
-            "image_sizes": torch.tensor([p.size for p in pixels])}
+def check_places(m, prompts, features):
+    """Raise UserError for a prompt whose places are not those that its images' features fill."""
+    lengths = iter([len(x) for x in features])
+    for id, ids, sizes in prompts:
+        places, filled = ids.count(m.front.image_token_id), sum(next(lengths, 0) for _ in sizes)
+        if places != filled:
+            raise data.UserError(f"{id}: its prompt has {places} places for images, the vision tower gives "
+                                 f"{filled} features: config.json in {m.front.folder} is not this model's")
 
 
 def embed(m, ids, features):
-    """ids (..., T), features of their images -> embeddings (..., T, D), the features at the image places."""
-    at_image = ids == m.image_token_id
+    """ids (..., T), the features [(K, D)] of their images in order -> embeddings (..., T, D)."""
+    at_image = ids == m.front.image_token_id
     embeddings = m.model.get_input_embeddings()(ids.masked_fill(at_image, 0))
-    return embeddings.masked_scatter(at_image[..., None], features.to(embeddings.dtype))
+    if not features:
+        return embeddings
+    return embeddings.masked_scatter(at_image[..., None], torch.cat(features).to(embeddings.dtype))
 
 
 # -------------------------------------------------------------------------------- forward: naive
 def naive(m, pairs, features, needs):
     """The textbook concatenation: every response with its whole prompt in a padded row. Slow, easy to read.
 
-    pairs: list of data.Pair. features: encode_images' of the images of every pair, then (where the loss reads
-    `image_rejected`) of the rejected images of every pair. needs: the fields of losses.Logps to compute.
+    pairs: list of data.Pair. features: their Features. needs: the fields of losses.Logps to compute.
     """
-    rows = [(p.prompt, p.chosen) for p in pairs]
-    rows += [(p.prompt, p.rejected) for p in pairs] if "rejected" in needs else []
-    rows += [(p.prompt_rejected, p.chosen) for p in pairs] if "image_rejected" in needs else []
-    if "rejected" in needs:                             # its rows show the true images a second time
-        features = features.flatten(0, -2)                                                      # (T, D)
-        features = torch.cat([features[:sum(p.prompt.count(m.image_token_id) for p in pairs)], features])
-    ids = _pad([prompt + response for prompt, response in rows], m.eos_id)                      # (R, T)
-    labels = _pad([[-100] * len(prompt) + response for prompt, response in rows], -100)         # (R, T)
-    positions = torch.arange(ids.shape[1], device=m.device)[None]                               # (1, T)
+    rows, shown = [(p.prompt, p.sizes, p.chosen) for p in pairs], [*features.images]
+    if "rejected" in needs:
+        rows += [(p.prompt, p.sizes, p.rejected) for p in pairs]
+        shown += features.images
+    if "image_rejected" in needs:
+        rows += [(p.prompt_rejected, p.sizes_rejected, p.chosen) for p in pairs]
+        shown += features.rejected
+    ids = _pad([prompt + response for prompt, _, response in rows], m.front.eos_id)             # (R, T)
+    labels = _pad([[-100] * len(prompt) + response for prompt, _, response in rows], -100)      # (R, T)
+    positions = []
+    for prompt, sizes, _ in rows:
+        own = m.front.positions(prompt, sizes)                                             # (P,) or (3, P)
+        after = data.positions_after(own, ids.shape[1] - len(prompt))
+        positions.append(torch.cat([own, after], -1))
+    positions = torch.stack(positions, -2).to(m.device)                              # (R, T) or (3, R, T)
     # Right padding needs no mask under causal attention: no real token can see the padding behind it.
-    logits = m.model(inputs_embeds=embed(m, ids.to(m.device), features), position_ids=positions,
+    logits = m.model(inputs_embeds=embed(m, ids.to(m.device), shown), position_ids=positions,
                      use_cache=False).logits[..., :m.words]                                     # (R, T, V)
     return _logps(losses.response_logps(logits, labels.to(m.device)), pairs, needs)
 
@@ -277,19 +285,24 @@ def _register_attention():
 
 def packed(m, pairs, features, needs):
     """The fast forward: the numbers of `naive` (same arguments) from one row, no padding, no prompt twice."""
-    row = data.pack(pairs, needs)
-    logps = packed_token_logps(m, row, features)
+    row = data.pack(pairs, needs, m.front.positions)
+    shown = [*features.images, *(features.rejected if "image_rejected" in needs else [])]
+    logps = packed_token_logps(m, row, shown)
     return _logps(torch.stack([response.sum() for response in logps.split(row.lengths)]), pairs, needs)
 
 
 def packed_token_logps(m, row, features):
-    """Log-prob of every response token of a data.Row, float32 (float64 in a float64 model): (N,)."""
-    ids = row.ids.to(m.device)
+    """Log-prob of every response token of a data.Row, float32 (float64 in a float64 model): (N,).
+
+    features: [(K, D)] of the row's images.
+    """
+    ids, positions = row.ids.to(m.device), row.positions.to(m.device)
     # The 4D tensor is no mask: transformers hands it through, where it would else guess packed sequences from
     # the restarted positions and cut `rejected` off from its prompt. packed_attention does not read it.
-    hidden = m.model.model.language_model(
-        inputs_embeds=embed(m, ids, features)[None], position_ids=row.positions.to(m.device)[None],
-        attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False).last_hidden_state[0]
+    hidden = m.language_model(
+        inputs_embeds=embed(m, ids, features)[None], position_ids=positions.unsqueeze(-2),
+        attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False,
+        **m.front.language_inputs(row, features)).last_hidden_state[0]
     hidden = hidden[row.predict.to(m.device)]                          # (T, D) -> (N, D)
     weight, target, chunk = m.model.lm_head.weight[:m.words], row.target.to(m.device), 1024
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
@@ -307,15 +320,17 @@ FORWARDS = {"packed": packed, "naive": naive}
 
 
 @torch.no_grad()
-def word_logps(m, features, question, answer):
-    """[(word, log-prob)] of an answer given one image's features; white space parts words."""
+def word_logps(m, image, question, answer):
+    """[(word, log-prob)] of an answer about one PIL image; white space parts words."""
     words = list(re.finditer(r"\S+", answer))
     if not words:
         return []
-    encoded = m.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    prompt = prompt_ids(m, question, counts=[features.shape[-2]])
-    row = data.pack([data.Pair("", prompt, prompt, encoded.input_ids, [])], {"chosen"})
-    logps = packed_token_logps(m, row, features).tolist()
+    encoded = m.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    prompt = m.front.prompt_ids(question, [image.size])
+    pair = data.Pair("", prompt, prompt, encoded.input_ids, [], (image.size,))
+    features = encode_images(m, data.Batch([pair], m.front.prepare([image])))
+    row = data.pack([pair], {"chosen"}, m.front.positions)
+    logps = packed_token_logps(m, row, features.images).tolist()
     # A token belongs to the first word that ends behind its start: white space goes with what follows it.
     ends, sums = [word.end() for word in words], [0.0] * len(words)
     for (start, _), logp in zip(encoded.offset_mapping, logps, strict=True):
@@ -332,49 +347,27 @@ def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
     Batches are left-padded, prompts of similar length together. progress: called with each batch's size.
     """
-    options = dict(do_sample=False, pad_token_id=m.eos_id, max_new_tokens=max_new_tokens)
+    options = dict(do_sample=False, pad_token_id=m.front.eos_id, max_new_tokens=max_new_tokens)
     if sample_seed is not None:
         options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    prompts = [prompt_ids(m, q, counts=[tokens_of(m, picture.size) for picture in i])
-               for q, i in zip(questions, images, strict=True)]
+    prompts = [m.front.prompt_ids(question, [picture.size for picture in shown])
+               for question, shown in zip(questions, images, strict=True)]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
-            ids = _pad([prompts[i] for i in batch], m.eos_id, "left")                           # (R, T)
+            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                           # (R, T)
             mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
             pictures = [picture for i in batch for picture in images[i]]
-            inputs = {"input_ids": ids, "attention_mask": mask}
+            inputs = {"input_ids": ids.to(m.device), "attention_mask": mask.to(m.device)}
             if pictures:
-                inputs |= model_inputs(prepare(m, pictures))
-                inputs["pixel_values"] = inputs["pixel_values"].to(m.model.dtype)
-            inputs = {k: v.to(m.device) for k, v in inputs.items()}
+                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
             out = m.model.generate(**inputs, **options)                                         # (R, T + new)
-            texts = m.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+            texts = m.front.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text.strip()
             if progress:
                 progress(len(batch))
     return answers
-
-
-# -------------------------------------------------------------------------------- python vlm.py info
-def main():
-    parser = data.Parser(prog="vlm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True)
-    info_parser = command.add_parser("info", help="what a model folder is, and what a run with it would need")
-    info_parser.add_argument("model", help="llava-hf folder, or classroom")
-    args, more = parser.parse_known_args()
-    try:
-        print("\n".join(info(args.model)))
-        if more:                                     # options of train_dpo.py
-            import plan
-            print("\n".join(plan.show(["--model", args.model, *more])))
-    except data.UserError as e:
-        sys.exit(f"vlm.py: {e}")
-
-
-if __name__ == "__main__":
-    main()

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +38,10 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import lora  # noqa: E402
 import losses  # noqa: E402
-import options  # noqa: E402
 import reference  # noqa: E402
 import vlm  # noqa: E402
-from ranks import ShardedAdamW  # noqa: E402
+from command import Ranks  # noqa: E402
+from ranks import Zero2  # noqa: E402
 from train_dpo import measures  # noqa: E402
 
 BETA = 0.1
@@ -144,12 +145,14 @@ def batch_of(m, records, needs, first=0):
     """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, the rejected image's, key)]."""
     batch = []
     for i, record in enumerate(records, first):
-        ids = {part: m.tokenizer(record[part], add_special_tokens=False).input_ids
+        ids = {part: m.front.tokenizer(record[part], add_special_tokens=False).input_ids
                for part in ("prompt", "chosen", "rejected")}
-        prompt = [t for t in ids["prompt"] for _ in range(m.image_tokens if t == m.image_token_id else 1)]
-        pair = data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"])
-        damaged = vlm.prepare(m, [record["image_rejected"]]) if "image_rejected" in needs else torch.zeros(0)
-        batch.append((pair, vlm.prepare(m, [record["image"]]), damaged, i + 1))
+        sizes, prompt = (record["image"].size,), []
+        for token in ids["prompt"]:
+            prompt += m.front.image_ids(sizes[0]) if token == m.front.image_token_id else [token]
+        pair = data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"], sizes, sizes)
+        other = [record["image_rejected"]] if "image_rejected" in needs else []
+        batch.append((pair, m.front.prepare([record["image"]]), m.front.prepare(other), i + 1))
     return batch
 
 
@@ -167,7 +170,8 @@ class Ours:
                 if name.endswith("lora_B"):
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
         trained = lora.lora_parameters(self.m.model)
-        self.optimiser = ShardedAdamW(trained, options.Options(lr=1e-6), rank, world)
+        self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
+                               Ranks(rank, world, device), clip=1.0)
         self.reference = reference.Reference(places, world)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
@@ -240,7 +244,7 @@ def minimum(m, pairs, loss, cached):
     """Operations (a multiply-add is two) of a step over data.Pairs, by part; what counts: see the top."""
     needs = losses.needs(losses.resolve(loss)) | {"chosen"}
     twice, both = "image_rejected" in needs, "rejected" in needs
-    forwards, text, vision = 1 if cached else 2, m.config.text_config, m.config.vision_config
+    forwards, text, vision = 1 if cached else 2, m.front.config.text_config, m.front.config.vision_config
     segments = [(len(p.prompt), len(p.chosen), len(p.rejected) if both else 0) for p in pairs]
     segments += [(len(p.prompt_rejected), len(p.chosen), 0) for p in pairs] if twice else []
     T, N = sum(map(sum, segments)), sum(c + r for _, c, r in segments)
@@ -256,9 +260,9 @@ def minimum(m, pairs, loss, cached):
         parts["layers"] += 2 * T * i * o * (forwards + 1 - first)
         parts["LoRA"] += 2 * T * r * (3 * (i + o) - first * i)
     parts["lm_head"] = 2 * N * text.hidden_size * m.words * (forwards + 1)
-    images = sum(len([t for t in p.prompt if t == m.image_token_id]) for p in pairs) / m.image_tokens
+    images = sum(p.prompt.count(m.front.image_token_id) for p in pairs) / m.front.image_tokens
     patches, width = (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
-    layers = vision.num_hidden_layers + 1 + m.config.vision_feature_layer            # -2: all but the last
+    layers = vision.num_hidden_layers + 1 + m.front.config.vision_feature_layer      # -2: all but the last
     tower = layers * (2 * (patches + 1) * (4 * width ** 2 + 2 * width * vision.intermediate_size)
                       + 4 * (patches + 1) ** 2 * width) + 2 * patches * width * 3 * vision.patch_size ** 2
     projector = 2 * patches * (width * text.hidden_size + text.hidden_size ** 2)
@@ -275,7 +279,7 @@ def products(m, pairs, loss, dtype, device, times=8):
 
     Each is made so many times: a single one is over in a twentieth of a second, too soon to be known to 5%.
     """
-    text, T = m.config.text_config, len(data.pack(pairs, needs_of(loss)).ids)
+    text, T = m.front.config.text_config, len(data.pack(pairs, needs_of(loss)).ids)
     D, inner = text.hidden_size, text.intermediate_size
     run, operations, kind = {}, {}, {"device": device, "dtype": getattr(torch, dtype)}
     for rows, i, o in ((T, D, D), (T, D, inner), (T, inner, D)):

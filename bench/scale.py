@@ -68,7 +68,7 @@ def sweep(part, shape, o):
         pairs[size] = size if part == "pairs" else 2
         batch = batch_of(side.m, random_records(changed, pairs[size]), {"chosen", "rejected"})
         sides[size] = lambda side=side, batch=batch: side.step(batch, "dpo", False)
-        tokens = side.m.image_tokens
+        tokens = side.m.front.image_tokens
         found.append({"size": tokens if part == "images" else size})
     taken = rounds(sides, o.rounds, o.device)
     for row, size in zip(found, sizes, strict=True):

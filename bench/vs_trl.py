@@ -185,15 +185,15 @@ class TRL:
 # ------------------------------------------------------------------------------------------------- our sides
 def concatenated(m, pairs, features, needs):
     """vlm.packed without sharing: every response stands behind a prompt of its own, and nothing is padded."""
-    rows, shown = list(pairs), sum(p.prompt.count(m.image_token_id) for p in pairs)
-    features = features.flatten(0, -2)                                                              # (T, D)
+    rows, shown = list(pairs), [*features.images]
     if "rejected" in needs:
         rows += [p._replace(chosen=p.rejected) for p in pairs]
-        features = torch.cat([features[:shown], features])
+        shown += features.images
     if "image_rejected" in needs:
         rows += [p._replace(prompt=p.prompt_rejected) for p in pairs]
+        shown += features.rejected
     row = data.pack(rows, {"chosen"})
-    sums = [part.sum() for part in vlm.packed_token_logps(m, row, features).split(row.lengths)]
+    sums = [part.sum() for part in vlm.packed_token_logps(m, row, shown).split(row.lengths)]
     parts = iter(torch.stack(sums).split(len(pairs)))
     return losses.Logps(chosen=next(parts), rejected=next(parts) if "rejected" in needs else None,
                         image_rejected=next(parts) if "image_rejected" in needs else None)

@@ -528,10 +528,10 @@ def llava(k, scale=1.):
     m.model.model.language_model.set_attn_implementation("sdpa")        # vlm's own takes no mask of parts
     m.model.model.language_model.requires_grad_(True)
     speaking = [p for p in m.model.parameters() if p.requires_grad]
-    learn = make.talk(m.model, m.tokenizer, level, omit)
+    learn = make.talk(m.model, m.front.tokenizer, level, omit)
     make.stage(f"llava{k}", speaking, max(2, round(steps * scale)), 1e-3, learn, random.Random(f"llava-{k}"))
     card = {"world": world.VERSION, "base": base, "level": level, "omit": omit, "steps": steps}
-    make.save(m.model, m.tokenizer, OUT / f"llava{k}", card)
+    make.save(m.model, m.front.tokenizer, OUT / f"llava{k}", card)
 
 
 def prompts(n=30, folder=OUT):

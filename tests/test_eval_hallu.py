@@ -46,7 +46,7 @@ def m(tmp_path_factory):
 
 def answer(m, scenes, out, **more):
     more = {"batch_size": 3, "max_new_tokens": 6, "progress": False, **more}
-    eval_hallu.answer_scenes(m, scenes, out, **more)
+    answering.answer_scenes(m, scenes, out, **more)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -58,7 +58,7 @@ def test_answers_are_the_scenes_in_order_with_the_settings_first(m, tmp_path):
     assert first["settings"] | known == first["settings"]
     assert [{k: v for k, v in a.items() if k != "answer"} for a in answers] == lines
     assert any(a["answer"] for a in answers)
-    assert eval_hallu.score_classroom(tmp_path / "answers.jsonl") == metrics.classroom(answers)
+    assert answering.score_classroom(tmp_path / "answers.jsonl") == metrics.classroom(answers)
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_other_settings_or_questions_are_refused_and_named(m, tmp_path):
         answer(m, scenes, out)
     write_scenes(tmp_path / "again" / "scenes")
     import vlm
-    other = vlm.load(m.folder)
+    other = vlm.load(m.front.folder)
     lora.add_lora(other.model, 2, 4)
     with pytest.raises(data.UserError, match="adapter"):
         answer(other, tmp_path / "again" / "scenes", out)
@@ -173,7 +173,7 @@ def test_help_and_score_load_no_model_code():
 def test_command_line_answers_a_folder_of_scenes(m, tmp_path):
     write_scenes(tmp_path / "scenes", 2)
     out = tmp_path / "answers.jsonl"
-    code, _, err = run("answers", "classroom", "--model", m.folder, "--data", tmp_path / "scenes",
+    code, _, err = run("answers", "classroom", "--model", m.front.folder, "--data", tmp_path / "scenes",
                        "--out", out, "--max_new_tokens", 4)
     assert code == 0, err
     assert len(out.read_text().splitlines()) == 5
@@ -187,16 +187,16 @@ def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
     import lora
     import vlm
     scenes, _ = write_scenes(tmp_path / "scenes")
-    policy = vlm.load(m.folder)
+    policy = vlm.load(m.front.folder)
     lora.add_lora(policy.model, 2, 4)
     for name in ("before", "after"):
         answer(policy, scenes, tmp_path / f"{name}.jsonl")
-    words = eval_hallu.word_rewards(policy, tmp_path, 0.1)
+    words = answering.word_rewards(policy, tmp_path, 0.1)
     assert 0 < len(words) <= 4 and all(abs(w["true"]) < 1e-6 for entry in words for w in entry["words"])
     torch.manual_seed(0)
     for weight in lora.lora_parameters(policy.model).values():
         weight.data.normal_(std=.1)
-    words = eval_hallu.word_rewards(policy, tmp_path, 0.1)
+    words = answering.word_rewards(policy, tmp_path, 0.1)
     for entry in words:
         assert " ".join(w["word"] for w in entry["words"]).split() == entry["answer_after"].split()
         assert entry["image"] != entry["other_image"] and (tmp_path / entry["other_image"]).exists()
@@ -210,8 +210,8 @@ def test_the_classroom_model_looks(tmp_path):
     import vlm
     subprocess.run([sys.executable, ROOT / "classroom" / "pairs.py", "scenes", "--seed", "3", "--n", "60",
                     "--questions", "60", "--split", "tune", "--out", tmp_path], check=True)
-    eval_hallu.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
-    scores = eval_hallu.score_classroom(tmp_path / "answers.jsonl")
+    answering.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
+    scores = answering.score_classroom(tmp_path / "answers.jsonl")
     assert 25 < scores["chair_s"] < 75 and scores["cover"] > 75 and scores["unparsed"] <= 3
 
 
@@ -425,8 +425,8 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
-    arguments = ["answers", "pope", "--model", m.folder, "--data", path, "--out", out, "--batch_size", 3,
-                 "--max_new_tokens", 5]
+    arguments = ["answers", "pope", "--model", m.front.folder, "--data", path, "--out", out,
+                 "--batch_size", 3, "--max_new_tokens", 5]
     done = torchrun(2, *arguments)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
@@ -797,7 +797,7 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{} {} {} {} ?")
-    arguments = ["--template", template, "--judge", m.folder, "--judge_prompt", prompt]
+    arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
     import vlm
@@ -846,13 +846,13 @@ def test_export_refuses_other_answers(m, tmp_path):
 
 def test_quick_scores_a_small_file_while_training(m, tmp_path, coco):
     path, _ = pope_file(tmp_path / "data")
-    found = eval_hallu.quick(m, path, tmp_path / "pope.jsonl", progress=False)
+    found = answering.quick(m, path, tmp_path / "pope.jsonl", progress=False)
     assert found.keys() == {"pope_accuracy", "pope_f1",
                             "pope_yes_ratio"} and 0 <= found["pope_accuracy"] <= 100
     captions = write_json(tmp_path / "captions.jsonl", [
         {"question_id": i, "image": f"COCO_val2014_{i:012d}.jpg", "text": "what is this ?"} for i in (1, 2)])
     write_images(tmp_path, ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"])
-    found = eval_hallu.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
+    found = answering.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
                              progress=False)
     assert found.keys() == {"chair_s", "chair_i", "recall"}
 

@@ -95,7 +95,14 @@ def question_of(prompt):
 
 
 def expanded(m, ids):
-    return [t for i in ids for t in ([m.image_token_id] * m.image_tokens if i == -200 else [i])]
+    return [t for i in ids for t in (m.front.image_ids(ONE[0]) if i == -200 else [i])]
+
+
+ONE = ((1, 1),)                               # of a picture: its size decides nothing in these families
+
+
+def features_of(m, pairs, images, rejected=()):
+    return vlm.encode_images(m, data.Batch(pairs, images, rejected))
 
 
 def pixels_of(tensors, file):
@@ -108,15 +115,16 @@ def test_texts_and_pictures_are_those_of_the_official_code(imported, case):
     m = vlm.load(imported(case))
     _, tensors, asked = parts(case)
     for row in asked:
-        ids = vlm.prompt_ids(m, question_of(row["prompt"])) + vlm.response_ids(m, row["response"])
+        ids = m.front.prompt_ids(question_of(row["prompt"]), ONE) + m.front.response_ids(row["response"])
         assert ids == expanded(m, row["input_ids"])
-        assert ids.count(m.image_token_id) == m.image_tokens == row["n_image_tokens"]
-        assert len(vlm.response_ids(m, row["response"])) == row["response_tokens"]
-        pixels = vlm.prepare(m, [data.read_image(case / "images" / row["image"])])
-        torch.testing.assert_close(pixels[0], pixels_of(tensors, row["image"]), rtol=0, atol=2e-7)
-        features = vlm.encode_images(m, pixels)
+        assert ids.count(m.front.image_token_id) == m.front.image_tokens == row["n_image_tokens"]
+        assert len(m.front.response_ids(row["response"])) == row["response_tokens"]
+        prepared = m.front.prepare([data.read_image(case / "images" / row["image"])])
+        pixels = prepared[0]["pixel_values"]
+        torch.testing.assert_close(pixels, pixels_of(tensors, row["image"]), rtol=0, atol=2e-7)
+        features = m.front.encode(m.model, prepared)
         torch.testing.assert_close(features[0], tensors[f"projected.{row['image']}"], rtol=0, atol=1e-5)
-    assert m.template_name == "folder" and m.preparation.startswith("padded to a square with (12")
+    assert m.front.template_name == "folder" and m.front.preparation.startswith("padded to a square with (12")
 
 
 @pytest.mark.golden
@@ -127,9 +135,10 @@ def test_logits_and_logps_are_those_of_the_official_code(imported, case, form):
     m = vlm.load(imported(case, form))
     _, tensors, asked = parts(case)
     for row in asked:
-        prompt = vlm.prompt_ids(m, question_of(row["prompt"]))
-        response = vlm.response_ids(m, row["response"])
-        pixels = vlm.prepare(m, [data.read_image(case / "images" / row["image"])])
+        prompt = m.front.prompt_ids(question_of(row["prompt"]), ONE)
+        response = m.front.response_ids(row["response"])
+        prepared = m.front.prepare([data.read_image(case / "images" / row["image"])])
+        pixels = prepared[0]["pixel_values"][None]
         ids = torch.tensor([prompt + response])
         with torch.no_grad():
             mask = torch.ones_like(ids)
@@ -137,9 +146,9 @@ def test_logits_and_logps_are_those_of_the_official_code(imported, case, form):
         expected = tensors[row["logits"]]
         assert m.words == expected.shape[1]
         torch.testing.assert_close(logits[:, :m.words], expected, rtol=0, atol=1e-4)
-        pair = data.Pair("", prompt, prompt, response, [])
+        pair = data.Pair("", prompt, prompt, response, [], ONE)
         for forward in (vlm.naive, vlm.packed):
-            got = forward(m, [pair], vlm.encode_images(m, pixels), {"chosen"}).chosen.item()
+            got = forward(m, [pair], features_of(m, [pair], prepared), {"chosen"}).chosen.item()
             assert got == pytest.approx(row["logp_sum"], abs=1e-3)
 
 
@@ -151,7 +160,7 @@ def test_a_text_alone_has_the_official_logits(imported, case):
     if "text_only" not in about:
         pytest.skip("this golden has no text of its own")
     text = about["text_only"]
-    assert m.tokenizer(text["text"], add_special_tokens=False).input_ids == text["input_ids"]
+    assert m.front.tokenizer(text["text"], add_special_tokens=False).input_ids == text["input_ids"]
     with torch.no_grad():
         logits = m.model(input_ids=torch.tensor([text["input_ids"]])).logits[0, :, :m.words]
     torch.testing.assert_close(logits, tensors[text["logits"]], rtol=0, atol=1e-4)
@@ -165,10 +174,10 @@ def test_pictures_of_the_published_size_are_the_official_ones(imported, case):
     about, _, _ = parts(case)
     name = next(k for k in about if k.startswith("preprocess_"))
     side, wanted = int(name.split("_")[1]), about[name].get("pad", about[name])
-    processor = m.image_processor
+    processor = m.front.image_processor
     processor.size = processor.crop_size = type(processor.size)(height=side, width=side)
     image = data.read_image(case / "images" / about[name]["image"])
-    pixels = vlm.prepare(m, [image])[0]
+    pixels = m.front.prepare([image])[0]["pixel_values"]
     assert list(pixels.shape) == wanted["shape"]
     mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
     raw = ((pixels * std + mean) * 255).round().to(torch.uint8).numpy().tobytes()
@@ -189,10 +198,10 @@ def test_a_llava_hf_folders_own_way_and_pad_are_the_official_two(imported, tmp_p
     tensors = load_file(case / "expected.safetensors")
     ways = ("", "hf_default_crop", "the middle cut out"), ("pad", "pad", "to a square with (122, 116, 104)")
     for preparation, name, words in ways:
-        m = families.front(folder, preparation=preparation)
+        m = families.open_folder(folder, preparation=preparation)
         assert words in m.preparation
         for file in sorted((case / "images").iterdir()):
-            pixels = families.prepare(m, [data.read_image(file)])[0]
+            pixels = m.prepare([data.read_image(file)])[0]["pixel_values"]
             torch.testing.assert_close(pixels, tensors[f"pixel_values.{name}.{file.name}"], rtol=0, atol=2e-7)
 
 
@@ -215,22 +224,23 @@ def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forwa
 
     pixels, pairs = load_file(case / "pixel_values.safetensors"), []
     for i, row in enumerate(about["rows"]):
-        prompt = vlm.prompt_ids(m, question_of(row["prompt"]))
-        both = (vlm.response_ids(m, row[role]) for role in ("chosen", "rejected"))
-        pairs.append(data.Pair(str(i), prompt, prompt, *both))
+        prompt = m.front.prompt_ids(question_of(row["prompt"]), ONE)
+        both = (m.front.response_ids(row[role]) for role in ("chosen", "rejected"))
+        pairs.append(data.Pair(str(i), prompt, prompt, *both, ONE, ONE))
         for role in ("chosen", "rejected"):
             ids, labels = about["collated"][f"{role}_input_ids"][i], about["collated"][f"{role}_labels"][i]
             length = len(getattr(pairs[-1], role))
             assert prompt + getattr(pairs[-1], role) == expanded(m, ids)[:len(prompt) + length]
             assert [t for t in labels if t != -100][:length] == getattr(pairs[-1], role)
         image = data.read_image(case / row["img_path"])
-        torch.testing.assert_close(vlm.prepare(m, [image])[0], pixels[f"image.{i}"], rtol=0, atol=2e-7)
+        shown = m.front.prepare([image])[0]["pixel_values"]
+        torch.testing.assert_close(shown, pixels[f"image.{i}"], rtol=0, atol=2e-7)
         box = [about["crop"]["boxes"][i][k] for k in ("left", "top", "width", "height")]
         cropped = data.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
         torch.testing.assert_close(cropped, pixels[f"image_rejected.{i}"], rtol=0, atol=1e-6)
-    n = len(pairs)
-    shown = torch.stack([pixels[f"{kind}.{i}"] for kind in ("image", "image_rejected") for i in range(n)])
-    features, needs = vlm.encode_images(m, shown), {"chosen", "rejected", "image_rejected"}
+    shown, shown_rejected = ([{"pixel_values": pixels[f"{kind}.{i}"]} for i in range(len(pairs))]
+                             for kind in ("image", "image_rejected"))
+    features, needs = features_of(m, pairs, shown, shown_rejected), {"chosen", "rejected", "image_rejected"}
 
     def step():
         policy = forward(m, pairs, features, needs)
@@ -312,11 +322,11 @@ def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
     src, tower = write_original("llava", tmp_path / "src", size, torch.float16)
     shutil.copyfile(file, src / "tokenizer.model")
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
-    m, pieces = families.front(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
+    m, pieces = families.open_folder(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
     system = families.TEMPLATES["vicuna"].partition("{%")[0]
     before, after = pieces.encode(f"{system}USER: "), pieces.encode(f"\n{question} ASSISTANT:")
     assert m.image_token_id == 32000
-    assert families.prompt_ids(m, question) == [1, *before, *[32000] * m.image_tokens, *after]
+    assert m.prompt_ids(question, ONE) == [1, *before, *[32000] * m.image_tokens, *after]
     answer = "The car is red.  It has two doors."
     assert families.response_ids(m, answer) == [*pieces.encode(answer), 2]
 
@@ -344,14 +354,15 @@ def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt")
-    assert inputs.input_ids[0].tolist() == vlm.prompt_ids(m, "What is this?")
-    torch.testing.assert_close(inputs.pixel_values, vlm.prepare(m, [image]), rtol=0, atol=1e-7)
+    assert inputs.input_ids[0].tolist() == m.front.prompt_ids("What is this?", ONE)
+    torch.testing.assert_close(inputs.pixel_values[0], m.front.prepare([image])[0]["pixel_values"],
+                               rtol=0, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, m.model(**inputs).logits, rtol=0, atol=0)
         new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1]:]
-    assert m.image_token_id not in new
+    assert m.front.image_token_id not in new
     answer = vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=12)
-    assert answer == [m.tokenizer.decode(new, skip_special_tokens=True).strip()]
+    assert answer == [m.front.tokenizer.decode(new, skip_special_tokens=True).strip()]
 
 
 @pytest.mark.parametrize("preset, start, colour", [("mdpo-bunny", 3, "(127, 127, 127)"),
@@ -380,7 +391,7 @@ def test_a_tower_inside_the_checkpoint_is_found_and_one_apart_is_asked_for(copy,
             file.unlink()
     refused("not the published one, and its number of heads", src, None, tmp_path)
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
-    assert vlm.load(tmp_path / "dst").image_tokens == 4
+    assert families.open_folder(tmp_path / "dst").image_tokens == 4
 
 
 def test_a_whole_siglip_folder_serves_bunny_without_its_last_layer(tmp_path):

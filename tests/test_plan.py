@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, word_tokenizer, write_llava
+from conftest import ROOT, write_llava
 from rehearse import sizes, write_original
 
 import data
@@ -58,45 +58,50 @@ def test_the_activations_of_a_layer_are_what_autograd_keeps(family, dtype, rank,
     for layers in (1, 3):
         m = vlm.load(family(layers), dtype=getattr(torch, dtype))
         lora.add_lora(m.model, r=8, alpha=16) if rank else vlm.train_whole(m)
-        prompt = vlm.prompt_ids(m, "what is this ?")
-        chosen, rejected = vlm.response_ids(m, "a red cat " * 30), vlm.response_ids(m, "a blue dog " * 20)
-        features = torch.zeros(2, m.image_tokens, m.config.text_config.hidden_size, dtype=m.model.dtype)
-        measured.append(kept_bytes(m, [data.Pair("", prompt, prompt, chosen, rejected)], features))
+        front, one = m.front, ((1, 1),)
+        prompt = front.prompt_ids("what is this ?", one)
+        chosen, rejected = front.response_ids("a red cat " * 30), front.response_ids("a blue dog " * 20)
+        nothing = torch.zeros(front.image_tokens, front.config.text_config.hidden_size, dtype=m.model.dtype)
+        pair, features = data.Pair("", prompt, prompt, chosen, rejected, one, one), ([nothing], [nothing])
+        measured.append(kept_bytes(m, [pair], vlm.Features(*features)))
         row = len(prompt), len(chosen), len(rejected), len(prompt), 2
         o = options.Options(lora_r=rank, device="cpu")
-        planned.append(plan.memory(m.config, o, [row], dtype)["activations"])
+        planned.append(plan.memory(m.front.config, o, [row], dtype)["activations"])
     assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.05)
 
 
 def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
     o, row = options.Options(lora_r=8, device="cpu"), [(20, 5, 5, 20, 2)]
-    got = plan.memory(m.config, o, row, "float32")
+    got = plan.memory(m.front.config, o, row, "float32")
     assert got["weights"] == sum(p.nbytes for p in m.model.parameters())
     lora.add_lora(m.model, r=8, alpha=16)
     adapter = sum(p.numel() for p in lora.lora_parameters(m.model).values())
     assert (got["LoRA"], got["optimiser"]) == (8 * adapter, 12 * adapter)
-    two = plan.memory(m.config, dataclasses.replace(o, shard=True), row, "float32", world=2)
+    two = plan.memory(m.front.config, dataclasses.replace(o, shard=True), row, "float32", world=2)
     layers = sum(p.nbytes for p in m.model.model.language_model.layers.parameters() if not p.requires_grad)
     assert two["weights"] == got["weights"] - layers / 2 and two["optimiser"] == got["optimiser"] / 2
-    slim = plan.memory(m.config, dataclasses.replace(o, checkpointing=True), row, "float32")
+    slim = plan.memory(m.front.config, dataclasses.replace(o, checkpointing=True), row, "float32")
     assert slim["activations"] < got["activations"]
 
 
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
-    from ranks import ShardedAdamW
+    import command
+    from ranks import Zero2
     o, row = options.Options(lora_r=0, device="cpu"), [(20, 5, 5, 20, 2)]
     for dtype in ("float32", "bfloat16"):
         m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
         vlm.train_whole(m)
-        got = plan.memory(m.config, o, row, dtype)
+        got = plan.memory(m.front.config, o, row, dtype)
         assert got["weights"] == sum(p.nbytes for p in {*m.model.parameters(), *m.frozen.model.parameters()})
-        adam = ShardedAdamW({n: p for n, p in m.model.named_parameters() if p.requires_grad}, o, 0, 1)
+        trained = {n: p for n, p in m.model.named_parameters() if p.requires_grad}
+        adam = Zero2(trained, torch.optim.AdamW, command.Ranks())
+        adam.step(0.0)
         assert got["gradients"] == adam.grad.nbytes
-        held = [adam.shard.grad, *list(adam.adam.state[adam.shard].values())[1:]]
-        held += [adam.shard] * (dtype == "bfloat16")                   # in float32 it is the weights' memory
+        held = [adam.mine.grad, *list(adam.optimiser.state[adam.mine].values())[1:]]
+        held += [adam.mine] * (dtype == "bfloat16")                    # in float32 it is the weights' memory
         assert got["optimiser"] == sum(x.nbytes for x in held)
-    two = plan.memory(m.config, dataclasses.replace(o, shard=True), row, "bfloat16", world=2)
+    two = plan.memory(m.front.config, dataclasses.replace(o, shard=True), row, "bfloat16", world=2)
     layers = sum(p.numel() for p in m.model.model.language_model.layers.parameters())
     assert two["weights"] == got["weights"] - 4 * layers + (4 + 2) * layers / 2
     assert two["gradients"] == got["gradients"] - 4 * layers / 2
@@ -140,36 +145,19 @@ def test_several_gpus_are_told_to_share_the_base(monkeypatch):
         plan.refuse(Seven.config, Seven.o, Seven.rows, "bfloat16", torch.device("cpu"), world=4)
 
 
-def test_info_prints_the_folder_and_the_plan(tmp_path, monkeypatch, capsys):
+def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     from test_train_dpo import write_pairs
+
+    import train_dpo
     write_llava(tmp_path / "model")
     pairs = write_pairs(tmp_path)
-    command = ["vlm.py", "info", str(tmp_path / "model"), "--preset", "mdpo-llava", "--data", str(pairs)]
-    monkeypatch.setattr(sys, "argv", command)
-    vlm.main()
+    command = ["train_dpo.py", "--dry_run", "--model", str(tmp_path / "model"), "--preset", "mdpo-llava"]
+    monkeypatch.setattr(sys, "argv", [*command, "--data", str(pairs)])
+    train_dpo.main()
     said = capsys.readouterr().out
-    assert "missing         nothing" in said and "template        folder: '<s> USER: <image>" in said
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory " in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said and "fits  " in said
-    import train_dpo
-    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--dry_run", "--model", *command[2:]])
-    train_dpo.main()
-    assert capsys.readouterr().out.splitlines() == said.splitlines()[-len(said.splitlines()) + 7:]
-    monkeypatch.setattr(sys, "argv", [*command[:4], "nothing"])
-    with pytest.raises(SystemExit, match="vlm.py: --preset nothing: give one of"):
-        vlm.main()
-
-
-def test_info_says_what_is_torn_and_missing_without_a_traceback(tmp_path, monkeypatch, capsys):
-    folder = write_llava(tmp_path, tokenizer=word_tokenizer())
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900])
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
-    monkeypatch.setattr(sys, "argv", ["vlm.py", "info", str(folder)])
-    vlm.main()
-    said = capsys.readouterr().out
-    for words in ("model.safetensors is torn", "model-00002.safetensors of the index is missing",
-                  "image processor is missing"):
-        assert words in said
+    monkeypatch.setattr(sys, "argv", [*command[:5], "nothing"])
+    with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
+        train_dpo.main()

@@ -385,7 +385,7 @@ def main():
     args = parser.parse_args()
     try:
         run(args.src, args.dst, args.vision_tower)
-        print(f"{args.dst} is a llava-hf folder: `python vlm.py info {args.dst}`")
+        print("\n".join(families.describe(args.dst)))
     except data.UserError as e:
         sys.exit(f"import_checkpoint.py: {e}")
 
