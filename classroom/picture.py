@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from classroom import world  # noqa: E402
 
