@@ -1,17 +1,15 @@
-"""How far AMBER's and CHAIR's scores are from the official ones when nouns.py finds the nouns.
+"""How far AMBER's and CHAIR's scores are from the official ones when our rules find the nouns.
 
-    python bench/nouns.py                          tables for the README, a minute
-    python bench/nouns.py --shared D --golden D    where the benchmarks' files lie (default ../shared), and
-                                                   results of the official code (default its golden/)
+    python bench/nouns.py    a minute
 
 Compared are scores, in points: CHAIR, Cover, Hal and Cog of AMBER with our nouns and with those that NLTK's
-tagger and WordNet found; CHAIR of COCO captions with our lemmas and with the official scorers'. Captions that
-models wrote of COCO images have no truth of AMBER's, so each is set beside an AMBER image: the one of whose
-truth it names most, each image once; or any, ten times over. Their official lemmas are ours where the golden
-table of lemmas is silent. For OPERA's CHAIR the mentions in them are compared: by the official tagger's parts
-of speech and by ours, the lemmas being ours; these rules too were written with these captions in sight.
+tagger and WordNet found; CHAIR of COCO captions with our lemmas and with the official scorers'. Captions
+that models wrote of COCO images have no truth of AMBER's, so each is set beside an AMBER image: the one of
+whose truth it names most, each image once; or any, ten times over. Their official lemmas are ours where the
+golden table of lemmas is silent. For OPERA's CHAIR the mentions in them are compared: by the official
+tagger's parts of speech and by ours, the lemmas being ours; these rules too were written with these
+captions in sight.
 """
-import argparse
 import json
 import random
 import re
@@ -21,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]          # the repository
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
 import metrics  # noqa: E402
 import nouns  # noqa: E402
 import objects  # noqa: E402
@@ -140,17 +139,18 @@ def bench_opera(shared, golden):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--golden", type=Path)
-    options = parser.parse_args()
-    golden = options.golden or options.shared / "golden"
+    parser = data.Parser(prog="bench/nouns.py", description=__doc__)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared",
+                        help="folder of the benchmarks' published files (../shared)")
+    parser.add_argument("--golden", type=Path,
+                        help="folder of the official code's results (golden/ in that of --shared)")
+    o = parser.parse_args()
+    golden = o.golden or o.shared / "golden"
     if not (golden / "amber").is_dir():
-        sys.exit(f"bench/nouns.py: {golden} holds no amber folder; give --shared and --golden")
-    bench_amber(options.shared, golden)
-    bench_chair(options.shared, golden)
-    bench_opera(options.shared, golden)
+        parser.error(f"{golden} holds no amber folder; give --shared and --golden")
+    bench_amber(o.shared, golden)
+    bench_chair(o.shared, golden)
+    bench_opera(o.shared, golden)
 
 
 if __name__ == "__main__":

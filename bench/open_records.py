@@ -1,7 +1,7 @@
 """Seconds and peak memory of opening preference pairs.
 
-    python bench/open_records.py              a million records as JSON lines, then as a JSON array
-    python bench/open_records.py FILE         a file of your own
+    python bench/open_records.py         a million JSON lines, and an array
+    python bench/open_records.py FILE    a file of your own
 
 JSON lines are indexed (a second for a million); an array is read whole.
 """
@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 
 LAYOUTS = {"a.jsonl": ("", "\n", "\n"), "a.json": ("[", ",\n", "]\n")}      # before, between, after records
@@ -43,8 +44,8 @@ def write(path, n):
 
 def main():
     parser = data.Parser(prog="bench/open_records.py", description=__doc__)
-    parser.add_argument("file", nargs="?", help="preference pairs [written anew]")
-    parser.add_argument("--n", type=int, default=1_000_000, help="records to write [%(default)s]")
+    parser.add_argument("file", nargs="?", help="preference pairs (written anew)")
+    parser.add_argument("--n", type=int, default=1_000_000, help="records to write (%(default)s)")
     o = parser.parse_args()
     if o.file:
         return measure(o.file)

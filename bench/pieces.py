@@ -1,7 +1,7 @@
 """What each piece of kernels.py saves, beside the code that it stands for: forward and backward, in turns.
 
-    python bench/pieces.py                                    one pinned core, float32: a minute
-    python bench/pieces.py --device cuda --dtype bfloat16     on a GPU
+    python bench/pieces.py                                   a minute
+    python bench/pieces.py --device cuda --dtype bfloat16    on a GPU
 
 Sizes are those of a micro-batch of two pairs of the shape (bench/limit.py). The code on the other side is
 transformers' or torch's.
@@ -10,19 +10,8 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from limit import (
-    ROOT,
-    SHAPES,
-    arguments,
-    command,
-    heading,
-    machine,
-    middle,
-    pin,
-    report,
-    rounds,
-    transformers_quietly,
-)
+from limit import middle, pin, rounds, transformers_quietly
+from section import ROOT, SHAPES, arguments, command, heading, machine, report
 
 sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402

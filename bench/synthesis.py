@@ -1,18 +1,25 @@
-"""What each stage of synth.py needs on a GPU, as Markdown: published models are built without weights, from
-their published sizes, and their numbers counted. Seconds on any machine, and nothing is downloaded.
+"""What each stage of synth.py needs on a GPU, as Markdown.
 
-    python bench/synthesis.py
+    python bench/synthesis.py    a minute on any machine, without downloads
 
-Weights are in float16 or bfloat16, ImageReward in float32; GB is 10**9 bytes. `answers at once` is what a
-card's rest holds of cached keys and values for answers of 4,000 tokens (2,928 of a 1024-pixel image, the
-question, up to 1,000 new ones), a tenth of the card left free for activations, which were not measured.
+Published models are built without weights, from their published sizes, and their numbers counted. Weights
+are in float16 or bfloat16, ImageReward in float32; GB is 10**9 bytes. `answers at once` is what a card's
+rest holds of cached keys and values for answers of 4,000 tokens (2,928 of a 1024-pixel image, the question,
+up to 1,000 new ones), a tenth of the card left free for activations, which were not measured.
 """
-import torch
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 
 CARDS, FREE, TOKENS = (24e9, 80e9), .9, 4000
 
 
 def count(build):
+    """Numbers in a model that `build` makes."""
+    import torch
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())
 
@@ -90,8 +97,10 @@ def table():
     return lines
 
 
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+def main():
+    data.Parser(prog="bench/synthesis.py", description=__doc__).parse_args()
     print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Preference pairs of the classroom's world, and scenes to examine a model on.
 
     python classroom/pairs.py --seed 0 --n 1000 --out D      pairs
-    python classroom/pairs.py --on_policy classroom --out D  of the model's words
+    python classroom/pairs.py --on_policy classroom --out D  the model's words
     python classroom/pairs.py scenes --out D                 see scenes --help
 
 D holds pairs.jsonl or scenes.jsonl, and images/*.png. All take a few seconds and are decided by the seed
