@@ -31,13 +31,15 @@ Where this departs from the papers and from the official mDPO code:
 4. `sft` is in neither paper: it is the plainest baseline, imitating the chosen response.
 """
 import inspect
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch.nn.functional import logsigmoid
 
 
-class Logps(NamedTuple):
+@dataclass(frozen=True)
+class Logps:
     """What a loss sees of one model, each (B,). A field that the loss does not read is None."""
     chosen: torch.Tensor | None = None              # log π(y_w | m_w, q)
     rejected: torch.Tensor | None = None            # log π(y_l | m_w, q)
@@ -102,36 +104,49 @@ def resolve(name, anchors="w"):
         if part not in LOSSES:
             raise ValueError(f"loss {part!r} is not in losses.py: give a sum (+) of {', '.join(LOSSES)}.")
         loss = LOSSES[part]
-        terms.append((loss, {"anchors": anchors} if "anchors" in inspect.signature(loss).parameters else {}))
+        if "anchors" in inspect.signature(loss).parameters:
+            loss = partial(loss, anchors=anchors)
+        terms.append(loss)
 
     def total(policy, reference, beta, delta=0.0):
-        return sum(loss(policy, reference, beta, delta, **bound) for loss, bound in terms)
+        return sum(loss(policy, reference, beta, delta) for loss in terms)
     return total
 
 
+# Two pairs of made-up numbers, in which no two fields are alike.
+EXAMPLE = Logps(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2.0], [4.0, 3.0]]))
+
+
 def needs(loss):
-    """The fields of Logps that a loss reads, found by calling it once on a tuple that takes notes."""
-    seen = set()
+    """The fields of Logps that a loss reads, found by calling it on two pairs that take notes.
 
-    class Noting(Logps):
-        def __getattribute__(self, name):
-            seen.update({name} & set(Logps._fields))
-            return super().__getattribute__(name)
+    Raises ValueError for a loss that reads another field, or that gives no (B,) of finite numbers with a
+    gradient.
+    """
+    seen, known = set(), [field.name for field in fields(Logps)]
 
-        def __getitem__(self, index):
-            seen.update([Logps._fields[index]] if isinstance(index, int) else Logps._fields[index])
-            return super().__getitem__(index)
+    class Noting:
+        def __getattr__(self, name):
+            if name not in known:
+                raise ValueError(f"it reads the field {name!r}: give one of {', '.join(known)}.")
+            seen.add(name)
+            return getattr(EXAMPLE, name).clone().requires_grad_()
 
-        def __iter__(self):                                                # unpacking reads them all
-            seen.update(Logps._fields)
-            return super().__iter__()
-
-    example = Noting(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2.0], [4.0, 3.0]]))
-    loss(example, example, 0.1, 0.0)
-    return seen or set(Logps._fields)                                      # read where no note can be taken
+    value = loss(Noting(), Noting(), 0.1, 0.0)
+    if not torch.is_tensor(value) or value.shape != (2,):
+        got = getattr(value, "shape", type(value).__name__)
+        raise ValueError(f"it gives {got} for two pairs: return one value a pair, of shape (B,).")
+    if not value.isfinite().all() or not value.requires_grad:
+        raise ValueError("its values for two made-up pairs are not finite, or have no gradient: compute them "
+                         "from the policy's log-probabilities.")
+    return seen
 
 
 def rewards(policy, reference, beta):
     """r = beta * (policy - reference) of chosen, rejected, image_rejected, each (B,) or None: for the log."""
-    return tuple(None if p is None or r is None else (beta * (p - r)).detach()
-                 for p, r in zip(policy[:3], reference[:3], strict=True))
+    found = []
+    for name in ("chosen", "rejected", "image_rejected"):
+        ours, theirs = getattr(policy, name), getattr(reference, name)
+        known = ours is not None and theirs is not None
+        found.append((beta * (ours - theirs)).detach() if known else None)
+    return tuple(found)

@@ -23,14 +23,14 @@ def read_pair(m, records, good, place, o, needs, epoch):
     record = records[good[place]]
     images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
     damaged = [data.read_image(x) for x in record["images_rejected"] or [] if "image_rejected" in needs]
-    seed, other = f"{o.seed}/{epoch}" if o.redraw else o.seed, None
+    seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
     names = [f"{record['id']}/{n}" if n else record["id"] for n in range(len(images))]
     cropped = "image_rejected" in needs and not damaged and o.crop_pixels
     if "image_rejected" in needs and not damaged and not cropped:
-        if o.image_rejected == "random":
-            another = records[good[data.other_index(seed, record["id"], place, len(good))]]
-            other = data.read_image(another["images"][0])
-        damaged = [data.rejected_image(o.image_rejected, image, seed, name, other)
+        def other():
+            index = data.other_index(seed, record["id"], place, len(good))
+            return data.read_image(records[good[index]]["images"][0])
+        damaged = [data.rejected_image(o.image_rejected, image, seed, name, other, record)
                    for name, image in zip(names, images, strict=True)]
     pair, _ = tokenise(m.front, record, o, [image.size for image in damaged])
     both, n = m.front.prepare(images + damaged), len(images)

@@ -63,7 +63,7 @@ def classroom_files(o, out):
             if done.returncode:
                 why = (done.stderr.strip() or "no word why").splitlines()[-1]
                 raise data.UserError(f"{program} failed: {why}")
-    built_in = (families.resolve(o.model) / "classroom.json").exists()
+    built_in = (data.model_folder(o.model) / "classroom.json").exists()
     if built_in:
         make(out / "scenes", "scenes", "--seed", str(o.eval_seed), "--split", o.split,
              "--n", str(o.scenes), "--questions", str(o.questions))
@@ -364,9 +364,9 @@ def falling(chosen):
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        if "--dry_run" in sys.argv:
-            return print("\n".join(plan.show([x for x in sys.argv[1:] if x != "--dry_run"])))
         o = options.parse(sys.argv[1:], __doc__)
+        if o.dry_run:
+            return print("\n".join(plan.show(o)))
         ranks = command.join(o.device)
         summary, out = train(o, ranks)
         if rank == 0:
@@ -377,7 +377,7 @@ def main():
             print("\n".join(report.table(summary)))
             print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
         ranks.barrier()
-    except (data.UserError, lora.AdapterError, metrics.AnswerError) as e:
+    except (data.UserError, metrics.AnswerError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)

@@ -1,7 +1,7 @@
 """Seconds and peak memory of opening preference pairs.
 
-    python bench/open_records.py         a million JSON lines, and an array
-    python bench/open_records.py FILE    a file of your own
+    python bench/open_records.py              a million JSON lines, then an array
+    python bench/open_records.py FILE         a file of your own
 
 JSON lines are indexed (a second for a million); an array is read whole.
 """
@@ -44,8 +44,8 @@ def write(path, n):
 
 def main():
     parser = data.Parser(prog="bench/open_records.py", description=__doc__)
-    parser.add_argument("file", nargs="?", help="preference pairs (written anew)")
-    parser.add_argument("--n", type=int, default=1_000_000, help="records to write (%(default)s)")
+    parser.add_argument("file", nargs="?", help="preference pairs [written anew]")
+    parser.add_argument("--n", type=int, default=1_000_000, help="records to write [%(default)s]")
     o = parser.parse_args()
     if o.file:
         return measure(o.file)

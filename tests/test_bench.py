@@ -129,7 +129,6 @@ def test_the_third_side_computes_what_the_product_does(folder):
     """The concatenation that shares no prompt: the same log-probs, so that its time can stand beside ours."""
     import vs_trl
 
-    import losses
     import reference
     import vlm
     side = limit.Ours(folder, TINY)
@@ -138,7 +137,7 @@ def test_the_third_side_computes_what_the_product_does(folder):
     features, pairs = reference.encode(side.m, batch), [b[0] for b in batch]
     with torch.no_grad():
         one, other = (f(side.m, pairs, features, needs) for f in (vlm.packed, vs_trl.concatenated))
-    for field in losses.Logps._fields[:3]:
+    for field in ("chosen", "rejected", "image_rejected"):
         torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=1e-5, atol=0)
 
 
