@@ -1,4 +1,4 @@
-"""classroom/papers/page.py: what reproduce.py found, as a page and as Markdown, whatever is missing from it."""
+"""classroom/papers/page.py: what reproduce.py found, as a page and as Markdown, whatever is missing."""
 import copy
 import re
 import sys
