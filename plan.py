@@ -148,65 +148,32 @@ def refuse(config, o, lengths, dtype, device, world=1):
                              f"{fix}; --set check_memory=false tries all the same")
 
 
+LARGER = "shard the base over more GPUs (torchrun, --shard), or take a smaller model or a larger GPU"
+
+
 def advice(model, o, lengths, dtype, world, room):
     """The first change of options after which a run might fit, in words; or what it would take."""
-    ways = [("--micro_batch 1", {"micro_batch": 1}, dtype), ("--dtype bfloat16", {}, "bfloat16")]
-    if not o.lora_r:
-        ways.append(("--lora_r 64", {"lora_r": 64}, dtype))
-    if world > 1:
-        ways.append(("--shard", {"shard": True}, dtype))
+    ways = [("--micro_batch 1", {"micro_batch": 1}, dtype), ("--dtype bfloat16", {}, "bfloat16"),
+            ("--lora_r 64", {"lora_r": o.lora_r or 64}, dtype), ("--shard", {"shard": world > 1}, dtype)]
     for words, change, kind in ways:
         if sum(memory(model, replace(o, **change), lengths, kind, world).values()) <= room:
             return f"pass {words}"
-    return ("no option makes it small enough: shard the base over several GPUs (torchrun, --shard), take a "
-            "smaller model or a larger GPU")
+    return LARGER
 
 
 def out_of_memory(o, world=1):
-    """The sentence for a step that has run out of memory: what is not set yet and saves the most."""
-    ways = []
-    if not o.checkpointing:
-        ways.append("--set checkpointing=true")
-    if o.micro_batch > 1:
-        ways.append("--micro_batch 1")
-    if world > 1 and not o.shard:
-        ways.append("--shard")
-    if ways:
-        return f"out of memory: pass {' '.join(ways)}"
-    return (f"out of memory: shorten the pairs (--set max_length, now {o.max_length}), shard the base over "
-            "more GPUs (torchrun, --shard) or take a larger GPU")
+    """The sentence for a step that has run out of memory: pass what saves memory and is not set yet."""
+    ways = {"--set checkpointing=true": not o.checkpointing, "--micro_batch 1": o.micro_batch > 1,
+            "--shard": world > 1 and not o.shard}
+    unset = [words for words, saves in ways.items() if saves]
+    if unset:
+        return f"out of memory: pass {' '.join(unset)}"
+    return f"out of memory: shorten the pairs (--set max_length), {LARGER}"
 
 
 # -------------------------------------------------------------------------------- --dry_run
-def lines(front, o, records, lengths, world=1, device=None):
-    """The plan as lines of text. device: where it would run, None for a GPU that is not here."""
-    each = [tokens(length) for length in lengths]
-    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(each) / o.batch))
-    mean = sum(each) / len(each)
-    dtype = o.dtype
-    if dtype == "auto":
-        dtype = "float32" if device and device.type == "cpu" else "bfloat16"
-    model = skeleton(front.config)
-    parts = memory(model, o, lengths, dtype, world)
-    need, where = sum(parts.values()), f"on each of {world} GPUs" if world > 1 else "on one GPU"
-    if device and device.type == "cpu":
-        where = "on the CPU"
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    found = [f"pairs           {len(each):,} of {len(records):,} in {records.path}",
-             f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
-             f"tokens          {mean:,.0f} a pair, {max(each):,} at most; "
-             f"{mean * o.batch * steps:,.0f} in all",
-             f"memory          at least {need / GIB:.1f} GiB {where}, {dtype}: {listed}"]
-    if device:
-        room, name = capacity(device)
-        found.append(f"room            {room / GIB:.1f} GiB, {name}")
-        if need > room:
-            found.append(f"does not fit    {advice(model, o, lengths, dtype, world, room)}")
-    return found
-
-
 def show(o):
-    """The plan of a run, as lines."""
+    """The plan of a run, as lines of text: for this machine's GPUs, or for one that is not here."""
     from records import Records, check
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
@@ -215,9 +182,29 @@ def show(o):
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
     good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
     _, lengths = usable(front, records, good, o, needs)
+    each = [tokens(length) for length in lengths]
+    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(each) / o.batch))
+    mean = sum(each) / len(each)
+
+    # ---- memory ----
     gpus = torch.cuda.device_count()
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
-    device = torch.device("cuda", 0) if gpus else None
+    dtype, where = o.dtype, f"on each of {world} GPUs" if world > 1 else "on one GPU"
+    if dtype == "auto":
+        dtype = "float32" if o.device == "cpu" else "bfloat16"
     if o.device == "cpu":
-        device = torch.device("cpu")
-    return lines(front, o, records, lengths, world, device)
+        where = "on the CPU"
+    model = skeleton(front.config)
+    parts = memory(model, o, lengths, dtype, world)
+    need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    found = [f"pairs           {len(each):,} of {len(records):,} in {records.path}",
+             f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
+             f"tokens          {mean:,.0f} a pair, {max(each):,} at most; "
+             f"{mean * o.batch * steps:,.0f} in all",
+             f"memory          at least {need / GIB:.1f} GiB {where}, {dtype}: {listed}"]
+    if gpus or o.device == "cpu":
+        room, name = capacity(torch.device(o.device or "cuda"))
+        found.append(f"room            {(room or 0) / GIB:.1f} GiB, {name}")
+        if room and need > room:
+            found.append(f"does not fit    {advice(model, o, lengths, dtype, world, room)}")
+    return found

@@ -43,7 +43,6 @@ import diagnose
 import families
 import lora
 import losses
-import metrics
 import options
 import plan
 import vlm
@@ -377,7 +376,7 @@ def main():
             print("\n".join(report.table(summary)))
             print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
         ranks.barrier()
-    except (data.UserError, metrics.AnswerError) as e:
+    except data.UserError as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)

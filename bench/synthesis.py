@@ -46,7 +46,6 @@ def stages():
     )
 
     import rewards
-    from bench.imagereward import TEXT, VISION
     t5 = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
                   feed_forward_proj="gated-gelu")
     small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -65,7 +64,7 @@ def stages():
     paint = {"transformer": count(lambda: SD3Transformer2DModel(**sd3)),
              "VAE": count(lambda: AutoencoderKL(**vae))}
     found = [("encode prompts", texts, 2, 0), ("paint", paint, 2, 0),
-             ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(VISION, TEXT))}, 4, 0)]
+             ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(**rewards.PUBLISHED))}, 4, 0)]
     vicuna = {"vocab_size": 32064, "max_position_embeddings": 4096}
     for name, config in (
             ("mistral-7b", MistralConfig(vocab_size=32064, num_key_value_heads=8)),
