@@ -75,8 +75,9 @@ LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "same_theme"), "chosen": ("
 
 
 def value(line, measure, when):
-    """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true image
-    minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured."""
+    """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true
+    image minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured.
+    """
     if measure not in LOOK:
         return line[when][measure]
     found = line[when].get("look") or {}

@@ -19,8 +19,8 @@ def analysis():
 
 def share(k, n):
     """A share of n in percent with Wilson's 95% interval."""
-    import gallery
-    low, high = gallery.wilson(k, n)
+    from gallery import wilson
+    low, high = wilson(k, n)
     return 100 * k / n, 100 * low, 100 * high
 
 

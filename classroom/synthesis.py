@@ -537,13 +537,13 @@ def llava(k, scale=1.):
 
 def prompts(n=30, folder=OUT):
     """n unlike prompts of each theme, of train scenes, and the two questions."""
-    import topics
+    from topics import distinct
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     rng, found = random.Random("prompts"), {t: [] for t in world.THEMES}
     while min(map(len, found.values())) < n:
         s = easy(rng)
         lines = found[s.theme]
-        if len(lines) < n and len(topics.distinct([*lines, prompt(s)], .5)) > len(lines):
+        if len(lines) < n and len(distinct([*lines, prompt(s)], .5)) > len(lines):
             lines.append(prompt(s))
     for theme, lines in found.items():
         (folder / "prompts" / f"{theme}.txt").write_text("\n".join(lines) + "\n")
