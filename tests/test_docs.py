@@ -109,7 +109,7 @@ def test_links_within_the_repository_lead_somewhere(file):
 def said_by(words, monkeypatch):
     """What a command prints, which must end well: `train_dpo.py --help`, `-m model.import_checkpoint ...`."""
     monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
-    monkeypatch.setattr(sys, "path", [*sys.path, str((ROOT / words[0]).parent)])        # as where it is started
+    monkeypatch.setattr(sys, "path", [*sys.path, str((ROOT / words[0]).parent)])    # as a script has it
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
         if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
