@@ -66,9 +66,9 @@ def layers(model):
 def add_lora(model, r, alpha, targets=None, seed=0):
     """Freeze `model`, adapt linear layers, return their names.
 
-    targets: None for all linear layers of the language model, or names: a bare one (q_proj) means those of its
-    layers, a dotted one (multi_modal_projector.linear_1) every layer whose full name ends so. lm_head is never
-    adapted. Raises UserError for a target that is no layer.
+    targets: None for all linear layers of the language model, or names: a bare one (q_proj) means layers of
+    the language model, a dotted one (multi_modal_projector.linear_1) every layer whose full name ends so.
+    lm_head is never adapted. Raises UserError for a target that is no layer.
     """
     if layers(model):
         raise UserError("the model already carries an adapter: merge it or load the model anew")

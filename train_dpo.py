@@ -206,7 +206,7 @@ def train(o, rank, world, device):
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
     trained = {name: p for name, p in m.model.named_parameters() if p.requires_grad}
     optimiser = ShardedAdamW(trained, o, rank, world)
-    reference, base = Reference(len(good), world, sharding), vlm.identity(m)
+    reference, base = Reference(len(good), world, sharding), data.identity(m.front.folder)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
     log = Log(out / "log.jsonl", state["log_bytes"], rank)

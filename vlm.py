@@ -22,7 +22,6 @@ import bisect
 import contextlib
 import copy
 import ctypes
-import hashlib
 import mmap
 import re
 import sys
@@ -79,9 +78,8 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         if hasattr(family.config.text_config, name):
             setattr(family.config.text_config, name, 0.0)
     kind = getattr(transformers, family.architecture)
-    model, found = families.part(family.folder, kind, "model", "copy the checkpoint again",
-                                 dtype=stored_type(family.folder) or dtype, config=family.config,
-                                 output_loading_info=True)
+    model, found = data.from_folder(kind, family.folder, "model", "copy the checkpoint again",
+                                    dtype="auto", config=family.config, output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
@@ -123,21 +121,13 @@ def base_of(m):
             yield m
 
 
-def stored_type(folder):
-    """The type of all weights in the files; None where they differ.
+def forget(mapped):
+    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
 
-    Loaded in that type, transformers maps the files and copies nothing: what follows reads them once.
+    Without it loading would need the memory of the weights twice.
     """
-    headers = [families.read_header(path) for path in folder.glob("*.safetensors")]
-    found = {about["dtype"] for header in headers for about in header.values()}
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return types.get(found.pop()) if len(found) == 1 else None
-
-
-def forget(tensor):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes."""
     page = mmap.PAGESIZE
-    first, last = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    first, last = -(-mapped.data_ptr() // page) * page, (mapped.data_ptr() + mapped.nbytes) // page * page
     if sys.platform == "linux" and last > first:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
@@ -154,23 +144,6 @@ def keep_memory():
         trim_threshold, mmap_max = -1, -4                                          # as malloc.h numbers them
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
-
-
-def identity(m):
-    """What tells one base from another: 16 hex digits of a hash over config.json and the weights files.
-
-    Of each file the name, the size and 64 spread blocks of 64 KiB (all of it, up to 4 MiB): a tuned model
-    differs nearly everywhere, and 14 GB are not read a second time.
-    """
-    digest = hashlib.sha256((m.front.folder / "config.json").read_bytes())
-    for path in sorted([*m.front.folder.glob("*.safetensors"), *m.front.folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(64):
-                file.seek(size * block // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------- images in the model
