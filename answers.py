@@ -22,6 +22,10 @@ from tqdm import tqdm
 import benchmarks
 import data
 import metrics
+import nouns
+import objects
+
+LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
 
 
 def read_scenes(path):
@@ -201,6 +205,37 @@ def read_answers(path):
         raise metrics.AnswerError(f"{path} answers {len(lines)} of {settings['questions']} questions; run "
                                   "the same `answers` command again, it goes on where it stopped")
     return settings, lines
+
+
+def score_classroom(answers_path):
+    """-> metrics.classroom of an answers file."""
+    return metrics.classroom(read_answers(answers_path)[1])
+
+
+def difference(before_path, after_path):
+    """-> metrics.difference of two answers files."""
+    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
+
+
+def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
+    """{measure: percent} of a small file of questions, asked of a model as it is while it is trained.
+
+    path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
+    scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
+    answer_questions, such as batch_size.
+    """
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
+    kind = "pope" if "label" in data.read_records(path)[0] else "objhal"
+    questions = benchmarks.questions(kind, [path], images)
+    answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
+    lines = benchmarks.read_answers([out_path])
+    if kind == "pope":
+        scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
+        return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
+    classes, about = objects.synonyms(benchmarks.read_text(synonyms)), objects.image_ids(lines)
+    truth = objects.coco_truth(*benchmarks.coco(annotations, about), classes, nouns.singulars, about)
+    scores, _ = metrics.chair(lines, truth, classes, nouns.singulars)
+    return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}
 
 
 def word_rewards(m, run_folder, beta, images=12, n=4):

@@ -5,22 +5,20 @@
 
 One file that works offline: 100 questions with both answers, each on a side drawn from --seed. A rater
 chooses with keys or buttons and downloads the votes, which become win, tie and loss: the human evaluation of
-mDPO, section 4.3 of https://arxiv.org/abs/2406.11839. Apart from report.py, whose pages forbid scripts: this
-one needs one, and forbids everything else. Whose side is whose stands in it only encoded, for `score votes`.
+mDPO, section 4.3 of https://arxiv.org/abs/2406.11839. The page runs the one script that it needs and forbids
+everything else. Whose side is whose is in it only encoded, for `score votes`.
 """
 import base64
 import hashlib
-import io
 import json
 from collections import Counter
-from html import escape
 from itertools import combinations
 
 import numpy as np
 
 import benchmarks
 import data
-import report
+import page
 
 TEXTS = ("answer", "response", "model_answer", "text")      # where files keep the answer, the likeliest first
 
@@ -36,7 +34,7 @@ def question(line):
 
 
 # ---------------------------------------------------------------------------------------------- the page
-STYLE = report.CSS + """
+STYLE = """
 main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
 font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
 .bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
@@ -160,7 +158,7 @@ def write(both, names, out, images=None, n=100, seed=0):
     places = benchmarks.find_images(images, [a for _, a, _ in shown]) if images else [None] * len(shown)
     for (key, a, b), path in zip(shown, places, strict=True):
         if path and path not in pictures:
-            pictures[path] = picture(path)
+            pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
         items.append({"question": question(a), "first": text(first).strip(), "second": text(second).strip(),
                       "image": list(pictures).index(path) + 1 if path else 0})
@@ -170,29 +168,15 @@ def write(both, names, out, images=None, n=100, seed=0):
                "images": ["", *pictures.values()]}
     content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     island = json.dumps(content).replace("<", "\\u003c")
-    allowed = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'sha256-{allowed}'"
-    data.atomic_write(out, f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<title>Which answer is better?</title><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}"><style>{STYLE}</style></head>
-<body><main><h1>Which answer is better?</h1>{BODY}</main>
-<script type="application/json" id="data">{island}</script><script>{SCRIPT}</script></body></html>
-""")
+    body = f'{BODY}<script type="application/json" id="data">{island}</script>'
+    data.atomic_write(out, page.page("Which answer is better?", body, STYLE, SCRIPT))
     return len(shown), len(drawn) - len(shown)
-
-
-def picture(path, side=640):
-    """An image as a data: URL, made small."""
-    image, buffer = data.read_image(path), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(buffer, kind := "png" if max(image.size) <= 160 else "jpeg")
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------- the votes
 def read_votes(paths):
     """-> (what the page was, {rater: {item: "a" | "tie" | "b"}}). Raises UserError: nothing is guessed."""
-    page, key, raters = None, None, {}
+    shown, key, raters = None, None, {}
     for path in paths:
         votes = benchmarks.read_json(path, dict)
         try:
@@ -209,11 +193,11 @@ def read_votes(paths):
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise data.UserError(f"{path} is no file of votes as the page downloads it; ask its rater for it "
                                  "again") from error
-        if page not in (None, this):
+        if shown not in (None, this):
             raise data.UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
         if rater in raters:
             raise data.UserError(f"{path} is a second file by {rater!r}; give one file a rater")
-        page, raters[rater] = this, chosen
+        shown, raters[rater] = this, chosen
     if not any(raters.values()):
         raise data.UserError(f"{paths[0]} holds no vote yet; choose on the page, then download the votes")
     return key, raters

@@ -8,6 +8,7 @@ Ours, where the official codes differ or leave a choice:
  1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -109,17 +110,22 @@ def append_jsonl(target, record):
                         "lines; free space and run the command again") from error
 
 
-def parse(text, place):
-    """One JSON object; a fault names `place(its line)`."""
+def decode(text, place):
+    """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:       # ValueError covers bytes that are not UTF-8, too
-        line, why = 1, error
-        if isinstance(error, json.JSONDecodeError):     # its own line number counts from the start of `text`
-            line, why = error.lineno, f"{error.msg} at column {error.colno}"
-        raise UserError(f"{place(line)}: broken JSON ({why}); mend or delete the record") from error
+        return json.loads(text)
+    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
+        where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
+        where, why = place(1), error
+    raise UserError(f"{where}: broken JSON ({why}); fix or delete it")
+
+
+def parse(text, place):
+    """The object of a JSON text; a fault names `place(its line)`."""
+    record = decode(text, place)
     if not isinstance(record, dict):
-        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; mend or delete it")
+        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; fix or delete it")
     return record
 
 
@@ -138,17 +144,22 @@ def read_jsonl(path, torn_ok=False):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
 def read_json(path, default=None):
     """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
     path = Path(path)
     if default is not None and not path.exists():
         return default
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: broken JSON ({error}); replace the file") from error
+    return decode(text, lambda line: f"{path}, line {line}")
 
 
 def read_records(path, torn_ok=True):
@@ -168,12 +179,20 @@ def read_records(path, torn_ok=True):
     return records
 
 
-def inside(root, path, what):
+def read_bytes(path):
+    """A file's bytes. Raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+
+
+def inside(root, path, what, fix="move it inside"):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
-    found = os.path.realpath(os.path.join(root, path))
+    found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside")
+        raise UserError(f"{what}: {path} leaves the folder {root}; {fix}")
     return found
 
 
@@ -231,65 +250,28 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
-# ---- the index: where records begin and end ----
+# ---- the index: where the lines of a file begin and end ----
 
-def _chunks(path, size=1 << 20):                        # fits the processor's cache: twice as fast as 16 MiB
-    offset = 0
+def index_lines(path, size=1 << 20):
+    """(starts, ends, numbers): bytes and, from 1, line numbers of a file's lines that are not blank."""
+    found, at = [], 0
     with open(path, "rb") as file:
-        while chunk := file.read(size):
-            while chunk.endswith(b"\\") and (more := file.read(1)):    # never part \\ from what follows
-                chunk += more
-            yield offset, chunk
-            offset += len(chunk)
-
-
-def index_lines(path):
-    """Starts, ends and numbers of the lines that are not blank."""
-    breaks = [np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + at for at, chunk in _chunks(path)]
-    ends = np.concatenate([*breaks, [os.path.getsize(path)]])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    keep = ends > starts
-    with open(path, "rb") as file:
-        for i in np.flatnonzero(keep & (ends - starts < 16)):
+        while chunk := file.read(size):                 # fits the processor's cache: twice as fast as 16 MiB
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
+            at += len(chunk)
+        ends = np.concatenate([*found, [at]])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        filled = ends > starts
+        for i in np.flatnonzero(filled & (ends - starts < 16)):
             file.seek(starts[i])
-            keep[i] = bool(file.read(ends[i] - starts[i]).strip())
-    return starts[keep], ends[keep], np.flatnonzero(keep) + 1
-
-
-MARKS = bytes(b"{[}]\"\n".find(bytes([byte])) // 2 + 1 for byte in range(256))     # 1 opens, 2 closes
-
-
-def index_array(path):
-    """Starts, ends and lines of what a top-level array (or object) holds, by brackets outside strings."""
-    found, depth, quoted, line = [], 0, 0, 1
-    for offset, chunk in _chunks(path):
-        text, kind = np.frombuffer(chunk, np.uint8), np.frombuffer(chunk.translate(MARKS), np.uint8)
-        marks = np.flatnonzero(kind != 0)
-        kind, newline = kind[marks], text[marks] == ord("\n")
-        quote = (kind == 3) & ~newline
-        run, back = np.flatnonzero(quote), 1
-        while len(run := run[(marks[run] >= back) & (text[marks[run] - back] == ord("\\"))]):
-            quote[run] ^= True                          # after an odd number of backslashes it ends no string
-            back += 1
-        strings, rows = quoted + np.cumsum(quote), line + np.cumsum(newline)
-        step = np.array([0, 1, -1, 0])[kind] * (strings % 2 == 0)
-        level = depth + np.cumsum(step)
-        opens, closes = (level == 2) & (step > 0), (level == 1) & (step < 0)
-        found.append((marks[opens] + offset, marks[closes] + offset + 1, rows[opens]))
-        if len(marks):
-            depth, quoted, line = level[-1], strings[-1] % 2, rows[-1]
-    starts, ends, lines = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    with open(path, "rb") as file:
-        file.seek(ends[-1] if len(ends) else 0)
-        if depth or quoted or file.read().split() not in ([b"]"], [b"}"], [b"[]"], [b"[", b"]"]):
-            file.seek(0)
-            parse(file.read(), lambda at: f"{path}, line {at}")    # slow, but it names the line that breaks
-    return starts, ends, lines
+            filled[i] = bool(file.read(ends[i] - starts[i]).strip())
+    return starts[filled], ends[filled], np.flatnonzero(filled) + 1
 
 
 # ---- images ----
 
 NARROW = 100                                            # longer side by shorter, at most
+SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
 
 @contextlib.contextmanager
@@ -311,9 +293,12 @@ def _opened(source):
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
 
 
-def read_image(source):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+def read_image(source, as_stored=False):
+    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do.
+    as_stored: in its own mode and not turned."""
     with _opened(source) as file:
+        if as_stored:
+            return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -325,6 +310,25 @@ def image_size(source):
     with _opened(source) as file:
         turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
         return file.size[::-1] if turned else file.size
+
+
+def image_url(source, side=None):
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels where that is given.
+
+    In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
+    """
+    raw = b""
+    if not side:
+        raw = source if isinstance(source, bytes) else read_bytes(source)
+    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
+    if not kind:
+        image, kind, buffer = read_image(source), "png", io.BytesIO()
+        if side:
+            image.thumbnail((side, side))
+            kind = "jpeg" if max(image.size) > SMALL else "png"
+        image.save(buffer, kind)
+        raw = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----

@@ -2,7 +2,7 @@
 
     found = look(m, records, good, o, "after")      # {"n": 200, "margin": {"true": [0.9, 0.8, 1], ...}, ...}
 
-train_dpo.py calls it with every evaluation; it stands there under `look`, in log.jsonl and in the report. The
+train_dpo.py calls it with every evaluation: `look` in summary.json, in log.jsonl and in the report. The
 pairs are the first `--set look=200` with one image of --val_data, or, for the classroom's models and data,
 pairs by pair_options about tuning scenes (the same for every --seed and --data; never a printed scene).
 
@@ -21,14 +21,16 @@ reward, beta * (policy - reference), 0 for all before training.
     logps_chosen           log p(chosen) with the true image; logps_chosen_change: minus the reference's
     kl                     KL(policy || reference) of an answer, in nats. One answer a pair is drawn from the
                            policy at temperature 1, cut at max_new_tokens; the mean of its log p minus the
-                           reference's. It is unbiased and noisy: an interval may reach below 0.
+                           reference's. It is unbiased and noisy: an interval may reach below 0. Before
+                           training it is 0, and nothing is drawn.
 
 `other` gives every image to exactly one other pair, and so does `same_theme` within its theme: their means
 differ from that of `true` by who sees which image, and by nothing else.
 """
 import json
+import math
 import random
-from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,73 +42,81 @@ import vlm
 from plan import tokenise
 from records import Records
 
-RESPONSES = {"chosen", "rejected"}
+RESPONSES = ("chosen", "rejected")
+
+
+class Job(NamedTuple):
+    """One of the shown pairs with an image in its prompt: its own, none to speak of, or another pair's."""
+    kind: str                 # true, blank, other, same_theme
+    pair: int                 # place among the shown records
+    image: int                # whose image
 
 
 def look(m, records, good, o, name, kept=None):
-    """The numbers above, of the model as it stands; {} where fewer than two records have one image.
+    """The numbers above, of the model as it is; {} where fewer than two records have one image.
 
     records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
     micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
     and reference are one. kept: the file in which `before` leaves the reference's log p for the others.
     Nothing is left changed, random generators included. Raises UserError.
     """
-    shown = list(islice((r for r in map(records.__getitem__, good) if len(r["images"]) == 1), o.look))
+    shown = with_one_image(records, good, o.look)
     if len(shown) < 2:
         return {}
-    images = [r["images"][0] for r in shown]
-    themes = [r["meta"].get("theme") for r in shown]
-    other, alike = partners([t or i for t, i in zip(themes, images, strict=True)], o.eval_seed)
-    alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
-    own = {i: i for i in range(len(shown))}
-    jobs = [(kind, *ij) for kind, which in (("true", own), ("blank", own), ("other", other),
-                                            ("same_theme", alike)) for ij in which.items()]
-
-    def scores(model):
-        """log p of the two responses of every job, chosen first: (jobs, 2)."""
-        rows = []
-        for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
-            some = jobs[at:at + o.micro_batch]
-            pictures = [shut(data.read_image(images[j]), kind) for kind, _, j in some]
-            pairs = [tokenise(model.front, shown[i], o, [picture.size])[0]
-                     for (_, i, _), picture in zip(some, pictures, strict=True)]
-            pairs = [pair._replace(prompt=pair.prompt_rejected, sizes=pair.sizes_rejected)
-                     for pair in pairs]                                          # with this very picture
-            rows.append(score(model, pairs, pictures, RESPONSES, o))
-        return np.concatenate(rows)
-    mine = frozen = scores(m)
-    if kept and name == "before":
-        data.atomic_write(kept, json.dumps(mine.tolist()))
-    elif kept and kept.exists():
-        frozen = np.array(json.loads(kept.read_text()))
-    elif name != "before":
-        with vlm.base_of(m) as base:
-            frozen = scores(base)
-    policy = {kind: np.full((len(shown), 2), np.nan) for kind, *_ in jobs}       # (n, chosen and rejected)
-    change = {kind: np.full((len(shown), 2), np.nan) for kind in policy}         # policy minus reference
-    for (kind, i, _), row, base_row in zip(jobs, mine, frozen, strict=True):
-        policy[kind][i], change[kind][i] = row, row - base_row
+    jobs, images = jobs_of(shown, o.eval_seed), [record["images"][0] for record in shown]
+    policy = reference = scores(m, shown, jobs, o, name)                    # (J, 2)
+    drawn = np.zeros(len(shown))                                            # log ratios of drawn answers (n,)
+    if name != "before":
+        reference = reference_scores(m, shown, jobs, o, name, kept)
+        drawn = divergence(m, shown, o)
+    elif kept:
+        data.atomic_write(kept, json.dumps(policy.tolist()))
 
     def mean(values):
         return interval(values, images, o.eval_seed)
-
-    found = {"n": len(shown)}
-    for name, scores, scale in (("preference", policy, 1), ("margin", change, o.beta)):
-        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in scores.items()}
-        found[name] = {kind: mean(x) for kind, x in margins.items()}
-        found[f"{name}_true_minus"] = {kind: mean(margins["true"] - x) for kind, x in margins.items()
-                                       if kind != "true"}
-    return found | {"logps_chosen": mean(policy["true"][:, 0]),
-                    "logps_chosen_change": mean(change["true"][:, 0]),
-                    "kl": mean(divergence(m, shown, o, name != "before"))}
+    found, change = {"n": len(shown)}, policy - reference
+    for measure, values, scale in (("preference", policy, 1), ("margin", change, o.beta)):
+        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in by_kind(jobs, values).items()}
+        found[measure] = {kind: mean(x) for kind, x in margins.items()}
+        true = margins.pop("true")
+        found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
+    found["logps_chosen"] = mean(by_kind(jobs, policy)["true"][:, 0])
+    found["logps_chosen_change"] = mean(by_kind(jobs, change)["true"][:, 0])
+    return found | {"kl": mean(drawn)}
 
 
 def made(out):
     """(records, indices) of the pairs that the classroom's runs hold out; None in another run."""
     file = out / "held_out" / "pairs.jsonl"
-    if file.exists():
-        records = Records(file)
-        return records, range(len(records))
+    if not file.exists():
+        return None
+    records = Records(file)
+    return records, range(len(records))
+
+
+# ---- which pair is shown which image ----
+def with_one_image(records, good, most):
+    """The first records, at most `most` of them, that have one image."""
+    found = []
+    for i in good:
+        if len(found) == most:
+            break
+        record = records[i]
+        if len(record["images"]) == 1:
+            found.append(record)
+    return found
+
+
+def jobs_of(shown, seed):
+    """The Jobs of all records, kind by kind."""
+    images = [record["images"][0] for record in shown]
+    themes = [record["meta"].get("theme") for record in shown]
+    groups = [theme or image for theme, image in zip(themes, images, strict=True)]
+    other, alike = partners(groups, seed)
+    own = range(len(shown))
+    jobs = [Job("true", i, i) for i in own] + [Job("blank", i, i) for i in own]
+    jobs += [Job("other", i, j) for i, j in other.items()]
+    return jobs + [Job("same_theme", i, j) for i, j in alike.items() if themes[i] and images[i] != images[j]]
 
 
 def partners(groups, seed):
@@ -121,49 +131,93 @@ def partners(groups, seed):
         together.setdefault(groups[i], []).append(i)
     row = sum(together.values(), [])                         # group after group: a step of the largest leaves
     step = min(max(map(len, together.values())), len(row) // 2)
-    return (dict(zip(row, row[step:] + row[:step], strict=True)),
-            {i: j for g in together.values() if len(g) > 1 for i, j in zip(g, g[1:] + g[:1], strict=True)})
+    other, alike = turned(row, step), {}
+    for group in together.values():
+        if len(group) > 1:
+            alike |= turned(group, 1)
+    return other, alike
 
 
-def shut(picture, kind):
-    """The picture, or for `blank` one of its size that shows nothing."""
-    return data.rejected_image("blank", picture, 0, "") if kind == "blank" else picture
+def turned(row, step):
+    """Each of a row with the one `step` places on; after the last comes the first."""
+    return dict(zip(row, row[step:] + row[:step], strict=True))
+
+
+# ---- log-probs ----
+def scores(m, shown, jobs, o, name):
+    """log p of the two responses of every job, chosen first: (J, 2)."""
+    rows = []
+    for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
+        pairs, pictures = [], []
+        for job in jobs[at:at + o.micro_batch]:
+            picture = data.read_image(shown[job.image]["images"][0])
+            if job.kind == "blank":
+                picture = data.rejected_image("blank", picture, 0, "")
+            pair, _ = tokenise(m.front, shown[job.pair], o, [picture.size])
+            pairs.append(pair._replace(prompt=pair.prompt_rejected, sizes=pair.sizes_rejected))
+            pictures.append(picture)
+        logps = forward(m, pairs, pictures, set(RESPONSES), o)
+        rows.append(np.stack([getattr(logps, role).double().cpu().numpy() for role in RESPONSES], 1))
+    return np.concatenate(rows)
+
+
+def reference_scores(m, shown, jobs, o, name, kept):
+    """scores of the model before training: as `before` left them, where it did."""
+    if kept and kept.exists():
+        return np.array(json.loads(kept.read_text()))
+    with vlm.base_of(m) as base:
+        return scores(base, shown, jobs, o, name)
+
+
+def divergence(m, shown, o):
+    """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
+    front, pairs = m.front, []
+    pictures = [data.read_image(record["images"][0]) for record in shown]
+    questions = [record["question"] for record in shown]
+    texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens,
+                         batch_size=64 if front.is_classroom else 16, sample_seed=o.eval_seed)
+    for record, picture, text in zip(shown, pictures, texts, strict=True):
+        prompt = front.prompt_ids(record["question"], [picture.size])
+        ids = front.tokenizer(text, add_special_tokens=False).input_ids
+        answer = [*(token for token in ids if token != front.image_token_id), front.eos_id]
+        pairs.append(data.Pair(record["id"], prompt, prompt, answer[:o.max_new_tokens], [], (picture.size,)))
+    with vlm.base_of(m) as base:
+        reference = answer_logps(base, pairs, pictures, o)
+    return answer_logps(m, pairs, pictures, o) - reference
+
+
+def answer_logps(m, pairs, pictures, o):
+    """log p of what the pairs call chosen: (n,)."""
+    found = []
+    for at in range(0, len(pairs), o.micro_batch):
+        some = slice(at, at + o.micro_batch)
+        found.append(forward(m, pairs[some], pictures[some], {"chosen"}, o).chosen.double().cpu().numpy())
+    return np.concatenate(found)
 
 
 @torch.no_grad()
-def score(m, pairs, pictures, needs, o):
-    """log p of the responses that `needs` names, chosen first: float64 (B, number of needs)."""
+def forward(m, pairs, pictures, needs, o):
+    """losses.Logps of pairs with one picture each."""
     features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
-    logps = vlm.FORWARDS[o.forward](m, pairs, features, needs)
-    return torch.stack([getattr(logps, field) for field in sorted(needs)], 1).double().cpu().numpy()
+    return vlm.FORWARDS[o.forward](m, pairs, features, needs)
 
 
-def divergence(m, shown, o, moved):
-    """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    if not moved:
-        return np.zeros(len(shown))
-    pictures = [data.read_image(r["images"][0]) for r in shown]
-    texts = vlm.generate(m, [[p] for p in pictures], [r["question"] for r in shown], o.max_new_tokens,
-                         batch_size=64 if m.front.is_classroom else 16, sample_seed=o.eval_seed)
-    pairs = []
-    for r, picture, text in zip(shown, pictures, texts, strict=True):
-        prompt = m.front.prompt_ids(r["question"], [picture.size])
-        ids = m.front.tokenizer(text, add_special_tokens=False).input_ids
-        ids = [t for t in ids if t != m.front.image_token_id]
-        answer = [*ids, m.front.eos_id][:o.max_new_tokens]
-        pairs.append(data.Pair(r["id"], prompt, prompt, answer, [], (picture.size,)))
-
-    def scores(model):
-        return np.concatenate([score(model, pairs[at:at + o.micro_batch], pictures[at:at + o.micro_batch],
-                                     {"chosen"}, o) for at in range(0, len(pairs), o.micro_batch)])[:, 0]
-    with vlm.base_of(m) as base:
-        frozen = scores(base)
-    return scores(m) - frozen
+# ---- means ----
+def by_kind(jobs, values):
+    """{kind: (n, 2)} of the jobs' values (J, 2), n pairs; nan where a pair has no job of a kind."""
+    found, n = {}, 1 + max(job.pair for job in jobs)
+    for job, row in zip(jobs, values, strict=True):
+        if job.kind not in found:
+            found[job.kind] = np.full((n, 2), np.nan)
+        found[job.kind][job.pair] = row
+    return found
 
 
 def interval(values, images, seed, resamples=1000):
     """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
-    there = [{"image": image, "sum": x, "n": 1} for image, x in zip(images, values, strict=True) if x == x]
-    _, draws = tally.add_up(there, lambda item: {k: item[k] for k in ("sum", "n")}, seed, resamples)
-    point = sum(item["sum"] for item in there) / len(there)
-    return [round(float(x), 6) for x in (point, *tally.interval(draws["sum"] / draws["n"], point))]
+    items = [{"image": image, "sum": x, "n": 1} for image, x in zip(images, values, strict=True)
+             if not math.isnan(x)]
+    _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed, resamples)
+    point = sum(item["sum"] for item in items) / len(items)
+    low, high = tally.interval(draws["sum"] / draws["n"], point)
+    return [round(float(x), 6) for x in (point, low, high)]

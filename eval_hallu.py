@@ -22,52 +22,21 @@ import sys
 from pathlib import Path
 
 import benchmarks
-import chat
 import compare
 import data
 import judge
 import metrics
 import nouns
 import objects
-from answers import answer_questions, answer_scenes, read_answers, word_rewards
-
-__all__ = ["answer_scenes", "difference", "quick", "score_classroom", "word_rewards"]     # for train_dpo.py
+from answers import LENGTHS, answer_questions, answer_scenes, read_answers
 
 
 # ---------------------------------------------------------------------------------------------- score
-def score_classroom(answers_path):
-    """-> metrics.classroom of an answers file."""
-    return metrics.classroom(read_answers(answers_path)[1])
-
-
-def difference(before_path, after_path):
-    """-> metrics.difference of two answers files."""
-    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
-
-
 def items_classroom(answers):
     """What each answer adds to the sums, {measure: [numerator, denominator]}, and its hallucinated words."""
     for a in answers:
         yield {"id": a["id"], "kind": a["kind"], "answer": a["answer"],
                "hallucinated": metrics.hallucinated(a["answer"], a["truth"]), "sums": metrics.judge(a)[0]}
-
-
-def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
-    """{measure: percent} of a small file of questions, asked of a model as it stands while it is trained.
-
-    path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
-    scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
-    answers.answer_questions, such as batch_size.
-    """
-    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
-    kind = "pope" if "label" in next(iter(chat.read_records(path)), {}) else "objhal"
-    questions = benchmarks.questions(kind, [path], images)
-    answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
-    o = argparse.Namespace(questions=[path], annotations=annotations, synonyms=synonyms, scorer="original",
-                           nouns="builtin", extractor="none", mode="robust", partial=False)
-    scores, _ = (pope if kind == "pope" else chair)(o, chat.read_records(out_path))
-    kept = ("accuracy", "f1", "yes_ratio") if kind == "pope" else ("chair_s", "chair_i", "recall")
-    return {f"{'pope_' * (kind == 'pope')}{key}": 100 * scores[key] for key in kept}
 
 
 # Each of these: the options and the lines of the answers file -> (scores, items).
@@ -177,7 +146,6 @@ def table(benchmark, scores):
 
 
 # ---------------------------------------------------------------------------------------------- command line
-LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
 SCORES = {"classroom": classroom, "pope": pope, "amber": amber, "chair": chair, "mmhal": mmhal}
 
 

@@ -9,7 +9,7 @@
     similarity   Fig. 6: each prompt's mean similarity to the other prompts, each response's to the others
                  that answer the same question; cosines of --encoder, else of weighted word counts
 
-A file of its own, for it only reads; numbers are computed here, the page's look is report.py's.
+A file of its own, for it only reads; numbers are computed here, the page's look is page.py's.
 """
 import itertools
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 import chat
 import data
-import report
+import page
 
 ASK_JUDGE = ("Two pictures were made from this description:\n{prompt}\nWhich shows it better: the first (A) "
              "or the second (B)? Reply with A, B or tie.")
@@ -79,9 +79,8 @@ def judged(run, ranked):
             same += 1
             continue
         *places, first[r["id"]] = pair
-        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in places]
-        text = {"type": "text", "text": ASK_JUDGE.format(prompt=r["prompt"])}
-        asked.append({"id": r["id"], "messages": [{"role": "user", "content": [*pictures, text]}]})
+        pictures = [run.out / r["candidates"][k]["image"] for k in places]
+        asked.append(chat.Question(r["id"], ASK_JUDGE.format(prompt=r["prompt"]), pictures))
     said, count = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
                                max_tokens=16, description="judge"), Counter()
     for id, text in said.items():
@@ -205,7 +204,7 @@ def candidates(run, row):
         says = ", ".join([f"guidance {c['guidance']:g}", *scored])
         picked = [n for n, place in best.items() if place == k]
         says += f" ← picked by {' and '.join(picked)}" if picked else ""
-        body += report.picture(run.out, c["image"], says)
+        body += page.picture(run.out, c["image"], says)
     return body
 
 
@@ -219,20 +218,14 @@ def entry(run, row, question, said, scores, faults, pair, reason):
         chosen = pair and pair["meta"]["models"]
         role = ["chosen", "rejected"][chosen.index(r["model"])] if chosen and r["model"] in chosen else ""
         which = (r["id"], r["model"])
-        note = [r["model"], *([report.num(scores[which])] if which in scores else []), *faults.get(which, ())]
+        note = [r["model"], *([page.num(scores[which])] if which in scores else []), *faults.get(which, ())]
         body += (f"<dt>{role or 'neither'}</dt><dd>{escape(r['response']) or '–'} "
                  f"<small>{escape(', '.join(note))}</small></dd>")
     head = f'<h3>{escape(row["prompt"])}</h3><small>{escape(row["id"])}</small>'
     return f'<div class="card">{head}{body}</dl></div>'
 
 
-def table(head, rows):
-    head = "".join(f"<th>{escape(str(c))}</th>" for c in head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{rows}</table>"
-
-
-def page(run, found, ranked):
+def examples(run, found, ranked):
     o, rows = run.o, run.rows
     questions = {r["id"]: r["question"] for r in rows("instructions")}
     scores = {(r["id"], r["model"]): r["score"] for r in rows(f"scores-{o.scorer}")}
@@ -244,29 +237,30 @@ def page(run, found, ranked):
     counts = [(k, v) for k, v in Counter(reasons.values()).items()] + [
         (f"response {k}", v) for k, v in Counter(f for x in faults.values() for f in x).items()]
     scales = list(found["guidance"].get("all", ()))
-    body = report.section("What was left out", f"{len(ranked)} prompts, {len(pairs)} pairs.",
-                          table(("reason", "n"), counts) if counts else "")
+    body = page.section("What was left out", f"{len(ranked)} prompts, {len(pairs)} pairs.",
+                        page.table(("reason", "n"), counts))
     shares = [(t, *(f"{100 * row[g]:.0f}" for g in scales)) for t, row in found["guidance"].items()]
-    body += report.section("Guidance", "Share of the prompts whose best image has this scale, in percent.",
-                           table(("topic", *(f"{g:g}" for g in scales)), shares) if shares else "")
+    body += page.section("Guidance", "Share of the prompts whose best image has this scale, in percent.",
+                         page.table(("topic", *(f"{g:g}" for g in scales)), shares))
     agree = [(" and ".join(r["rankers"]), r["k"], f"{100 * r['agree']:.1f}", f"{100 * r['chance']:.1f}",
               r["n"]) for r in found["agreement"]]
-    body += report.section("Agreement", "Share in common of the rankers' top k, in percent.",
-                           table(("rankers", "k", "agree", "chance", "prompts"), agree) if agree else "")
+    body += page.section("Agreement", "Share in common of the rankers' top k, in percent.",
+                         page.table(("rankers", "k", "agree", "chance", "prompts"), agree))
     if judge := found["judge"]:
         ours, theirs = judge["rankers"]
         rate = [f"{100 * x:.0f}" for x in ((judge["win_rate"] or 0.), *judge["interval"])]
-        body += report.section(
+        body += page.section(
             "Judge", f"How often {ours}'s pick is preferred to {theirs}'s; the rate is of the decided.",
-            table(("better", "worse", "ties", "same pick", "unread", "not answered", "win rate, %", "95%"),
-                  [[judge[k] for k in ("wins", "losses", "ties", "same_pick", "unread", "not_answered")]
-                   + [rate[0], f"{rate[1]} to {rate[2]}"]]))
+            page.table(("better", "worse", "ties", "same pick", "unread", "not answered", "win rate, %",
+                        "95%"),
+                       [[judge[k] for k in ("wins", "losses", "ties", "same_pick", "unread", "not_answered")]
+                        + [rate[0], f"{rate[1]} to {rate[2]}"]]))
     shown = ranked[::max(1, len(ranked) // max(1, o.gallery))][:o.gallery]
     cards = "".join(entry(run, r, questions.get(r["id"]), said.get(r["id"], ()), scores, faults,
                           pairs.get(r["id"]), reasons.get(r["id"]) or r.get("dropped")) for r in shown)
-    body += report.section("Prompts", "Evenly spaced through the run: nothing is picked.",
-                           cards and f'<div class="grid" style="--w:560px">{cards}</div>')
-    return report.page(f"Synthesis: {run.out.name}", body)
+    body += page.section("Prompts", "Evenly spaced through the run: nothing is picked.",
+                         cards and f'<div class="grid" style="--w:560px">{cards}</div>')
+    return page.page(f"Synthesis: {run.out.name}", body)
 
 
 def analyse(run):
@@ -280,7 +274,7 @@ def analyse(run):
              for k, v in found["similarity"].items() if v}
     data.atomic_write(run.out / "analysis.json", json.dumps(found | {"similarity": short}, indent=1) + "\n")
     drawn = figures(run.out, found)
-    data.atomic_write(run.out / "gallery.html", page(run, found, ranked))
+    data.atomic_write(run.out / "gallery.html", examples(run, found, ranked))
     for row in found["agreement"]:
         print(f"top {row['k']}: {' and '.join(row['rankers'])} agree {100 * row['agree']:.1f}%, "
               f"chance {100 * row['chance']:.1f}%")

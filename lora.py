@@ -64,32 +64,38 @@ def layers(model):
 
 # ---- put it on, switch it off, merge it ----
 def add_lora(model, r, alpha, targets=None, seed=0):
-    """Freeze `model`, adapt linear layers, return their names.
-
-    targets: None for all linear layers of the language model, or names: a bare one (q_proj) means layers of
-    the language model, a dotted one (multi_modal_projector.linear_1) every layer whose full name ends so.
-    lm_head is never adapted. Raises UserError for a target that is no layer.
-    """
+    """Freeze `model` and adapt linear layers: those that `targeted` finds. Returns their names."""
     if layers(model):
         raise UserError("the model already carries an adapter: merge it or load the model anew")
-    names = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and "lm_head" not in n]
-    own = [n for n in names if "language_model" in n.split(".")] or names
-    kinds = sorted({n.rpartition(".")[2] for n in own})
-    chosen = set(own) if targets is None else set()
-    for target in targets or ():
-        found = [n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in own)]
-        if not found:
-            raise UserError(f"LoRA's target {target!r} is no linear layer of this model: give names out of "
-                            f"{kinds}, or the end of a layer's full name, such as {names[-1]}")
-        chosen |= set(found)
-    if r < 1 or not chosen:
-        raise UserError(f"LoRA of rank {r} on {len(chosen)} layers trains nothing: give a rank of at least 1 "
-                        "and a layer")
+    if r < 1:
+        raise UserError(f"LoRA of rank {r} is no adapter: give a rank of at least 1")
+    names = targeted([n for n, m in model.named_modules() if type(m) is torch.nn.Linear], targets)
     model.requires_grad_(False)
-    adapted = [n for n in names if n in chosen]
-    for name in adapted:
+    for name in names:
         LoRALinear.adapt(model.get_submodule(name), r, alpha, seed, name)
-    return adapted
+    return names
+
+
+def targeted(names, targets=None):
+    """Those of the linear layers' names that LoRA goes on; without targets all of the language model.
+
+    A target without a dot is the last name of a layer of the language model (CLIP has a q_proj of its own);
+    one with a dot is the end of a full name, anywhere but in lm_head. Raises UserError for a target that
+    names nothing.
+    """
+    names = [n for n in names if n.split(".")[-1] != "lm_head"]
+    language = [n for n in names if "language_model" in n.split(".")] or names
+    if not targets:
+        return language
+    chosen = set()
+    for target in targets:
+        found = {n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in language)}
+        if not found:
+            kinds = ", ".join(sorted({n.split(".")[-1] for n in language}))
+            raise UserError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
+                            "full name with a dot in it")
+        chosen |= found
+    return [n for n in names if n in chosen]
 
 
 @contextlib.contextmanager

@@ -3,33 +3,28 @@
 Every value of a preset is tagged: p = the paper, c = its official code, o = ours. Sources: mDPO, arXiv
 2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
 """
-import argparse
-import dataclasses
 import hashlib
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import command
 import data
 import losses
+from command import behind_set, option
 
-
-def option(default, text):
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-DAMAGED = ", ".join(data.REJECTED)
+DAMAGED = tuple(data.REJECTED)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options, then the fields behind --set. The defaults are the preset `classroom`, all ours."""
+    """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
     model: str = option("classroom", "a llava-hf folder, or classroom")
-    data: str = option("classroom", "preference pairs in any format of records.py; classroom makes its own")
+    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
@@ -37,49 +32,60 @@ class Options:
     beta: float = option(0.1, "how strongly the policy is held to the reference")
     delta: float = option(0.0, "the reward that AncPO holds the chosen above")
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
-    image_rejected: str = option("crop", f"the rejected image: {DAMAGED}; or none at all")
-    forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers")
+    image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
+                                 choices=(*DAMAGED, "none"))
+    forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
+                          choices=("packed", "naive"))
     epochs: int = option(3, "passes over the pairs")
-    max_steps: int = option(0, "stop after so many steps (0: all)")
+    max_steps: int = option(0, "stop after so many steps; 0: all")
     batch: int = option(16, "pairs per optimiser step, over all ranks")
     micro_batch: int = option(8, "pairs per forward")
     lr: float = option(2e-4, "peak learning rate")
-    lora_r: int = option(64, "LoRA rank; 0, or --no-lora: no adapter, all but the vision tower trains")
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", off="--no-lora")
     seed: int = option(0, "pairs, LoRA, order and draws")
     eval_seed: int = option(0, "the scenes of the printed table")
-    eval_every: int = option(0, "evaluate every N steps too (0: before and after only)")
-    skip_bad: bool = option(False, "drop faulty records, with counts, in place of stopping")
-    shard: bool = option(False, "deal the frozen base to torchrun's ranks (FSDP2), where one cannot hold it")
-    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU")
-    # behind --set
-    lora_alpha: int = 128
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    clip: float = 1.0                 # of the gradient's norm; 0: none
-    warmup: float = 0.1               # share of all steps
-    max_length: int = 2048            # tokens of prompt and response; only responses are ever shortened
-    template: str = ""                # "": the model folder's own
-    images: str = ""                  # "": prepared as the model folder says; pad: to a square first
-    redraw: bool = False              # a fresh rejected image every epoch
-    crop_pixels: bool = False         # crop the prepared pixels, padding and all, not the picture
-    official: bool = False            # a paper's preset with the departures of its official code, OFFICIAL
-    checkpointing: bool = False       # recompute activations in the backward
-    check_memory: bool = True         # refuse what plan.py says cannot fit
-    workers: int = 4                  # threads that read the next step's pairs
-    save_every: int = 50              # steps between checkpoints
-    pairs: int = 1000                 # of the classroom
-    pair_options: str = ""            # more options of classroom/pairs.py
-    scenes: int = 1000                # of the classroom, in the printed table
-    questions: int = 2000
-    split: str = "print"              # scenes to report on; tune: to choose settings on
-    look: int = 200                   # held-out pairs that diagnose.py looks at, no more than pairs; 0: none
-    max_new_tokens: int = 64
-    eval_data: str = ""               # a small file of POPE's, or of questions about COCO images, asked too
-    eval_images: str = ""             # the folder of its images ("": beside it)
-    eval_annotations: str = ""        # for questions about COCO images: COCO's annotations, for CHAIR
-    eval_synonyms: str = ""           # and CHAIR's synonyms file
-    device: str = ""                  # "": cuda, else mps, else cpu
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
+    skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
+    shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
+    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16", "float64"))
+    dry_run: bool = option(False, "only say what the run would need: steps, tokens, GiB a GPU")
+
+    lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r")
+    lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
+                                   "model's, a name with dots any layer whose full name ends so "
+                                   "(multi_modal_projector.linear_1) (default: all of the language model)")
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta")
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta")
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any")
+    warmup: float = behind_set(0.1, "share of all steps in which the learning rate rises")
+    max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened")
+    template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
+                               "(default: the model folder's own)")
+    images: str = behind_set("", "pad: pad pictures to a square first (default: as the model folder says)",
+                             choices=("", "pad"))
+    redraw: bool = behind_set(False, "a fresh rejected image every epoch")
+    crop_pixels: bool = behind_set(False, "crop the prepared pixels, padding and all, not the picture")
+    official: bool = behind_set(False, "a paper's preset with the departures of its official code")
+    checkpointing: bool = behind_set(False, "recompute activations in the backward, which saves memory")
+    check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
+    workers: int = behind_set(4, "threads that read the next step's pairs")
+    save_every: int = behind_set(50, "steps between checkpoints")
+    pairs: int = behind_set(1000, "pairs of the classroom")
+    pair_options: str = behind_set("", "more options of classroom/pairs.py")
+    scenes: int = behind_set(1000, "scenes of the classroom's printed table")
+    questions: int = behind_set(2000, "questions of the classroom's printed table")
+    split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
+                            choices=("print", "tune"))
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
+    max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation")
+    eval_data: str = behind_set("", "a small file of POPE's, or of questions about COCO images, asked too")
+    eval_images: str = behind_set("", "the folder of its images (default: its own)")
+    eval_annotations: str = behind_set("", "for questions about COCO images: COCO's annotations, for CHAIR")
+    eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
+    device: str = behind_set("", "cuda, mps or cpu (default: the first of these that is there)",
+                             choices=("", "cuda", "mps", "cpu"))
 
 
 _MDPO = dict(
@@ -98,7 +104,7 @@ PRESETS = {
     ),
 }
 # Where the official codes depart from the papers or from our defaults: {field: (value, what it is)}. mDPO's
-# draws the crop anew in every forward, so that policy and reference differ; ours are the same in an epoch.
+# code draws the crop anew in every forward, for policy and reference apart; ours see the same one.
 _MDPO_CODE = {
     "weight_decay": (0.05, "AdamW's weight decay, which the paper does not give"),
     "adam_beta2": (0.98, "AdamW's second beta, which the paper does not give"),
@@ -109,66 +115,37 @@ OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE,
                           "adam_beta2": (0.999, "AdamW's second beta, which the paper does not give"),
                           "batch": (2, "two GPUs of one pair, without the paper's accumulation over four")}}
 
+POSITIVE = ("epochs", "batch", "micro_batch", "lora_alpha", "workers", "save_every", "max_length", "pairs",
+            "scenes", "questions", "max_new_tokens", "beta", "lr")
+NOT_NEGATIVE = ("lora_r", "max_steps", "eval_every", "look", "warmup", "clip", "weight_decay")
+
 
 def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
-    parser = data.Parser(prog="train_dpo.py", description=description,
-                         formatter_class=argparse.RawTextHelpFormatter)
-    behind = {f.name: f for f in dataclasses.fields(Options) if not f.metadata}
-    for f in dataclasses.fields(Options):
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        if f.metadata:
-            parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default!r}]", **kind)
-    parser.add_argument("--no-lora", dest="lora_r", action="store_const", const=0, help="--lora_r 0")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="behind",
-                        help="one of\n" + "\n".join(f"  {f.name}={f.default}" for f in behind.values()))
-    given = vars(parser.parse_args(argv))
-    chosen = {}
-    for item in given.pop("behind"):
-        key, _, text = item.partition("=")
-        if key not in behind or "=" not in item:
-            raise data.UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(behind)}")
-        try:
-            kind = behind[key].type
-            chosen[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise data.UserError(f"--set {item}: {text!r} is not of type {kind.__name__}") from None
-    chosen |= {k: v for k, v in given.items() if v is not None}
-    preset = chosen.get("preset", "classroom")
-    if preset not in PRESETS:
-        raise data.UserError(f"--preset {preset}: give one of {', '.join(PRESETS)}")
-    for name in ("model", "data"):
-        if preset != "classroom" and name not in chosen:
-            raise data.UserError(f"--preset {preset} needs --{name}: the papers' own are not built in")
-    official = {k: value for k, (value, _) in OFFICIAL.get(preset, {}).items() if chosen.get("official")}
-    o = Options(**{**PRESETS[preset], **official, **chosen})
+    chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
+    preset = command.preset(PRESETS, chosen)
+    name = chosen.get("preset", "classroom")
+    for field in ("model", "data"):
+        if name != "classroom" and field not in chosen:
+            raise data.UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
+    official = OFFICIAL.get(name, {}) if chosen.get("official") else {}
+    o = Options(**{**preset, **{field: value for field, (value, _) in official.items()}, **chosen})
     check(o)
     return o
 
 
 def check(o):
-    """Raise UserError where a value is none of its choices, is out of range, or does not fit another."""
+    """Raise UserError where a value is out of range or does not fit another."""
     try:
         needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors))
     except ValueError as e:
         raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
-    choices = {"image_rejected": (*data.REJECTED, "none"), "forward": ("packed", "naive"),
-               "dtype": ("auto", "float32", "bfloat16", "float64"),
-               "device": ("", "cuda", "mps", "cpu"), "split": ("print", "tune"), "images": ("", "pad")}
-    for name, values in choices.items():
-        if getattr(o, name) not in values:
-            known = ", ".join(v for v in values if v)
-            raise data.UserError(f"{name} is {getattr(o, name)!r}: give one of {known}")
     if o.image_rejected == "none" and "image_rejected" in needs:
         raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
-    for name in ("epochs", "batch", "micro_batch", "lora_alpha", "workers", "save_every", "max_length",
-                 "pairs", "scenes", "questions", "max_new_tokens", "beta", "lr"):
-        if not 0 < getattr(o, name) < math.inf:
-            raise data.UserError(f"{name} is {getattr(o, name)}: it must be a number above 0")
-    for name in ("lora_r", "max_steps", "eval_every", "look", "warmup", "clip", "weight_decay"):
+    for name in POSITIVE:
+        command.positive(name, getattr(o, name))
+    for name in NOT_NEGATIVE:
         if not 0 <= getattr(o, name) < math.inf:
             raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
     if o.official and o.preset not in OFFICIAL:
@@ -183,8 +160,8 @@ def check(o):
 
 def departures(o):
     """With official=true: what was taken from the official code, for the log."""
-    return [f"{k} {value}: {what}" for k, (value, what) in OFFICIAL.get(o.preset, {}).items()
-            if o.official and getattr(o, k) == value]
+    taken = OFFICIAL.get(o.preset, {}) if o.official else {}
+    return [f"{name} {value}: {what}" for name, (value, what) in taken.items() if getattr(o, name) == value]
 
 
 # ---------------------------------------------------------------------------------------- the run's folder
@@ -192,32 +169,29 @@ def run_folder(o):
     """The run's folder. Its default name holds a hash of the options and of losses.py: an edit, a new run."""
     if o.out:
         return Path(o.out)
-    text = repr(sorted(dataclasses.asdict(o).items())) + Path(losses.__file__).read_text()
+    text = repr(sorted(asdict(o).items())) + losses_source()
     return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def losses_source():
+    return Path(losses.__file__).read_text()
 
 
 def claim(out, o):
     """Lock the folder; returns the lock. Raises UserError where another run uses it, or has other options."""
-    import fcntl
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
-    except BlockingIOError:
-        raise data.UserError(f"--out {out} is in use by another run: wait for it or give another") from None
-    except OSError as e:
-        raise data.UserError(f"--out {out} cannot be written ({e.strerror}): give another folder") from None
+    lock = command.claim(out)
     log = out / "log.jsonl"
     first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
-    if first:
-        there = first.get("options", {})
-        differ = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in dataclasses.asdict(o).items()
-                  if k != "out" and there.get(k) != v]
-        if first.get("losses_source") != Path(losses.__file__).read_text():
-            differ.append("losses.py was edited since")
-        if differ:
-            raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
-                                 "give another folder")
+    if not first:
+        return lock
+    there = asdict(Options()) | first.get("options", {})           # a log of before an option was there
+    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in asdict(o).items()
+              if name != "out" and there[name] != value]
+    if first.get("losses_source") != losses_source():
+        differ.append("losses.py was edited since")
+    if differ:
+        raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
+                             "give another folder")
     return lock
 
 
@@ -226,9 +200,10 @@ def provenance():
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
-                                capture_output=True, text=True).stdout
+                                capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
-    packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
-    return {"versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
-            "commit": commit.strip() or "unknown", "losses_source": Path(losses.__file__).read_text()}
+    versions = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "safetensors", "numpy", "pillow"):
+        versions[package] = version(package)
+    return {"versions": versions, "commit": commit or "unknown", "losses_source": losses_source()}

@@ -1,253 +1,173 @@
-"""Several processes as one run: who is who under torchrun; AdamW, and on request the base, in shards.
+"""ZeRO-2 (arXiv 1910.02054, section 5) by hand, around any torch optimiser that works element by element.
 
-Gradients are summed over ranks once per optimiser step, by hand, without a DDP wrapper. `--shard` puts the
-decoder layers, nine tenths of a 7B, under PyTorch's FSDP2: the frozen base's, or, without an adapter, those
-that train and those of the frozen copy. Tested with two ranks over gloo on a CPU,
-as one node and as two; NCCL, and ranks that share a GPU, have not been run.
+    optimiser = Zero2({name: weight}, partial(torch.optim.AdamW, lr=1e-4), ranks, clip=1.0)
+    loss.backward()
+    norm = optimiser.step(lr)
+
+All that trains lies in one flat vector, of which each rank owns a slice: reduce-scatter the gradient, step
+the slice, all-gather the weights. No DDP wrapper: gradients are summed over ranks once per optimiser step.
+Part of train_dpo.py. Tested with two ranks over gloo on a CPU; NCCL has not been run.
 """
 import functools
 import math
-import os
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-import data
-import lora
+from data import UserError
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")                   # what a checkpoint keeps of each weight
+WHOLE = ("Muon", "Adafactor", "LBFGS", "SparseAdam")         # need matrices, all weights, sparse gradients
 
 
-def distributed(o):
-    """(rank, world, device), (0, 1, device) without torchrun. Ranks sharing a GPU, or without, use gloo."""
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    kind = o.device or ("cuda" if gpus else "mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone = device.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
-    dist.init_process_group("nccl" if alone else "gloo", timeout=timedelta(hours=24))
-    return dist.get_rank(), dist.get_world_size(), device
+class Zero2:
+    """A torch optimiser whose float32 masters and state are divided among the ranks.
 
-
-def from_rank_0(work, rank, world, sharded=()):
-    """work() on rank 0, its result on every rank; a user's mistake there, which rank 0 says, ends them all.
-
-    sharded: the language models that load_in_shards dealt, if work uses them. Rank 0 then runs any number of
-    forwards, and for each the other ranks send a token of their own through the same model: the layers'
-    weights come from all ranks.
+    Of weights that shard.py has divided already a rank steps the part that it holds; FSDP2 sums its gradient.
     """
-    def forward_follows(number, *_):
-        told_by_rank_0(number)
-    result = [None, None]
-    if rank == 0:
-        hooks = [language.register_forward_pre_hook(functools.partial(forward_follows, number))
-                 for number, language in enumerate(sharded, 1)]
-        try:
-            result[0] = work()
-        except data.UserError as e:
-            result[1] = e
-        for hook in hooks:
-            hook.remove()
-        if sharded:
-            told_by_rank_0(0)
-    elif sharded:
-        one = sharded[0]
-        token = torch.zeros(1, 1, one.config.hidden_size, dtype=one.dtype, device=one.device)
-        while number := told_by_rank_0():
-            with torch.no_grad():
-                sharded[number - 1](inputs_embeds=token, use_cache=False)
-    if world > 1:
-        dist.broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1] if rank == 0 else SystemExit(1)
-    return result[0]
-
-
-def told_by_rank_0(number=0):
-    """A number from rank 0."""
-    sent = wire(torch.tensor(number))
-    dist.broadcast(sent, 0)
-    return sent.item()
-
-
-def on_any(flag):
-    """Whether a flag is set on any rank: what all ranks must decide alike."""
-    count = torch.tensor(int(flag))
-    all_reduce(count)
-    return count.item() > 0
-
-
-def load_in_shards(load, device):
-    """load() -> VLM on the CPU, LoRA included; its decoder layers then go to `device`, a part of each a rank.
-
-    A layer's whole weight is gathered while it runs. Embeddings, lm_head, vision tower, projector and LoRA
-    stay whole. The ranks of a node take turns, and the layers go one by one: the host never holds more than
-    one whole model (and its frozen copy, if it trains itself), a GPU never more than one whole layer.
-    """
-    if device.type not in ("cuda", "cpu"):
-        raise data.UserError(f"--shard on {device.type}: PyTorch can do it on CUDA and on the CPU only")
-    # a group of its own: PyTorch keeps a mesh's group for ever, and the main one must end before Python does
-    mesh = DeviceMesh.from_group(dist.new_group(), device.type)
-    for turn in range(dist.get_world_size()):
-        if turn == int(os.environ["LOCAL_RANK"]):
-            m = load()
-            for each in (m, m.frozen) if m.frozen else (m,):
-                deal(each.model, device, mesh)
-        dist.barrier()
-    return m
-
-
-def deal(model, device, mesh):
-    """Put a model's decoder layers under FSDP2; what trains of them is float32 and computes in their type."""
-    language, adapter = model.model.language_model, set(lora.lora_parameters(model).values())
-    dealt = {p for layer in language.layers for p in layer.parameters()} - adapter
-    for x in {*model.parameters(), *model.buffers()} - dealt:
-        x.data = x.data.to(device)
-    master = torch.promote_types(language.dtype, torch.float32)
-    policy = MixedPrecisionPolicy(param_dtype=language.dtype, reduce_dtype=master)
-    for layer in language.layers:
-        if any(p.requires_grad for p in dealt):
-            layer.to(master)
-        fully_shard(layer, mesh=mesh, ignored_params=adapter, reshard_after_forward=True, mp_policy=policy)
-        layer.set_gradient_divide_factor(1.0)                          # a sum over the ranks, not their mean
-        layer.set_force_sum_reduction_for_comms(True)
-    fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))            # joins the layers
-
-
-def frozen_bytes(model):
-    """Bytes of the base's weights that this rank holds."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes
-               for p in model.parameters() if not p.requires_grad)
-
-
-def wire(x):
-    """A tensor where the backend can send it from: gloo sends from the CPU, NCCL from the GPU."""
-    return x.cpu() if dist.get_backend() == "gloo" else x.cuda()
-
-
-def all_reduce(x):
-    """Sum a tensor over the ranks, in place, wherever it lies."""
-    sent = wire(x)
-    dist.all_reduce(sent)
-    x.copy_(sent)
-
-
-class ShardedAdamW:
-    """AdamW with its float32 masters and moments dealt to the ranks.
-
-    Weights that every rank holds whole lie in one flat vector, and a rank owns a shard of it: reduce-scatter
-    the gradient, step the shard, all-gather the weights: ZeRO-2 (arXiv 1910.02054, section 5). Of those that
-    deal() dealt a rank steps the part that it has, whose gradient FSDP2 has summed.
-    """
-    def __init__(self, parameters, o, rank, world):
-        self.rank, self.world, self.clip, self.place, at = rank, world, o.clip, {}, 0
-        self.dealt = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
-        whole = {n: p for n, p in parameters.items() if n not in self.dealt}
+    def __init__(self, parameters, make, ranks, clip=0.0):
+        """parameters: {name: weight}. make: [weight] -> torch.optim.Optimizer. clip: largest norm of the
+        gradient, 0 for any. Raises UserError for an optimiser that does not work element by element."""
+        kind = type(make([torch.nn.Parameter(torch.zeros(2, 2))])).__name__
+        if kind in WHOLE:
+            raise UserError(f"{kind} does not work element by element, and a rank has only a slice of the "
+                            "weights: take AdamW, SGD, RMSprop, Adagrad or another that does")
+        self.ranks, self.clip = ranks, clip
+        self.parts_of = {name: p for name, p in parameters.items() if hasattr(p, "to_local")}       # DTensors
+        whole = {name: p for name, p in parameters.items() if name not in self.parts_of}
+        self.shapes = {name: p.shape for name, p in whole.items()}
         first = next(iter(whole.values()))
         master = torch.promote_types(first.dtype, torch.float32)
-        per_rank = -(-sum(p.numel() for p in whole.values()) // world)                # rounded up
-        self.flat = first.new_zeros(per_rank * world)
-        self.grad = self.flat.new_zeros(per_rank * world, dtype=master)
-        for name, p in whole.items():
-            self.place[name], at = (slice(at, at + p.numel()), p.shape), at + p.numel()
-            self.flat[self.place[name][0]] = p.data.flatten()
-            p.data, grad = (x[self.place[name][0]].view(p.shape) for x in (self.flat, self.grad))
+        size = -(-sum(p.numel() for p in whole.values()) // ranks.world)             # of a slice, rounded up
+        self.flat = first.new_zeros(size * ranks.world)
+        self.grad = torch.zeros_like(self.flat, dtype=master)
+        for p, weight, grad in zip(whole.values(), self.views(self.flat), self.views(self.grad), strict=True):
+            weight.copy_(p.data)
+            p.data = weight
             if p.dtype == master:
                 p.grad = grad
             else:
                 p.register_post_accumulate_grad_hook(functools.partial(add_and_clear, grad))
-        self.mine = slice(rank * per_rank, (rank + 1) * per_rank)
-        self.shard = torch.nn.Parameter(self.flat[self.mine].to(master))       # float32: the same memory
-        self.shard.grad = torch.zeros_like(self.shard)
-        self.parts = [self.shard, *(torch.nn.Parameter(p.detach().to_local()) for p in self.dealt.values())]
-        self.adam = torch.optim.AdamW(self.parts, o.lr, (o.adam_beta1, o.adam_beta2),
-                                      weight_decay=o.weight_decay)
-        for part in self.parts:
-            self.adam.state[part] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(part),
-                                     "exp_avg_sq": torch.zeros_like(part)}
+        self.own = slice(ranks.rank * size, (ranks.rank + 1) * size)
+        self.mine = torch.nn.Parameter(self.flat[self.own].to(master))       # if float32, the weights' memory
+        self.mine.grad = torch.zeros_like(self.mine)
+        parts = [torch.nn.Parameter(p.detach().to_local()) for p in self.parts_of.values()]
+        self.stepped = [self.mine, *parts]
+        self.optimiser = make(self.stepped)
 
-    def gather(self, shard):
-        """The shards of all ranks as one flat vector."""
-        if self.world == 1:
-            return shard
-        sent = wire(shard)
-        whole = [torch.empty_like(sent) for _ in range(self.world)]
-        dist.all_gather(whole, sent)
-        return torch.cat(whole).to(shard.device)
+    def views(self, flat):
+        """The pieces of a flat vector in the weights' shapes."""
+        at = 0
+        for shape in self.shapes.values():
+            yield flat[at:at + shape.numel()].view(shape)
+            at += shape.numel()
 
     def step(self, lr):
         """One update from the gradient summed over ranks, then cleared; returns its norm before clipping."""
-        if self.world > 1:
-            received = torch.empty_like(wire(self.shard.grad))
-            dist.reduce_scatter(received, list(wire(self.grad).chunk(self.world)))
-            self.shard.grad.copy_(received)
+        if self.ranks.world > 1:
+            received = torch.empty_like(wire(self.mine.grad))
+            dist.reduce_scatter(received, list(wire(self.grad).chunk(self.ranks.world)))
+            self.mine.grad.copy_(received)
         else:
-            self.shard.grad.copy_(self.grad)
+            self.mine.grad.copy_(self.grad)
         self.grad.zero_()
-        for part, p in zip(self.parts[1:], self.dealt.values(), strict=True):
+        for part, p in zip(self.stepped[1:], self.parts_of.values(), strict=True):
             part.grad, p.grad = p.grad.to_local(), None
-        exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
-        square = sum(part.grad.to(exact).square().sum() for part in self.parts)
-        if self.world > 1:
-            all_reduce(square)
-        norm = square.sqrt().item()
+        norm = self.norm()
         if math.isfinite(norm):
-            for part in self.parts:
-                part.grad *= min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            if self.world > 1 or self.shard.dtype != self.flat.dtype:
-                self.flat.copy_(self.gather(self.shard.detach().to(self.flat.dtype)))
+            if self.clip:
+                for part in self.stepped:
+                    part.grad *= min(1.0, self.clip / (norm + 1e-6))
+            for group in self.optimiser.param_groups:
+                group["lr"] = lr
+            self.optimiser.step()
+            if self.ranks.world > 1 or self.mine.dtype != self.flat.dtype:
+                self.flat.copy_(self.gather(self.mine.detach().to(self.flat.dtype)))
         return norm
 
-    def kept(self, kind):
-        """Of each part, what a checkpoint keeps: the masters ("weight") or one of the moments."""
-        return [part.detach() if kind == "weight" else self.adam.state[part][kind] for part in self.parts]
+    def norm(self):
+        """Of the gradient of all ranks' parts."""
+        exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
+        square = sum(part.grad.to(exact).square().sum() for part in self.stepped)
+        if self.ranks.world > 1:
+            sent = wire(square)
+            dist.all_reduce(sent)
+            square = sent
+        return square.sqrt().item()
 
-    def whole(self, kind):
-        """One of KINDS as {name: tensor}, unsharded, on the CPU; {} but on rank 0. All ranks must call it."""
-        mine, *parts = self.kept(kind)
+    def gather(self, piece):
+        """All ranks' slices as one flat vector."""
+        if self.ranks.world == 1:
+            return piece
+        sent = wire(piece)
+        whole = [torch.empty_like(sent) for _ in range(self.ranks.world)]
+        dist.all_gather(whole, sent)
+        return torch.cat(whole).to(piece.device)
+
+    # ---- the checkpoint ----
+    def weights(self):
+        """{name: master}, whole, on the CPU; {} but on rank 0. All ranks must call it."""
+        return self.whole([part.detach() for part in self.stepped])
+
+    def state(self):
+        """{kind/name: tensor} of masters and the optimiser's state, whole; {kind: it} for a number."""
+        found = {f"weight/{name}": x for name, x in self.weights().items()}
+        for kind, value in self.optimiser.state[self.mine].items():
+            if value is None:
+                continue
+            if value.ndim == 0:
+                found[kind] = value
+                continue
+            pieces = self.whole([self.optimiser.state[part][kind] for part in self.stepped])
+            found |= {f"{kind}/{name}": x for name, x in pieces.items()}
+        return found
+
+    def load(self, tensors):
+        """Take up state() of any number of ranks."""
+        self.flat.copy_(self.flatten(tensors, "weight"))
+        for part, piece in zip(self.stepped, self.pieces(tensors, "weight"), strict=True):
+            part.data.copy_(piece)
+        for kind in {key.partition("/")[0] for key in tensors} - {"weight"}:
+            pieces = [tensors[kind]] * len(self.stepped) if kind in tensors else self.pieces(tensors, kind)
+            for part, piece in zip(self.stepped, pieces, strict=True):
+                self.optimiser.state[part][kind] = piece.clone()
+
+    def whole(self, pieces):
+        """{name: tensor} of one tensor for each of `stepped`, on rank 0."""
+        mine, *parts = pieces
         flat, found = self.gather(mine), {}
-        for name, (at, shape) in self.place.items() if self.rank == 0 else ():
-            found[name] = flat[at].view(shape).cpu().clone()
-        for (name, p), part in zip(self.dealt.items(), parts, strict=True):
-            part = DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+        if self.ranks.rank == 0:
+            for name, view in zip(self.shapes, self.views(flat), strict=True):
+                found[name] = view.cpu().clone()
+        for (name, p), part in zip(self.parts_of.items(), parts, strict=True):
+            kind = type(p)                                                                      # DTensor
+            part = kind.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
             part = part.full_tensor()
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 found[name] = part.cpu()
         return found
 
-    def state(self):
-        """{kind/name: tensor}: masters and both moments, as whole() gives them."""
-        return {f"{kind}/{name}": x for kind in KINDS for name, x in self.whole(kind).items()}
+    def pieces(self, tensors, kind):
+        """The opposite of whole: for each of `stepped` what belongs to it of {kind/name: tensor}."""
+        found = [self.flatten(tensors, kind)[self.own]]
+        for name, p in self.parts_of.items():
+            from torch.distributed.tensor import distribute_tensor
+            there = tensors[f"{kind}/{name}"].to(p.device)
+            found.append(distribute_tensor(there, p.device_mesh, p.placements, src_data_rank=None).to_local())
+        return found
 
-    def load(self, tensors, step):
-        """Take up state() of any number of ranks."""
-        for kind in KINDS:
-            mine, *parts = self.kept(kind)
-            flat = torch.zeros_like(self.flat, dtype=mine.dtype)
-            for name, (at, _) in self.place.items():
-                flat[at] = tensors[f"{kind}/{name}"].flatten().to(flat.device)
-            mine.copy_(flat[self.mine])
-            if kind == "weight":
-                self.flat.copy_(flat)
-            for (name, p), part in zip(self.dealt.items(), parts, strict=True):
-                whole = tensors[f"{kind}/{name}"].to(part.device)
-                part.copy_(distribute_tensor(whole, p.device_mesh, p.placements,
-                                             src_data_rank=None).to_local())
-        for part in self.parts:
-            self.adam.state[part]["step"].fill_(step)
+    def flatten(self, tensors, kind):
+        flat = torch.zeros_like(self.flat, dtype=self.mine.dtype)
+        for name, view in zip(self.shapes, self.views(flat), strict=True):
+            view.copy_(tensors[f"{kind}/{name}"])
+        return flat
 
 
 def add_and_clear(total, p):
     """A gradient of this backward, in the weight's own type, into the float32 sum over micro-batches."""
     total += p.grad
     p.grad = None
+
+
+def wire(x):
+    """A tensor where the backend can send it from: gloo sends from the CPU, NCCL from the GPU."""
+    return x.cpu() if dist.get_backend() == "gloo" else x.cuda()

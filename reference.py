@@ -16,7 +16,6 @@ import data
 import losses
 import vlm
 from plan import tokenise
-from ranks import on_any
 
 
 def read_pair(m, records, good, place, o, needs, epoch):
@@ -119,7 +118,10 @@ class Reference:
         pairs, keys = [b[0] for b in batch], torch.tensor([b[3] for b in batch])
         kept = needs - {"image_rejected"} if redraw else needs
         stale = not torch.equal(self.key[places], keys)
-        stale = on_any(stale) if self.sharded else stale
+        if self.sharded:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, stale)
+            stale = any(everyone)
         with torch.no_grad(), vlm.base_of(m) as base:
             if base is not m and (stale or redraw):             # the policy's projector trains, too
                 features = encode(base, batch)

@@ -30,12 +30,14 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import command
 import data
 import diagnose
 import families
@@ -45,7 +47,7 @@ import metrics
 import options
 import plan
 import vlm
-from ranks import ShardedAdamW, distributed, from_rank_0, frozen_bytes, load_in_shards
+from ranks import Zero2
 from records import Records, check
 from reference import Feed, Reference, encode, read_pair
 
@@ -79,10 +81,10 @@ def evaluate(m, o, out, name, val):
     if o.look and (held_out := val or diagnose.made(out)):
         found["look"] = diagnose.look(m, *held_out[:2], o, name, out / "before.look.json")
     if o.eval_data:
-        import eval_hallu
-        asked = eval_hallu.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
-                                 o.eval_annotations or None, o.eval_synonyms or None,
-                                 description=f"{name}: questions")
+        import answers
+        asked = answers.quick(m, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
+                              o.eval_annotations or None, o.eval_synonyms or None,
+                              description=f"{name}: questions")
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 
@@ -90,10 +92,10 @@ def evaluate(m, o, out, name, val):
 def measured(m, o, out, name, val):
     """The classroom's metrics where the model is the classroom's, else loss, margin, accuracy on val_data."""
     if m.front.is_classroom:
-        import eval_hallu
-        eval_hallu.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
-                                 max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
-        return eval_hallu.score_classroom(out / f"{name}.jsonl")
+        import answers
+        answers.answer_scenes(m, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
+                              max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
+        return answers.score_classroom(out / f"{name}.jsonl")
     if val is None:
         return {}
     (records, good, reference), forward = val, vlm.FORWARDS[o.forward]
@@ -146,10 +148,11 @@ def measures(policy, reference, loss, beta):
     return {k: v.detach().cpu().double().sum().item() for k, v in got.items()}
 
 
-def train(o, rank, world, device):
+def train(o, ranks):
     """One run, from its options to its summary. Returns (summary, the run's folder)."""
+    rank, world, device = ranks.rank, ranks.world, ranks.device
     out, lock = options.run_folder(o), []
-    from_rank_0(lambda: lock.append(options.claim(out, o)), rank, world)
+    ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not what rank 0 sees: give a folder that all nodes share")
     if (out / "summary.json").exists():
@@ -163,9 +166,9 @@ def train(o, rank, world, device):
     def checked(path):
         records, image = Records(path, o.image_root or None), "image_rejected" in needs
         cache = out / "checked" if o.data == "classroom" else None       # a user's files: remembered for all
-        return records, from_rank_0(lambda: check(records, needs_image=image, skip_bad=o.skip_bad,
-                                                  cache_dir=cache), rank, world)
-    records, good = checked(from_rank_0(lambda: classroom_files(o, out), rank, world))
+        return records, ranks.first(lambda: check(records, needs_image=image, skip_bad=o.skip_bad,
+                                                  cache_dir=cache))
+    records, good = checked(ranks.first(lambda: classroom_files(o, out)))
     val = checked(o.val_data) if o.val_data else None
     val = val and (*val, Reference(len(val[1]), 1))                 # of rank 0, which evaluates alone
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if o.dtype == "auto" else o.dtype
@@ -174,18 +177,20 @@ def train(o, rank, world, device):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     front = families.open_folder(o.model, o.template or None, o.images)
-    good, lengths = from_rank_0(lambda: plan.usable(front, records, good, o, needs), rank, world)
-    from_rank_0(lambda: plan.refuse(front.config, o, lengths, dtype, device, world), rank, world)
+    good, lengths = ranks.first(lambda: plan.usable(front, records, good, o, needs))
+    ranks.first(lambda: plan.refuse(front.config, o, lengths, dtype, device, world))
 
     def load(place=device):
         m = vlm.load(front, dtype=getattr(torch, dtype), device=place)
         if o.lora_r:
-            lora.add_lora(m.model, o.lora_r, o.lora_alpha, seed=o.seed)
+            targets = [target for target in o.lora_targets.split(",") if target]
+            lora.add_lora(m.model, o.lora_r, o.lora_alpha, targets, seed=o.seed)
         else:
             vlm.train_whole(m)
         return m
-    m = load_in_shards(lambda: load("cpu"), device) if sharding else load()
-    sharded = [x.language_model for x in (m, m.frozen) if x] if sharding else ()
+    if sharding:
+        import shard
+    m = shard.load_in_shards(lambda: load("cpu"), ranks) if sharding else load()
     if m.front.is_classroom and device.type == "cpu":
         torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
     if o.checkpointing:
@@ -199,13 +204,15 @@ def train(o, rank, world, device):
                 (out / f"{name}.jsonl").unlink(missing_ok=True)      # of other weights, if a GPU resumed
                 data.atomic_write(out / f"{name}.json", json.dumps(evaluate(m, o, out, name, val)))
             return json.loads((out / f"{name}.json").read_text())
-        return from_rank_0(work, rank, world, sharded)
+        return shard.first(ranks, work, m) if sharding else ranks.first(work)
     before = evaluated("before")
 
     per_epoch = math.ceil(len(good) / o.batch)
     steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
     trained = {name: p for name, p in m.model.named_parameters() if p.requires_grad}
-    optimiser = ShardedAdamW(trained, o, rank, world)
+    betas = o.adam_beta1, o.adam_beta2
+    adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
+    optimiser = Zero2(trained, adamw, ranks, o.clip)
     reference, base = Reference(len(good), world, sharding), data.identity(m.front.folder)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
@@ -282,7 +289,7 @@ def train(o, rank, world, device):
     summary = {"before": before, "after": after, "pairs": len(good), "steps": steps,
                "seconds": round(state["seconds"], 1), "options": asdict(o)}
 
-    weights = optimiser.whole("weight") if sharding else None
+    weights = optimiser.weights() if sharding else None
 
     def finish():
         if o.lora_r:
@@ -290,13 +297,13 @@ def train(o, rank, world, device):
         elif not (out / "model").exists():
             lora.write_folder(m.model, m.front.folder, out / "model", weights)
         if m.front.is_classroom:
-            import eval_hallu
-            summary["difference"] = eval_hallu.difference(out / "before.jsonl", out / "after.jsonl")
-            words = eval_hallu.word_rewards(m, out, o.beta)
+            import answers
+            summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+            words = answers.word_rewards(m, out, o.beta)
             data.atomic_write(out / "words.json", json.dumps(words, indent=1))
         data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
         return summary
-    return from_rank_0(finish, rank, world, sharded), out
+    return (shard.first(ranks, finish, m) if sharding else ranks.first(finish)), out
 
 
 # ---------------------------------------------------------------------------------------- checkpoint and log
@@ -323,9 +330,15 @@ def restore(out, optimiser, reference, base):
         raise data.UserError(f"{file} was made with another base or number of pairs than --model and --data "
                              "give now: give another --out")
     state = json.loads(about["state"])
-    optimiser.load(tensors, state["step"])
-    reference.logps, reference.key = tensors["reference/logps"], tensors["reference/key"]
+    reference.logps, reference.key = tensors.pop("reference/logps"), tensors.pop("reference/key")
+    optimiser.load(tensors)
     return state
+
+
+def frozen_bytes(model):
+    """Bytes of the base's weights that this rank holds."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)
 
 
 class Log:
@@ -351,11 +364,11 @@ def falling(chosen):
 def main():
     rank = int(os.environ.get("RANK", 0))
     try:
-        if "--dry_run" in sys.argv:
-            return print("\n".join(plan.show([x for x in sys.argv[1:] if x != "--dry_run"])))
         o = options.parse(sys.argv[1:], __doc__)
-        rank, world, device = distributed(o)
-        summary, out = train(o, rank, world, device)
+        if o.dry_run:
+            return print("\n".join(plan.show(o)))
+        ranks = command.join(o.device)
+        summary, out = train(o, ranks)
         if rank == 0:
             import report
             page = out / "report.html"
@@ -363,8 +376,7 @@ def main():
                 report.write(out)
             print("\n".join(report.table(summary)))
             print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
-        if world > 1:
-            dist.barrier()
+        ranks.barrier()
     except (data.UserError, metrics.AnswerError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:

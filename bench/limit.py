@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +38,10 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import lora  # noqa: E402
 import losses  # noqa: E402
-import options  # noqa: E402
 import reference  # noqa: E402
 import vlm  # noqa: E402
-from ranks import ShardedAdamW  # noqa: E402
+from command import Ranks  # noqa: E402
+from ranks import Zero2  # noqa: E402
 from train_dpo import measures  # noqa: E402
 
 BETA = 0.1
@@ -169,7 +170,8 @@ class Ours:
                 if name.endswith("lora_B"):
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
         trained = lora.lora_parameters(self.m.model)
-        self.optimiser = ShardedAdamW(trained, options.Options(lr=1e-6), rank, world)
+        self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
+                               Ranks(rank, world, device), clip=1.0)
         self.reference = reference.Reference(places, world)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):

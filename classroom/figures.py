@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import report  # noqa: E402
+import page  # noqa: E402
 from classroom.finding import heading, means, metric, paper  # noqa: E402
 
 INK = {name: f"#0a0b{k:02x}" for k, name in enumerate(("ink", "soft", "line", "card", "c0", "c1", "c2"), 16)}
@@ -95,7 +95,7 @@ def lines(axes, other, finding, rows, label):
     axes.minorticks_off()
     ticks = xs if len(xs) <= 6 else [m * 10.0 ** e for e in range(-4, 5) for m in (1, 2, 5)]
     ticks = [x for x in ticks if xs[0] <= x <= xs[-1]]
-    axes.set_xticks(ticks, [report.num(x) for x in ticks])
+    axes.set_xticks(ticks, [page.num(x) for x in ticks])
     axes.set_xlabel(finding["xlabel"])
     axes.set_ylabel(label)
     axes.grid(axis="y")
@@ -113,7 +113,7 @@ def stacked(axes, other, finding, rows, label):
                 axes.barh(y, values[0], .66, left, fc=fill, ec=INK["ink"], hatch=lines, lw=1,
                           label=key if y == 0 and lines == hatch else None)
             if values[0] >= 8:
-                axes.text(left + values[0] / 2, y + .05, report.num(values[0]), ha="center", va="center",
+                axes.text(left + values[0] / 2, y + .05, page.num(values[0]), ha="center", va="center",
                           bbox={"fc": INK["card"], "ec": "none", "boxstyle": "round,pad=.2"})
             if key != "tie":                                   # a longer loss begins further to the left
                 end, sides = (left + values[0], 1) if key == "win" else (left, -1)

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import report  # noqa: E402
+import page  # noqa: E402
 
 FINDING = {"paper": "", "title": "", "claim": "", "rule": "", "verdict": "", "found": "", "metric": "",
            "exploratory": False, "rows": [], "contrasts": [], "paper_measure": "", "figure": "", "xlabel": "",
@@ -30,7 +30,7 @@ SIGNS = {"appears": ("✓", "yes"), "does not appear": ("✗", "no"), "not run":
 def numbers(values):
     """-> (mean, low, high), None for each that is absent."""
     values = values if isinstance(values, list | tuple) else [values]
-    return tuple(None if report.num(x) == "–" else x for x in (*values, None, None, None)[:3])
+    return tuple(None if page.num(x) == "–" else x for x in (*values, None, None, None)[:3])
 
 
 def complete(finding):
@@ -63,8 +63,8 @@ def three(values, key, sign=""):
         form = "+.3g" if sign else None
         mean, low, high = (x if x is None or abs(x) >= 1 else round(x, 3) + 0.0         # + 0.0: never -0
                            for x in (mean, low, high))
-    spread = "" if None in (low, high) else f"\n{report.num(low, form)} to {report.num(high, form)}"
-    return report.num(mean, form) + spread
+    spread = "" if None in (low, high) else f"\n{page.num(low, form)} to {page.num(high, form)}"
+    return page.num(mean, form) + spread
 
 
 def flat(cell):
@@ -97,19 +97,19 @@ def table(finding):
     """[head, *rows]: every arm with its intervals, its bases, and the paper's numbers beside."""
     rows, main = finding["rows"], finding["metric"]
     bases = sorted({base for row in rows for base, _ in means(finding, row)})
-    runs = [f"\n{report.num(row['runs'])} run{'s' * (row['runs'] != 1)}" * bool(row["runs"]) for row in rows]
+    runs = [f"\n{page.num(row['runs'])} run{'s' * (row['runs'] != 1)}" * bool(row["runs"]) for row in rows]
     columns = {"": [row["arm"] + more for row, more in zip(rows, runs, strict=True)]}
     if any(row["series"] not in row["arm"] for row in rows):
         columns["series"] = [row["series"] for row in rows]
     if any(row["x"] is not None for row in rows):
-        columns[finding["xlabel"] or "x"] = [report.num(row["x"]) for row in rows]
+        columns[finding["xlabel"] or "x"] = [page.num(row["x"]) for row in rows]
     columns |= {heading(key): [three(row["values"].get(key), key) for row in rows]
                 for key in finding["columns"] or [main] if any(key in row["values"] for row in rows)}
     if bases:
         columns[f"{metric(main)[0]} of {', '.join(bases)}"] = [
             " · ".join(three(dict(means(finding, row)).get(base), main) for base in bases)
             for row in rows]
-    columns |= {f"paper: {key}": [report.num(row["paper"].get(key)) for row in rows]
+    columns |= {f"paper: {key}": [page.num(row["paper"].get(key)) for row in rows]
                 for key in dict.fromkeys(key for row in rows for key in row["paper"])}
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
@@ -129,7 +129,7 @@ def contrasts(finding):
     """[head, *rows]: the differences."""
     return [["difference", "points", "the\u00a0first\u00a0is"], *(
         [f"{c['what']}\n{heading(c['metric'])}",
-         three(c["difference"], c["metric"], "+").replace("\n", f"\n{report.num(c.get('level'))}%: "),
+         three(c["difference"], c["metric"], "+").replace("\n", f"\n{page.num(c.get('level'))}%: "),
          reading(c["difference"], c["metric"])] for c in finding["contrasts"])]
 
 
@@ -143,7 +143,7 @@ def primary(finding):
     if kind == "lines":
         rows = sorted((row for row in rows if row["x"] is not None), key=lambda row: row["x"])
     for row in rows:
-        at = f" at {report.num(row['x'])}" if kind == "lines" else ""
+        at = f" at {page.num(row['x'])}" if kind == "lines" else ""
         texts.setdefault(row["series"] if at else row["arm"], []).append(
             f"{flat(three(row['values'].get(key), key))}{at}")
     said = [f"{name} {', '.join(mine[:1] + mine[1:][-1:])}" for name, mine in texts.items()]

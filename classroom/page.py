@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import report  # noqa: E402
+import page  # noqa: E402
 from classroom import figures  # noqa: E402
 from classroom.finding import (  # noqa: E402, F401
     METRICS,
@@ -78,7 +78,7 @@ break-after:avoid}figure,tr,.head{break-inside:avoid}.scroll{overflow:visible;ma
 
 def history(about):
     """[(label, paragraph)]: how all this was made."""
-    counts = [f"{report.num(about[key])} {words}" for key, words in (
+    counts = [f"{page.num(about[key])} {words}" for key, words in (
         ("runs", "runs"), ("bases", "bases"), ("seeds", "seeds"), ("scenes", "scenes to examine a run on"))
         if key in about]
     parts = {"Made": ", ".join([*filter(None, [about.get("made")]), *counts]),
@@ -158,7 +158,7 @@ def html(findings, about):
 {html_table(defeats(findings), "over") or "<p>Nowhere.</p>"}</section>{"".join(map(html_section, findings))}
 <section><h2>How it was made</h2>{paragraphs(history(about))}
 {html_table(settings(about), "over")}</section>"""
-    return report.page(TITLE, body).replace("</style>", CSS + "</style>", 1)
+    return page.page(TITLE, body, CSS)
 
 
 # ---------------------------------------------------------------------------- Markdown

@@ -6,12 +6,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, picture, write_llava
+from conftest import picture, write_llava
 from test_train_dpo import adapter, arguments, kill_at, log_of, run, trained, write_pairs
 
 import data
 import diagnose
-import families
 import lora
 import options
 import vlm
@@ -94,8 +93,10 @@ def test_every_margin_is_the_one_by_hand(world, tuned, forward):
 
 def test_a_blind_model_has_the_same_margins_with_every_image(world, tuned, monkeypatch):
     see = vlm.encode_images
-    monkeypatch.setattr(vlm, "encode_images",
-                        lambda *args: vlm.Features([x * 0 for x in see(*args).images], []))
+
+    def blind(*args):
+        return vlm.Features(*([torch.zeros_like(x) for x in side] for side in see(*args)))
+    monkeypatch.setattr(vlm, "encode_images", blind)
     found = diagnose.look(tuned, Records(world[1]), range(12), opts(world), "after")
     assert len({tuple(found["margin"][kind]) for kind in KINDS}) == 1 and found["margin"]["true"][0] != 0
     for name in ("margin_true_minus", "preference_true_minus"):
@@ -103,12 +104,15 @@ def test_a_blind_model_has_the_same_margins_with_every_image(world, tuned, monke
         assert np.abs(list(found[name].values())).max() < 1e-6
 
 
-def test_before_training_policy_and_reference_are_one(world):
+def test_before_training_policy_and_reference_are_one_and_no_answer_is_drawn(world, monkeypatch):
     m = vlm.load(world[0])
     lora.add_lora(m.model, 4, 8)
-    before, after = (diagnose.look(m, Records(world[1]), range(12), opts(world), name)
-                     for name in ("before", "after"))
-    assert before == after                                           # what is not scored twice would be 0
+    after = diagnose.look(m, Records(world[1]), range(12), opts(world), "after")
+    monkeypatch.setattr(vlm, "generate", None)
+    scored, score = [], diagnose.scores
+    monkeypatch.setattr(diagnose, "scores", lambda *args: scored.append(1) or score(*args))
+    before = diagnose.look(m, Records(world[1]), range(12), opts(world), "before")
+    assert before == after and len(scored) == 1                      # what is not scored twice would be 0
     assert before["margin"]["true"] == before["kl"] == [0, 0, 0] != before["preference"]["true"]
 
 
@@ -171,11 +175,9 @@ def test_kl_is_the_drawn_answers_log_ratio_with_its_end_if_it_ended(world, tuned
     found = diagnose.look(tuned, records, range(12), o, "after")
     ratios = []
     for i, text in enumerate(said):
-        record = records[i] | {"chosen": text or WORDS[2]}
-        monkeypatch.setattr(families.Llava, "response_ids", lambda front, text: [
-            *front.tokenizer(text, add_special_tokens=False).input_ids, front.eos_id][:4])
-        if not text:
-            monkeypatch.setattr(families.Llava, "response_ids", lambda front, text: [front.eos_id])
+        record = records[i]
+        ids = tuned.front.tokenizer(text, add_special_tokens=False).input_ids
+        monkeypatch.setattr(tuned.front, "response_ids", lambda _, ids=ids: [*ids, tuned.front.eos_id][:4])
         mine, frozen = by_hand(tuned, record, data.read_image(record["images"][0]), "chosen")
         ratios.append(mine - frozen)
     assert found["kl"][0] == pytest.approx(np.mean(ratios), abs=1e-5)

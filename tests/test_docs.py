@@ -18,20 +18,21 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
 IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "replies": "", "nouns": "",
-           "pairing": "", "objects": "nouns tally", "metrics": "objects replies tally",
+           "pairing": "", "command": "data", "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families kernels lora losses plan", "chat": "data vlm",
+           "report": "data metrics", "vlm": "data families kernels lora losses plan",
+           "chat": "command data families vlm",
            "reference": "data lora losses plan ranks vlm",
-           "benchmarks": "chat data nouns", "judge": "benchmarks chat data",
+           "benchmarks": "data nouns", "judge": "benchmarks chat data",
            "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
-           "compare": "ballot chat data metrics tally",
-           "eval_hallu": "answers benchmarks chat compare data judge lora metrics nouns objects ranks vlm",
+           "compare": "ballot data metrics tally",
+           "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
-           "responders": "chat data vlm", "gallery": "chat data report",
-           "synth": "data gallery journal pairing responders rewards sd3 topics",
+           "gallery": "chat data report",
+           "synth": "chat data gallery journal pairing rewards sd3 topics",
            "plan": "data families losses options records",
            "diagnose": "data plan records tally vlm",
-           "train_dpo": "data diagnose eval_hallu lora losses metrics options plan ranks records reference "
+           "train_dpo": "answers data diagnose lora losses metrics options plan ranks records reference "
                         "report vlm"}
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
 HEAVY = {"transformers", "diffusers", "peft", "trl"}

@@ -46,7 +46,7 @@ def m(tmp_path_factory):
 
 def answer(m, scenes, out, **more):
     more = {"batch_size": 3, "max_new_tokens": 6, "progress": False, **more}
-    eval_hallu.answer_scenes(m, scenes, out, **more)
+    answering.answer_scenes(m, scenes, out, **more)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -58,7 +58,7 @@ def test_answers_are_the_scenes_in_order_with_the_settings_first(m, tmp_path):
     assert first["settings"] | known == first["settings"]
     assert [{k: v for k, v in a.items() if k != "answer"} for a in answers] == lines
     assert any(a["answer"] for a in answers)
-    assert eval_hallu.score_classroom(tmp_path / "answers.jsonl") == metrics.classroom(answers)
+    assert answering.score_classroom(tmp_path / "answers.jsonl") == metrics.classroom(answers)
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeypatch):
@@ -191,12 +191,12 @@ def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
     lora.add_lora(policy.model, 2, 4)
     for name in ("before", "after"):
         answer(policy, scenes, tmp_path / f"{name}.jsonl")
-    words = eval_hallu.word_rewards(policy, tmp_path, 0.1)
+    words = answering.word_rewards(policy, tmp_path, 0.1)
     assert 0 < len(words) <= 4 and all(abs(w["true"]) < 1e-6 for entry in words for w in entry["words"])
     torch.manual_seed(0)
     for weight in lora.lora_parameters(policy.model).values():
         weight.data.normal_(std=.1)
-    words = eval_hallu.word_rewards(policy, tmp_path, 0.1)
+    words = answering.word_rewards(policy, tmp_path, 0.1)
     for entry in words:
         assert " ".join(w["word"] for w in entry["words"]).split() == entry["answer_after"].split()
         assert entry["image"] != entry["other_image"] and (tmp_path / entry["other_image"]).exists()
@@ -210,8 +210,8 @@ def test_the_classroom_model_looks(tmp_path):
     import vlm
     subprocess.run([sys.executable, ROOT / "classroom" / "pairs.py", "scenes", "--seed", "3", "--n", "60",
                     "--questions", "60", "--split", "tune", "--out", tmp_path], check=True)
-    eval_hallu.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
-    scores = eval_hallu.score_classroom(tmp_path / "answers.jsonl")
+    answering.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl", progress=False)
+    scores = answering.score_classroom(tmp_path / "answers.jsonl")
     assert 25 < scores["chair_s"] < 75 and scores["cover"] > 75 and scores["unparsed"] <= 3
 
 
@@ -291,7 +291,7 @@ def ask(m, benchmark, path, out, **more):
     questions = benchmarks.questions(benchmark, [path])
     answering.answer_questions(m, benchmark, questions, out, **{"batch_size": 3, "max_new_tokens": 5,
                                                                 "progress": False, **more})
-    return chat.read_records(out)
+    return data.read_records(out)
 
 
 def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
@@ -300,7 +300,7 @@ def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
     argv = ["answers", "pope", "--model", model, "--data", path, "--out", tmp_path / "a.jsonl", "--limit", 2]
     code, _, err = run(*argv, "--template", "vicuna", "--pad")
     assert code == 0, err
-    settings = chat.read_records(tmp_path / "a.jsonl")[0]["settings"]
+    settings = data.read_records(tmp_path / "a.jsonl")[0]["settings"]
     assert "A chat between" in settings["template"] and "pad" in settings["images"]
     code, _, err = run(*argv, "--pad")
     assert code == 1 and "template" in err
@@ -351,7 +351,7 @@ def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, mon
     answering.answer_questions(m, "pope", questions, tmp_path / "a.jsonl", prompt="{question}\nyes or no ?",
                                progress=False)
     assert asked == [rows[0]["text"] + "\nyes or no ?"]
-    first, line = chat.read_records(tmp_path / "a.jsonl")
+    first, line = data.read_records(tmp_path / "a.jsonl")
     assert first["settings"]["prompt"] == "{question}\nyes or no ?" and line["question"] == rows[0]["text"]
 
 
@@ -783,7 +783,7 @@ def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
     prompt.write_text("Known: {}. {} {} {} Rating?")
     with pytest.raises(data.UserError, match="scores.prompts.jsonl holds the 8 prompts"):
         score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
-    first = chat.read_records(tmp_path / "scores.prompts.jsonl")[0]
+    first = data.read_records(tmp_path / "scores.prompts.jsonl")[0]
     assert first["messages"][0]["content"] == ("Known: Dog, Cat. what is this ? 0 A dog and a cat. "
                                                 "a dog Rating?")
     prompt.write_text("Known: {}. {}")
@@ -816,7 +816,7 @@ def test_answers_are_scored_and_exported_for_the_official_scripts(m, tmp_path, c
     o = eval_hallu.parse(["export", benchmark, "--answers", str(answers), "--out",
                           str(tmp_path / "official.json")])
     o.run(o)
-    official = chat.read_records(tmp_path / "official.json")
+    official = data.read_records(tmp_path / "official.json")
     assert [line.keys() - {"split"} for line in official[:1]] == [{
         "pope": {"question_id", "question", "answer"}, "amber": {"id", "response"},
         "objhal": {"question_id", "image_id", "prompt", "text"},
@@ -846,13 +846,13 @@ def test_export_refuses_other_answers(m, tmp_path):
 
 def test_quick_scores_a_small_file_while_training(m, tmp_path, coco):
     path, _ = pope_file(tmp_path / "data")
-    found = eval_hallu.quick(m, path, tmp_path / "pope.jsonl", progress=False)
+    found = answering.quick(m, path, tmp_path / "pope.jsonl", progress=False)
     assert found.keys() == {"pope_accuracy", "pope_f1",
                             "pope_yes_ratio"} and 0 <= found["pope_accuracy"] <= 100
     captions = write_json(tmp_path / "captions.jsonl", [
         {"question_id": i, "image": f"COCO_val2014_{i:012d}.jpg", "text": "what is this ?"} for i in (1, 2)])
     write_images(tmp_path, ["COCO_val2014_000000000001.jpg", "COCO_val2014_000000000002.jpg"])
-    found = eval_hallu.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
+    found = answering.quick(m, captions, tmp_path / "chair.jsonl", annotations=coco[1], synonyms=coco[3],
                              progress=False)
     assert found.keys() == {"chair_s", "chair_i", "recall"}
 
@@ -967,7 +967,7 @@ def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
     with pytest.raises(data.UserError, match="96 prompts"):
         score(tmp_path, "mmhal", path.parent / "answers.jsonl", "--template", template, "--judge_prompt",
               prompt)
-    asked = [line["messages"][0]["content"] for line in chat.read_records(tmp_path / "scores.prompts.jsonl")]
+    asked = [line["messages"][0]["content"] for line in data.read_records(tmp_path / "scores.prompts.jsonl")]
     hashes = json.loads((path.parent / "expected.json").read_text())["prompts"]["sha256"]
     assert [hashlib.sha256(text.encode()).hexdigest() for text in asked] == hashes
     for answers in ("answers.jsonl", "answers_merged.json"):

@@ -90,14 +90,23 @@ def test_at_init_the_model_is_unchanged_and_B_is_zero(model, base):
 def test_targets_choose_layers_by_name(model):
     names = add_lora(model, r=4, alpha=8, targets=["q_proj", "v_proj"])
     assert len(names) == 4 and {n.split(".")[-1] for n in names} == {"q_proj", "v_proj"}
+    assert all("language_model" in n for n in names)                # the vision tower has both, too
 
 
-def test_a_dotted_target_is_the_end_of_a_full_name_and_a_bare_one_means_the_language_model(model):
-    names = add_lora(model, r=4, alpha=8, targets=["multi_modal_projector.linear_1", "0.self_attn.q_proj"])
-    assert "model.multi_modal_projector.linear_1" in names
-    assert {n.split(".")[1] for n in names} == {"language_model", "multi_modal_projector", "vision_tower"}
-    assert sum(n.endswith(".0.self_attn.q_proj") for n in names) == len(names) - 1 == 2
-    assert all(p.requires_grad == ("lora_" in n) for n, p in model.named_parameters())
+@pytest.mark.parametrize("targets, ends", [
+    (["multi_modal_projector.linear_1"], ["multi_modal_projector.linear_1"]),
+    (["vision_tower.encoder.layers.0.self_attn.q_proj"], ["vision_tower.encoder.layers.0.self_attn.q_proj"]),
+    (["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"], ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])])
+def test_a_target_with_dots_is_the_end_of_a_full_name(model, targets, ends):
+    names = add_lora(model, r=4, alpha=8, targets=targets)
+    assert len(names) == len(ends) and all(n.endswith(end) for n, end in zip(names, ends, strict=True))
+
+
+@pytest.mark.parametrize("target", ["q_prj", "linear_1", "or.linear_1", "lm_head", "model.lm_head"])
+def test_a_target_that_names_nothing_is_refused(model, target):
+    with pytest.raises(UserError, match=f"no linear layer is called '{target}'"):
+        add_lora(model, r=4, alpha=8, targets=["q_proj", target])
+    assert not lora_parameters(model)
 
 
 def test_a_bare_language_model_is_adapted_but_for_its_lm_head(model):
@@ -335,7 +344,7 @@ def test_a_failed_merge_leaves_nothing_behind(model, folder, tmp_path, monkeypat
 # ---- users' mistakes
 
 def test_unknown_targets_are_refused_with_those_there_are(model):
-    with pytest.raises(UserError, match="q_prj.*'down_proj', 'gate_proj'"):
+    with pytest.raises(UserError, match="q_prj.*down_proj, gate_proj"):
         add_lora(model, r=4, alpha=8, targets=["q_prj"])
     assert all(p.requires_grad for p in model.parameters())          # nothing was touched
     with pytest.raises(UserError, match="rank 0"):

@@ -3,8 +3,8 @@ import errno
 import io
 import json
 import os
+import re
 import resource
-import signal
 import sys
 
 import pytest
@@ -46,7 +46,7 @@ def faults(records, capsys, **options):
     """The lines that the check writes, and the sentence it ends with."""
     capsys.readouterr()
     with pytest.raises(UserError) as end:
-        check(records, **{"cache_dir": os.path.join(records.root, "cache"), "progress": False} | options)
+        check(records, **{"cache_dir": os.path.join(records.root, "cache")} | options)
     return capsys.readouterr().err.splitlines(), str(end.value)
 
 
@@ -178,7 +178,7 @@ def test_parquet_with_image_bytes_and_many_row_groups(tmp_path):
         and records[3]["id"] == "d:3"
         and records[3]["meta"]["idx"] == "3"
     )
-    assert check(records, workers=2, cache_dir=tmp_path) == list(range(300))
+    assert check(records, cache_dir=tmp_path) == list(range(300))
 
 
 def test_native_holds_several_images_or_none_history_and_rejected_images(folder):
@@ -280,23 +280,28 @@ def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
 
 # ---- the index ----
 
-def test_the_array_index_is_not_misled_by_strings(folder, monkeypatch):
-    """Brackets, quotes and runs of backslashes in strings; every cut between chunks, down to one byte."""
+def test_the_lines_of_an_array_are_not_misled_by_strings(folder):
+    """Brackets, quotes and runs of backslashes in strings."""
     nasty = ['"', "\\", '\\"', "}]", '{"a": [', "\\\\\\", '"}, {"', "\n", "é\u2028", ""]
     rows = [pair(i, question=a + b, meta={"deep": [[{"k": a}]]}) for i, (a, b) in
             enumerate((a, b) for a in nasty for b in nasty)]
-    for size in (1, 2, 7, 64, 1 << 20):
-        monkeypatch.setattr(data._chunks, "__defaults__", (size,))
-        for indent in (None, 1):
-            (folder / "d.json").write_text("\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False))
-            records = Records(folder / "d.json")
-            assert len(records) == len(rows)
-            for i in (0, 13, 57, 99):
-                assert records[i]["question"] == rows[i]["question"].strip() and records[i]["id"] == f"p{i}"
-        assert (
-            records.where(1)
-            == f"{folder}/d.json, line {2 + len(json.dumps(rows[0], indent=1).splitlines())} (id p1)"
-        )
+    for indent in (None, 1):
+        (folder / "d.json").write_text("\ufeff" + json.dumps(rows, indent=indent, ensure_ascii=False))
+        records = Records(folder / "d.json")
+        assert len(records) == len(rows)
+        for i in (0, 13, 57, 99):
+            assert records[i]["question"] == rows[i]["question"].strip() and records[i]["id"] == f"p{i}"
+            above = 1 + sum(len(json.dumps(row, indent=1).splitlines()) for row in rows[:i]) if indent else 0
+            assert records.where(i) == f"{folder}/d.json, line {1 + above} (id p{i})"
+
+
+def test_lines_are_found_wherever_a_chunk_ends(folder, monkeypatch):
+    lines(folder / "d.jsonl", [pair(0, chosen="é"), "", pair(1, chosen="x" * 99), " ", pair(2)])
+    for size in (1, 2, 7, 64):
+        monkeypatch.setattr(data.index_lines, "__defaults__", (size,))
+        records = Records(folder / "d.jsonl")
+        assert [records[i]["id"] for i in range(3)] == ["p0", "p1", "p2"]
+        assert records.where(2) == f"{folder}/d.jsonl, line 5 (id p2)"
 
 
 def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(folder):
@@ -310,15 +315,14 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(folde
 
 def test_opening_parses_nothing_and_holds_only_offsets(folder):
     """50,000 records of 1 KB; bench/open_records.py measures the million that may take seconds and 500 MB."""
-    path = folder / "d.json"
-    path.write_text(json.dumps([pair(i, chosen="x" * 1000) for i in range(50_000)]))
+    path = lines(folder / "d.jsonl", [pair(i, chosen="x" * 1000) for i in range(50_000)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     records = Records(path)
     assert len(records) == 50_000 and records[49_999]["id"] == "p49999"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60 << 10  # KiB; the file has 54 MiB
 
 
-# ---- bad input: one sentence that says what, where, and the mend ----
+# ---- bad input: one sentence that says what, where, and the fix ----
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", " [ ]\n"])
 def test_empty_data_is_a_sentence(folder, content):
@@ -356,7 +360,7 @@ def test_a_broken_array_names_the_line(folder, capsys, spoil, line):
 
 def test_an_array_of_other_things_is_a_sentence(folder):
     (folder / "d.json").write_text('["a", 3]')
-    with pytest.raises(UserError, match="d.json, line 1: list instead of a record"):
+    with pytest.raises(UserError, match="d.json, line 1: str instead of a record"):
         Records(folder / "d.json")
 
 
@@ -392,7 +396,7 @@ def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys):
         "line 8: broken JSON",
         "line 9 (id p8): key 'chosen' is missing",
         "line 10 (id p9): key 'rejected' is missing",
-        "line 11 (id p10): image ../x.png leaves the image root",
+        "line 11 (id p10): image: ../x.png leaves the folder",
         "line 12 (id p11): chosen or rejected is not text",
         "line 13 (id p12): the image is int, not a path",
         "line 14 (id p13): not laid out as native is",
@@ -401,7 +405,7 @@ def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys):
     assert len(out) == len(expected)
     for line, start in zip(out, expected, strict=True):
         assert line.startswith(f"{path}, {start}") and "\n" not in line
-    assert end == f"14 of 16 records of {path} are faulty (listed above); mend them or pass --skip_bad"
+    assert end == f"14 of 16 records of {path} are faulty (listed above); fix them or pass --skip_bad"
 
 
 def test_skip_bad_drops_the_faulty_with_counts(folder, capsys):
@@ -444,7 +448,8 @@ def test_a_path_that_leaves_the_image_root_is_refused(tmp_path, name):
     (root / "link.png").symlink_to(tmp_path / "x.png")
     (root / "dir").symlink_to(tmp_path)
     records = Records(lines(root / "d.jsonl", [pair(image=name)]))
-    with pytest.raises(UserError, match=r"d.jsonl, line 1 \(id p0\): .*(leaves the image root|null)"):
+    said = r"d.jsonl, line 1 \(id p0\): .*(leaves the folder .*--image_root|null)"
+    with pytest.raises(UserError, match=said):
         records[0]
 
 
@@ -463,7 +468,7 @@ def test_the_check_runs_once_until_data_or_an_image_changes(folder, monkeypatch,
     monkeypatch.setattr("records.read_image", lambda image: decoded.append(image) or read_image(image))
     first = faults(Records(path), capsys)
     assert len(decoded) == 2 and faults(Records(path), capsys) == first and len(decoded) == 2  # remembered
-    picture(0).save(folder / "no.png")  # a fault is mended
+    picture(0).save(folder / "no.png")  # a fault is fixed
     assert check(Records(path), cache_dir=folder / "cache") == [0, 1] and len(decoded) == 4
     assert check(Records(path), cache_dir=folder / "cache") == [0, 1] and len(decoded) == 4
     (folder / "a.png").write_bytes(b"broken since")  # an image changes
@@ -490,22 +495,18 @@ def test_a_disk_that_fills_while_checking_costs_only_the_memory(folder, monkeypa
     assert check(records, cache_dir=folder / "cache") == [0] and os.listdir(folder / "cache") == []
 
 
-def test_workers_find_what_one_process_finds(folder, capsys):
+def test_threads_find_every_fault_in_order_and_decode_every_image_once(folder, monkeypatch, capsys):
     rows = [
         pair(i % 590, rejected="" if i % 97 == 0 else "A cat.", image="no.png" if i % 101 == 0 else "a.png")
         for i in range(600)
     ]
     records = Records(lines(folder / "d.jsonl", rows))
-    alone = faults(records, capsys, workers=0, cache_dir=folder / "0")
-    assert len(alone[0]) == 7 + 6 + 10 and faults(records, capsys, workers=2, cache_dir=folder / "2") == alone
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the patch reaches forked workers only")
-def test_a_worker_that_is_killed_is_a_sentence(folder, monkeypatch):
-    records = Records(lines(folder / "d.jsonl", [pair(i) for i in range(300)]))
-    monkeypatch.setattr("records.read_image", lambda _: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="d.jsonl: a process that checked its records was killed"):
-        check(records, workers=2, cache_dir=folder / "cache", progress=False)
+    decoded = []
+    monkeypatch.setattr("records.read_image", lambda image: decoded.append(image) or read_image(image))
+    out, _ = faults(records, capsys)
+    places = [int(re.search(r"line (\d+)", line)[1]) for line in out]
+    assert len(out) == 7 + 6 + 10 and places == sorted(places)
+    assert sorted(decoded) == [str(folder / "a.png"), str(folder / "no.png")]
 
 
 def test_real_pds_dpo_names_its_two_empty_responses(tmp_path, capsys):

@@ -8,6 +8,7 @@ from PIL import Image
 
 import data
 import metrics
+import page
 import report
 
 EVIL = "<script>alert('1')</script>\"'&"
@@ -80,10 +81,10 @@ def read(run):
 
 def test_the_page_needs_nothing_else(tmp_path):
     html = read(make_run(tmp_path / "run"))
-    page = Page(html)
-    assert page.open == [] and not {"script", "link", "iframe", "object"} & set(page.tags)
+    seen = Page(html)
+    assert seen.open == [] and not {"script", "link", "iframe", "object"} & set(seen.tags)
     assert "url(" not in html and "@import" not in html and "default-src 'none'" in html
-    sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href")]
+    sources = [value for name, value in seen.attributes if name in ("src", "href", "xlink:href")]
     assert sources and all(value.startswith("data:image/png;base64,") for value in sources)
     assert "prefers-color-scheme:dark" in html and "width=device-width" in html
 
@@ -118,7 +119,7 @@ def test_a_dozen_images_with_hallucinated_words_marked(tmp_path):
     assert answers.count("<img") == 12
     assert '<dt>before</dt><dd>a dog , a <mark title="not in the image">cat</mark> x</dd>' in answers
     assert "<dt>after</dt><dd>a dog x</dd>" in answers
-    wrong = report.marked("yes .", {"answer": "no", "choices": ["yes", "no"]})
+    wrong = page.marked("yes .", metrics.hallucinated("yes .", {"answer": "no", "choices": ["yes", "no"]}))
     assert wrong == '<mark title="not in the image">yes</mark> .'
 
 
@@ -144,28 +145,36 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     first, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert "held-out pairs with" not in read(run)                     # a run of before there was diagnose.py
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps])
-    html = read(run)                                                  # under way: nothing is after
-    assert html.count('<rect class="before"') == 4 and '<rect class="after"' not in html
+    text = Page(read(run)).text                                       # under way: nothing is after
+    assert "true image+2.00+1.50 to +2.25blank" in text and "minus it" not in text
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps[:-1], steps[-1] | {"look": found(4)}])
     html = read(run)
-    page = Page(html)
-    assert page.open == [] and "nan" not in html and "200 held-out pairs" in page.text
-    assert html.count('<rect class="before"') == 4 and html.count('<rect class="after"') == 4 + 4 + 3
-    assert html.count('class="ends"') == 4 + 11                       # an interval for every bar
-    assert "true image+2.00+6.00" in page.text and "same theme+3.00" in page.text
-    assert "KL of an answer from the reference, nats0.000.00 to 1.004.004.00 to 5.00" in page.text
-    bars = report.bars("T", "", {"after": {"true": [-1., -2., 0.], "other": [2., 1., 3.]}})
-    true, other = re.findall(r'x="([\d.]+)" y="\d+" width="([\d.]+)" height="10"/>'
-                             r'<path class="ends" d="M([\d.]+) \d+v8m0-4H([\d.]+)m', bars)
-    assert true == ("124.0", "36.0", "88.0", "160.0") and other == ("160.0", "72.0", "196.0", "268.0")
+    seen = Page(html)
+    assert seen.open == [] and "nan" not in html and "200 held-out pairs" in seen.text
+    # by the image: before and after, the margin, and the true image's minus it, each with its interval
+    assert ("true image+2.00+1.50 to +2.25+6.00+5.50 to +6.25+6.00+5.50 to +6.25–"
+            "blank−1.00−1.50 to −0.75+3.00+2.50 to +3.25+3.00+2.50 to +3.25+7.00+6.50 to +7.25"
+            "other image+1.00+0.50 to +1.25+5.00+4.50 to +5.25+5.00+4.50 to +5.25+5.00+4.50 to +5.25"
+            "same theme+0.50+0.00 to +0.75+4.50+4.00 to +4.75+4.50+4.00 to +4.75+3.00+2.50 to +3.25"
+            ) in seen.text
+    assert "log p of the chosen answer−4.00−5.00 to −3.00−4.00−5.00 to −3.00" in seen.text
+    assert "KL of an answer from the reference0.000.00 to 1.004.004.00 to 5.00" in seen.text
+    lines(run / "log.jsonl", [first | {"look": found(0)}, *steps, {"evaluation": "after", "look": found(4)}])
+    assert "true image+2.00+1.50 to +2.25+6.00" in Page(read(run)).text            # a line of their own
+
+
+def test_a_change_is_bold_only_where_its_interval_leaves_out_0():
+    assert report.cell(1., [.5, 2.], "+z.1f", bold=True) == ("+1.0", "+0.5 to +2.0", "clear")
+    assert report.cell(1., [-.5, 2.], "+z.1f", bold=True) == ("+1.0", "−0.5 to +2.0", "")
+    assert report.cell(1., None, "+z.1f", bold=True) == ("+1.0", "", "")
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):
     html = read(make_run(tmp_path / "run", evil=EVIL))
-    page = Page(html)
-    assert "<script" not in html and "script" not in page.tags and page.open == []
-    assert not any(name.startswith("on") for name, _ in page.attributes)
-    assert page.text.count(EVIL) >= 2 + 2 * 12                        # it stands there, as text
+    seen = Page(html)
+    assert "<script" not in html and "script" not in seen.tags and seen.open == []
+    assert not any(name.startswith("on") for name, _ in seen.attributes)
+    assert seen.text.count(EVIL) >= 2 + 2 * 12                        # it stands there, as text
 
 
 def test_an_image_outside_the_run_is_not_read(tmp_path):
@@ -175,14 +184,14 @@ def test_an_image_outside_the_run_is_not_read(tmp_path):
     words[0]["image"] = "../secret.png"
     (run / "words.json").write_text(json.dumps(words))
     html = read(run)
-    assert "../secret.png leaves its folder" in html
+    assert "image: ../secret.png leaves the folder" in html
     (run / "scenes" / "images" / "0.png").unlink()
     assert "0.png is missing" in read(run)                            # a sentence in its place, not an error
 
 
 def test_large_images_are_made_small(tmp_path):
     Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "big.png")
-    figure = report.picture(tmp_path, "big.png")
+    figure = page.picture(tmp_path, "big.png")
     assert "image/jpeg" in figure and 'class=""' in figure and len(figure) < 120_000
 
 
@@ -192,9 +201,9 @@ def test_a_run_without_a_classroom_has_its_loss_and_no_answers(tmp_path):
         (run / name).unlink()
     sides = {"before": {"loss": .6931, "margin": 0, "n": 9}, "after": {"loss": .5, "margin": .75, "n": 9}}
     (run / "summary.json").write_text(json.dumps({**sides, "pairs": 10, "steps": 2, "seconds": 1}))
-    page = Page(read(run))
-    assert "loss0.69310.5−0.1931" in page.text and "held-out pairs" in page.text
-    assert "Answers" not in page.text
+    seen = Page(read(run))
+    assert "loss0.69310.5−0.1931" in seen.text and "held-out pairs" in seen.text
+    assert "Answers" not in seen.text
     (run / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
     assert "Before and after" not in read(run) and "Training" in read(run)
 
@@ -208,8 +217,8 @@ def test_a_run_that_is_under_way_or_diverged(tmp_path):
                               {"step": 2, "loss": float("nan")}])
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo')                                  # killed while writing
-    page = Page(read(run))
-    assert "not finished" in page.text and "loss 1.5 → 1.5" in page.text
+    seen = Page(read(run))
+    assert "not finished" in seen.text and "loss 1.5 → 1.5" in seen.text
 
 
 def test_long_runs_stay_small(tmp_path):

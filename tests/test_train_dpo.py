@@ -13,18 +13,22 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_llava
 from safetensors.torch import load_file
+from test_command import both
 
+import command
+import data
 import losses
 import options
 import train_dpo
 import vlm
-from ranks import ShardedAdamW
+from ranks import Zero2
 from records import Records
 from reference import Feed
 
@@ -167,10 +171,20 @@ def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_
     assert (packed_gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-7
 
 
+def test_lora_goes_where_lora_targets_says_and_a_name_of_nothing_is_refused(world, tmp_path):
+    argv = arguments(world, tmp_path / "run", "--epochs", "1", "--set")
+    trained([*argv, "lora_targets=v_proj,multi_modal_projector.linear_2"])
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert [name.split(".", 1)[1] for name in config["target_modules"]] == [
+        *(f"language_model.layers.{i}.self_attn.v_proj" for i in range(2)), "multi_modal_projector.linear_2"]
+    code, text = run([*arguments(world, tmp_path / "other", "--set"), "lora_targets=v_prj"])
+    assert code == 1 and "no linear layer is called 'v_prj'" in text and "Traceback" not in text
+
+
 def kill_at(step, where="step"):
     """SIGKILL in the given optimiser step, or in the middle of writing that step's checkpoint."""
     def arm():
-        count, original, write = [0], ShardedAdamW.step, os.replace
+        count, original, write = [0], Zero2.step, os.replace
         def counted(self, lr):
             count[0] += 1
             if count[0] == step and where == "step":
@@ -180,7 +194,7 @@ def kill_at(step, where="step"):
             if count[0] == step and where == "checkpoint" and "checkpoint" in str(target):
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(source, target)
-        ShardedAdamW.step, os.replace = counted, torn
+        Zero2.step, os.replace = counted, torn
     return arm
 
 
@@ -218,13 +232,13 @@ def test_a_run_killed_twice_ends_with_the_same_bytes(world, tmp_path, uninterrup
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_and_the_next_call_goes_on(world, tmp_path, uninterrupted, number):
     def arm():
-        original, count = ShardedAdamW.step, [0]
+        original, count = Zero2.step, [0]
         def counted(self, lr):
             count[0] += 1
             if count[0] == 5:
                 os.kill(os.getpid(), number)
             return original(self, lr)
-        ShardedAdamW.step = counted
+        Zero2.step = counted
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     code, text = run(argv, arm)
     assert code == 1 and "the same command goes on" in text
@@ -566,21 +580,79 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
         schedule.step()
 
 
-def test_the_flat_adamw_is_torch_adamw_with_clipping():
-    o = options.Options(lr=0.01, weight_decay=0.05, adam_beta2=0.98, clip=1.0)
-    start = torch.arange(6.0).reshape(2, 3)
-    ours, theirs = ({n: torch.nn.Parameter(start * k) for k, n in ((1, "a"), (-2, "b"))} for _ in range(2))
-    flat = ShardedAdamW(ours, o, 0, 1)
-    adam = torch.optim.AdamW(theirs.values(), 0.01, (0.9, 0.98), weight_decay=0.05)
-    for step in range(5):
-        for parameters in (ours, theirs):
-            sum((p.sin() * (step + 1)).sum() for p in parameters.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
-        assert flat.step(0.01) == pytest.approx(norm.item(), rel=1e-6)
-        adam.step()
-        adam.zero_grad()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+OPTIMISERS = {"AdamW": partial(torch.optim.AdamW, betas=(0.9, 0.98), weight_decay=0.05),
+              "SGD": partial(torch.optim.SGD, momentum=0.9), "Adagrad": torch.optim.Adagrad,
+              "RMSprop": partial(torch.optim.RMSprop, momentum=0.5, centered=True)}
+
+
+def weights_of_a_sine():
+    """Three weights of seven numbers, which two ranks share as four and three."""
+    start = torch.arange(1.0, 7).reshape(2, 3)
+    return {"a": torch.nn.Parameter(start), "b": torch.nn.Parameter(-2 * start[0, :1]),
+            "c": torch.nn.Parameter(torch.zeros(0))}
+
+
+def optimised(make, ranks, clip, steps, resumed=0):
+    """Weights after some steps of Zero2, taken up from its own state() after `resumed`; the norms."""
+    def begin():
+        weights = weights_of_a_sine()
+        return weights, Zero2(weights, make, ranks, clip)
+    (weights, optimiser), norms = begin(), []
+    for step in range(steps):
+        if step and step == resumed:
+            state = ranks.first(optimiser.state) if ranks.world == 1 else ranks.gather(optimiser.state())[0]
+            weights, optimiser = begin()
+            optimiser.load(state)
+        loss = sum((p.sin() * (step + 1)).sum() for p in weights.values())
+        (loss / ranks.world).backward()
+        norms.append(optimiser.step(0.01))
+    return weights, norms
+
+
+def plain(make, clip, steps):
+    weights, norms = weights_of_a_sine(), []
+    optimiser = make([*weights.values()], lr=0.01)
+    for step in range(steps):
+        sum((p.sin() * (step + 1)).sum() for p in weights.values()).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), clip or math.inf).item())
+        optimiser.step()
+        optimiser.zero_grad()
+    return weights, norms
+
+
+@pytest.mark.parametrize("clip, resumed", [(0.0, 0), (1.0, 3)])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_zero2_steps_as_the_plain_optimiser_does_on_one_rank_and_on_two(name, clip, resumed, tmp_path):
+    """And goes on from its own checkpoint."""
+    make = OPTIMISERS[name]
+    theirs, norms = plain(make, clip, 6)
+
+    def equal(ranks, folder):
+        ours, found = optimised(make, ranks, clip, 6, resumed)
+        assert found == pytest.approx(norms, rel=1e-6)
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-7)
+    equal(command.Ranks(), tmp_path)
+    assert both(equal, tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("make", [
+    torch.optim.Muon, torch.optim.LBFGS, torch.optim.SparseAdam, lambda p: torch.optim.Adafactor(p)])
+def test_an_optimiser_that_needs_whole_matrices_is_refused_in_a_sentence(make):
+    with pytest.raises(data.UserError, match="does not work element by element.*take AdamW"):
+        Zero2(weights_of_a_sine(), make, command.Ranks())
+
+
+def test_masters_of_bfloat16_weights_are_float32():
+    """A hundred steps too small for bfloat16 move the weights all the same."""
+    weights = {"a": torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))}
+    optimiser = Zero2(weights, torch.optim.SGD, command.Ranks())
+    for _ in range(100):
+        weights["a"].sum().backward()
+        optimiser.step(1e-3)
+    assert weights["a"].dtype == torch.bfloat16 and weights["a"].grad is None
+    torch.testing.assert_close(optimiser.weights()["a"], torch.full((4,), 0.9))
+    torch.testing.assert_close(weights["a"].float(), torch.full((4,), 0.9), rtol=0.005, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------- real input
@@ -627,7 +699,7 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
 # ---------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
     (["--lose", "dpo"], "--lose"), (["--epochs", "three"], "three"), (["--set", "warmpu=1"], "warmpu"),
-    (["--set", "clip=high"], "not of type float"), (["--set", "redraw=maybe"], "not of type bool"),
+    (["--set", "clip=high"], "'high' is not a number"), (["--set", "redraw=maybe"], "not true or false"),
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),
     (["--preset", "nope"], "nope"), (["--batch", "5"], "multiple"),
@@ -733,10 +805,10 @@ def test_a_llava_1_6_trains_on_pictures_of_many_shapes(tmp_path, rejected):
 def test_what_cannot_fit_is_refused_before_the_weights_are_read(world, tmp_path):
     def small():
         import plan
-        plan.capacity = lambda device: (1 << 20, "this machine's memory")
+        plan.capacity = lambda device: (1 << 10, "this machine's memory")
         vlm.load = None                                 # nobody may call it
     code, said = run(arguments(world, tmp_path / "run"), before=small)
-    assert code == 1 and "the run needs about" in said and "check_memory=false" in said
+    assert code == 1 and "the run needs at least" in said and "check_memory=false" in said
     assert "Traceback" not in said
 
 
