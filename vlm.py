@@ -312,35 +312,50 @@ def word_logps(m, image, question, answer):
 
 
 # -------------------------------------------------------------------------------- generation
+class Completion(NamedTuple):
+    """What a model said."""
+    text: str
+    finished: bool             # it ended by itself; else it was cut at max_new_tokens
+
+
 @torch.no_grad()
-def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0,
-             progress=None):
-    """Answers (list of str) to questions about images (a list of PIL images each, possibly empty).
+def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
+    """A Completion for each question about images (a list of PIL images each, possibly empty).
 
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
-    Batches are left-padded, prompts of similar length together. progress: called with each batch's size.
+    Batches are left-padded, prompts of similar length together. An answer ends at any token that
+    generation_config.json calls an end, or the tokenizer.
     """
-    options = dict(do_sample=False, pad_token_id=m.front.eos_id, max_new_tokens=max_new_tokens)
+    ends = end_ids(m)
+    options = dict(do_sample=False, eos_token_id=ends, pad_token_id=m.front.eos_id,
+                   max_new_tokens=max_new_tokens)
     if sample_seed is not None:
         options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     prompts = [m.front.prompt_ids(question, [picture.size for picture in shown])
                for question, shown in zip(questions, images, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
-            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                           # (R, T)
+            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                     # (R, T)
             mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
-            pictures = [picture for i in batch for picture in images[i]]
             inputs = {"input_ids": ids.to(m.device), "attention_mask": mask.to(m.device)}
-            if pictures:
+            if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            out = m.model.generate(**inputs, **options)                                         # (R, T + new)
-            texts = m.front.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
-            if progress:
-                progress(len(batch))
-    return answers
+            new = m.model.generate(**inputs, **options)[:, ids.shape[1]:].tolist()              # (R, new)
+            texts = m.front.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(batch, texts, new, strict=True):
+                found[i] = Completion(text.strip(), not set(ends).isdisjoint(tokens))
+    return [found[i] for i in range(len(prompts))]
+
+
+def generate(*arguments, **options):
+    """The texts of complete(), which takes the same arguments."""
+    return [completion.text for completion in complete(*arguments, **options)]
+
+
+def end_ids(m):
+    own = m.model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({m.front.eos_id, *own} - {None})

@@ -230,6 +230,23 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
     assert together == alone and any(together)
 
 
+def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(folder, tmp_path):
+    """LLaVA-1.6 on Llama 3 has two ends; an answer that is cut is not finished."""
+    m = vlm.load(folder)
+    asked = [[picture(i)] for i in range(8)], ["what is this ?"] * 8
+    whole = vlm.complete(m, *asked, max_new_tokens=6)
+    at = next(i for i, c in enumerate(whole) if len(c.text.split()) == 6)         # cut, all of it words
+    assert not whole[at].finished
+    words = whole[at].text.split()
+    shutil.copytree(folder, tmp_path / "ends")
+    end = m.front.tokenizer.convert_tokens_to_ids(words[2])
+    about = tmp_path / "ends" / "generation_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"eos_token_id": [m.front.eos_id, end]}))
+    again = vlm.complete(vlm.load(tmp_path / "ends"), *asked, max_new_tokens=6)[at]
+    assert again.finished and again.text.split() == words[:words.index(words[2]) + 1]
+    assert vlm.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
@@ -267,7 +284,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
     with pytest.raises(data.UserError, match="only llava-hf folders"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(data.UserError, match="config.json: broken JSON"):
+    with pytest.raises(data.UserError, match="config.json, line 1: broken JSON"):
         vlm.load(tmp_path)
 
 
@@ -431,6 +448,7 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     together = vlm.generate(m, *asked, max_new_tokens=6, batch_size=6)
     alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
+    assert len({len(ids) for ids in (m.front.image_ids(size) for size in SIZES)}) > 1 or m.front.tiles == 1
     words = vlm.word_logps(m, picture(0, (90, 20)), "what is this ?", "a cat")
     assert [w for w, _ in words] == ["a", "cat"]
 
