@@ -69,19 +69,26 @@ class Llava:
 
     architecture = "LlavaForConditionalGeneration"     # transformers' class
     tower = "model.vision_tower"                       # the part that --no-lora leaves frozen
-    tiles = 1                                          # what the tower sees of an image, at most
     squares = True                                     # whether `pad` makes sense
 
     def __post_init__(self):
-        vision = self.config.vision_config
-        whole = self.config.vision_feature_select_strategy == "full"
-        cls = whole and vision.model_type == "clip_vision_model"
-        self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + cls    # of an image, or of a tile
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
 
     # ---- what differs between families ----
+    @property
+    def image_tokens(self):
+        """The number of tokens of an image, or of a tile."""
+        vision = self.config.vision_config
+        whole = self.config.vision_feature_select_strategy == "full"
+        cls = whole and vision.model_type == "clip_vision_model"
+        return (vision.image_size // vision.patch_size) ** 2 + cls
+
+    def describe(self):
+        """What an image becomes, in words."""
+        return f"{self.config.vision_config.image_size} pixels, {self.image_tokens} tokens"
+
     def usual_template(self):
         """The template for a folder that brings none."""
         return "vicuna"
@@ -174,8 +181,10 @@ class Llava:
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
     architecture = "LlavaNextForConditionalGeneration"
-    tiles = 5
     squares = False
+
+    def describe(self):
+        return super().describe() + " a tile, up to 5 tiles and a token a row"
 
     def usual_template(self):
         if self.tokenizer.eos_token == "<|eot_id|>":
@@ -349,9 +358,7 @@ def describe(folder):
     else:
         text = front.tokenizer.apply_chat_template(messages("QUESTION", 1, ()), chat_template=front.template,
                                                    tokenize=False, add_generation_prompt=True)
-        tiles = f" a tile, up to {front.tiles} tiles and a token a row" if front.tiles > 1 else ""
-        lines += [f"image           {front.config.vision_config.image_size} pixels, {front.image_tokens} "
-                  f"tokens{tiles}; {front.preparation}",
+        lines += [f"image           {front.describe()}; {front.preparation}",
                   f"template        {front.template_name}: {text!r}"]
     return [*lines, f"missing         {'; '.join(faults) or 'nothing'}"]
 
