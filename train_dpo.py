@@ -368,6 +368,8 @@ def main():
         if o.dry_run:
             return print("\n".join(plan.show(o)))
         ranks = command.join(o.device)
+        if ranks.device.type == "cpu":
+            vlm.keep_memory()                        # of the whole process
         summary, out = train(o, ranks)
         if rank == 0:
             import report

@@ -30,12 +30,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
 import families
-import kernels
 import lora
 import losses
 
@@ -88,15 +89,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
     family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
-    kernels.install(family.language_model(model))                   # the same bits, sooner
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
     words, weight = family.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    if model.device.type == "cpu":
-        keep_memory()
     return VLM(family, model, words)
 
 
@@ -134,7 +132,7 @@ def forget(mapped):
 
 
 def keep_memory():
-    """What tensors free stays with the process, for the next ones of their size.
+    """What tensors free stays with the process, for the next ones of their size. For a main to call on CPUs.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
@@ -236,17 +234,18 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     if window and longest > window:
         raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
                              f"{window}: pass --forward naive, or a smaller --set max_length")
-    attend = partial(kernels.attend, scale=scaling or query.shape[3] ** -0.5)
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
-    value = kernels.contiguous(value)                                  # as query and key are: kernels.Rotary
-    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
-        out.append(attend(*whole))                                                  # prompt + chosen
+    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
+    for i, (_, prompt, _, rejected) in enumerate(segments):
+        q, k, v = queries[2 * i], keys[2 * i], values[2 * i]                         # prompt + chosen
+        out.append(attend(q, k, v, is_causal=True))
         if rejected:
-            k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
-            out.append(attend(q, k, v))
-    return kernels.contiguous(torch.cat(out, 2)).transpose(1, 2), None                     # (1, T, H, d)
+            k = torch.cat([k[:, :, :prompt], keys[2 * i + 1]], 2)
+            v = torch.cat([v[:, :, :prompt], values[2 * i + 1]], 2)
+            out.append(attend(queries[2 * i + 1], k, v, attn_mask=causal_lower_right(rejected, k.shape[2])))
+    return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
 
 
 def _register_attention():
@@ -281,12 +280,34 @@ def packed_token_logps(m, row, features):
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
                           for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
-    return kernels.ChunkedLogps.apply(hidden, weight, target, chunk)
+    return ChunkedLogps.apply(hidden, weight, target, chunk)
 
 
 def _token_logps(hidden, weight, target):
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log p(target) of hidden states (N, D) under the frozen lm_head (V, D): never over chunk x V logits.
+
+    The gradient is taken in the forward, with a chunk's probabilities at hand: d logp / dh = W[y] - p W.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, target, chunk):
+        logps, gradients = [], []
+        for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
+            logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))             # (n, V)
+            logps.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1))
+            if ctx.needs_input_grad[0]:
+                gradients.append(weight[y] - logits.softmax(1).to(weight.dtype) @ weight)       # (n, D)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
 FORWARDS = {"packed": packed, "naive": naive}

@@ -17,10 +17,10 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "replies": "", "nouns": "",
+IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "", "replies": "", "nouns": "",
            "pairing": "", "command": "data", "objects": "nouns tally", "metrics": "objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families kernels lora losses plan",
+           "report": "data metrics", "vlm": "data families lora losses",
            "chat": "command data families vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "data nouns", "judge": "benchmarks chat data",
