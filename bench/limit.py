@@ -195,6 +195,12 @@ class Ours:
         return value
 
 
+def as_train_dpo(device):
+    """What train_dpo.py's main sets for the whole process."""
+    if device == "cpu":
+        vlm.keep_memory()
+
+
 def clock(device):
     """Seconds, when what was asked of the device is done.
 
@@ -305,13 +311,7 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
 
 
 def part_of(event):
-    """The products that kernels.Attention makes are attention's."""
-    name, caller = event.key, event
-    while caller:
-        if caller.key.startswith("Attention"):
-            return "attention"
-        caller = getattr(caller, "cpu_parent", None)
-    return next((part for part, names in PARTS.items() if name.startswith(names)), "element by element")
+    return next((part for part, names in PARTS.items() if event.key.startswith(names)), "element by element")
 
 
 def profile(run, device="cpu"):
@@ -470,6 +470,7 @@ def table(found, o, about, threads):
 def main():
     o = arguments(__doc__, 3).parse_args()
     threads, about = pin(o.threads, o.core) if o.device == "cpu" else o.device, machine(o.device)
+    as_train_dpo(o.device)
     shape = SHAPES[o.shape]
     with tempfile.TemporaryDirectory() as folder:
         side = Ours(write_model(folder, shape, o.dtype, o.device), shape, o.dtype, o.device)

@@ -28,6 +28,7 @@ from limit import (
     SHAPES,
     Ours,
     arguments,
+    as_train_dpo,
     batch_of,
     command,
     heading,
@@ -175,6 +176,7 @@ def rank_process(rank, kind, folder, meeting, o, told):
     world, shares = (2 if kind == "two" else 1), (1 if kind == "one" else 2)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    as_train_dpo("cpu")
     side = Ours(folder, SHAPES[o.shape], o.dtype, "cpu", rank * (world > 1), world)
     records = random_records(SHAPES[o.shape], 4)
     mine = [batch_of(side.m, records[at:at + 2], {"chosen", "rejected"}, at) for at in (0, 2)][rank::shares]
@@ -277,6 +279,7 @@ def main():
     if "reading" in parts:
         found["reading"] = reading(min(o.records, 10_000))
     threads = pin(o.threads, o.core) if o.device == "cpu" else o.device
+    as_train_dpo(o.device)
     for part in PARTS:
         if part in parts:
             found["step"][part] = sweep(part, SHAPES[o.shape], o)

@@ -39,6 +39,7 @@ from limit import (
     SHAPES,
     Ours,
     arguments,
+    as_train_dpo,
     batch_of,
     command,
     fastest,
@@ -57,7 +58,6 @@ from limit import (
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")       # nothing here may reach for a hub
 import torch  # noqa: E402
-import transformers.models.llama.modeling_llama as llama  # noqa: E402
 from torch.nn.functional import logsigmoid  # noqa: E402
 
 import data  # noqa: E402
@@ -65,21 +65,10 @@ import lora  # noqa: E402
 import losses  # noqa: E402
 import vlm  # noqa: E402
 
-STOCK = llama.apply_rotary_pos_emb
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 
 # ----------------------------------------------------------------------------------------------- TRL's side
-@contextlib.contextmanager
-def stock():
-    """transformers as it comes: vlm.load puts a faster function into it, which is not TRL's to have."""
-    before, llama.apply_rotary_pos_emb = llama.apply_rotary_pos_emb, STOCK
-    try:
-        yield
-    finally:
-        llama.apply_rotary_pos_emb = before
-
-
 @contextlib.contextmanager
 def responses_only(wanted):
     """TRL's fused head scores only responses' positions inside, as it does where there is Triton."""
@@ -170,7 +159,7 @@ class TRL:
         return {k: v.to(kind) if v.is_floating_point() else v for k, v in batch.items()}
 
     def loss(self, batch):
-        with stock(), responses_only(self.responses_only):
+        with responses_only(self.responses_only):
             return self.trainer.training_step(self.trainer.model_wrapped, dict(batch)).item()
 
     def step(self, batch):
@@ -297,6 +286,7 @@ def memory(side, folder, shape, o):
         theirs = TRL(folder, shape, o, loss, defaults=kind == "trl_defaults", out=tempfile.mkdtemp())
         run = partial(theirs.step, theirs.collate(records, loss))
     else:
+        as_train_dpo(o.device)
         ours = Ours(folder, shape, o.dtype, o.device)
         run = partial(ours.step, batch_of(ours.m, records, losses.needs(losses.resolve(loss))), loss, False)
     before = resident("VmRSS", o.device)
@@ -390,6 +380,7 @@ def main():
         # While this process is small: a child's peak is its own, but the machine's memory is shared.
         sides = ["dpo/trl", "dpo/ours", "mdpo/trl", "mdpo/ours", "dpo/trl_defaults"]
         found["memory"] = {} if o.no_memory else memories(folder, o, sides)
+        as_train_dpo(o.device)
         ours, differences = Ours(folder, shape, o.dtype, o.device), []
         theirs = {loss: TRL(folder, shape, o, loss, ours) for loss in ("dpo", "mdpo")}
         defaults = TRL(folder, shape, o, "dpo", ours, defaults=True)

@@ -17,11 +17,11 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
+IMPORTS = {"losses": "", "lora": "", "data": "", "tally": "data", "replies": "",
            "nouns": "data", "pairing": "data", "command": "data", "page": "data",
            "objects": "data tally", "amber": "data replies tally", "metrics": "data objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families kernels lora losses plan",
+           "report": "data metrics", "vlm": "data families lora losses plan",
            "chat": "command data vlm",
            "reference": "data lora losses plan ranks vlm",
            "benchmarks": "data nouns", "judge": "chat data",
