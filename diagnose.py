@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data
 import tally
 import vlm
-from plan import tokenise
+from batches import tokenise
 from records import Records
 
 RESPONSES = ("chosen", "rejected")
@@ -153,8 +153,8 @@ def scores(m, shown, jobs, o, name):
             picture = data.read_image(shown[job.image]["images"][0])
             if job.kind == "blank":
                 picture = data.rejected_image("blank", picture, 0, "")
-            pair, _ = tokenise(m.front, shown[job.pair], o, [picture.size])
-            pairs.append(pair._replace(prompt=pair.prompt_rejected, sizes=pair.sizes_rejected))
+            pair, _ = tokenise(m.front, shown[job.pair], o, (picture.size,))
+            pairs.append(pair)
             pictures.append(picture)
         logps = forward(m, pairs, pictures, set(RESPONSES), o)
         rows.append(np.stack([getattr(logps, role).double().cpu().numpy() for role in RESPONSES], 1))

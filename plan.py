@@ -17,7 +17,6 @@ import os
 import sys
 
 import torch
-from tqdm import tqdm
 
 import data
 import families
@@ -27,46 +26,6 @@ GIB = 2 ** 30
 CONTEXT = 1.0 * GIB            # CUDA's context or the process, libraries' workspaces
 SLACK = 1.06                   # what the allocator cannot use
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-
-
-# -------------------------------------------------------------------------------- pairs as tokens
-def tokenise(front, record, o, damaged=None):
-    """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
-
-    front: of families.open_folder. damaged: (width, height) of the rejected images, if not the images' own.
-    """
-    sizes = () if o.image_rejected == "none" else tuple(data.image_size(x) for x in record["images"])
-    other = tuple(damaged or sizes)
-    prompt = again = front.prompt_ids(record["question"], sizes, record["history"])
-    if other != sizes:
-        again = front.prompt_ids(record["question"], other, record["history"])
-    chosen, rejected = (front.response_ids(record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected, sizes, other), o.max_length)
-
-
-def usable(front, records, good, o, needs):
-    """(indices whose responses have tokens and whose prompts fit, lengths of their pairs).
-
-    Faults are printed one a line, cuts counted.
-    """
-    kept, cut, lengths = [], 0, []
-    twice, both = "image_rejected" in needs, "rejected" in needs
-    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
-        try:
-            record = records[i]
-            pair, lost = tokenise(front, record, o)
-            cut += lost > 0
-            kept.append(i)
-            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
-                            len(pair.prompt_rejected) * twice, len(record["images"]) * (1 + twice)))
-        except data.UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
-        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
-    if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, lengths
 
 
 # -------------------------------------------------------------------------------- memory
@@ -234,19 +193,16 @@ def lines(front, o, records, rows, world=1, device=None):
     return said
 
 
-def show(argv):
-    """The plan of `train_dpo.py argv`, as lines."""
-    import options
-    from records import Records, check
-    o = options.parse(argv, "the options of train_dpo.py")
+def show(o):
+    """The plan of `train_dpo.py`'s options, as lines."""
+    import batches
+    import command
     front = families.open_folder(o.model, o.template or None, o.images)
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
-    records = Records(o.data, o.image_root or None)
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
-    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
-    _, rows = usable(front, records, good, o, needs)
+    pairs = batches.checked(front, o.data, o, needs, command.Ranks())
     gpus = torch.cuda.device_count()
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
     device = torch.device("cuda", 0) if gpus else torch.device("cpu") if o.device == "cpu" else None
-    return lines(front, o, records, rows, world, device)
+    return lines(front, o, pairs.records, pairs.lengths, world, device)
