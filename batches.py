@@ -27,20 +27,6 @@ from records import Records, check
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
 
 
-class Lengths(NamedTuple):
-    """Of a pair: tokens of its parts, 0 for one that the loss does not read, and the number of its images."""
-    prompt: int
-    chosen: int
-    rejected: int
-    prompt_rejected: int
-    images: int
-
-    def tokens(self):
-        """Of the packed row."""
-        again = self.prompt_rejected + self.chosen if self.prompt_rejected else 0
-        return self.prompt + self.chosen + self.rejected + again
-
-
 class Read(NamedTuple):
     """A pair as a step takes it: ids, its images as the family prepared them, a hash over all of it."""
     pair: data.Pair
@@ -82,16 +68,13 @@ class Pairs:
     """Records that were checked, and how one is read. A place is an index of `good`."""
     records: Records
     good: list                # indices of records
-    lengths: list             # Lengths of each
+    tokens: list              # of each one's packed row
     front: Any                # a family of families.py
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
 
     def __len__(self):
         return len(self.good)
-
-    def tokens(self, places):
-        return sum(self.lengths[place].tokens() for place in places)
 
     def read(self, place, epoch=0):
         """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
@@ -162,15 +145,15 @@ def checked(front, path, o, needs, ranks, folder=None):
     folder: of the run, where the outcome of the records' check stays.
     """
     records = Records(path, o.image_root or None)
-    good, lengths = ranks.first(lambda: usable(front, records, o, needs, folder))
-    return Pairs(records, good, lengths, front, o, frozenset(needs))
+    good, tokens = ranks.first(lambda: usable(front, records, o, needs, folder))
+    return Pairs(records, good, tokens, front, o, frozenset(needs))
 
 
 def usable(front, records, o, needs, folder=None):
-    """(indices of the good records, the Lengths of each): as records and as tokens. Faults are printed, one a
-    line, and cut responses counted. Raises UserError."""
+    """(indices of the good records, tokens of each one's packed row). Faults are printed, one a line, and cut
+    responses counted. Raises UserError."""
     good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad, cache_dir=folder)
-    kept, lengths, cut = [], [], 0
+    kept, tokens, cut = [], [], 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
             record = records[i]
@@ -181,21 +164,23 @@ def usable(front, records, o, needs, folder=None):
             continue
         cut += lost > 0
         kept.append(i)
-        lengths.append(lengths_of(pair, needs))
+        tokens.append(row_tokens(pair, needs))
     if len(kept) < len(good) and not (o.skip_bad and kept):
         raise data.UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
                              "used (listed above): fix them, or pass --skip_bad")
     if cut:
         print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, lengths
+    return kept, tokens
 
 
-def lengths_of(pair, needs):
-    """Of what a step computes for a pair."""
-    rejected = len(pair.rejected) if "rejected" in needs else 0
-    again = len(pair.prompt_rejected) if "image_rejected" in needs else 0
-    images = len(pair.sizes) + (len(pair.sizes_rejected) if again else 0)
-    return Lengths(len(pair.prompt), len(pair.chosen), rejected, again, images)
+def row_tokens(pair, needs):
+    """Tokens of a pair's packed row: of what a step computes."""
+    parts = [pair.prompt, pair.chosen]
+    if "rejected" in needs:
+        parts.append(pair.rejected)
+    if "image_rejected" in needs:
+        parts += [pair.prompt_rejected, pair.chosen]
+    return sum(map(len, parts))
 
 
 # ---- steps ----
@@ -240,7 +225,7 @@ class Batches:
         world = self.ranks.world
         if world == 1:
             return micros
-        micros = sorted(micros, key=lambda micro: -self.pairs.tokens(micro.places))
+        micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
         turns = [*range(world), *reversed(range(world))]
         return [micro for k, micro in enumerate(micros) if turns[k % len(turns)] == self.ranks.rank]
 

@@ -86,8 +86,7 @@ def targeted(names, targets=None):
     """
     names = [n for n in names if n.split(".")[-1] != "lm_head"]
     language = [n for n in names if "language_model" in n.split(".")] or names
-    if not targets:
-        return language
+    targets = [target for target in targets or () if target]
     chosen = set()
     for target in targets:
         found = {n for n in language if n.split(".")[-1] == target}
@@ -98,7 +97,7 @@ def targeted(names, targets=None):
             raise AdapterError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
                                "full name with a dot in it.")
         chosen |= found
-    return [n for n in names if n in chosen]
+    return [n for n in names if n in chosen] if targets else language
 
 
 @contextlib.contextmanager

@@ -1,110 +1,71 @@
-"""Pairs as tokens, and what a run of them needs before a weight is read: GiB per GPU, and what cannot fit.
+"""What a run needs, before a weight is read: its steps, its tokens, and the GiB per GPU that are certain.
 
     python train_dpo.py --dry_run --preset mdpo-llava --model llava-1.5-7b --data pairs.jsonl [its options]
 
-The memory is arithmetic: weights, LoRA (float32 masters and gradients), Adam's moments, and what autograd
-keeps of the micro-batch with the longest pairs. tests/test_plan.py holds the last against autograd's own
-saved tensors on a CPU. It is a lower bound: what it refuses cannot fit, what it lets pass may still not; on a
-CPU in float32 kernels.Attention keeps up to heads x queries x keys numbers a layer that are not counted. The
-one full-size run so far, Bunny-3B in bfloat16 on a CPU (tests/rehearse.py), peaked at 13.5 GiB where 11 are
-planned; most likely malloc kept what was freed in blocks below 32 MiB: where it had to give them back
-(MALLOC_MMAP_THRESHOLD_=1048576) the first forward of a smaller Bunny peaked at 1.8 GiB in place of 2.4. On a
-GPU nothing has been measured.
+Part of train_dpo.py. Weights, LoRA, gradients and the optimiser's state are counted exactly, on a model
+without storage; of what autograd keeps only a floor, one hidden state a layer. What is refused cannot fit;
+what passes may still not, and then `out_of_memory` says what to change.
 """
-import dataclasses
 import math
 import os
 import sys
+from dataclasses import replace
 
 import torch
 
 import data
 import families
+import lora
 import losses
 
 GIB = 2 ** 30
-CONTEXT = 1.0 * GIB            # CUDA's context or the process, libraries' workspaces
-SLACK = 1.06                   # what the allocator cannot use
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 # -------------------------------------------------------------------------------- memory
-def shapes(config):
-    """{name: shape} of a model's weights, by transformers' class: no weight is read."""
+def skeleton(config):
+    """transformers' model of a config, with shapes and no storage."""
     import transformers
     with torch.device("meta"):
-        model = getattr(transformers, families.FAMILIES[config.model_type].architecture)(config)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return getattr(transformers, families.FAMILIES[config.model_type].architecture)(config)
 
 
-def tokens(length):
-    """Tokens of a pair in the packed row, by (prompt, chosen, rejected, prompt_rejected, pictures)."""
-    prompt, chosen, rejected, again, _ = length
-    return prompt + chosen + rejected + (again + chosen if again else 0)
+def memory(model, o, tokens, dtype, world=1):
+    """Bytes that each GPU needs at least: {"weights", "LoRA" or "gradients", "optimiser", "activations"}.
 
-
-def memory(config, o, rows, dtype, world=1, weights=None):
-    """Bytes per GPU: {"weights", "LoRA" or "gradients", "optimiser", "activations", "rest", "total"}.
-
-    rows: the lengths of the pairs in the largest micro-batch. world: GPUs. weights: shapes(config), if known.
-    Without an adapter the weights are those that train and the frozen copy of them.
+    model: of skeleton(). tokens: of each pair's packed row. world: GPUs. Without LoRA the weights are those
+    that train (float32 masters where they are sharded) and their frozen copy.
     """
-    e, weights, text = BYTES[dtype], weights or shapes(config), config.text_config
-    count = {n: math.prod(s) for n, s in weights.items()}
-    layers = {n for n in count if ".language_model.layers." in n}
-    linear = [s for n, s in weights.items() if n in layers and len(s) == 2]
-    dealt = sum(count[n] for n in layers) if o.shard and world > 1 else 0
-    adapter = o.lora_r * sum(sum(s) for s in linear)
-    got = {"weights": e * (sum(count.values()) - dealt + dealt / world)}
+    e, master = BYTES[dtype], max(4, BYTES[dtype])
+    tower = families.FAMILIES[model.config.model_type].tower
+    size = {name: p.numel() for name, p in model.named_parameters()}
+    layers = sum(n for name, n in size.items() if ".language_model.layers." in name)
+    sharded = layers if o.shard and world > 1 else 0
+    found = {"weights": e * (sum(size.values()) - sharded + sharded / world)}
     if o.lora_r:
-        got |= {"LoRA": 8 * adapter,                                  # float32, the gradient as large
-                "optimiser": 12 * adapter / world}                    # two moments and the shard's gradient
+        adapter = o.lora_r * lora_sides(model, o)
+        found["LoRA"] = 2 * master * adapter                          # and its gradient
+        found["optimiser"] = 3 * master * adapter / world             # two moments, the slice's gradient
     else:
-        flat, master = sum(count[n] for n in count if ".vision_tower." not in n) - dealt, max(4, e)
-        got["weights"] += e * flat + master * dealt / world           # the frozen copy; masters, where dealt
-        got |= {"gradients": master * (flat + dealt / world),
-                "optimiser": master * (2 * dealt + (3 + (e < master)) * flat) / world}
+        whole = sum(n for name, n in size.items() if not name.startswith(tower)) - sharded
+        copies = 3 + (e < master)                                     # the same, and a slice of masters
+        found["weights"] += e * whole + master * sharded / world
+        found["gradients"] = master * (whole + sharded / world)
+        found["optimiser"] = master * (2 * sharded + copies * whole) / world
 
-    T = sum(map(tokens, rows))
-    if o.forward == "naive":                                          # padded to the longest
-        longest = max(max(p, a) + max(c, r) for p, c, r, a, _ in rows)
-        T = longest * sum(1 + bool(r) + bool(a) for _, _, r, a, _ in rows)
-    whole, copied = per_layer(text, e, o.lora_r * len(linear) / text.num_hidden_layers, not o.lora_r)
-    forked = sum(p + r for p, _, r, _, _ in rows if r) if o.forward == "packed" else 0
-    layer = whole * T + copied * forked + (e < 4) * e * adapter / text.num_hidden_layers     # A, B cast to e
-    hidden, wide = e * text.hidden_size * T, e * (2 * text.intermediate_size + 4 * text.hidden_size) * T
-    n = text.num_hidden_layers
-    got["activations"] = (n * hidden + layer if o.checkpointing else n * layer) + 3 * hidden + wide
-    responses = sum(c + r + (c if a else 0) for _, c, r, a, _ in rows)
-    scored = T if o.forward == "naive" else min(1024, responses)
-    vision, pictures = config.vision_config, sum(r[4] for r in rows)
-    tiles = families.FAMILIES[config.model_type].tiles
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    seen = pictures * tiles * patches * e * (vision.hidden_size * (vision.num_hidden_layers + 8)
-                                             + 2 * vision.intermediate_size)
-    gathered = (2 * e + 4 * (not o.lora_r)) * dealt / n               # two layers' weights, one's gradient
-    head = 0 if o.lora_r else 2 * e * text.vocab_size * text.hidden_size                 # lm_head's gradient
-    got["rest"] = (scored * text.vocab_size * (2 * e + 8) + responses * text.hidden_size * e + seen + gathered
-                   + head + CONTEXT)
-    got["total"] = sum(got.values()) * SLACK
-    return got
+    # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
+    text = model.config.text_config
+    row = max(max(tokens), min(o.micro_batch, len(tokens)) * sum(tokens) / len(tokens))
+    graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
+    found["activations"] = e * row * text.hidden_size * graph
+    return found
 
 
-def per_layer(text, e, ranks, trains=False):
-    """Bytes that autograd keeps of a decoder layer: per token, and per token of a prompt with two responses.
-
-    Counted on transformers' code: what a frozen linear layer reads is kept for LoRA's A alone, and once for
-    all layers that read it. e: bytes of a number. ranks: LoRA's rank times the layer's linear layers. trains:
-    the layer's own weights do, the norms' too.
-    """
-    D, inner = text.hidden_size, text.intermediate_size
-    kv = 2 * (getattr(text, "head_dim", None) or D // text.num_attention_heads) * text.num_key_value_heads
-    attention = e * (D + kv) + 2 * e * D                              # q, k, v; the result twice
-    if text.model_type == "phi":                                      # one norm; its GELU keeps five tensors
-        kept = 2 * e * D + attention + 5 * e * inner
-    else:                                                             # two RMSNorms, in float32; a gated SiLU
-        kept = 2 * (max(4, e) * D + (1 + trains) * e * D) + attention + 3 * e * inner
-    return kept + e * ranks, e * kv
+def lora_sides(model, o):
+    """Inputs and outputs, added up, of the linear layers that LoRA goes on."""
+    linear = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    chosen = [linear[name] for name in lora.targeted(list(linear), o.lora_targets.split(","))]
+    return sum(m.in_features + m.out_features for m in chosen)
 
 
 def capacity(device):
@@ -126,83 +87,75 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
 
 
-def mend(config, o, longest, dtype, world, room, weights):
-    """The first change of options that makes it fit, in words; or what it would take."""
-    slim, one = {"checkpointing": True}, {"micro_batch": 1}
-    ways = [("--set checkpointing=true", slim), ("--micro_batch 1", one),
-            ("--set checkpointing=true --micro_batch 1", slim | one)]
-    if world > 1:
-        ways.append(("--shard --set checkpointing=true --micro_batch 1", slim | one | {"shard": True}))
-    for words, change in ways:
-        other = dataclasses.replace(o, **change)
-        if memory(config, other, longest[:other.micro_batch], dtype, world, weights)["total"] <= room:
-            return f"pass {words}"
-    least = dataclasses.replace(o, **slim, **one)
-    need = memory(config, least, longest[:1], dtype, world, weights)["total"] / GIB
-    return (f"even --set checkpointing=true --micro_batch 1 needs {need:.1f} GiB: shorten the pairs (--set "
-            "max_length), deal the base to several GPUs (torchrun, --shard), "
-            + "train an adapter (--lora_r 64), " * (not o.lora_r) + "or take a larger one")
-
-
-def refuse(config, o, rows, dtype, device, world=1):
-    """Raise UserError where a run cannot fit by the plan, with the mend. rows: lengths of all pairs."""
+def refuse(config, o, tokens, dtype, device, world=1):
+    """Raise UserError, with advice, where a run cannot fit. tokens: of each pair."""
     room, name = capacity(device)
     if not room or not o.check_memory:
         return
-    longest, weights = sorted(rows, key=tokens)[::-1][:o.micro_batch], shapes(config)
-    got = memory(config, o, longest, dtype, world, weights)
-    if got["total"] > room:
-        raise data.UserError(f"the run needs about {got['total'] / GIB:.1f} GiB, {name} has "
-                             f"{room / GIB:.1f}: {mend(config, o, longest, dtype, world, room, weights)}; "
-                             "--set check_memory=false tries all the same")
+    model = skeleton(config)
+    need = sum(memory(model, o, tokens, dtype, world).values())
+    if need > room:
+        fix = advice(model, o, tokens, dtype, world, room)
+        raise data.UserError(f"the run needs at least {need / GIB:.1f} GiB, {name} has {room / GIB:.1f}: "
+                             f"{fix}; --set check_memory=false tries all the same")
 
 
-def lines(front, o, records, rows, world=1, device=None):
-    """The plan as lines of text. device: where it would run, None for a GPU that is not here."""
-    rows = sorted(rows, key=tokens)[::-1]
-    per_epoch = math.ceil(len(rows) / o.batch)
-    steps = min(o.max_steps or math.inf, o.epochs * per_epoch)
-    dtype = o.dtype if o.dtype != "auto" else "float32" if device and device.type == "cpu" else "bfloat16"
-    weights = shapes(front.config)
-    got = memory(front.config, o, rows[:o.micro_batch], dtype, world, weights)
-    each = [tokens(r) for r in rows]
-    cpu = device is not None and device.type == "cpu"
-    where = f"per GPU, on {world}" if world > 1 else "on the CPU" if cpu else "on one GPU"
-    said = [f"pairs           {len(rows):,} of {len(records):,} in {records.path}",
-            f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
-            f"tokens          {sum(each) / len(each):,.0f} a pair, {each[0]:,} at most; "
-            f"{sum(each) / len(each) * o.batch * steps:,.0f} in all",
-            f"memory          {got['total'] / GIB:.1f} GiB {where}, {dtype}: "
-            + ", ".join(f"{k} {v / GIB:.1f}" for k, v in got.items() if k != "total")]
-    rooms = {name: size for name, size in [("24", 24), ("40", 40), ("48", 48), ("80", 80), ("141", 141)]}
-    if device:
-        room, name = capacity(device)
-        fits = got["total"] <= room
-        said.append(f"fits            {'yes' if fits else 'NO'}: {name} has {room / GIB:.1f} GiB")
-        if not fits:
-            way = mend(front.config, o, rows[:o.micro_batch], dtype, world, room, weights)
-            said.append(f"mend            {way}")
-    else:
-        fitting = [n for n, size in rooms.items() if got["total"] <= size * GIB * 0.97]
-        said.append(f"fits            GPUs of {', '.join(fitting)} GiB" if fitting else "fits            no "
-                    f"GPU of {max(rooms.values())} GiB or less")
-        small = [size for n, size in rooms.items() if n not in fitting]
-        if small:
-            said.append(f"on {small[-1]} GiB".ljust(16)
-                        + mend(front.config, o, rows[:o.micro_batch], dtype, world, small[-1] * GIB, weights))
-    return said
+LARGER = "shard the base over more GPUs (torchrun, --shard), or take a smaller model or a larger GPU"
 
 
+def advice(model, o, tokens, dtype, world, room):
+    """The first change of options after which a run might fit, in words; or what it would take."""
+    ways = [("--micro_batch 1", {"micro_batch": 1}, dtype), ("--dtype bfloat16", {}, "bfloat16"),
+            ("--lora_r 64", {"lora_r": o.lora_r or 64}, dtype), ("--shard", {"shard": world > 1}, dtype)]
+    for words, change, kind in ways:
+        if sum(memory(model, replace(o, **change), tokens, kind, world).values()) <= room:
+            return f"pass {words}"
+    return LARGER
+
+
+def out_of_memory(o, world=1):
+    """The sentence for a step that has run out of memory: pass what saves memory and is not set yet."""
+    ways = {"--set checkpointing=true": not o.checkpointing, "--micro_batch 1": o.micro_batch > 1,
+            "--shard": world > 1 and not o.shard}
+    unset = [words for words, saves in ways.items() if saves]
+    if unset:
+        return f"out of memory: pass {' '.join(unset)}"
+    return f"out of memory: shorten the pairs (--set max_length), {LARGER}"
+
+
+# -------------------------------------------------------------------------------- --dry_run
 def show(o):
-    """The plan of `train_dpo.py`'s options, as lines."""
+    """The plan of a run, as lines of text: for this machine's GPUs, or for one that is not here."""
     import batches
     import command
-    front = families.open_folder(o.model, o.template or None, o.images)
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
+    front = families.open_folder(o.model, o.template or None, o.images)
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
     pairs = batches.checked(front, o.data, o, needs, command.Ranks())
+    tokens, records = pairs.tokens, pairs.records
+    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(tokens) / o.batch))
+    mean = sum(tokens) / len(tokens)
+
+    # ---- memory ----
     gpus = torch.cuda.device_count()
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
-    device = torch.device("cuda", 0) if gpus else torch.device("cpu") if o.device == "cpu" else None
-    return lines(front, o, pairs.records, pairs.lengths, world, device)
+    dtype, where = o.dtype, f"on each of {world} GPUs" if world > 1 else "on one GPU"
+    if dtype == "auto":
+        dtype = "float32" if o.device == "cpu" else "bfloat16"
+    if o.device == "cpu":
+        where = "on the CPU"
+    model = skeleton(front.config)
+    parts = memory(model, o, tokens, dtype, world)
+    need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+    found = [f"pairs           {len(tokens):,} of {len(records):,} in {records.path}",
+             f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
+             f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
+             f"{mean * o.batch * steps:,.0f} in all",
+             f"memory          at least {need / GIB:.1f} GiB {where}, {dtype}: {listed}"]
+    if gpus or o.device == "cpu":
+        room, name = capacity(torch.device(o.device or "cuda"))
+        found.append(f"room            {(room or 0) / GIB:.1f} GiB, {name}")
+        if room and need > room:
+            found.append(f"does not fit    {advice(model, o, tokens, dtype, world, room)}")
+    return found

@@ -100,7 +100,7 @@ def prepare(o, out, ranks):
     if o.val_data:                                              # a margin needs the rejected response
         val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, folder)
     dtype = base_dtype(o, ranks.device)
-    ranks.first(lambda: plan.refuse(family.config, o, pairs.lengths, dtype, ranks.device, ranks.world))
+    ranks.first(lambda: plan.refuse(family.config, o, pairs.tokens, dtype, ranks.device, ranks.world))
 
     # ---- the model and what trains of it ----
     if sharded:
@@ -129,8 +129,7 @@ def load(family, o, dtype, device):
     """The VLM with what trains: LoRA, or all but the vision tower."""
     model = vlm.load(family, dtype=getattr(torch, dtype), device=device)
     if o.lora_r:
-        targets = [target for target in o.lora_targets.split(",") if target]
-        lora.add_lora(model.model, o.lora_r, o.lora_alpha, targets, seed=o.seed)
+        lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
     else:
         vlm.train_whole(model)
     if o.checkpointing:
@@ -172,7 +171,7 @@ def step(run, t):
         if batch.counts == 0:                                          # a filler
             continue
         sums.update(measures(policy, reference, loss, run.o.beta))
-        sums["tokens"] += run.pairs.tokens(batch.places)
+        sums["tokens"] += sum(run.pairs.tokens[place] for place in batch.places)
         found |= zip([pair.id for pair in batch.pairs], loss.tolist(), strict=True)
 
     # ---- all ranks together ----

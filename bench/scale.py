@@ -139,10 +139,9 @@ def reading(n):
     with tempfile.TemporaryDirectory() as folder:
         path = pictures(Path(folder), n)
         front, records = families.open_folder(Path(folder) / "model"), Records(path)
-        lengths = [batches.Lengths(1, 1, 1, 1, 2)] * n
         for count in WORKERS:
             o = options.Options(data=str(path), batch=16, micro_batch=4, workers=count)
-            pairs = batches.Pairs(records, range(n), lengths, front, o, frozenset(needs))
+            pairs = batches.Pairs(records, range(n), [1] * n, front, o, frozenset(needs))
 
             def steps(busy, pairs=pairs, o=o):
                 return waiting(batches.Batches(pairs, o, Ranks(), STEPS + 1), busy)

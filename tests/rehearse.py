@@ -1,15 +1,14 @@
-"""Train a paper's run at full size on random weights, without a download: what can be checked but the
-weights.
+"""Train a paper's run at full size on random weights, without a download.
 
-    python tests/rehearse.py mdpo-bunny [--keep DIR]      14 GB of memory, 13 GB of disk, two cores
-    python tests/rehearse.py mdpo-llava|pds-llava         7B: a GPU, or 64 GB of memory; 40 GB of disk
+    python tests/rehearse.py mdpo-bunny        14 GB of memory, 13 GB of disk
+    python tests/rehearse.py mdpo-llava        7B: a GPU or 64 GB; 40 GB of disk
+    python tests/rehearse.py pds-llava         the same
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
 published; takes it through tools/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
 pairs (or, where ../shared is absent, on two pairs of its own). write_original() with other sizes makes the
 tests' checkpoints.
 """
-import argparse
 import json
 import os
 import re
@@ -23,6 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+import data  # noqa: E402
+
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 # The fields of the published config.json files that say a size or a switch, and the towers' own.
@@ -195,8 +196,7 @@ def rehearse(preset, folder, steps=2, sizes=None, options=()):
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = data.Parser(prog="tests/rehearse.py", description=__doc__)
     parser.add_argument("preset", choices=["mdpo-bunny", "mdpo-llava", "pds-llava"])
     parser.add_argument("--keep", help="write into this folder and leave it there")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: does the rehearsal itself run?")

@@ -145,20 +145,28 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     first, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert "held-out pairs with" not in read(run)                     # a run of before there was diagnose.py
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps])
-    html = read(run)                                                  # under way: nothing is after
-    assert html.count('<rect class="before"') == 4 and '<rect class="after"' not in html
+    text = Page(read(run)).text                                       # under way: nothing is after
+    assert "true image+2.00+1.50 to +2.25blank" in text and "minus it" not in text
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps[:-1], steps[-1] | {"look": found(4)}])
     html = read(run)
     seen = Page(html)
     assert seen.open == [] and "nan" not in html and "200 held-out pairs" in seen.text
-    assert html.count('<rect class="before"') == 4 and html.count('<rect class="after"') == 4 + 4 + 3
-    assert html.count('class="ends"') == 4 + 11                       # an interval for every bar
-    assert "true image+2.00+6.00" in seen.text and "same theme+3.00" in seen.text
-    assert "KL of an answer from the reference, nats0.000.00 to 1.004.004.00 to 5.00" in seen.text
-    bars = report.bars("T", "", {"after": {"true": [-1., -2., 0.], "other": [2., 1., 3.]}})
-    true, other = re.findall(r'x="([\d.]+)" y="\d+" width="([\d.]+)" height="10"/>'
-                             r'<path class="ends" d="M([\d.]+) \d+v8m0-4H([\d.]+)m', bars)
-    assert true == ("124.0", "36.0", "88.0", "160.0") and other == ("160.0", "72.0", "196.0", "268.0")
+    # by the image: before and after, the margin, and the true image's minus it, each with its interval
+    assert ("true image+2.00+1.50 to +2.25+6.00+5.50 to +6.25+6.00+5.50 to +6.25–"
+            "blank−1.00−1.50 to −0.75+3.00+2.50 to +3.25+3.00+2.50 to +3.25+7.00+6.50 to +7.25"
+            "other image+1.00+0.50 to +1.25+5.00+4.50 to +5.25+5.00+4.50 to +5.25+5.00+4.50 to +5.25"
+            "same theme+0.50+0.00 to +0.75+4.50+4.00 to +4.75+4.50+4.00 to +4.75+3.00+2.50 to +3.25"
+            ) in seen.text
+    assert "log p of the chosen answer−4.00−5.00 to −3.00−4.00−5.00 to −3.00" in seen.text
+    assert "KL of an answer from the reference0.000.00 to 1.004.004.00 to 5.00" in seen.text
+    lines(run / "log.jsonl", [first | {"look": found(0)}, *steps, {"evaluation": "after", "look": found(4)}])
+    assert "true image+2.00+1.50 to +2.25+6.00" in Page(read(run)).text            # a line of their own
+
+
+def test_a_change_is_bold_only_where_its_interval_leaves_out_0():
+    assert report.cell(1., [.5, 2.], "+z.1f", bold=True) == ("+1.0", "+0.5 to +2.0", "clear")
+    assert report.cell(1., [-.5, 2.], "+z.1f", bold=True) == ("+1.0", "−0.5 to +2.0", "")
+    assert report.cell(1., None, "+z.1f", bold=True) == ("+1.0", "", "")
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):
