@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 import data
-import families
 from records import Records, check
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -60,7 +59,7 @@ def classroom_files(o, out):
 
 def built_in(o):
     """Whether the model is the classroom's: its scores are then the classroom's."""
-    return (families.resolve(o.model) / "classroom.json").exists()
+    return (data.model_folder(o.model) / "classroom.json").exists()
 
 
 @dataclass
@@ -102,13 +101,12 @@ class Pairs:
         """The record's own rejected images, or one made for each image."""
         if record["images_rejected"]:
             return [data.read_image(x) for x in record["images_rejected"]]
-        kind, other, found = self.o.image_rejected, None, []
-        if kind == "random":
-            another = self.good[data.other_index(seed, record["id"], place, len(self))]
-            other = data.read_image(self.records[another]["images"][0])
-        for n, image in enumerate(images):
-            found.append(data.rejected_image(kind, image, seed, named(record, n), other))
-        return found
+
+        def other():
+            index = data.other_index(seed, record["id"], place, len(self))
+            return data.read_image(self.records[self.good[index]]["images"][0])
+        return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
+                for n, image in enumerate(images)]
 
     def batch(self, places, read, counts, of):
         """data.Batch of the Reads at some places."""

@@ -388,11 +388,10 @@ def local_model(folder, settings):
         raise data.UserError(f"{folder} is no URL, no file of replies and no model folder; give one of these")
     import torch
 
-    import families
     import vlm
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    folder, sampling = families.resolve(folder), {}
+    folder, sampling = data.model_folder(folder), {}
     if settings["temperature"]:
         sampling["temperature"] = settings["temperature"]
     if '"vision_config"' in _bytes(folder / "config.json").decode("utf-8", "replace"):

@@ -216,6 +216,15 @@ def identity(source):
     return found.hexdigest()[:16]
 
 
+def model_folder(name):
+    """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
+    own = Path(__file__).resolve().parent / "classroom" / "models"
+    for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
+        if path.is_dir():
+            return path
+    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+
+
 def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     from safetensors import SafetensorError
@@ -284,7 +293,10 @@ def image_size(source):
         return file.size[::-1] if turned else file.size
 
 
-# ---- rejected images: a draw is keyed by what it is for, never by the order of calls ----
+# ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
+#
+# record: as records.py reads it. image: the PIL image to replace. other: a function that reads the image of
+# another record. rng: a random generator; a draw is keyed by what it is for, never by the order of calls.
 
 def hash64(*key):
     text = "\0".join(map(str, key)).encode("utf-8", "surrogatepass")
@@ -303,7 +315,7 @@ def other_index(seed, id, i, n, attempt=0):
     return (i + 1 + int(draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
-def _box(width, height, rng, area):
+def crop_box(width, height, rng, area):
     """(x, y, w, h) of torchvision's RandomResizedCrop: a share of the area, aspect 3/4 to 4/3."""
     for _ in range(10):
         target = width * height * rng.uniform(*area)
@@ -316,20 +328,37 @@ def _box(width, height, rng, area):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _crop(image, rng, area):
+def cropped(image, rng, area):
     """A random box of the picture, resized back."""
-    x, y, w, h = _box(*image.size, rng, area)
+    x, y, w, h = crop_box(*image.size, rng, area)
     return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
 
 
-def _blank(image):
+def crop(area):
+    """The rejected image that keeps a share of the picture's area."""
+    return lambda record, image, other, rng: cropped(image, rng, area)
+
+
+def patch(record, image, other, rng):
+    """What crop keeps, neither moved nor magnified."""
+    x, y, w, h = crop_box(*image.size, rng, AREAS["crop"])
+    found, box = blank(record, image, other, rng), (x, y, x + w, y + h)
+    found.paste(image.crop(box), box)
+    return found
+
+
+def another(record, image, other, rng):
+    return other()
+
+
+def blank(record, image, other, rng):
     """A picture that is zeros once normalised."""
     return Image.new("RGB", image.size, tuple((MEAN * 255).round().astype(int).tolist()))
 
 
-def _moco(image, rng):
+def moco(record, image, other, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
-    image = _crop(image, rng, (0.2, 1.0))
+    image = cropped(image, rng, (0.2, 1.0))
     for kind in rng.permutation(4) if rng.random() < 0.8 else ():
         if kind < 3:
             enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
@@ -350,7 +379,7 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073])    # CLIP's, whose normalis
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def _noise(image, rng, step=500):
+def noise(record, image, other, rng, step=500):
     """x_500 of 1000 as in VCD (arXiv 2311.16922, vcd_add_noise.py): sigmoid betas."""
     betas = 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
     kept, size, scale = np.cumprod(1 - betas)[step], image.size, min(1.0, 336 / min(image.size))
@@ -363,30 +392,20 @@ def _noise(image, rng, step=500):
 
 AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8),      # the share that is kept
          "crop80-100": (0.8, 1.0)}
-REJECTED = (*AREAS, "patch", "random", "moco", "blank", "noise")
+REJECTED = {name: crop(area) for name, area in AREAS.items()}
+REJECTED |= {"patch": patch, "random": another, "moco": moco, "blank": blank, "noise": noise}
 
 
-def rejected_image(strategy, image, seed, id, other=None, epoch=None):
-    """A pair's rejected image: the same for the same seed, strategy and id (and epoch, if drawn anew)."""
-    rng = draw(seed, strategy, id, epoch)
-    match strategy:
-        case "random":
-            return other
-        case "moco":
-            return _moco(image, rng)
-        case "blank":
-            return _blank(image)
-        case "patch":                                   # what crop keeps, neither moved nor magnified
-            x, y, w, h = _box(*image.size, draw(seed, "crop", id, epoch), AREAS["crop"])
-            patch, box = _blank(image), (x, y, x + w, y + h)
-            patch.paste(image.crop(box), box)
-            return patch
-        case "noise":
-            return _noise(image, rng)
-    if strategy not in AREAS:
-        known = ", ".join(REJECTED)
-        raise UserError(f"--image_rejected {strategy} is not one of {known}; choose one of them")
-    return _crop(image, rng, AREAS[strategy])
+def rng_of(strategy, seed, id):
+    """The generator of a pair's rejected image. `patch` takes crop's, so that it keeps what crop keeps."""
+    return draw(seed, "crop" if strategy == "patch" else strategy, id, None)
+
+
+def rejected_image(strategy, image, seed, id, other=None, record=None):
+    """A pair's rejected image: the same for the same seed, strategy and id. other, record: see above."""
+    if strategy not in REJECTED:
+        raise UserError(f"--image_rejected {strategy} is not one of {', '.join(REJECTED)}; choose another")
+    return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 
 def crop_pixels(pixels, box):
@@ -402,7 +421,7 @@ def rejected_pixels(strategy, pixels, seed, id):
     if pixels.ndim != 3:
         raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
-    return crop_pixels(pixels, _box(width, height, draw(seed, strategy, id, None), AREAS[strategy]))
+    return crop_pixels(pixels, crop_box(width, height, rng_of(strategy, seed, id), AREAS[strategy]))
 
 
 # ---- token ids ----

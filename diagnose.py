@@ -143,8 +143,10 @@ def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
     front, rows = m.front, []
     pictures = [data.read_image(record["images"][0]) for record in shown]
-    texts = vlm.generate(m, [[picture] for picture in pictures], [record["question"] for record in shown],
-                         o.max_new_tokens, 64 if front.is_classroom else 16, sample_seed=o.eval_seed)
+    questions = [record["question"] for record in shown]
+    size = 64 if front.is_classroom else 16
+    texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens, size,
+                         sample_seed=o.eval_seed)
     for at in range(0, len(shown), o.micro_batch):
         some, pairs = slice(at, at + o.micro_batch), []
         for record, picture, text in zip(shown[some], pictures[some], texts[some], strict=True):

@@ -160,16 +160,12 @@ def run_answers(o):
 
     import torch
 
-    import lora
     import ranks
     import vlm
     rank, world, device = ranks.distributed(SimpleNamespace(device=None))
     dtype = getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    try:
-        m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device, template=o.template,
-                     preparation="pad" if o.pad else "")
-    except lora.AdapterError as error:
-        raise data.UserError(str(error)) from error
+    m = vlm.load(o.model, adapter=o.adapter, dtype=dtype, device=device, template=o.template,
+                 preparation="pad" if o.pad else "")
     options = {"batch_size": o.batch_size or (64 if questions is None else 16),
                "max_new_tokens": o.max_new_tokens or LENGTHS[o.benchmark],
                "rank": rank, "world": world}

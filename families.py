@@ -35,7 +35,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 
-CLASSROOM = Path(__file__).resolve().parent / "classroom" / "models"
 IMAGE = "<image>"
 # Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
 # as liuhaotian trains and serves it (conversation.py, "vicuna_v1"), and Bunny (the same text, its own EOS).
@@ -242,15 +241,6 @@ def colour(processor):
 
 
 # -------------------------------------------------------------------------------- the folder
-def resolve(folder):
-    """The folder behind a name: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
-    classroom = str(folder) == "classroom"
-    for path in [CLASSROOM / "base0"] if classroom else [Path(folder), CLASSROOM / str(folder)]:
-        if path.is_dir():
-            return path
-    raise data.UserError(f"--model {folder}: no such folder; give a llava-hf folder or `classroom`")
-
-
 def read_json(path):
     """An object of a JSON file, {} where there is none. Raises UserError."""
     try:
@@ -354,7 +344,7 @@ def open_folder(folder, template=None, preparation=""):
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
     from transformers import AutoConfig, AutoImageProcessor
-    folder = resolve(folder)
+    folder = data.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
     config = part(folder, AutoConfig, "config.json", "copy it again")      # with the defaults of the classes
     tokenizer = read_tokenizer(folder)
@@ -404,7 +394,7 @@ def describe(folder):
 
     What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
     """
-    folder = resolve(folder)
+    folder = data.model_folder(folder)
     config = read_config(folder)
     count, types, faults = weights(folder)
     lines = [f"folder          {folder}",

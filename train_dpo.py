@@ -368,7 +368,7 @@ def main():
             print("\n".join(plan.show(o)))
         else:
             launch(o, command.join(o.device))
-    except (data.UserError, lora.AdapterError) as e:
+    except data.UserError as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)

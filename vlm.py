@@ -69,7 +69,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     """A VLM from a llava-hf folder, or from what families.open_folder made of it, frozen and in eval mode.
 
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
-    UserError for a folder that is not llava-hf or lacks a part, AdapterError for a bad adapter.
+    UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
     """
     import transformers
     opened = isinstance(folder, families.Llava)

@@ -168,7 +168,7 @@ def test_kl_is_the_drawn_answers_log_ratio_with_its_end_if_it_ended(world, tuned
     said = ["a red cat", "", "a red cat dog"]               # 3 tokens and the end; the end alone; cut at 4
     asked = {}
 
-    def generate(m, images, questions, max_new_tokens, **how):
+    def generate(m, images, questions, max_new_tokens, batch_size, **how):
         asked.update(how, new=max_new_tokens)
         return said
     monkeypatch.setattr(vlm, "generate", generate)
