@@ -29,6 +29,7 @@ differ from that of `true` by who sees which image, and by nothing else.
 """
 import json
 import random
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -62,27 +63,34 @@ def look(m, records, good, o, name, kept=None):
     shown = list(islice((record for record in read if len(record["images"]) == 1), o.look))
     if len(shown) < 2:
         return {}
-    jobs, drawn = jobs_of(shown, o.eval_seed), np.zeros(len(shown))
+    jobs = jobs_of(shown, o.eval_seed)
+    drawn = np.zeros(len(shown))                                      # log ratios of drawn answers, (n,)
     policy = reference = scores(m, shown, jobs, o, name)                                        # (J, 2)
     if name != "before":
-        with vlm.base_of(m) as base:
-            known = kept and kept.exists()
-            reference = np.array(data.read_json(kept)) if known else scores(base, shown, jobs, o, name)
-        drawn = divergence(m, shown, o)                                                         # (n,)
+        drawn = divergence(m, shown, o)
+        if kept and kept.exists():
+            reference = np.array(data.read_json(kept))
+        else:
+            with vlm.base_of(m) as base:
+                reference = scores(base, shown, jobs, o, name)
     elif kept:
         data.atomic_write(kept, json.dumps(policy.tolist()))
 
-    def mean(values):
-        return interval(values, [record["images"][0] for record in shown], o.eval_seed)
+    # ---- means ----
+    images = [record["images"][0] for record in shown]
+    mean = partial(interval, images=images, seed=o.eval_seed)
     found = {"n": len(shown)}
-    policy, change = by_kind(jobs, policy), by_kind(jobs, policy - reference)
+    change = by_kind(jobs, policy - reference)
+    policy = by_kind(jobs, policy)
     for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
         margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in logps.items()}
         found[measure] = {kind: mean(x) for kind, x in margins.items()}
         true = margins.pop("true")
         found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
-    return found | {"logps_chosen": mean(policy["true"][:, 0]),
-                    "logps_chosen_change": mean(change["true"][:, 0]), "kl": mean(drawn)}
+    found["logps_chosen"] = mean(policy["true"][:, 0])
+    found["logps_chosen_change"] = mean(change["true"][:, 0])
+    found["kl"] = mean(drawn)
+    return found
 
 
 def made(out):
@@ -99,10 +107,15 @@ def jobs_of(shown, seed):
     """The Jobs of all records, kind by kind."""
     images = [record["images"][0] for record in shown]
     themes = [record["meta"].get("theme") for record in shown]
-    other, alike = partners([theme or image for theme, image in zip(themes, images, strict=True)], seed)
-    jobs = [Job(kind, i, i) for kind in ("true", "blank") for i in range(len(shown))]
+    groups = [theme or image for theme, image in zip(themes, images, strict=True)]
+    other, alike = partners(groups, seed)
+    jobs = [Job("true", i, i) for i in range(len(shown))]
+    jobs += [Job("blank", i, i) for i in range(len(shown))]
     jobs += [Job("other", i, j) for i, j in other.items()]
-    return jobs + [Job("same_theme", i, j) for i, j in alike.items() if themes[i] and images[i] != images[j]]
+    for i, j in alike.items():
+        if themes[i] and images[i] != images[j]:
+            jobs.append(Job("same_theme", i, j))
+    return jobs
 
 
 def partners(groups, seed):
@@ -116,11 +129,14 @@ def partners(groups, seed):
     for i in order:
         together.setdefault(groups[i], []).append(i)
     row = sum(together.values(), [])                         # group after group: a step of the largest leaves
-    step, alike = min(max(map(len, together.values())), len(row) // 2), {}
+    largest = max(map(len, together.values()))
+    step = min(largest, len(row) // 2)
+    other = dict(zip(row, row[step:] + row[:step], strict=True))
+    alike = {}
     for group in together.values():
         if len(group) > 1:
             alike |= zip(group, group[1:] + group[:1], strict=True)
-    return dict(zip(row, row[step:] + row[:step], strict=True)), alike
+    return other, alike
 
 
 # ---- log-probs ----
@@ -133,7 +149,8 @@ def scores(m, shown, jobs, o, name):
             picture = data.read_image(shown[job.image]["images"][0])
             if job.kind == "blank":
                 picture = data.rejected_image("blank", picture, 0, "")
-            pairs.append(tokenise(m.front, shown[job.pair], o, (picture.size,))[0])
+            pair, _ = tokenise(m.front, shown[job.pair], o, (picture.size,))
+            pairs.append(pair)
             pictures.append(picture)
         rows.append(logps_of(m, pairs, pictures, o, ["chosen", "rejected"]))
     return np.concatenate(rows)
@@ -141,23 +158,25 @@ def scores(m, shown, jobs, o, name):
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    front, rows = m.front, []
+    front = m.front
     pictures = [data.read_image(record["images"][0]) for record in shown]
     questions = [record["question"] for record in shown]
     size = 64 if front.is_classroom else 16
     texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens, size,
                          sample_seed=o.eval_seed)
-    for at in range(0, len(shown), o.micro_batch):
-        some, pairs = slice(at, at + o.micro_batch), []
-        for record, picture, text in zip(shown[some], pictures[some], texts[some], strict=True):
-            prompt = front.prompt_ids(record["question"], (picture.size,))
-            ids = front.tokenizer(text, add_special_tokens=False).input_ids
-            answer = [*(token for token in ids if token != front.image_token_id), front.eos_id]
-            answer = answer[:o.max_new_tokens]
-            pairs.append(data.Pair(record["id"], prompt, prompt, answer, [], (picture.size,)))
+    pairs = []
+    for question, picture, text in zip(questions, pictures, texts, strict=True):
+        prompt = front.prompt_ids(question, (picture.size,))
+        ids = front.tokenizer(text, add_special_tokens=False).input_ids
+        answer = [token for token in ids if token != front.image_token_id]
+        answer = [*answer, front.eos_id][:o.max_new_tokens]
+        pairs.append(data.Pair("", prompt, prompt, answer, [], (picture.size,)))
+    rows = []
+    for at in range(0, len(pairs), o.micro_batch):
+        some = slice(at, at + o.micro_batch)
         with vlm.base_of(m) as base:
-            reference = logps_of(base, pairs, pictures[some], o, ["chosen"])
-        rows.append(logps_of(m, pairs, pictures[some], o, ["chosen"]) - reference)
+            reference = logps_of(base, pairs[some], pictures[some], o, ["chosen"])
+        rows.append(logps_of(m, pairs[some], pictures[some], o, ["chosen"]) - reference)
     return np.concatenate(rows)[:, 0]
 
 
@@ -180,8 +199,11 @@ def by_kind(jobs, values):
 
 def interval(values, images, seed, resamples=1000):
     """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
-    items = [{"image": image, "sums": {"sum": x, "n": 1}} for image, x in zip(images, values, strict=True)
-             if not np.isnan(x)]
-    total, draws = tally.add_up(items, lambda item: item["sums"], seed, resamples)
-    point = sum(item["sums"]["sum"] for item in items) / total["n"]
-    return [round(float(x), 6) for x in (point, *tally.interval(draws["sum"] / draws["n"], point))]
+    items = []
+    for image, x in zip(images, values, strict=True):
+        if not np.isnan(x):
+            items.append({"image": image, "sum": x, "n": 1})
+    _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed, resamples)
+    point = sum(item["sum"] for item in items) / len(items)
+    low, high = tally.interval(draws["sum"] / draws["n"], point)
+    return [round(float(x), 6) for x in (point, low, high)]

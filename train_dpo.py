@@ -321,7 +321,7 @@ def log_findings(run, name, found):
 
 def finish(run, before, after):
     """adapter/ or model/, words.json and summary.json, by rank 0. Returns the summary."""
-    weights = run.optimiser.weights() if run.sharded else None            # from all ranks
+    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
 
     def work():
         out, model = run.out, run.model
@@ -370,6 +370,8 @@ def main():
             launch(o, command.join(o.device))
     except data.UserError as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
+    except torch.OutOfMemoryError:
+        sys.exit(f"train_dpo.py: {plan.out_of_memory(o, int(os.environ.get('WORLD_SIZE', 1)))}")
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)
     finally:

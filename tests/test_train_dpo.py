@@ -599,6 +599,16 @@ def test_a_non_finite_loss_stops_with_the_ids_of_its_pairs_and_keeps_the_checkpo
     assert (tmp_path / "run" / "last" / "checkpoint.safetensors").exists()
 
 
+def test_a_step_that_runs_out_of_memory_is_told_what_to_change(world, tmp_path):
+    def arm():
+        def full(self, lr):
+            raise torch.OutOfMemoryError("no room")
+        Zero2.step = full
+    code, text = run(arguments(world, tmp_path / "run"), arm)
+    assert code == 1 and "Traceback" not in text
+    assert "train_dpo.py: out of memory: pass --set checkpointing=true --micro_batch 1" in text
+
+
 def test_a_warning_when_the_chosen_reward_keeps_falling_below_zero():
     assert train_dpo.falling([-0.01 * i for i in range(40)])
     assert not train_dpo.falling([0.01 * i for i in range(40)])
@@ -687,7 +697,7 @@ def test_masters_of_bfloat16_weights_are_float32():
         weights["a"].sum().backward()
         optimiser.step(1e-3)
     assert weights["a"].dtype == torch.bfloat16 and weights["a"].grad is None
-    torch.testing.assert_close(optimiser.weights()["a"], torch.full((4,), 0.9))
+    torch.testing.assert_close(optimiser.whole("weight")["a"], torch.full((4,), 0.9))
     torch.testing.assert_close(weights["a"].float(), torch.full((4,), 0.9), rtol=0.005, atol=0)
 
 
