@@ -157,6 +157,9 @@ def usable(front, records, o, needs, folder=None):
             record = records[i]
             images = record["images"] if o.image_rejected != "none" else []
             pair, lost = tokenise(front, record, o, tuple(data.image_size(x) for x in images))
+            if lost and "rejected" in needs and pair.chosen == pair.rejected:
+                raise data.UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
+                                     "raise --set max_length or drop the record")
         except data.UserError as e:
             print(f"{records.where(i)}: {e}", file=sys.stderr)
             continue

@@ -59,7 +59,7 @@ def opening(run):
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
             "images": front.preparation, "pairs": len(run.pairs), "steps": run.steps,
-            "official": options.departures(run.o), **options.provenance()}
+            "official": options.departures(run.o), **options.provenance(run.o)}
 
 
 class Log:

@@ -773,6 +773,33 @@ def test_an_out_of_other_options_is_refused_and_the_options_named(world, tmp_pat
     assert code == 1 and "beta 0.1 there, 0.2 here" in text
 
 
+def test_an_out_of_other_pairs_in_the_same_file_is_refused(world, tmp_path):
+    """Finished or stopped; a run of before the log knew its pairs is taken as it is."""
+    pairs = write_pairs(tmp_path)
+    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1")
+    trained(argv)
+    write_pairs(tmp_path, n=8, seed=1)
+    code, text = run(argv)
+    assert code == 1 and "pairs.jsonl has changed since" in text and "Traceback" not in text
+    first, *rest = lines_of(tmp_path / "run")
+    first.pop("data_identity")
+    first["options"].pop("lora_targets")
+    lines = [json.dumps(line) + "\n" for line in (first, *rest)]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines))
+    assert "12 pairs, 3 steps" in trained(argv)
+
+
+def test_responses_that_become_equal_when_they_are_cut_are_a_fault(world, tmp_path):
+    pairs = write_pairs(tmp_path)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[3] |= {"chosen": "a red cat and there", "rejected": "a red cat and two"}
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1", "--set", "max_length=15")
+    code, text = run(argv)
+    assert code == 1 and "line 4" in text and "chosen and rejected are the same 4 tokens when cut" in text
+    assert "11 pairs" in trained([*argv, "--skip_bad"])
+
+
 def test_the_second_of_two_runs_on_one_folder_is_refused(world, tmp_path):
     lock = options.claim(tmp_path / "run", options.Options())
     code, text = run(arguments(world, tmp_path / "run"))
