@@ -158,7 +158,7 @@ def write(both, names, out, images=None, n=100, seed=0):
     places = benchmarks.find_images(images, [a for _, a, _ in shown]) if images else [None] * len(shown)
     for (key, a, b), path in zip(shown, places, strict=True):
         if path and path not in pictures:
-            pictures[path] = page.image_url(data.read_image(path), 640)
+            pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
         items.append({"question": question(a), "first": text(first).strip(), "second": text(second).strip(),
                       "image": list(pictures).index(path) + 1 if path else 0})

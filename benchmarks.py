@@ -20,7 +20,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import chat
 import data
 import nouns
 
@@ -47,7 +46,7 @@ def read_image(image):
 # ---------------------------------------------------------------------------------------------- questions
 def records(path, keys, what):
     """The records of a question file, each with these keys. Raises UserError that names another benchmark."""
-    found = chat.read_records(path, torn_ok=False)
+    found = data.read_records(path, torn_ok=False)
     for number, record in enumerate(found, 1):
         if missing := [key for key in keys if record.get(key) is None]:
             raise data.UserError(f"{path}, record {number} has no {missing[0]!r}, so this is no {what}"
@@ -222,7 +221,7 @@ def read_answers(paths):
     """
     found = []
     for path in paths:
-        lines = chat.read_records(path)
+        lines = data.read_records(path)
         # A `text` is a question in some files, an answer in others: questions must not be scored as answers.
         if asked := next((n for n, line in enumerate(lines, 1) if {"image", "text"} <= line.keys() and not
                           {"answer", "response", "question", "prompt"} & line.keys()), 0):
@@ -256,7 +255,7 @@ def amber_data(folder):
 def amber_nouns(path):
     """{id: nouns} of a file of nouns that were extracted before: lines {id, nouns or nouns_in_vocab}."""
     found = {}
-    for number, line in enumerate(chat.read_records(path, torn_ok=False), 1):
+    for number, line in enumerate(data.read_records(path, torn_ok=False), 1):
         words = line.get("nouns", line.get("nouns_in_vocab"))
         if "id" not in line or not isinstance(words, list):
             raise data.UserError(f"{path}, record {number} has no id or no list of `nouns`: this is no "

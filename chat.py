@@ -1,451 +1,464 @@
-"""Ask a chat model many things and lose no reply: a server by URL, a local folder, or replies saved before.
+"""Ask a model about a text or about images: a server by URL, a model folder, or a file of saved replies.
 
-    asked = [{"id": "7", "messages": [{"role": "user", "content": "What does this text name? ..."}]}]
-    said = replies("http://localhost:8000/v1", asked, out="replies.jsonl")            # {"7": "..."}
+    asked = [Question("7", "What is this?", ["dog.jpg"])]
+    said = replies("http://localhost:8000/v1", asked, "replies.jsonl")                # {"7": "A dog."}
     said = replies("https://api.openai.com/v1", asked, "replies.jsonl", model="gpt-4o")
-    said = replies("qwen2.5-7b-instruct", asked, "replies.jsonl")                     # a folder, loaded here
+    said = replies("llava-v1.6-mistral-7b-hf", asked, "replies.jsonl")                # a folder, loaded here
     said = replies("replies.jsonl", asked)                                            # what was said before
 
-Judges and extractors of eval_hallu.py and the writers of synth.py ask through this one function: a file of
-its own, because both need it and neither may import the other. A server's key is read from OPENAI_API_KEY and
-written nowhere. No torch is imported until a local model is asked.
+A folder is a vision-language model that vlm.py loads, or a language model that is asked about texts alone;
+serve any other and give its URL. A server's key is read from OPENAI_API_KEY and written nowhere. No torch is
+imported until a folder is asked.
 
 What was said is appended to `out` as it comes; the same call asks only for what is missing. A request that
 the server fails is tried again, a bounded number of times, then counted and left out: no reply is made up.
 """
-import base64
 import concurrent.futures
 import contextlib
-import email.utils
+import functools
 import hashlib
 import http.client
-import io
 import json
+import math
 import os
+import re
+import socket
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+import command
 import data
+from data import UserError
 
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
 LARGEST = 1 << 24       # bytes of a reply
-BATCH = 8               # requests at once in a local model
+BATCH = 8               # questions at once in a model folder
+SERVE = "or serve it, with vLLM for example, and give its URL"
 
 
-class Failed(Exception):
-    """One request without a usable reply; `again` says whether another attempt may help, `wait` how soon."""
-    def __init__(self, reason, again=True, wait=None):
-        super().__init__(reason)
-        self.again, self.wait = again, wait
+@dataclass(frozen=True)
+class Question:
+    id: str
+    text: str
+    images: tuple = ()              # paths; they come before the text
 
 
-def replies(source, requests, out=None, *, model=None, max_tokens=512, temperature=0.0, seed=None, timeout=60,
-            attempts=4, workers=8, accept=None, description="asking"):
-    """-> {id: reply} in the order of the requests; what got no reply is absent, counted and said on stderr.
+def replies(source, questions, out=None, **options):
+    """`ask`, and of each row the reply alone: {id: text}."""
+    return {i: row["reply"] for i, row in ask(source, questions, out, **options).items()}
 
-    source: an http(s) URL of an OpenAI-compatible server, a file of saved replies (see `saved`), or a model
-    folder. requests: [{"id": str, "messages": [{"role", "content": text or a list of {"type": "text", "text"}
-    and {"type": "image", "path"}}]}]. out: JSON lines {"id", "hash", "asked", "reply"}, to go on from.
-    model: the server's name for it; None where it serves one. timeout: seconds of one attempt, all of it.
-    accept: reply -> bool; a server is asked again for a reply that it turns down, and so is a later call. The
-    last attempt's is kept all the same: what cannot be read is for the caller to count.
-    Raises UserError for a wrong source, and at once where the server refuses us (401, 403, 404 ...).
+
+def ask(source, questions, out=None, *, description="asking", **options):
+    """-> {id: {"reply", ...}} in the questions' order; what got no reply is absent, counted on stderr.
+
+    source, options: as `connect` takes them, or what it returned. out: JSON lines {"id", "hash", "asked",
+    "reply"}, to go on from. Raises UserError for a wrong source, and where a server refuses us (401, 404).
     """
-    source, asked = str(source), {r["id"]: digest(r["messages"]) for r in requests}
-    if len(asked) < len(requests):
-        raise data.UserError(f"{description}: {len(requests) - len(asked)} of {len(requests)} requests "
-                             "repeat an id; give each an id of its own")
-    url, file = source.startswith(("http://", "https://")), Path(source).is_file()
-    if file or source.endswith((".jsonl", ".json")):
-        said, reason = saved(source, asked), f"{source} does not hold it"
-        again = ""
-    else:
-        settings = {"model": model if url else weights_of(source), "max_tokens": max_tokens,
-                    "temperature": temperature, "seed": seed}
-        keys = {i: digest([key, settings]) for i, key in asked.items()}
-        said, server = resumed(out, keys), Server(
-            source, settings, timeout, attempts, accept) if url else None
-        missing = [r for r in requests if r["id"] not in said or url and accept and not accept(said[r["id"]])]
-        if missing:
-            found = server.ask(missing, workers) if url else ask_local(source, requests, set(said), settings)
-            with (contextlib.closing(found), tqdm(total=len(asked), initial=len(asked) - len(missing),
-                                                  desc=description, unit="reply", disable=None) as bar):
-                for i, text, more in found:
-                    said[i] = text
-                    if out:
-                        line = {"id": i, "hash": keys[i], "asked": asked[i], "reply": text, **more}
-                        data.append_jsonl(str(out), line)
-                    bar.update()
-        reason, again = server.reason if url else "", "; the same command asks only for them"
-    if lost := sum(i not in said for i in asked):
-        print(f"{description}: {lost} of {len(asked)} requests got no reply (last: {reason}){again}",
+    asked = {q.id: digest(q) for q in questions}
+    if repeated := len(questions) - len(asked):
+        raise UserError(f"{description}: {repeated} of {len(questions)} requests repeat an id; give each an "
+                        "id of its own")
+    model = connect(source, **options)
+    made = {i: {"id": i, "hash": _hash([key, model.settings]), "asked": key} for i, key in asked.items()}
+    store = command.Store(out, in_order=False) if out and not isinstance(model, File) else None
+    rows = store.kept(list(made.values())) if store else {}
+    done = {i for i, row in rows.items() if model.accept(row["reply"])}
+    bar = tqdm(total=len(asked), initial=len(done), desc=description, unit="reply",
+               disable=None if store else True)
+    with contextlib.closing(model.ask(questions, done)) as found, bar:
+        for i, row in found:
+            rows[i] = made[i] | row
+            if store:
+                store.add([rows[i]])
+            bar.update()
+    if lost := sum(i not in rows for i in asked):
+        again = "; the same command asks only for them" if store else ""
+        print(f"{description}: {lost} of {len(asked)} requests got no reply (last: {model.reason}){again}",
               file=sys.stderr)
-    return {i: said[i] for i in asked if i in said}
+    return {i: rows[i] for i in asked if i in rows}
 
 
-def digest(messages):
-    """16 hex digits over what is asked: the texts, and the bytes of the images rather than their paths."""
-    def stable(part):
-        if isinstance(part, dict) and part.get("type") == "image":
-            return {"image": hashlib.sha256(_bytes(part["path"])).hexdigest()}
-        if isinstance(part, list):
-            return [stable(inner) for inner in part]
-        return {key: stable(inner) for key, inner in part.items()} if isinstance(part, dict) else part
-    return hashlib.sha256(json.dumps(stable(messages), sort_keys=True).encode()).hexdigest()[:16]
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=None, timeout=60,
+            attempts=4, workers=8, **loading):
+    """-> a Server, File or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
-
-def weights_of(folder):
-    """16 hex digits that tell one local model from another: each weights file's size, and blocks of it."""
-    found = hashlib.sha256(str(Path(folder).name).encode())
-    for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            found.update(f"{path.name} {size}".encode())
-            for block in range(16):
-                file.seek(size * block // 16)
-                found.update(file.read(1 << 14))
-    return found.hexdigest()[:16]
-
-
-def _bytes(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise data.UserError(f"image {path} could not be read ({error.strerror}); check the path") from error
-
-
-# ---------------------------------------------------------------------------------------------- files
-def resumed(out, keys):
-    """{id: reply} of what `out` already holds to exactly these requests."""
-    said = {}
-    for line in data.read_jsonl(out, torn_ok=True) if out and os.path.exists(out) else ():
-        if not (isinstance(line.get("id"), str) and "hash" in line and isinstance(line.get("reply"), str)):
-            raise data.UserError(f"{out} is no file of replies (a line lacks id, hash or reply); "
-                                 "give another")
-        if keys.get(line["id"]) == line["hash"]:
-            said[line["id"]] = line["reply"]
-    return said
-
-
-def saved(path, asked):
-    """{id: reply} of a file of saved replies: JSON lines or a list, in any of these forms.
-
-    {"id" or "question_id", "reply" or "judge_reply" or "text" or "content"}, or a server's whole answer
-    (`choices`). Where no line has an id, the replies are the requests' in order, and as many. What `replies`
-    wrote names what was asked, and is refused where something else is asked now.
+    source: an http(s) URL of an OpenAI-compatible server, a file of saved replies or a model folder. model:
+    the server's name for it; None where it serves one. accept: reply -> bool; a server is asked again for a
+    reply that it turns down, also in a later call. The last attempt's is kept all the same: what cannot be
+    read is for the caller to count. timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
-    lines, said, other = read_records(path), {}, set()
-    texts = [_text(line) for line in lines]
-    names = [line.get("id", line.get("question_id")) if "choices" not in line else None for line in lines]
-    if bad := [n for n, text in enumerate(texts, 1) if not isinstance(text, str)]:
-        raise data.UserError(f"{path}: {len(bad)} records hold no reply (first: number {bad[0]}); each needs "
-                             "`reply`, `judge_reply`, `text`, `content` or `choices`")
-    if lines and not any(name is not None for name in names):
-        if len(lines) != len(asked):
-            raise data.UserError(f"{path} holds {len(lines)} replies without ids to {len(asked)} requests; "
-                                 "they cannot be told apart, so add an `id` to each")
-        return dict(zip(asked, texts, strict=True))
-    for name, text, line in zip(names, texts, lines, strict=True):
-        name = str(name)
-        if "asked" in line and line["asked"] != asked.get(name):
-            other.add(name)                             # perhaps an older line, which a later one replaces
-        elif "asked" not in line and said.get(name, text) != text:
-            raise data.UserError(f"{path}: id {name} has two different replies; keep one of them")
-        else:
-            said[name] = text
-    if wrong := sorted(other & set(asked) - set(said)):
-        raise data.UserError(f"{path} replies to other requests ({len(wrong)} ids, first {wrong[0]}): the "
-                             "answers or the prompt have changed since; ask again")
-    return said
+    if isinstance(source, Server | File | Folder):
+        return source
+    source = str(source)
+    settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    if is_url(source):
+        return Server(source, settings, timeout, attempts, workers, accept or anything)
+    if source.endswith((".jsonl", ".json")) or Path(source).is_file():
+        return File(source)
+    return Folder(source, settings, **loading)
 
 
-def read_records(path, torn_ok=True):
-    """The objects of a JSON list or of JSON lines, told apart by the first character. A last line that a
-    killed run left unfinished is passed over: what it held is missing, and missing things are counted."""
+def anything(reply):
+    return True
+
+
+def is_url(source):
+    return re.match("https?://", source) is not None
+
+
+def public(source):
+    """A source as it may be shown, written and named: of a URL neither user, password nor query."""
+    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", source) if is_url(source) else source
+
+
+def messages(text, images=()):
+    """A user's turn as servers take it. images: what stands for each of them."""
+    content = [*images, {"type": "text", "text": text}] if images else text
+    return [{"role": "user", "content": content}]
+
+
+def digest(question):
+    """16 hex digits over what is asked: the text, and the bytes of the images rather than their paths."""
+    images = [{"image": hashlib.sha256(data.read_bytes(path)).hexdigest()} for path in question.images]
+    return _hash(messages(question.text, images))
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reply_of(answer):
+    """The text in a server's answer; None where there is none."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-            file.seek(0)
-            whole = file.read() if start == b"[" else b""
-    except OSError as error:
-        raise data.UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    if start != b"[":
-        return list(data.read_jsonl(path, torn_ok))
-    try:
-        records = json.loads(whole.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise data.UserError(f"{path}: broken JSON ({error}); mend the file") from error
-    if bad := next((n for n, record in enumerate(records, 1) if not isinstance(record, dict)), None):
-        raise data.UserError(f"{path}: entry {bad} is {type(records[bad - 1]).__name__} instead of a record "
-                             "{...}; mend or delete it")
-    return records
-
-
-def _text(record):
-    """The reply in a saved record or a server's answer; None where there is none."""
-    try:
-        return record["choices"][0]["message"]["content"]
+        text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        return next((record[k] for k in ("reply", "judge_reply", "text", "content") if k in record), None)
-
-
-# ---------------------------------------------------------------------------------------------- a server
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key along to wherever a server points."""
-    def redirect_request(self, *args):
         return None
+    return text if isinstance(text, str) else None
 
 
+# ---- a file ----
+class File:
+    """Saved replies, JSON lines or a list of them.
+
+    {"id" or "question_id", "reply" or "judge_reply"}; servers' answers (`choices`) in the order of the
+    questions, as MMHal's script keeps them; what OpenAI's Batch API returns. A line that says what was asked,
+    as `ask` writes it, is refused where something else is asked now.
+    """
+    settings, accept = None, staticmethod(anything)
+
+    def __init__(self, path):
+        self.path, self.reason = path, f"{path} does not contain it"
+
+    def ask(self, questions, done=()):
+        """Yield (id, {..., "reply", "asked": None where the file does not say it}). Raises UserError."""
+        asked = {q.id: digest(q) for q in questions}
+        lines = [line for line in data.read_records(self.path) if not line.get("error")]
+        rows, other = {}, set()
+        for number, line in enumerate(lines):
+            name, reply = self.pair(line)
+            if not isinstance(reply, str):
+                raise UserError(f"{self.path}: record {number + 1} has no reply; each needs `reply`, "
+                                "`judge_reply` or `choices`")
+            if name is None and len(lines) != len(asked):
+                raise UserError(f"{self.path} has {len(lines)} replies without ids to {len(asked)} requests; "
+                                "they cannot be told apart, so add an `id` to each")
+            name = str(questions[number].id if name is None else name)
+            if "asked" in line and line["asked"] != asked.get(name):
+                other.add(name)                         # perhaps an older line, which a later one replaces
+            elif "asked" not in line and name in rows and rows[name]["reply"] != reply:
+                raise UserError(f"{self.path}: id {name} has two different replies; keep one of them")
+            else:
+                rows[name] = {"asked": None} | line | {"reply": reply}
+        if wrong := sorted(other & asked.keys() - rows.keys()):
+            raise UserError(f"{self.path} replies to other requests ({len(wrong)} ids, first {wrong[0]}): "
+                            "the answers or the prompt have changed since; ask again")
+        yield from ((i, rows[i]) for i in asked if i in rows)
+
+    def pair(self, line):
+        """(id, reply) of a line; None for what it lacks."""
+        if "custom_id" in line:                         # OpenAI's Batch API
+            return line["custom_id"], reply_of((line.get("response") or {}).get("body"))
+        if "choices" in line:                           # its id is the server's
+            return None, reply_of(line)
+        return line.get("id", line.get("question_id")), line.get("reply", line.get("judge_reply"))
+
+
+# ---- a server ----
+@dataclass
 class Server:
-    """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself."""
+    """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself.
 
-    def __init__(self, url, settings, timeout, attempts, accept=None):
-        parts = urllib.parse.urlsplit(url)
-        if not parts.hostname or parts.username is not None:
-            raise data.UserError(f"{parts.scheme}://{parts.hostname or ''}: give a server's URL, without "
-                                 "user and password; a key belongs into the variable OPENAI_API_KEY")
-        path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        self.base, self.query = f"{parts.scheme}://{parts.netloc}{path}", parts.query
-        self.settings, self.timeout, self.attempts = settings, timeout, attempts
-        self.accept = accept or (lambda text: True)
-        self.key, self.model = os.environ.get("OPENAI_API_KEY", "").strip(), settings["model"]
-        self.reason = ""                                                  # of the last failure
+    The key in OPENAI_API_KEY goes to this host only: no redirect is followed. Neither the key nor the URL's
+    query is ever shown. https goes through the environment's proxy, http to the host itself.
+    """
+    url: str
+    settings: dict
+    timeout: float
+    attempts: int
+    workers: int
+    accept: object                  # reply -> whether it will do
+
+    def __post_init__(self):
+        self.reason, self.failed = "", 0                # of the last failure; failures in a row
         self.stop = threading.Event()
-        local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        proxies = [urllib.request.ProxyHandler({})] if local else []      # no proxy stands before one's own
-        self.opener = urllib.request.build_opener(_NoRedirect, *proxies)
-
-    def ask(self, requests, workers):
-        """Yield (id, reply, what else is worth keeping) as the replies come; remember the last failure."""
-        if self.model is None:
-            self.model = self.only_model()
-        row, pool = 0, concurrent.futures.ThreadPoolExecutor(workers)
+        self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
+        secure = self.url.startswith("https")
+        self.kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         try:
-            futures = {pool.submit(self.one, request["messages"]): request["id"] for request in requests}
+            parts = urllib.parse.urlsplit(self.url)
+            self.host, self.query = parts.netloc, parts.query
+            valid = parts.hostname and "@" not in self.host and self.kind(self.host)
+        except (ValueError, http.client.InvalidURL):
+            valid = False
+        if not valid:
+            raise UserError(f"{public(self.url)}: give a server's URL, without user and password; a key "
+                            "belongs in the variable OPENAI_API_KEY")
+        self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        self.base = f"{parts.scheme}://{self.host}{self.path}"
+        self.proxy = ""
+        if secure and not urllib.request.proxy_bypass(parts.hostname):
+            self.proxy = urllib.request.getproxies().get("https", "").rpartition("//")[2].rstrip("/")
+
+    def ask(self, questions, done=()):
+        """Yield (id, {"reply", "model", "finish"}) as the replies come; what fails is passed over."""
+        if self.failed >= GIVE_UP:
+            return
+        body = self.settings | {"model": self.model}
+        body = {name: value for name, value in body.items() if value is not None}
+        self.stop.clear()
+        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
+        try:
+            futures = {pool.submit(self.one, q, body): q.id for q in questions if q.id not in done}
             for future in concurrent.futures.as_completed(futures):
-                try:
-                    text, more = future.result()
-                except Failed as error:
-                    self.reason, row = str(error), row + 1
-                    if row >= GIVE_UP:
-                        self.reason = f"{row} requests in a row failed and the rest was not asked; {error}"
-                        return
-                else:
-                    row = 0
-                    yield futures[future], text, more
+                row, reason = future.result()
+                if row:
+                    self.failed = 0
+                    yield futures[future], row
+                    continue
+                self.reason, self.failed = reason, self.failed + 1
+                if self.failed >= GIVE_UP:
+                    self.reason = (f"{self.failed} requests in a row failed and the rest was not asked; "
+                                   f"{reason}")
+                    return
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def only_model(self):
-        """The name of the model where the server lists exactly one; many servers list none, and need none."""
+    @functools.cached_property
+    def model(self):
+        """The model's name: as given, or where the server lists exactly one. None: many servers need none."""
+        if self.settings["model"]:
+            return self.settings["model"]
         try:
-            listed = self.call("/models", None, min(self.timeout, 10)).get("data")
-            names = [entry["id"] for entry in listed]
-        except (Failed, data.UserError, TypeError, KeyError):
+            answer, _, _ = self.request("/models", None, min(self.timeout, 10))
+            names = [str(entry["id"]) for entry in answer["data"]]
+        except (UserError, TypeError, KeyError):
             return None
         if len(names) > 1:
-            raise data.UserError(f"{self.base} serves {len(names)} models ({', '.join(map(str, names[:5]))}"
-                                 f"{' ...' * (len(names) > 5)}); say which one is to reply")
+            raise UserError(f"{self.base} serves {len(names)} models ({', '.join(names[:5])}); say which one "
+                            "is to reply")
         return names[0] if names else None
 
-    def one(self, messages):
-        """A reply, after `attempts` attempts at most. Raises Failed with the last reason."""
-        body = {"messages": [{**m, "content": _parts(m["content"])} for m in messages],
-                **{key: value for key, value in {**self.settings, "model": self.model}.items()
-                   if value is not None}}
+    def one(self, question, body):
+        """-> (row, "") or (None, why the last of `attempts` attempts failed)."""
+        urls = [{"url": data.image_url(path)} for path in question.images]
+        images = [{"type": "image_url", "image_url": url} for url in urls]
+        body = {"messages": messages(question.text, images)} | body
+        reason = "not asked"
         for attempt in range(1, self.attempts + 1):
-            try:
-                if self.stop.is_set():
-                    raise Failed("not asked")
-                answer = self.call("/chat/completions", body, self.timeout)
-                if not isinstance(text := _text(answer), str):
-                    raise Failed(f"no text in the answer {json.dumps(answer)[:100]}")
-                more = {"model": answer.get("model", self.model),
-                        "finish": answer["choices"][0].get("finish_reason")}
-                if attempt == self.attempts or self.accept(text) or self.stop.wait(BACKOFF):
-                    return text, {key: value for key, value in more.items() if isinstance(value, str)}
-            except data.UserError:                          # a refusal: the others would be refused as well
-                self.stop.set()
-                raise
-            except Failed as error:
-                wait = BACKOFF * 2 ** (attempt - 1) if error.wait is None else error.wait
-                if not error.again or attempt == self.attempts or self.stop.wait(min(wait, LONGEST_WAIT)):
-                    raise Failed(f"{self.hide(error)}, attempt {attempt} of {self.attempts}") from None
+            if self.stop.is_set():
+                break
+            answer, why, wait = self.request("/chat/completions", body, self.timeout)
+            text, last = reply_of(answer), attempt == self.attempts or wait == math.inf
+            if text is not None and (last or self.accept(text)):
+                row = {"reply": text, "model": answer.get("model", body.get("model")),
+                       "finish": answer["choices"][0].get("finish_reason")}
+                return {name: value for name, value in row.items() if isinstance(value, str)}, ""
+            why = why or self.hide(f"no text in the answer {json.dumps(answer)}")[:120]
+            reason = f"{why}, attempt {attempt} of {self.attempts}"
+            if last or self.stop.wait(BACKOFF * 2 ** (attempt - 1) if wait is None else wait):
+                break
+        return None, reason
 
-    def call(self, path, body, timeout):
-        """POST (or GET, without a body) -> the JSON object. Raises Failed, or UserError for a refusal."""
-        url = f"{self.base}{path}" + (f"?{self.query}" if self.query else "")
+    def request(self, path, body, timeout):
+        """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
+
+        Seconds: None where the server does not say, inf where another attempt would not help. Raises
+        UserError where the server refuses us.
+        """
+        start, answer = time.monotonic(), None
+        try:
+            status, headers, raw = self.exchange(path, body, timeout)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            status, headers, raw = 0, {}, str(error or type(error).__name__).encode()
+        if time.monotonic() - start >= timeout:
+            return None, f"no answer within {timeout:g} seconds", None
+        if len(raw) > LARGEST:
+            return None, f"an answer of more than {LARGEST >> 20} MiB", math.inf
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(raw)
+        said = self.hide(" ".join(raw.decode("utf-8", "replace").split()))[:200]
+        if not status:
+            return None, f"{self.base}: {said}", None
+        if status < 300:
+            if isinstance(answer, dict):
+                return answer, "", None
+            return None, f"the answer is no JSON object but {said[:80]!r}", None
+        reason = f"the server answered {status}: {said}"
+        if status in (400, 413, 422):                   # about this one request: the others may do
+            return None, reason, math.inf
+        if status in (408, 425, 429) or status >= 500:
+            after = headers.get("Retry-After", "")
+            return None, reason, min(float(after), LONGEST_WAIT) if after.isdecimal() else None
+        self.stop.set()                                 # the others would be refused as well
+        raise UserError(f"{self.base}{path}: {reason}; check the URL, the model's name and the key in "
+                        "OPENAI_API_KEY")
+
+    def exchange(self, path, body, timeout):
+        """-> (status, headers, body). Whatever the server sends ends, or fails, within `timeout` seconds."""
+        end = time.monotonic() + timeout
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
-        end, raw = time.monotonic() + timeout, bytearray()
-        try:
-            with self.opener.open(request, timeout=timeout) as response:
-                while piece := response.read1(1 << 16):
-                    raw += piece
-                    if time.monotonic() > end:
-                        raise TimeoutError
-                    if len(raw) > LARGEST:
-                        raise Failed(f"an answer of more than {LARGEST >> 20} MiB", again=False)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = self.hide(" ".join(_head(error).split())[:200])
-            reason = f"the server answered {error.code}: {said or error.reason}"
-            if error.code in (408, 425, 429) or error.code >= 500:
-                raise Failed(reason, wait=_retry_after(error.headers)) from None
-            if error.code in (400, 413, 422):                   # about this one request: the others may do
-                raise Failed(reason, again=False) from None
-            raise data.UserError(f"{self.base}{path}: {reason}; check the URL, the model's name and the "
-                                 "key in OPENAI_API_KEY") from None
-        except TimeoutError:
-            raise Failed(f"no answer within {timeout:g} seconds") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:     # URLError is an OSError
-            cause = getattr(error, "reason", error)
-            if isinstance(cause, TimeoutError):
-                raise Failed(f"no answer within {timeout:g} seconds") from None
-            raise Failed(self.hide(f"{self.base}: {cause or type(cause).__name__}")) from None
-        try:
-            answer = json.loads(raw)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
-            start = " ".join(bytes(raw[:80]).decode("utf-8", "replace").split())
-            raise Failed(self.hide(f"the answer is no JSON object but {start!r}"))
-        return answer
+        target = self.path + path + (f"?{self.query}" if self.query else "")
+        connection = self.kind(self.proxy or self.host, timeout=timeout)
+        if self.proxy:
+            connection.set_tunnel(self.host)
+        with contextlib.closing(connection):
+            connection.connect()
+            with _shut_after(end - time.monotonic(), connection.sock):
+                connection.request("POST" if body else "GET", target, body and json.dumps(body), headers)
+                response = connection.getresponse()
+                return response.status, response.headers, response.read(LARGEST + 1)
 
     def hide(self, text):
-        """A text for the screen: some servers repeat the key that they were given."""
-        return str(text).replace(self.key, "***") if self.key else str(text)
+        """A text for the screen: some servers repeat the key and the query that they were given."""
+        for secret in filter(None, (self.key, self.query)):
+            text = text.replace(secret, "***")
+        return text
 
 
-def _head(error):
-    """The start of what a server says about an error; reading it may fail as well."""
+@contextlib.contextmanager
+def _shut_after(seconds, sock):
+    """Inside the `with` nobody waits longer for the socket, whose own timeout starts anew with each byte."""
+    def shut():
+        with contextlib.suppress(OSError):              # the other end has shut it
+            sock.shutdown(socket.SHUT_RDWR)
+    timer = threading.Timer(seconds, shut)
+    timer.start()
     try:
-        return error.read(1000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return ""
+        yield
+    finally:
+        timer.cancel()
 
 
-def _retry_after(headers):
-    """Seconds until the server wants to be asked again: a number or a date. None where it does not say."""
-    value = headers.get("Retry-After") if headers else None
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        with contextlib.suppress(TypeError, ValueError):
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        return None
+# ---- a folder ----
+@dataclass
+class Folder:
+    """A model folder, loaded when it is first asked.
+
+    batch: questions at once. device: "" for CUDA, else MPS, else the CPU. dtype: None for bfloat16 on CUDA,
+    else float32. template: of a vision-language model's prompts, as vlm.load takes it.
+    """
+    source: str
+    settings: dict
+    batch: int = BATCH
+    device: str = ""
+    dtype: object = None
+    template: str | None = None
+
+    reason, accept = "", staticmethod(anything)
+
+    def __post_init__(self):
+        if not Path(self.source).is_dir() and self.source != "classroom":
+            raise UserError(f"{self.source} is no URL, no file of replies and no model folder; give one of "
+                            "these")
+        self.folder = data.model_folder(self.source)
+        self.settings = self.settings | {"model": data.identity(self.folder)}
+
+    def ask(self, questions, done=()):
+        """Yield (id, {"reply", "finish"}).
+
+        Batches are those of the whole list, so that a call that goes on draws what the first one would have:
+        a batch that lacks a reply is computed again as a whole.
+        """
+        for at in range(0, len(questions), self.batch):
+            batch = questions[at:at + self.batch]
+            if all(q.id in done for q in batch):
+                continue
+            seed = data.hash64(self.settings["seed"], at) >> 1 if self.settings["temperature"] else None
+            for question, (text, ended) in zip(batch, self.generate(batch, seed), strict=True):
+                if question.id not in done:
+                    yield question.id, {"reply": text, "finish": "stop" if ended else "length"}
+
+    @functools.cached_property
+    def generate(self):
+        """f(questions, a seed to sample with or None) -> [(reply, whether the model ended it by itself)]."""
+        import torch
+        device = command.place(self.device)
+        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if "vision_config" in data.read_json(self.folder / "config.json", {}):
+            return self.seeing(device, dtype)
+        return self.writing(device, dtype)
+
+    def seeing(self, device, dtype):
+        """`generate` of a vision-language model."""
+        import vlm
+        try:
+            m = vlm.load(self.folder, dtype=dtype, device=device, template=self.template)
+        except UserError as error:
+            raise UserError(f"{error}; {SERVE}") from None
+        limit, temperature = self.settings["max_tokens"], self.settings["temperature"]
+
+        def generate(questions, seed):
+            images = [[data.read_image(path) for path in q.images] for q in questions]
+            asked = [q.text for q in questions]
+            texts = vlm.generate(m, images, asked, limit, len(asked), seed, temperature)
+            return [(text, _ended(m, text, limit)) for text in texts]
+        return generate
+
+    def writing(self, device, dtype):
+        """`generate` of a language model."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        fix = f"check it, {SERVE}"
+        tokenizer = data.from_folder(AutoTokenizer, self.folder, "tokenizer", fix, padding_side="left")
+        model = data.from_folder(AutoModelForCausalLM, self.folder, "chat model", fix, dtype=dtype)
+        if not tokenizer.chat_template:
+            raise UserError(f"{self.folder} has no chat template; give a model that was trained to chat")
+        model.to(device).eval()
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        options = {"do_sample": False, "max_new_tokens": self.settings["max_tokens"],
+                   "pad_token_id": tokenizer.pad_token_id}
+        if temperature := self.settings["temperature"]:
+            options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+
+        @torch.no_grad()
+        def generate(questions, seed):
+            if any(q.images for q in questions):
+                raise UserError(f"{self.folder} is a model for text and was asked about an image; give a "
+                                "LLaVA folder or a server")
+            turns = [messages(q.text) for q in questions]
+            inputs = tokenizer.apply_chat_template(turns, padding=True, add_generation_prompt=True,
+                                                   return_dict=True, return_tensors="pt").to(device)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed or 0)
+                out = model.generate(**inputs, **options)
+            new = out[:, inputs["input_ids"].shape[1]:].tolist()                          # (R, new tokens)
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            ended = [tokenizer.eos_token_id in ids for ids in new]
+            return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+        return generate
 
 
-def _parts(content):
-    """Content as servers take it: an image is a data: URL."""
-    if isinstance(content, str):
-        return content
-    return [{"type": "image_url", "image_url": {"url": data_url(part["path"])}} if part["type"] == "image"
-            else part for part in content]
-
-
-def data_url(path):
-    """An image file as a data: URL: JPEG and PNG as they are, what a server may not read as PNG."""
-    raw = _bytes(path)
-    kind = "jpeg" if raw.startswith(b"\xff\xd8\xff") else "png"
-    if kind == "png" and not raw.startswith(b"\x89PNG"):
-        buffer = io.BytesIO()
-        data.read_image(raw).save(buffer, kind)
-        raw = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
-
-
-# ---------------------------------------------------------------------------------------------- a folder
-def ask_local(folder, requests, done, settings):
-    """Yield (id, reply, {}) of a model folder. Batches are those of the whole list, so that a call that goes
-    on draws what the first one would have: a batch that lacks a reply is computed again as a whole."""
-    generate = local_model(folder, settings)
-    for at in range(0, len(requests), BATCH):
-        batch = requests[at:at + BATCH]
-        if done.issuperset(r["id"] for r in batch):
-            continue
-        seed = data.hash64(settings["seed"], at) >> 1 if settings["temperature"] else None
-        for request, text in zip(batch, generate([r["messages"] for r in batch], seed), strict=True):
-            if request["id"] not in done:
-                yield request["id"], text, {}
-
-
-def local_model(folder, settings):
-    """-> f(list of messages, a sampling seed or None) -> texts: a LLaVA folder, or a chat model for text."""
-    if not Path(folder).is_dir() and folder != "classroom":
-        raise data.UserError(f"{folder} is no URL, no file of replies and no model folder; give one of these")
-    import torch
-
-    import vlm
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    folder, sampling = data.model_folder(folder), {}
-    if settings["temperature"]:
-        sampling["temperature"] = settings["temperature"]
-    if '"vision_config"' in _bytes(folder / "config.json").decode("utf-8", "replace"):
-        m = vlm.load(folder, dtype=dtype, device=device)
-
-        def look(batch, seed):
-            images, texts = zip(*map(_one_turn, batch), strict=True)
-            return vlm.generate(m, images, texts, max_new_tokens=settings["max_tokens"],
-                                batch_size=len(batch), sample_seed=seed, **sampling)
-        return look
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise data.UserError(f"{folder} cannot be loaded as a chat model ({reason}); check it") from None
-    if not tokenizer.chat_template:
-        raise data.UserError(f"{folder} has no chat template; give a model that was trained to chat")
-    model, pad = model.to(device).eval(), tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.pad_token = pad
-    sampling |= {"do_sample": True, "top_k": 0, "top_p": 1.0} if sampling else {"do_sample": False}
-
-    @torch.no_grad()
-    def write(batch, seed):
-        turns = [[{"role": t["role"], "content": _text_only(t["content"])} for t in turns] for turns in batch]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        with torch.random.fork_rng(devices=[model.device] if device == "cuda" else []):
-            torch.manual_seed(seed or 0)
-            out = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, **sampling,
-                                 max_new_tokens=settings["max_tokens"],
-                                 pad_token_id=tokenizer.pad_token_id)                     # (R, T + new)
-        new = out[:, inputs.input_ids.shape[1]:]
-        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return write
-
-
-def _one_turn(messages):
-    """-> (PIL images, text) of what a LLaVA model can be asked: one user turn, system text before it."""
-    if [m["role"] for m in messages if m["role"] != "system"] != ["user"]:
-        raise data.UserError("a local vision-language model takes one user message, and a system message "
-                             "before it; use a server for conversations")
-    parts = [part for m in messages for part in _as_parts(m["content"])]
-    return ([data.read_image(part["path"]) for part in parts if part["type"] == "image"],
-            "\n".join(part["text"] for part in parts if part["type"] == "text"))
-
-
-def _text_only(content):
-    if any(part["type"] != "text" for part in _as_parts(content)):
-        raise data.UserError("a chat model for text was asked about an image; give a LLaVA folder "
-                             "or a server")
-    return "\n".join(part["text"] for part in _as_parts(content))
-
-
-def _as_parts(content):
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _ended(m, text, max_tokens):
+    return len(m.front.tokenizer(text, add_special_tokens=False).input_ids) < max_tokens

@@ -7,7 +7,6 @@
 """
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import textwrap
@@ -181,18 +180,25 @@ def join(device="", backend=""):
     use gloo, as does backend="gloo"; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
     import torch.distributed as dist
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    mps = torch.backends.mps.is_available()
-    kind = device or ("cuda" if gpus else "mps" if mps else "cpu")
-    place = torch.device(kind, local % gpus) if kind == "cuda" and gpus else torch.device(kind)
+    found, gpus = place(device), torch.cuda.device_count()
     if "RANK" not in os.environ:
-        return Ranks(device=place)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    alone = place.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Ranks(device=found)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
     dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
-    return Ranks(dist.get_rank(), dist.get_world_size(), place)
+    return Ranks(dist.get_rank(), dist.get_world_size(), found)
+
+
+def place(device=""):
+    """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
+    import torch
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    kind = str(device) or ("cuda" if gpus else "mps" if mps else "cpu")
+    if kind == "cuda" and gpus:
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+    return torch.device(kind)
 
 
 def leave(ranks):
@@ -243,7 +249,7 @@ class Store:
 
     def kept(self, items):
         """{id: line} of the items that are made: those whose line has the item's hash."""
-        wanted, found = {item["id"]: item["hash"] for item in items}, {}
+        wanted, found, appended = {item["id"]: item["hash"] for item in items}, {}, []
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
@@ -252,6 +258,9 @@ class Store:
                 for row in line.get("rows", [line]):
                     if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
                         found[row["id"]] = row
+                        if "rows" in line:
+                            appended.append(row["id"])
+        self.twice = len(appended) - len(set(appended))     # rows that the ranks made more than once
         return found
 
     def check_head(self, file, begun):
@@ -273,16 +282,18 @@ class Store:
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 
-    def work(self, items, make, size=1, description="", unit="item"):
+    def work(self, items, make, size=1, description="", unit="item", whole=True):
         """The items' lines in their order, without those that failed; only what is missing is made.
 
         make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
         Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
-        batches. Keys of an item that begin with _ are for `make` alone.
+        batches; whole=False: only what is missing is grouped, for servers, which are asked one by one. Keys
+        of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
         self.ranks.barrier()                                # everyone has read what is there before it grows
-        groups = [items[at:at + size] for at in range(0, len(items), size)]
+        todo = items if whole else [item for item in items if item["id"] not in had]
+        groups = [todo[at:at + size] for at in range(0, len(todo), size)]
         mine = [g for g in groups[self.ranks.rank::self.ranks.world] if any(x["id"] not in had for x in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
                    disable=None if self.ranks.rank == 0 else True)
@@ -306,8 +317,7 @@ class Store:
     def write(self, rows):
         """The file, in one move; the parts go."""
         whole = [*([self.head] if self.head else []), *map(self.shape, rows)]
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in whole]
-        data.atomic_write(self.path, "".join(lines).encode("utf-8", "backslashreplace"))
+        data.write_jsonl(self.path, whole)
         for part in self.parts():
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 import ballot
-import chat
 import data
 import metrics
 import tally
@@ -27,7 +26,7 @@ def pairs(a_path, b_path):
     """-> [(id, line of A, line of B)] of what both files answer, in A's order; how many each answers."""
     def by_id(path):
         found = {}
-        for number, line in enumerate(chat.read_records(path), 1):
+        for number, line in enumerate(data.read_records(path), 1):
             if "settings" in line:
                 continue
             key = (line.get("split"), line.get("question_id", line.get("id", line.get("image_id"))))
@@ -129,7 +128,7 @@ def table(found, names):
 
 def run_compare(o):
     (both, sizes), names = pairs(o.a, o.b), (str(o.a), str(o.b))
-    items = [chat.read_records(path) for path in o.items or ()] or [items_of([side[k] for side in both])
+    items = [data.read_records(path) for path in o.items or ()] or [items_of([side[k] for side in both])
                                                                     for k in (1, 2)]
     shown, equal = ballot.write(both, names, o.out, o.images, o.n, o.seed)
     if all(items):

@@ -8,6 +8,7 @@ Ours, where the official codes differ or leave a choice:
  1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -143,6 +144,12 @@ def read_jsonl(path, torn_ok=False):
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
 def read_json(path, default=None):
     """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
     path = Path(path)
@@ -170,6 +177,14 @@ def read_records(path, torn_ok=True):
             raise UserError(f"{path}: entry {number} is {type(record).__name__} instead of a record {{...}}; "
                             "correct or delete it")
     return records
+
+
+def read_bytes(path):
+    """A file's bytes. Raises UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
 def inside(root, path, what, fix="move it inside"):
@@ -256,6 +271,7 @@ def index_lines(path, size=1 << 20):
 # ---- images ----
 
 NARROW = 100                                            # longer side by shorter, at most
+SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
 
 @contextlib.contextmanager
@@ -277,9 +293,12 @@ def _opened(source):
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
 
 
-def read_image(source):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do."""
+def read_image(source, as_stored=False):
+    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do.
+    as_stored: in its own mode and not turned."""
     with _opened(source) as file:
+        if as_stored:
+            return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
             image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -291,6 +310,25 @@ def image_size(source):
     with _opened(source) as file:
         turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
         return file.size[::-1] if turned else file.size
+
+
+def image_url(source, side=None):
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels where that is given.
+
+    In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
+    """
+    raw = b""
+    if not side:
+        raw = source if isinstance(source, bytes) else read_bytes(source)
+    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
+    if not kind:
+        image, kind, buffer = read_image(source), "png", io.BytesIO()
+        if side:
+            image.thumbnail((side, side))
+            kind = "jpeg" if max(image.size) > SMALL else "png"
+        image.save(buffer, kind)
+        raw = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----

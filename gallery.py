@@ -79,9 +79,8 @@ def judged(run, ranked):
             same += 1
             continue
         *places, first[r["id"]] = pair
-        pictures = [{"type": "image", "path": str(run.out / r["candidates"][k]["image"])} for k in places]
-        text = {"type": "text", "text": ASK_JUDGE.format(prompt=r["prompt"])}
-        asked.append({"id": r["id"], "messages": [{"role": "user", "content": [*pictures, text]}]})
+        pictures = [run.out / r["candidates"][k]["image"] for k in places]
+        asked.append(chat.Question(r["id"], ASK_JUDGE.format(prompt=r["prompt"]), pictures))
     said, count = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
                                max_tokens=16, description="judge"), Counter()
     for id, text in said.items():

@@ -7,14 +7,12 @@ encoded anew, and its policy lets it load nothing and run no script but the one 
 """
 import base64
 import hashlib
-import io
 import math
 import re
 from html import escape
 
 import data
 
-SMALL = 160        # pixels: up to this size a picture is kept without loss and shown pixel by pixel
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
 --c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e;--pos:31,108,176;--neg:200,96,30}
@@ -94,23 +92,15 @@ def _cell(cell):
     return f"<td{kind}>{escape(str(text))}{below}</td>"
 
 
-def image_url(image, side):
-    """A PIL image, made no larger than `side` pixels, as the text of a data: URL."""
-    image, buffer = image.copy(), io.BytesIO()
-    image.thumbnail((side, side))
-    kind = "png" if max(image.size) <= SMALL else "jpeg"
-    image.save(buffer, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 def picture(root, image, says=""):
     """A figure that holds the picture of a file in `root`, or says why there is none."""
     try:
-        pixels = data.read_image(data.inside(root, image, "image"))
+        path = data.inside(root, image, "image")
+        url, size = data.image_url(path, 320), data.image_size(path)
     except data.UserError as error:
         return f"<figure><small>{escape(str(error))}</small></figure>"
-    kind = "pixel" if max(pixels.size) <= SMALL else ""
-    img = f'<img class="{kind}" alt="{escape(says)}" src="{image_url(pixels, 320)}">'
+    kind = "pixel" if max(size) <= data.SMALL else ""
+    img = f'<img class="{kind}" alt="{escape(says)}" src="{url}">'
     return f"<figure>{img}<small>{escape(says)}</small></figure>"
 
 

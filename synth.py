@@ -36,6 +36,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import chat
 import data
 import pairing
 import topics
@@ -43,6 +44,9 @@ from data import UserError
 from journal import bare, begin, file_hash, free, identity, key, work
 
 HERE = Path(__file__).resolve().parent
+# The published PDS-DPO prompts, as they are: no roles, no template.
+RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
+       "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
 BUILT_IN, BASES = HERE / "classroom" / "synthesis", HERE / "classroom" / "models"
 
 
@@ -247,9 +251,9 @@ def instruct(run):
     made_by = [identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
 
     def make(groups):
+        writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
         for group in groups:
-            said = topics.ask(o.instruct, {x["id"]: kept[x["id"]] for x in group},
-                              run.out / "parts" / f"instruct-{run.rank}.jsonl", o.model_name, o.seed)
+            said = topics.ask(writer, {x["id"]: kept[x["id"]] for x in group})
             yield [{"question": said[x["id"]]} if x["id"] in said else None for x in group]
     items = [{"id": id, "hash": key(text, made_by)} for id, text in kept.items()]
     run.write("instructions", map(bare, work(run, "instruct", items, make, 64)))
@@ -257,7 +261,6 @@ def instruct(run):
 
 # ---------------------------------------------------------------------------- 5 respond
 def respond(run):
-    import responders
     o, out, said = run.o, run.out, {}
     needed(o.responders, "--responders", "folders or URLs of vision-language models, with commas")
     picked = {r["id"]: r["image"] for r in run.rows("ranked", "rank")}
@@ -267,22 +270,37 @@ def respond(run):
         items = [{"id": id, "hash": key(q, file_hash(out / image), made_by), "_question": q, "_image": image}
                  for id, q, image in asked]
 
-        def make(groups, name=name, source=source):
-            answer = responders.load(source, run.device, dtype(run, "bfloat16"), o.max_new_tokens,
-                                     o.as_official, out / "parts" / f"replies-{name}-{run.rank}.jsonl",
-                                     o.model_name)
+        def make(groups, source=source):
+            model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens,
+                                 batch=o.batch, device=run.device, dtype=dtype(run, "bfloat16"),
+                                 template=RAW if o.as_official else None)
             for group in groups:
-                yield answer([out / x["_image"] for x in group], [x["_question"] for x in group])
+                asked = [chat.Question(x["id"], x["_question"], [out / x["_image"]]) for x in group]
+                said = chat.ask(model, asked, description="respond")
+                yield [response(x["_question"], said.get(x["id"]), o.as_official) for x in group]
         for row in work(run, f"respond-{name}", items, make, o.batch):
             said.setdefault(row["id"], []).append({"id": row["id"], "model": name} | bare(row))
     run.write("responses", [row for id, *_ in asked for row in said.get(id, ())])
+
+
+def response(question, row, as_official):
+    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None where that
+    is not known. as_official: the question before it, line breaks flattened, as the published code keeps it.
+    """
+    if not row:
+        return None
+    text, finished = row["reply"], {"stop": True, "length": False}.get(row.get("finish"))
+    if as_official:
+        text = f"{question} {text}".replace("\n", " ")
+    return {"response": text, "finished": finished}
 
 
 def named(sources):
     """{short name: source} of sources with commas; a name that is taken gets a number behind it."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = re.sub(r"[^\w.-]+", "-", source.split("//")[-1] if "//" in source else Path(source).name)
+        short = chat.public(source).split("//")[-1] if chat.is_url(source) else Path(source).name
+        short = re.sub(r"[^\w.-]+", "-", short)
         names[short if short not in names else f"{short}-{len(names) + 1}"] = source
     return names
 

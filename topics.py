@@ -67,10 +67,11 @@ def written(source, topics, n, similar, folder, model=None, seed=0):
     """[(topic, prompt)] by a chat model: lists of ten until each topic has n, or TURNS are over."""
     found, lists = {t: [] for t in topics}, -(-n // 10)
     for turn in range(TURNS):
-        asked = [{"id": f"{t}/{k}", "messages": [{"role": "user", "content": ASK_PROMPTS.format(
-                     topic=t.replace("_", " "), k=k + 1)}]}
-                 for t in topics if len(distinct(found[t], similar)) < n
-                 for k in range(turn * lists, (turn + 1) * lists)]
+        asked = []
+        for topic in (topic for topic in topics if len(distinct(found[topic], similar)) < n):
+            for k in range(turn * lists, (turn + 1) * lists):
+                text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
+                asked.append(chat.Question(f"{topic}/{k}", text))
         if not asked:
             break
         said = chat.replies(source, asked, folder / f"writer-{turn}.jsonl", model=model or None,
@@ -87,10 +88,8 @@ def template(path, ids, seed=0):
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}
 
 
-def ask(source, prompts, out, model=None, seed=0):
-    """{id: question} by a chat model from {id: prompt}; what got no reply is absent, and counted there."""
-    asked = [{"id": id, "messages": [{"role": "user", "content": ASK_QUESTION.format(prompt=text)}]}
-             for id, text in prompts.items()]
-    said = chat.replies(source, asked, out, model=model or None, max_tokens=128, seed=seed,
-                        description="instruct")
+def ask(writer, prompts):
+    """{id: question} by a chat.connect from {id: prompt}; what got no reply is absent, and counted there."""
+    asked = [chat.Question(id, ASK_QUESTION.format(prompt=text)) for id, text in prompts.items()]
+    said = chat.replies(writer, asked, description="instruct")
     return {id: " ".join(text.split()) for id, text in said.items() if text.strip()}

@@ -1,22 +1,27 @@
 """chat.py: a server may fail as it likes; every reply is kept, every loss is counted, no reply is made up."""
 import base64
 import contextlib
+import itertools
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT, picture, word_tokenizer, write_llava
 
 import chat
+import command
 import data
 
 
 def requests(n=5, words="What is this?"):
-    return [{"id": str(i), "messages": [{"role": "user", "content": f"{words} {i}"}]} for i in range(n)]
+    return [chat.Question(str(i), f"{words} {i}") for i in range(n)]
 
 
 def reply(text, **more):
@@ -153,18 +158,75 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
 
 
 def test_retry_after_is_honoured_and_bounded(monkeypatch):
-    waits = []
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waits.append(seconds))
-    after = iter(["7", "86400", "Fri, 01 Jan 2100 00:00:00 GMT", "soon"])
-    one = chat.Server("http://127.0.0.1:1", {"model": "m"}, 1, 5)
+    waits, wait = [], threading.Event.wait
 
-    def call(path, body, timeout):
-        if (value := next(after, None)) is None:
-            return json.loads(reply("yes")[1])
-        raise chat.Failed("429", wait=chat._retry_after({"Retry-After": value}))
-    monkeypatch.setattr(one, "call", call)
-    assert one.one([{"role": "user", "content": "?"}])[0] == "yes"
-    assert waits == [7, chat.LONGEST_WAIT, chat.LONGEST_WAIT, chat.BACKOFF * 8]
+    def noted(event, seconds=None):
+        waits.append(seconds)
+        return wait(event, 0)
+    after = ["7", "86400", "9" * 5000, "-3", "nan", "soon"]
+
+    def respond(body, n):
+        return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)
+    with server(respond) as (url, _):
+        model = chat.connect(url, model="m", attempts=9)
+        monkeypatch.setattr(model.stop, "wait", lambda seconds: noted(model.stop, seconds))
+        assert chat.replies(model, requests(1)) == {"0": "reply to 0"}
+    assert waits == [7, chat.LONGEST_WAIT, chat.LONGEST_WAIT, *(chat.BACKOFF * 2 ** n for n in (3, 4, 5))]
+
+
+@contextlib.contextmanager
+def raw_server(*pieces, pause=0.02):
+    """A loopback socket that reads a request and sends pieces of bytes, the last one for ever."""
+    def serve():
+        while not over.is_set():
+            with contextlib.suppress(OSError), listening.accept()[0] as client:
+                client.recv(1 << 16)
+                for piece in itertools.chain(pieces, itertools.repeat(pieces[-1])):
+                    client.sendall(piece)
+                    if over.wait(pause):
+                        return
+    over, listening = threading.Event(), socket.create_server(("127.0.0.1", 0))
+    listening.settimeout(0.1)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        over.set()
+        thread.join()
+        listening.close()
+
+
+START = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("pieces", [[b"H"], [b"HTTP/1.1 200 O", b"K"], [START, b"X: y\r\n"], [START, b"X"],
+                                    [b"HTTP/1.1 100 Continue\r\n\r\n"],
+                                    [START + b"Content-Length: 900000\r\n\r\n", b" "],
+                                    [START + b"\r\n", b" "], [b"\0"],
+                                    [START + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"]])
+def test_a_server_that_drips_is_left_after_the_timeout(capsys, pieces):
+    """Each byte comes before the socket's own timeout: the attempt as a whole has one."""
+    start = time.monotonic()
+    with raw_server(*pieces) as url:
+        assert chat.replies(url, requests(2), model="m", timeout=0.4, attempts=2, workers=1) == {}
+    assert time.monotonic() - start < 2 * 2 * 0.4 + 1
+    assert "2 of 2 requests got no reply (last: " in capsys.readouterr().err
+
+
+def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "LARGEST", 1 << 20)
+    with raw_server(START + b"\r\n", b" " * (1 << 16), pause=0) as url:
+        assert chat.replies(url, requests(1), model="m", attempts=2) == {}
+    assert "an answer of more than 1 MiB, attempt 1 of 2" in capsys.readouterr().err       # nor asked again
+
+
+@pytest.mark.parametrize("url", ["http://", "http://host:port/v1", "http://[::1", "https://:80/", "http:///v1",
+                                 "http://me:secret@host", "http://me:secret@host:1/v1?key=secret"])
+def test_what_is_no_servers_url_is_refused_at_once(url):
+    with pytest.raises(data.UserError, match="give a server's URL, without user and password") as caught:
+        chat.connect(url)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 302])
@@ -195,10 +257,21 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, mon
     with server(lambda body, n: (401, wrong)) as (url, _):
         with pytest.raises(data.UserError, match=r"wrong key \*\*\*"):
             chat.replies(url, requests(1))
-    assert "secret" not in "".join(capsys.readouterr()) + out.read_text()
-    with pytest.raises(data.UserError, match="without user and password") as caught:
-        chat.replies("http://me:secret@host/v1", requests(1))
-    assert "secret" not in str(caught.value)
+    with server(lambda body, n: (500, " " * 190 + wrong)) as (url, _):          # hidden, then shortened
+        chat.replies(f"{url}?api_key=hush", requests(1), attempts=1)
+    with server(lambda body, n: (404, "no /v1/chat/completions?api_key=hush")) as (url, calls):
+        with pytest.raises(data.UserError) as caught:
+            chat.replies(f"{url}?api_key=hush", requests(1))
+        assert calls[0][0].endswith("?api_key=hush")
+    said = "".join(capsys.readouterr()) + out.read_text() + str(caught.value)
+    assert not {"secret", "sk-ve", "hush"} & set(re.findall("secret|sk-ve|hush", said))
+
+
+@pytest.mark.parametrize("source, shown", [
+    ("https://me:pw@host:8/v1?key=k#part", "https://host:8/v1"), ("http://host", "http://host"),
+    ("http://host?key=k@b", "http://host"), ("http://host/a@b", "http://host/a@b"), ("a/b?c@d", "a/b?c@d")])
+def test_of_a_url_only_what_is_no_secret_is_shown(source, shown):
+    assert chat.public(source) == shown
 
 
 def test_several_models_must_be_told_apart():
@@ -212,8 +285,7 @@ def test_images_travel_as_data_urls_and_their_bytes_are_part_of_what_is_asked(tm
     path = tmp_path / "dog.png"
 
     def asked():
-        content = [{"type": "image", "path": str(path)}, {"type": "text", "text": "What is this?"}]
-        return [{"id": "0", "messages": [{"role": "user", "content": content}]}]
+        return [chat.Question("0", "What is this?", [path])]
     with server(lambda body, n: reply(str(n))) as (url, calls):
         for n, (kind, mime) in enumerate([("png", "png"), ("jpeg", "jpeg"), ("bmp", "png")], 1):
             picture(0).save(path, kind)
@@ -233,7 +305,8 @@ SAVED = [[{"id": "0", "reply": "a"}, {"id": "1", "reply": "b"}],
          [{"question_id": 1, "judge_reply": "b"}, {"question_id": 0, "judge_reply": "a"}],
          [{"choices": [{"message": {"content": "a"}}]}, {"choices": [{"message": {"content": "b"}}]}],
          [{"id": "chatcmpl-9", "choices": [{"message": {"content": t}}]} for t in "ab"],
-         [{"text": "a"}, {"text": "b"}]]
+         [{"id": f"batch_{t}", "custom_id": i, "error": None, "response": {"status_code": 200, "body": {
+             "choices": [{"message": {"content": t}}]}}} for i, t in ("1b", "0a")]]
 
 
 @pytest.mark.parametrize("records", SAVED)
@@ -247,9 +320,10 @@ def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
 
 @pytest.mark.parametrize("text, says", [
     ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "3 replies without ids to 2 requests"),
+    ('[{"id": "1", "reply": "a"}, {"reply": "b"}]', "id 1 has two different replies"),
     ('{"id": "0", "reply": "a"}\n{"id": "0", "reply": "b"}\n', "id 0 has two different replies"),
-    ('{"id": "0", "reply": 7}\n', r"1 records hold no reply \(first: number 1\)"),
-    ('{"id": "0", "answer": "a"}\n', "1 records hold no reply"),
+    ('{"id": "0", "reply": 7}\n', "record 1 has no reply"),
+    ('{"id": "0", "answer": "a"}\n', "record 1 has no reply"),
     ('[{"id": "0", "reply": "a"}, 7]', "entry 2 is int"), ("[{", "broken JSON"), ("{\n{}\n", "line 1: brok")])
 def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
     (tmp_path / "saved.json").write_text(text)
@@ -303,11 +377,7 @@ def talker(tmp_path_factory):
 def local_requests(n, image=None):
     words = ["a red dog", "what is this ?", "two", "is there a cat and a dog ?", "one blue cat"]
 
-    def content(text):
-        parts = [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]
-        return parts if image else text
-    return [{"id": str(i), "messages": [{"role": "user", "content": content(words[i % 5])}]}
-            for i in range(n)]
+    return [chat.Question(str(i), words[i % 5], [image] if image else ()) for i in range(n)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -347,12 +417,25 @@ def test_what_is_no_source_is_refused(talker, tmp_path):
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(data.UserError, match="was asked about an image"):
         chat.replies(talker, local_requests(1, tmp_path / "dog.png"))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(data.UserError, match="cannot be loaded as a chat model"):
-        chat.replies(tmp_path, requests(1))
+    for config in ("{}", '{"model_type": "qwen2_vl", "vision_config": {}}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(data.UserError, match="or serve it, with vLLM for example, and give its URL"):
+            chat.replies(tmp_path, requests(1))
 
 
 def test_importing_chat_loads_no_model_code():
     code = "import sys, chat; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_store_groups_only_what_is_missing_where_a_group_need_not_be_whole(tmp_path):
+    items = [{"id": str(i), "hash": "h"} for i in range(6)]
+    for whole, expected in ((True, [["0", "1", "2"], ["3", "4", "5"]]), (False, [["1", "4"]])):
+        store, seen = command.Store(tmp_path / f"{whole}.jsonl"), []
+        store.work(items, lambda groups: ([None if x["id"] in "14" else {} for x in g] for g in groups), 3)
+
+        def make(groups, seen=seen):
+            seen += [[item["id"] for item in group] for group in groups]
+            yield from ([{}] * len(group) for group in groups)
+        assert len(store.work(items, make, 3, whole=whole)) == 6 and seen == expected

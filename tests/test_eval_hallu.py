@@ -291,7 +291,7 @@ def ask(m, benchmark, path, out, **more):
     questions = benchmarks.questions(benchmark, [path])
     answering.answer_questions(m, benchmark, questions, out, **{"batch_size": 3, "max_new_tokens": 5,
                                                                 "progress": False, **more})
-    return chat.read_records(out)
+    return data.read_records(out)
 
 
 def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
@@ -300,7 +300,7 @@ def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
     argv = ["answers", "pope", "--model", model, "--data", path, "--out", tmp_path / "a.jsonl", "--limit", 2]
     code, _, err = run(*argv, "--template", "vicuna", "--pad")
     assert code == 0, err
-    settings = chat.read_records(tmp_path / "a.jsonl")[0]["settings"]
+    settings = data.read_records(tmp_path / "a.jsonl")[0]["settings"]
     assert "A chat between" in settings["template"] and "pad" in settings["images"]
     code, _, err = run(*argv, "--pad")
     assert code == 1 and "template" in err
@@ -351,7 +351,7 @@ def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, mon
     answering.answer_questions(m, "pope", questions, tmp_path / "a.jsonl", prompt="{question}\nyes or no ?",
                                progress=False)
     assert asked == [rows[0]["text"] + "\nyes or no ?"]
-    first, line = chat.read_records(tmp_path / "a.jsonl")
+    first, line = data.read_records(tmp_path / "a.jsonl")
     assert first["settings"]["prompt"] == "{question}\nyes or no ?" and line["question"] == rows[0]["text"]
 
 
@@ -783,7 +783,7 @@ def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
     prompt.write_text("Known: {}. {} {} {} Rating?")
     with pytest.raises(data.UserError, match="scores.prompts.jsonl holds the 8 prompts"):
         score(tmp_path, "mmhal", answers, "--template", template, "--judge_prompt", prompt)
-    first = chat.read_records(tmp_path / "scores.prompts.jsonl")[0]
+    first = data.read_records(tmp_path / "scores.prompts.jsonl")[0]
     assert first["messages"][0]["content"] == ("Known: Dog, Cat. what is this ? 0 A dog and a cat. "
                                                 "a dog Rating?")
     prompt.write_text("Known: {}. {}")
@@ -816,7 +816,7 @@ def test_answers_are_scored_and_exported_for_the_official_scripts(m, tmp_path, c
     o = eval_hallu.parse(["export", benchmark, "--answers", str(answers), "--out",
                           str(tmp_path / "official.json")])
     o.run(o)
-    official = chat.read_records(tmp_path / "official.json")
+    official = data.read_records(tmp_path / "official.json")
     assert [line.keys() - {"split"} for line in official[:1]] == [{
         "pope": {"question_id", "question", "answer"}, "amber": {"id", "response"},
         "objhal": {"question_id", "image_id", "prompt", "text"},
@@ -967,7 +967,7 @@ def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
     with pytest.raises(data.UserError, match="96 prompts"):
         score(tmp_path, "mmhal", path.parent / "answers.jsonl", "--template", template, "--judge_prompt",
               prompt)
-    asked = [line["messages"][0]["content"] for line in chat.read_records(tmp_path / "scores.prompts.jsonl")]
+    asked = [line["messages"][0]["content"] for line in data.read_records(tmp_path / "scores.prompts.jsonl")]
     hashes = json.loads((path.parent / "expected.json").read_text())["prompts"]["sha256"]
     assert [hashlib.sha256(text.encode()).hexdigest() for text in asked] == hashes
     for answers in ("answers.jsonl", "answers_merged.json"):

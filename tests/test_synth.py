@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, SHARED, need, picture, write_llava
 from test_rewards import PATTERN, tiny_armorm, tiny_imagereward
 
+import chat
 import data
 import gallery
 import journal
@@ -173,8 +175,8 @@ def test_a_threshold_leaves_prompts_out_and_says_how_many(parts, whole, tmp_path
 
 def test_generator_reward_and_responders_are_never_in_memory_together(parts, tmp_path, monkeypatch):
     """Whenever a model is about to be loaded, none is there."""
-    import responders
     import rewards
+    import vlm
     seen = []
 
     def alone(f):
@@ -186,7 +188,7 @@ def test_generator_reward_and_responders_are_never_in_memory_together(parts, tmp
     gc.collect()
     before = len([m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and hasattr(m, "config")])
     monkeypatch.setattr(sd3, "_load", alone(sd3._load))
-    for module, name in ((rewards.ImageReward, "load"), (rewards.ArmoRM, "load"), (responders, "load")):
+    for module, name in ((rewards.ImageReward, "load"), (rewards.ArmoRM, "load"), (vlm, "load")):
         monkeypatch.setattr(module, name, alone(getattr(module, name)))
     run("all", parts, tmp_path, "--guidance=5")
     assert seen == [0] * (2 + 1 + 3 + 1)
@@ -543,7 +545,6 @@ class Server:
 
 
 def test_a_servers_failures_are_retried_then_counted(parts, whole, tmp_path, monkeypatch):
-    import chat
     monkeypatch.setattr(chat, "BACKOFF", .01)
     for name in ("prompts", "images", "ranked"):
         (tmp_path / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
@@ -573,7 +574,6 @@ def test_a_servers_failures_are_retried_then_counted(parts, whole, tmp_path, mon
 @pytest.mark.slow
 def test_a_real_server_answers_prompts_instruct_and_respond(parts, whole, tmp_path):
     """`transformers serve` on loopback with a tiny LLaVA, where its packages are installed."""
-    import shutil
     import socket
     import subprocess
     import urllib.request
@@ -619,8 +619,8 @@ def test_a_real_server_answers_prompts_instruct_and_respond(parts, whole, tmp_pa
 
 # ---- responders ----
 
-def test_llava_next_answers_alike_alone_and_in_a_batch(tmp_path):
-    """LLaVA-1.6's own class: left padding, one BOS, the template, an old processor's missing patch size."""
+def write_llava_next(folder):
+    """LLaVA-1.6's own classes with random weights, and an old processor's missing patch size -> its parts."""
     from conftest import word_tokenizer
     from transformers import (
         CLIPVisionConfig,
@@ -630,8 +630,6 @@ def test_llava_next_answers_alike_alone_and_in_a_batch(tmp_path):
         LlavaNextImageProcessorPil,
         LlavaNextProcessor,
     )
-
-    import responders
     torch.manual_seed(0)
     tokenizer = word_tokenizer()
     config = LlavaNextConfig(
@@ -641,30 +639,71 @@ def test_llava_next_answers_alike_alone_and_in_a_batch(tmp_path):
                                 num_attention_heads=2, vocab_size=len(tokenizer), bos_token_id=2,
                                 eos_token_id=3, pad_token_id=1),
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]], image_token_index=4)
-    model = LlavaNextForConditionalGeneration(config)
+    model = LlavaNextForConditionalGeneration(config).eval()
     for weight in model.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=.4)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
     size = {"height": 28, "width": 28}
     images = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size=size,
                                         image_grid_pinpoints=config.image_grid_pinpoints)
-    LlavaNextProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                       num_additional_image_tokens=1,
-                       chat_template=tokenizer.chat_template).save_pretrained(tmp_path)
-    text = json.loads((tmp_path / "processor_config.json").read_text())
-    (tmp_path / "processor_config.json").write_text(json.dumps(text | {"patch_size": None}))
-    files = []
+    processor = LlavaNextProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                                   num_additional_image_tokens=1, chat_template=tokenizer.chat_template)
+    processor.save_pretrained(folder)
+    text = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps(text | {"patch_size": None}))
+    return model, processor
+
+
+def test_llava_next_answers_as_transformers_does_alone_and_in_a_batch(tmp_path):
+    """It is loaded and asked as LLaVA-1.5 is: left padding, one BOS, images of several sizes in a batch."""
+    model, processor = write_llava_next(tmp_path)
+    questions, texts = [], ["what is this ?", "is there a red dog and a blue cat ?", "what ?"]
     for k, shape in enumerate(((40, 30), (30, 60), (28, 28))):
         picture(k, shape).save(tmp_path / f"{k}.png")
-        files.append(tmp_path / f"{k}.png")
-    questions = ["what is this ?", "is there a red dog and a blue cat ?", "what ?"]
-    answer = responders.load(str(tmp_path), "cpu", torch.float32, 8)
-    together = answer(files, questions)
-    assert together == [answer([f], [q])[0] for f, q in zip(files, questions, strict=True)]
-    assert len({r["response"] for r in together}) > 1
-    official = responders.load(str(tmp_path), "cpu", torch.float32, 8, official=True)
-    assert official(files[:1], questions[:1])[0]["response"].startswith("what is this ? ")
+        questions.append(chat.Question(str(k), texts[k], [tmp_path / f"{k}.png"]))
+    together = chat.ask(tmp_path, questions, max_tokens=8)
+    for question in questions:
+        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
+        text = processor.apply_chat_template(asked, add_generation_prompt=True)
+        image = data.read_image(question.images[0])
+        inputs = processor(images=[image], text=[text], add_special_tokens=False, return_tensors="pt")
+        new = model.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=1)
+        new = new[0, inputs["input_ids"].shape[1]:].tolist()
+        said = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert together[question.id]["reply"] == said
+        assert (together[question.id]["finish"] == "stop") == (3 in new)
+        alone = chat.ask(tmp_path, [question], max_tokens=8)
+        assert alone[question.id] == together[question.id]
+    assert len({row["reply"] for row in together.values()}) > 1
+
+
+def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question(parts, whole, tmp_path):
+    import vlm
+    for name in ("ranked", "instructions"):
+        shutil.copy(whole / f"{name}.jsonl", tmp_path)
+    (tmp_path / "images").symlink_to(whole / "images")
+    run("respond", parts, tmp_path, f"--responders={parts / 'llava0'}", "--as_official")
+    asked = {r["id"]: r["question"] for r in lines(tmp_path, "instructions")}
+    images = {r["id"]: r["image"] for r in lines(tmp_path, "ranked")}
+    m = vlm.load(parts / "llava0", template=synth.RAW)
+    assert "USER" not in m.front.template
+    for row in lines(tmp_path, "responses"):
+        question = asked[row["id"]]
+        said, = vlm.generate(m, [[data.read_image(tmp_path / images[row["id"]])]], [question], 6)
+        assert row["response"] == f"{question} {said}".replace("\n", " ")
+
+
+@pytest.mark.parametrize("finish, finished", [("stop", True), ("length", False), (None, None), ("odd", None)])
+def test_a_response_says_whether_the_model_ended_it(finish, finished):
+    row = synth.response("What?", {"reply": "A\ndog.", "finish": finish}, as_official=False)
+    assert row == {"response": "A\ndog.", "finished": finished}
+    assert synth.response("What?", None, as_official=True) is None
+
+
+def test_a_urls_secrets_are_in_no_name():
+    assert synth.named("http://me:pw@host:8000/v1?key=k,a/llava") == {
+        "host-8000-v1": "http://me:pw@host:8000/v1?key=k", "llava": "a/llava"}
 
 
 # ---- analyses ----
