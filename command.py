@@ -233,13 +233,15 @@ class Store:
     group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
     order.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None, in_order=True):
+    def __init__(self, path, ranks=None, head=None, shape=None, unshape=None, in_order=True):
         """head: {name: value} of the first line, settings that decide every other line: a file begun with
-        others is refused. shape: a row -> its line in the finished file. in_order=False: lines stay where
-        they were appended, in one file, and nothing is ever taken out of it.
+        others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
+        the head, from 0; the line) -> its row, where a line has no id and hash. in_order=False: lines stay
+        where they were appended, in one file, and nothing is ever taken out of it.
         """
         self.path, self.ranks, self.head = Path(path), ranks or Ranks(), head
         self.shape, self.in_order = shape or (lambda row: row), in_order
+        self.unshape = unshape or (lambda number, line: line)
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
@@ -254,8 +256,8 @@ class Store:
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            for line in lines:
-                for row in line.get("rows", [line]):
+            for number, line in enumerate(lines):
+                for row in line["rows"] if "rows" in line else [self.unshape(number, line)]:
                     if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
                         found[row["id"]] = row
                         if "rows" in line:
@@ -265,8 +267,11 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        differ = [f"{k} ({_brief(begun.get(k))}, now {_brief(self.head.get(k))})"
-                  for k in {**begun, **self.head} if begun.get(k) != self.head.get(k)]
+        if not self.head.keys() <= begun.keys():
+            raise UserError(f"{file} has no {', '.join(self.head)} in its first line; give another --out")
+        was, now = _flat(begun), _flat(self.head)
+        differ = [f"{name} ({_brief(was.get(name))}, now {_brief(now.get(name))})"
+                  for name in was | now if was.get(name) != now.get(name)]
         if differ:
             raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
                             "--out or delete it")
@@ -321,6 +326,14 @@ class Store:
         for part in self.parts():
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
+
+
+def _flat(head):
+    """The settings of a head by name, whether it holds them or a group of them."""
+    found = {}
+    for name, value in head.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _brief(value):

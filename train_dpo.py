@@ -271,7 +271,8 @@ def evaluate(run, name):
 
     def work():
         if not file.exists():
-            file.with_suffix(".jsonl").unlink(missing_ok=True)            # of other weights, if a GPU resumed
+            for stale in run.out.glob(f"{name}.*jsonl*"):                 # of other weights, if a GPU resumed
+                stale.unlink()
             data.atomic_write(file, json.dumps(scores(run, name)))
         return data.read_json(file)
     return run.first(work)

@@ -17,16 +17,18 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 # Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "", "replies": "", "nouns": "",
-           "pairing": "", "command": "data", "objects": "nouns tally", "metrics": "objects replies tally",
+IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
+           "nouns": "data", "pairing": "", "command": "data", "page": "data",
+           "objects": "data tally", "amber": "data replies tally", "metrics": "data objects replies tally",
            "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
            "report": "data metrics", "vlm": "data families kernels lora losses plan",
-           "chat": "command data families vlm",
+           "chat": "command data vlm",
            "reference": "data lora losses plan ranks vlm",
-           "benchmarks": "data nouns", "judge": "benchmarks chat data",
-           "answers": "benchmarks data lora metrics ranks vlm", "ballot": "benchmarks data report",
-           "compare": "ballot data metrics tally",
-           "eval_hallu": "answers benchmarks compare data judge lora metrics nouns objects ranks vlm",
+           "benchmarks": "data nouns", "judge": "chat data",
+           "answers": "benchmarks command data lora metrics nouns objects vlm",
+           "compare": "benchmarks data metrics page tally",
+           "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
+                         "tally vlm",
            "rewards": "data", "journal": "data", "sd3": "data journal", "topics": "chat data",
            "gallery": "chat data report",
            "synth": "chat data gallery journal pairing rewards sd3 topics",
