@@ -57,9 +57,9 @@ def parse(kind, argv, prog, description, positional=()):
     chosen = {}
     for item in given.pop("set", []):
         name, equals, text = item.partition("=")
-        if name not in rare or not equals:
+        if name not in fields or not equals:             # also an --option's name, though help lists the rest
             raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
-        chosen[name] = value(f"--set {item}", text, rare[name])
+        chosen[name] = value(f"--set {item}", text, fields[name])
     for name in fields.keys() & given.keys():
         text = given.pop(name)
         if isinstance(text, str):
@@ -209,6 +209,16 @@ def leave(ranks):
         dist.destroy_process_group()
 
 
+def free():
+    """Give the memory of what nothing refers to any more to the next model."""
+    import gc
+
+    import torch
+    gc.collect()                                        # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 # ---- the folder ----
 def claim(out):
     """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
@@ -233,13 +243,15 @@ class Store:
     group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
     order.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None, in_order=True):
+    def __init__(self, path, ranks=None, head=None, shape=None, unshape=None, in_order=True):
         """head: {name: value} of the first line, settings that decide every other line: a file begun with
-        others is refused. shape: a row -> its line in the finished file. in_order=False: lines stay where
-        they were appended, in one file, and nothing is ever taken out of it.
+        others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
+        the head, from 0; the line) -> its row, where a line has no id and hash. in_order=False: lines stay
+        where they were appended, in one file, and nothing is ever taken out of it.
         """
         self.path, self.ranks, self.head = Path(path), ranks or Ranks(), head
         self.shape, self.in_order = shape or (lambda row: row), in_order
+        self.unshape = unshape or (lambda number, line: line)
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
@@ -254,8 +266,8 @@ class Store:
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            for line in lines:
-                for row in line.get("rows", [line]):
+            for number, line in enumerate(lines):
+                for row in line["rows"] if "rows" in line else [self.unshape(number, line)]:
                     if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
                         found[row["id"]] = row
                         if "rows" in line:
@@ -265,8 +277,11 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        differ = [f"{k} ({_brief(begun.get(k))}, now {_brief(self.head.get(k))})"
-                  for k in {**begun, **self.head} if begun.get(k) != self.head.get(k)]
+        if not self.head.keys() <= begun.keys():
+            raise UserError(f"{file} has no {', '.join(self.head)} in its first line; give another --out")
+        was, now = _flat(begun), _flat(self.head)
+        differ = [f"{name} ({_brief(was.get(name))}, now {_brief(now.get(name))})"
+                  for name in was | now if was.get(name) != now.get(name)]
         if differ:
             raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
                             "--out or delete it")
@@ -291,6 +306,7 @@ class Store:
         of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
+        self.there = len(had)
         self.ranks.barrier()                                # everyone has read what is there before it grows
         todo = items if whole else [item for item in items if item["id"] not in had]
         groups = [todo[at:at + size] for at in range(0, len(todo), size)]
@@ -321,6 +337,14 @@ class Store:
         for part in self.parts():
             with contextlib.suppress(FileNotFoundError):
                 part.unlink()
+
+
+def _flat(head):
+    """The settings of a head by name, whether it holds them or a group of them."""
+    found = {}
+    for name, value in head.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
 
 
 def _brief(value):

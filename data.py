@@ -110,10 +110,10 @@ def append_jsonl(target, record):
                         "lines; free space and run the command again") from error
 
 
-def decode(text, place):
+def decode(text, place, object_hook=None):
     """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     except json.JSONDecodeError as error:               # its line number counts from the start of `text`
         where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
@@ -150,16 +150,26 @@ def write_jsonl(path, rows):
     atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def read_json(path, default=None):
-    """What a JSON file holds; `default` where there is none, unless that is None. Raises UserError."""
+def read_json(path, default=None, kind=object, object_hook=None):
+    """What a JSON file holds; `default` where there is none, unless that is None. kind: list or dict, where
+    nothing else will do. object_hook: see json.loads. Raises UserError."""
     path = Path(path)
     if default is not None and not path.exists():
         return default
+    found = decode(read_bytes(path), lambda line: f"{path}, line {line}", object_hook)
+    if not isinstance(found, kind):
+        raise UserError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is wanted; give the "
+                        "right file")
+    return found
+
+
+def read_text(path):
+    """A text file as it is, its line ends included. Raises UserError."""
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    return decode(text, lambda line: f"{path}, line {line}")
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); give the right "
+                        "file") from error
 
 
 def read_records(path, torn_ok=True):

@@ -9,7 +9,6 @@ import hashlib
 import re
 from pathlib import Path
 
-import benchmarks
 import chat
 import data
 from data import UserError
@@ -21,7 +20,7 @@ JUDGE, EXTRACTION = HERE / "judge.txt", HERE / "extraction.txt"
 def prompt(path, own, places):
     """The text of a prompt's file, or of our own. Raises UserError where a place is not as often in it as in
     `places`."""
-    text = benchmarks.read_text(path or own)
+    text = data.read_text(path or own)
     if any(text.count(place) != places.count(place) for place in places):
         raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
     return text

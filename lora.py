@@ -85,8 +85,7 @@ def targeted(names, targets=None):
     """
     names = [n for n in names if n.split(".")[-1] != "lm_head"]
     language = [n for n in names if "language_model" in n.split(".")] or names
-    if not targets:
-        return language
+    targets = [target for target in targets or () if target]
     chosen = set()
     for target in targets:
         found = {n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in language)}
@@ -95,7 +94,7 @@ def targeted(names, targets=None):
             raise UserError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
                             "full name with a dot in it")
         chosen |= found
-    return [n for n in names if n in chosen]
+    return [n for n in names if n in chosen] if targets else language
 
 
 @contextlib.contextmanager

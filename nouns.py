@@ -1,15 +1,14 @@
-"""The nouns of a caption without a package or a download, for CHAIR and AMBER.
+"""The nouns of a caption without a package or a download, for eval_hallu.py's CHAIR and AMBER.
 
     nouns.nouns("A dog chases two mice.")     ["A", "dog", "chase", ...]: what may be nouns, for AMBER
     nouns.lemmas("Dogs on the BEACHES")       ["dog", "on", "the", "beach"]: for CHAIR's scorer objhal
     nouns.singulars("Dogs on the BEACHES")    the same as the first CHAIR knew it, for its scorer original
-    nouns.in_context("A man seated on skis")  ["a", "man", "seat", "on", "ski"]: for CHAIR's scorer opera
     nouns.phrase("red traffic lights")        an object out of an extractor's reply: words, and runs of nouns
-    nouns.nltk_nouns, nltk_lemmas, nltk_in_context    the official functions, where NLTK and its data are
+    nouns.nltk_nouns, nltk_lemmas             the official functions, where NLTK and its data are
 
-A file of its own because it is about English and not about measures. The official scorers cut text with
-NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and look up lemmas in WordNet. Here rules
-stand for all three; words that no scorer's vocabulary holds need not come out right. The departures:
+The official scorers cut text with NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and
+look up lemmas in WordNet. Here rules do all three; words that no scorer's vocabulary holds need not come out
+right. The departures:
   1. No tagger. A word counts unless its neighbours show a verb ("to drink", "a man watches the sea") or an
      adjective; `can` and `hot` never count, `cans` do. Words like "the" stay, since no vocabulary holds them.
   2. The official tagger learnt from newspapers, and takes many a noun that is rare there for an adjective
@@ -17,22 +16,14 @@ stand for all three; words that no scorer's vocabulary holds need not come out r
   3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives
      "vas", and plurals of words that WordNet does not know ("hairdryers", "smartphones") stay as they are.
   4. A sentence ends at a full stop that is no abbreviation's; NLTK learnt its abbreviations from text.
-  5. OPERA's CHAIR looks each word up as the part of speech that the tagger gives it: "seated" names a seat,
-     and "two parking meters" are none. Here -ing, -ed and some irregular pasts may be verbs, by the words
-     beside them, and all else is a noun. A tagger knows more (which words are adjectives or verbs at all),
-     and errs where rules do not: six umbrellas "visible" are an adjective to the official one, five are not.
-     Of such errors only one kind is followed, and on few examples: see _misread.
 bench/nouns.py prints how far the scores, and these lemmas, are from the official ones.
 """
 import re
 from functools import lru_cache
 
+from data import UserError
 
-class NounError(ValueError):
-    """NLTK or its data are absent: one sentence with the mend."""
-
-
-# ---------------------------------------------------------------------------------------------- tokens
+# ---- tokens ----
 ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                     "jan feb mar apr aug sept oct nov dec".split())
 CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
@@ -42,29 +33,39 @@ SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`�
 
 def tokens(text):
     """Words and punctuation marks in order, as NLTK's word_tokenize cuts them."""
-    found = []
-    chunks = text.split()
+    found, chunks = [], text.split()
     for place, chunk in enumerate(chunks):
+        following = chunks[place + 1] if place + 1 < len(chunks) else ""
+        listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
         parts = [part for part in SPLIT.split(chunk) if part]
         for i, part in enumerate(parts):
             # A stop is cut off where a sentence ends, closing quotes and brackets aside.
-            closing = all(p in ")]}>\"'”’''" for p in parts[i + 1:])
-            last = closing and place == len(chunks) - 1
-            listed = not last and re.fullmatch(r"\d+\.", chunk) and chunks[place + 1][0].islower()  # 1. first
-            stop = closing and bool(re.search(r"[^.]\.$", part)) and (last or not listed and
-                                                                      not _abbreviation(part))
-            word = part[:-1] if stop else part
-            if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
-                found.append("'")                                               # 'quoted
-                word = word[1:]
-            tail = []
-            if match := CLITICS.search(word):
-                word, tail = word[:match.start()], [match[0]]
-            cut = GLUED.get(word.lower())
-            if word == '"':
-                word = "''" if i else "``"
-            found += ([word[:cut], word[cut:]] if cut else [word] if word else []) + tail + ["."] * stop
+            closing = all(mark in ")]}>\"'”’''" for mark in parts[i + 1:])
+            ends = not following or not listed and not _abbreviation(part)
+            if closing and ends and re.search(r"[^.]\.$", part):
+                found += [*_cut(part[:-1], i), "."]
+            else:
+                found += _cut(part, i)
     return found
+
+
+def _cut(word, place):
+    """A piece of a chunk -> its tokens: an opening quote, the word, a clitic."""
+    if word == '"':
+        return ["''" if place else "``"]
+    found = []
+    if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
+        found.append("'")                                                       # 'quoted
+        word = word[1:]
+    clitic = CLITICS.search(word)
+    if clitic:
+        word = word[:clitic.start()]
+    glued = GLUED.get(word.lower())
+    if glued:
+        found += [word[:glued], word[glued:]]
+    elif word:
+        found.append(word)
+    return found + [clitic[0]] if clitic else found
 
 
 def _abbreviation(word):
@@ -72,7 +73,7 @@ def _abbreviation(word):
     return "." in word[:-1] or (len(word) == 2 and word[0].isalpha()) or word[:-1].lower() in ABBREVIATIONS
 
 
-# ---------------------------------------------------------------------------------------------- lemmas
+# ---- lemmas ----
 IRREGULAR = {
     "children": "child", "grandchildren": "grandchild", "brethren": "brother", "oxen": "ox", "oxens": "oxen",
     "geese": "goose", "mice": "mouse", "lice": "louse", "dice": "die", "feet": "foot", "teeth": "tooth",
@@ -174,7 +175,7 @@ def singulars(text):
     return [singular(word) for word in tokens(text.lower())]
 
 
-# ---------------------------------------------------------------------------------------------- nouns
+# ---- nouns ----
 MODALS = set("can could may might will would shall should must wo ca cannot 'll".split())
 SUBJECTS = set("i you he she it we they who which".split())
 NO_INFINITIVE = set("next close closer adjacent due addition similar attached connected near leading leads "
@@ -247,79 +248,7 @@ def phrase(text):
     return singles, [" ".join(run) for run in runs if run]
 
 
-# ---------------------------------------------------------------------------------------------- verbs
-PAST = {"stove": "stave", "bore": "bear", "born": "bear", "borne": "bear", "sank": "sink", "sunk": "sink",
-        "sunken": "sink", "tying": "tie", "skied": "ski", "taxied": "taxi", "busing": "bus", "bused": "bus",
-        "planing": "plan", "planed": "plan", "kiting": "kit", "kited": "kit", "canoed": "canoe"}
-THE = set("a an the this that these those my your his her its our their 's".split())
-COUNTED = set("no some any all both each every another several few many various other of".split()) | set(
-    "two three four five six seven eight nine ten".split())
-ADJECTIVAL = re.compile("...(?:able|ible|ful|ous|ive|ic|ary|[^e]al|ed)$|"
-                        "^(?:proper|ample|outdoor|indoor|extra)$")
-NO_VERBS = set("building ceiling clothing during evening gosling duckling morning railing sibling something "
-               "anything nothing everything hundred".split())
-NO_NOUN = MODALS | THE | COUNTED | set("in on at to for from by with and or is are was were be been while as "
-                                       "which who it there they he she".split())
-
-
-def verb(word):
-    """The verb that an -ing, an -ed or an irregular past is a form of; need only be right for verbs that are
-    objects too ("biking", "manned"), and goes wrong with WordNet ("kiting" is to kit)."""
-    if word in PAST:
-        return PAST[word]
-    if word.endswith("ied"):
-        return word[:-1] if len(word) < 5 else word[:-3] + "y"
-    if not (match := re.fullmatch(r"(.*[aeiouy].*?)(?:ing|ed)", word)):
-        return word
-    stem = match[1]
-    if re.search(r"([bdgkmnprt])\1$", stem):                                           # potting, bedding
-        return stem[:-1]
-    silent = r"([bcdfgkptz]l|[^s]s|[cgvz]|[^aeiou]ur|[bd]ik|phon)$|^[^aeiou]*[aeiou][^aeiouwxy]$"
-    return stem + "e" if re.search(silent, stem) else stem                              # caking, but seating
-
-
-def _is_verb(word, before, after):
-    """Whether the official tagger takes a word for a verb, by what stands around it; lower case.
-
-    A gerund is a noun behind an article or an adjective, and where it opens a sentence before a plural, but
-    "a parking meters" holds none. A participle is none behind an article or at the opening, nor between a
-    number or an adjective and a noun ("two potted plants").
-    """
-    if word in NO_VERBS or word not in PAST and not word.endswith(("ing", "ed")):
-        return False
-    opens, named = before in ("", ".", "!", "?"), re.match("[a-z]", after) and after not in NO_NOUN
-    counted = before in COUNTED or before.isdigit()
-    adjective = not counted and (before in ADJECTIVES or bool(ADJECTIVAL.search(before)))
-    plural = bool(named and re.search("[^s]s$", after))
-    if word.endswith("ing"):
-        return not (opens and plural or adjective or before in THE and not (before in ("a", "an") and plural))
-    return not (opens or before in THE or (named or word in PAST) and (adjective or counted))
-
-
-def _misread(word, before, after, two_after):
-    """Whether a plural is an adjective or a verb to the official tagger, and so no plural: one that ends
-    unlike English plurals, without a word that announces a noun, where more is said of it ("with pizzas
-    inside") or the next sentence opens with "the" or "there". Made from the five such cases at hand."""
-    foreign = word == "taxis" or re.search("[^aeiou]as$", word) and word != "bananas"      # are in the news
-    bare = before in ("with", "of") or re.search("[^s]s$|...ing$", before) and before not in THE | COUNTED
-    more = re.match("(?:inside|outside|...+ing)$", after) or after == "." and two_after in ("the", "there")
-    return bool(foreign and bare and more)
-
-
-def in_context(text):
-    """Every token, lower-cased, as what it is where it stands, a noun or a verb: for the scorer `opera`."""
-    words = tokens(text.lower())
-    around, found = ["", *words, "", ""], []
-    for i, word in enumerate(words):
-        before, after, two_after = around[i], *around[i + 2:i + 4]
-        if _is_verb(word, before, after):
-            found.append(verb(word))
-        else:
-            found.append(word if _misread(word, before, after, two_after) else lemma(word))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- NLTK
+# ---- NLTK ----
 @lru_cache(maxsize=1)
 def _nltk():
     """NLTK's tokenizer, tagger and lemmatizer; imported here, since it is slow and no dependency."""
@@ -329,27 +258,20 @@ def _nltk():
         nltk.pos_tag(nltk.word_tokenize("two dogs"))
         lemmatize("dogs")
     except ImportError as error:
-        raise NounError("NLTK is not installed; pip install nltk, or take the nouns `builtin`.") from error
+        raise UserError("NLTK is not installed; pip install nltk, or take the nouns `builtin`") from error
     except LookupError as error:
-        raise NounError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
-                        "averaged_perceptron_tagger_eng, or take the nouns `builtin`.") from error
+        raise UserError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
+                        "averaged_perceptron_tagger_eng, or take the nouns `builtin`") from error
     return nltk.word_tokenize, nltk.pos_tag, lemmatize
 
 
 def nltk_nouns(text):
-    """The official extraction for AMBER. Raises NounError where NLTK or its data are absent."""
+    """The official extraction for AMBER. Raises UserError where NLTK or its data are absent."""
     tokenize, tag, lemmatize = _nltk()
     return [lemmatize(word) for word, kind in tag(tokenize(text)) if kind.startswith("NN")]
 
 
 def nltk_lemmas(text):
-    """The official words for Object HalBench without an extractor. Raises NounError as above."""
+    """The official words for Object HalBench without an extractor. Raises UserError as above."""
     tokenize, _, lemmatize = _nltk()
     return [lemmatize(word) for word in tokenize(text.lower())]
-
-
-def nltk_in_context(text):
-    """The official words for OPERA's CHAIR, each by its tag. Raises NounError as above."""
-    tokenize, tag, lemmatize = _nltk()
-    speech = {"J": "a", "V": "v", "R": "r"}                                        # all else counts as a noun
-    return [lemmatize(word, speech.get(kind[0], "n")) for word, kind in tag(tokenize(text.lower()))]

@@ -1,49 +1,125 @@
-"""The objects that a caption names, beside those that its image holds: COCO's classes, and AMBER's nouns.
+"""The objects that an answer names, beside those that its image holds: the built-in world's words, COCO's
+classes.
 
+    objects.hallucinated(answer, truth)                              the words of an answer that are not there
     table = objects.synonyms(text of a synonyms file)                {word: class}
-    truth = objects.coco_truth(instances, captions, table, words, images)
+    truth = objects.coco_truth(instances, captions, table, lemmatize, images)
     objects.coco_objects(words, table)                               [(word, class)], "hot dog" being no dog
-    objects.amber_caption(nouns, truth, hallu, relation, safe_words, near)
 
-A file of its own so that metrics.py holds nothing but measures. Pure functions; the words of a caption come
-from nouns.py or from NLTK, the vocabularies from the benchmarks' files. Errors are AnswerError.
+Pure functions for metrics.py; the words of a caption come from nouns.py or from NLTK, the vocabularies from
+the benchmarks' files. What is known of a question of the built-in world is its `truth`, by the question's
+kind:
+
+    caption      {"present": [words of the objects in the image], "absent": [the world's other object words]}
+    existence    {"answer": "yes"|"no", "choices": ["yes", "no"], "set": "random"|"adversarial"|[both]}
+    any other    {"answer": word, "choices": [words]}
+
+The words are that world's own: only a plural -s or -es is understood.
 """
 import re
 from functools import lru_cache
 
-import numpy as np
+from data import UserError
+from tally import first, image_number
 
-from tally import AnswerError, first, image_number
+SETS = ("random", "adversarial")                        # of existence questions, as in POPE
 
 
-# ---------------------------------------------------------------------------------------------- COCO
+# ---- the built-in world ----
+@lru_cache(maxsize=1024)
+def _pattern(words, plural):
+    """Whole words of a vocabulary, the longest first: "fire truck" is one mention, and none of "truck"."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    ending = "(?:e?s)?" if plural else ""
+    return re.compile(rf"(?<!\w)({'|'.join(longest_first)}){ending}(?!\w)")
+
+
+def mentions(text, words, plural=False):
+    """-> [(word of the vocabulary, the word as the text has it)], in order, repeats included."""
+    if not words:
+        return []
+    pattern = _pattern(frozenset(map(str.lower, words)), plural)
+    return [(found[1], found[0]) for found in pattern.finditer(text.lower())]
+
+
+def hallucinated(answer, truth):
+    """The words of an answer to mark, as written: a caption's absent objects, an answer's wrong choices."""
+    if "present" in truth:
+        absent = set(map(str.lower, truth["absent"]))
+        said = mentions(answer, truth["present"] + truth["absent"], plural=True)
+        wrong = [written for word, written in said if word in absent]
+    else:
+        right = truth["answer"].lower()
+        wrong = [word for word, _ in mentions(answer, truth["choices"]) if word != right]
+    return list(dict.fromkeys(wrong))
+
+
+def check_truth(item, where):
+    """Raise UserError where what is known of a question would not do to score an answer to it."""
+    for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
+        if not isinstance(item.get(key), types):
+            raise UserError(f"{where} has no usable `{key}`; make the scenes and their answers again")
+        if key == "id":
+            where += f" (id {item['id']})"
+    truth, kind = item["truth"], item["kind"]
+    if kind == "caption":
+        if not (_are_words(truth.get("present")) and _are_words(truth.get("absent"))):
+            raise UserError(f"{where}: a caption needs `present` and `absent`; make the scenes again")
+        return
+    choices = truth.get("choices")
+    if not _are_words(choices) or truth.get("answer") not in choices:
+        raise UserError(f"{where}: the truth needs `choices` with its `answer`; make the scenes again")
+    unknown = set(sets(truth)) - set(SETS)
+    if kind == "existence" and (unknown or set(choices) != {"yes", "no"}):
+        raise UserError(f"{where}: an existence question needs the choices yes and no, and a `set` out of "
+                        f"{', '.join(SETS)}; make the scenes again")
+
+
+def _are_words(value):
+    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+
+
+def sets(truth):
+    """The sets of existence questions that a question belongs to."""
+    named = truth.get("set") or []
+    return [named] if isinstance(named, str) else named
+
+
+# ---- COCO ----
 def synonyms(text, literal=False):
     """The text of a synonyms file -> {word or words: its COCO class, the first of its line}. literal: as the
     first CHAIR reads it, to which a word behind two spaces is unknown; for that scorer's official mode."""
-    lines = [line.strip().split(", ") for line in text.splitlines() if line.strip()]
-    return {word if literal else word.strip(): line[0].strip() for line in lines for word in line}
+    table = {}
+    for line in text.splitlines():
+        kind, *others = line.strip().split(", ")
+        for word in (kind, *others) if kind else ():
+            table[word if literal else word.strip()] = kind.strip()
+    return table
 
 
 @lru_cache(maxsize=8)
 def _pairs(words):
     """{two words that are one: what they are}: a table's own, and those that would fire for a wrong class (a
     baby bear is no person). "wine glas" is what the first CHAIR's singular leaves of a wine glass."""
-    words = [word.strip() for word in (*words, "home plate", "train track")]
-    animals = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
-    return {word: word for word in words if " " in word} | {
-        f"{age} {animal}": animal for age in ("baby", "adult") for animal in animals} | {
-        "passenger jet": "jet", "passenger train": "train", "bow tie": "tie", "toilet seat": "toilet",
-        "wine glas": "wine glass"}
+    stripped = [word.strip() for word in (*words, "home plate", "train track")]
+    pairs = {word: word for word in stripped if " " in word}
+    for animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split():
+        pairs[f"baby {animal}"] = pairs[f"adult {animal}"] = animal
+    return pairs | {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie",
+                    "toilet seat": "toilet", "wine glas": "wine glass"}
 
 
 def joined(words, table, alone=True):
     """Words with the pairs made one, from the left; alone=False leaves the other words out."""
-    pairs, out, i = _pairs(tuple(table)), [], 0
-    while i < len(words):
-        pair = pairs.get(" ".join(words[i:i + 2]))
-        out += [pair] if pair else [words[i]] * alone
-        i += 2 if pair else 1
-    return out
+    pairs, found, at = _pairs(tuple(table)), [], 0
+    while at < len(words):
+        pair = pairs.get(" ".join(words[at:at + 2]))
+        if pair:
+            found.append(pair)
+        elif alone:
+            found.append(words[at])
+        at += 2 if pair else 1
+    return found
 
 
 def coco_objects(words, table):
@@ -54,94 +130,32 @@ def coco_objects(words, table):
 
 def image_ids(answers):
     """The COCO images that answers to CHAIR or Object HalBench are about; settings are passed over."""
-    lines = [line for line in answers if isinstance(line, dict) and "settings" not in line]
-    return {image_number(first(line, "image_id", "image")) for line in lines} - {None}
+    numbers = {image_number(first(line, "image_id", "image")) for line in answers if isinstance(line, dict)}
+    return numbers - {None}
 
 
-def coco_truth(instances, captions, table, words, images):
+def coco_truth(instances, captions, table, lemmatize, images):
     """What is in the images, as CHAIR has it: the classes of COCO's instances, and those that its captions
     name.
 
-    instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; words: as for
-    metrics.chair. -> {image id: set of classes} for those of the images that the files hold.
+    instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; lemmatize: as
+    for metrics.chair. -> {image id: set of classes} for those of the images that the files hold.
     """
     truth = {image["id"]: set() for part in (*instances, *captions) for image in part["images"]
              if image["id"] in images}
     for part in instances:
         names = {category["id"]: category["name"] for category in part.get("categories", [])}
         for mark in part["annotations"]:
-            if mark["image_id"] in images:
-                name = names.get(mark["category_id"])
-                if name not in table:
-                    raise AnswerError(f"COCO's category {name!r} is not among the synonyms; give the file of "
-                                      "CHAIR or of Object HalBench.")
-                truth.setdefault(mark["image_id"], set()).add(table[name])
+            name = names.get(mark["category_id"])
+            if mark["image_id"] not in images:
+                continue
+            if name not in table:
+                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
+                                "or of Object HalBench")
+            truth.setdefault(mark["image_id"], set()).add(table[name])
     for part in captions:
         for mark in part["annotations"]:
             if mark["image_id"] in images:
-                named = coco_objects(joined(words(mark["caption"]), table), table)
+                named = coco_objects(joined(lemmatize(mark["caption"]), table), table)
                 truth.setdefault(mark["image_id"], set()).update(kind for _, kind in named)
     return truth
-
-
-# ---------------------------------------------------------------------------------------------- AMBER
-def amber_vocabulary(relation):
-    """The nouns that AMBER knows: keys and values of its relation.json."""
-    return {*relation, *(word for words in relation.values() for word in words)}
-
-
-def similar_words(similarity, threshold=0.8):
-    """-> a function noun -> the set of it and of what is more similar to it than the threshold. similarity:
-    None (nothing is), a table {"a b": number} in either order, or vectors {word: [numbers]}, compared by
-    cosine."""
-    similarity, near = similarity or {}, {}
-    if any(isinstance(value, list | tuple) for value in similarity.values()):
-        try:
-            rows = np.array(list(similarity.values()), dtype=np.float64)
-            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        except (ValueError, TypeError) as error:
-            raise AnswerError("the vectors of the similarity file differ in length; mend it.") from error
-        words = list(similarity)
-        pairs = [(words[i], words[j]) for i, j in np.argwhere(rows @ rows.T > threshold)]
-    else:
-        pairs = [key.split(" ") for key, value in similarity.items()
-                 if _number(key, value) and value > threshold]
-    for one, other in pairs:
-        near.setdefault(one, {one}).add(other)
-        near.setdefault(other, {other}).add(one)
-    return lambda noun: near.get(noun, {noun})
-
-
-def _number(key, value):
-    if not isinstance(value, int | float) or not re.fullmatch(r"\S+ \S+", key):
-        raise AnswerError(f"{key!r} in the similarity file is no pair \"word word\" with a number; mend the "
-                          "file.")
-    return True
-
-
-def amber_caption(nouns, truth, hallu, relation, safe_words, near):
-    """One caption -> {"hal", "mentions", "cover", "cover_num", "cog", "cog_num", "non_hallu"}, all counts.
-
-    The associations of all truths stand in front of the truths themselves, and a noun credits the first entry
-    that it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun
-    found among those is still compared with both lists, and is forgiven where it resembles a truth: the
-    official code does so, whatever was meant. A safe word is a mention and nothing else.
-    """
-    def entries(words):
-        return [(other, i) for i, word in enumerate(words) for other in relation.get(word, [])] + [
-            (word, i) for i, word in enumerate(words)]
-
-    def credit(words, entries, credited):
-        hit = next((i for word, i in entries if word in words), None)
-        credited |= {hit} - {None}
-        return hit is not None
-
-    present, added, covered, cognised, misses = entries(truth), entries(hallu), set(), set(), 0
-    for noun in nouns:
-        if noun in safe_words or credit({noun}, present, covered):
-            continue
-        credit({noun}, added, cognised)
-        credit(near(noun), added, cognised)
-        misses += not credit(near(noun), present, covered)
-    return {"hal": misses, "mentions": len(nouns), "cover": len(covered), "cover_num": len(truth),
-            "cog": len(cognised), "cog_num": len(hallu), "non_hallu": int(not misses)}

@@ -1,6 +1,4 @@
-"""From scored responses to preference pairs: faults, choice, length gap, formats, data card. Pure functions.
-
-A file of its own, so that what decides which pairs there are reads in one sitting: synth.py brings the rows.
+"""From scored responses to preference pairs, for synth.py: faults, choice, length gap, formats, data card.
 
 A response's faults, each found on what is left when an echo of the question is taken off:
     echoed   it begins with the question           empty    no letter and no digit
@@ -16,16 +14,27 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
-REASONS = ("echoed", "empty", "foreign", "cut off")
-PER_PAIR = ("fewer than two responses without fault", "identical", "nearly tied", "not scored")
+import data
+
+LONG = 12                               # words from which a text without a full stop is taken for cut off
+TELLING = .65                           # share of pairs that length alone tells apart, from which to warn
+
+
+def grouped(rows, field):
+    """{value of the field: the rows that have it}, in their order."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[field], []).append(row)
+    return groups
 
 
 # ---- faults of one response ----
 
 def unecho(question, response):
     """(what follows an echo of the question, whether there was one): blanks, case, <image> do not count."""
-    words = [re.escape(w) for w in question.replace("<image>", " ").split()]
+    words = [re.escape(word) for word in question.replace("<image>", " ").split()]
     echo = re.match(r"\s*(?:<image>\s*)?" + r"\s+".join(words), response, re.I) if words else None
     return (response[echo.end():], True) if echo else (response, False)
 
@@ -35,57 +44,94 @@ def scripts(text):
     return Counter(unicodedata.name(c, "?").split()[0] for c in text if c.isalpha())
 
 
+def is_foreign(question, text):
+    """Whether less than half of the text's letters are of the question's most frequent script."""
+    own, there = scripts(question), scripts(text)
+    if not own or not there:
+        return False
+    (script, _), *_ = own.most_common(1)
+    return 2 * there[script] < there.total()
+
+
 def faults(question, response, finished=None):
-    """The faults of a response, of REASONS. finished: the model ended it by itself; None: not known."""
-    rest, echoed = unecho(question, response)
-    rest, own, there = rest.strip(), scripts(question), scripts(rest)
-    found = {"echoed": echoed, "empty": not any(c.isalnum() for c in rest)}
-    found["foreign"] = bool(own and there) and 2 * there[own.most_common(1)[0][0]] < there.total()
-    guess = len(rest.split()) >= 12 and (rest[-1].isalnum() or rest[-1] in ",;-–")
-    found["cut off"] = finished is False or (finished is None and guess)
-    return [reason for reason in REASONS if found[reason]]
+    """The faults of a response. finished: whether the model ended it by itself; None where not known."""
+    text, echoed = unecho(question, response)
+    text = text.strip()
+    if finished is None:
+        ends_within = text and (text[-1].isalnum() or text[-1] in ",;-–")
+        finished = len(text.split()) < LONG or not ends_within
+    found = {"echoed": echoed, "empty": not any(c.isalnum() for c in text),
+             "foreign": is_foreign(question, text), "cut off": not finished}
+    return [reason for reason, there in found.items() if there]
 
 
 # ---- the choice ----
 
-def select(prompts, responses, scores, margin=0., official=False):
+def best_image(prompt, candidates, scores, threshold=None):
+    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` where it scores
+    below the threshold. scores: {ranker: those of the candidates}."""
+    picks, dropped = next(iter(scores.values())), None
+    image = candidates[picks.index(max(picks))]
+    if threshold is not None and max(picks) < threshold:
+        dropped = f"best image scores below {threshold}"
+    row = {name: prompt[name] for name in ("id", "topic", "prompt")}
+    row |= {"image": image["image"], "guidance": image["guidance"], "dropped": dropped, "scores": scores}
+    tried = [{name: each[name] for name in ("image", "guidance", "seed")} for each in candidates]
+    return row | {"candidates": tried}
+
+
+def select(asked, responses, scores, margin=0., official=False):
     """-> (pairs, dropped, faulty), lists of dicts in the prompts' order.
 
-    prompts: rows with id, image, question (and what `meta` shall hold); responses: {id: rows with model,
+    asked: rows with id, image, question (and what `meta` is to hold); responses: {id: rows with model,
     response, finished}, in the models' order; scores: {(id, model): number}.
     """
-    known = [s for s in scores.values() if s is not None]
-    gap = margin * (statistics.pstdev(known) if len(known) > 1 else 0.)
+    known = [score for score in scores.values() if score is not None]
+    gap = margin * statistics.pstdev(known) if len(known) > 1 else 0.
     pairs, dropped, faulty = [], [], []
-    for prompt in prompts:
-        id, question = prompt["id"], prompt["question"]
-        rows = [r | {"score": scores.get((id, r["model"]))} for r in responses.get(id, ())]
-        if not official:
-            found = [faults(question, r["response"], r.get("finished")) for r in rows]
-            faulty += [{"id": id, "model": r["model"], "faults": f, "response": r["response"]}
-                       for r, f in zip(rows, found, strict=True) if f]
-            rows = [r for r, f in zip(rows, found, strict=True) if not f]
-        scored = [r for r in rows if r["score"] is not None]
-        if len(rows) > 1 and len(scored) < 2:
-            reason = "not scored"
-        elif len(scored) < 2:
-            reason = "fewer than two responses without fault"
-        else:
-            best, worst = (pick(scored, key=lambda r: r["score"]) for pick in (max, min))  # first of equals
-            reason = None if official else (
-                "nearly tied" if best["score"] - worst["score"] <= gap else
-                "identical" if best["response"].split() == worst["response"].split() else None)
+    for prompt in asked:
+        id, sound = prompt["id"], []
+        for row in responses.get(id, ()):
+            found = [] if official else faults(prompt["question"], row["response"], row.get("finished"))
+            if found:
+                faulty.append({"id": id, "model": row["model"], "faults": found, "response": row["response"]})
+            else:
+                sound.append(row | {"score": scores.get((id, row["model"]))})
+        reason, best, worst = choose(sound, gap, official)
         if reason:
             dropped.append({"id": id, "reason": reason})
-            continue
-        chosen, rejected = (r["response"].strip() for r in (best, worst))
-        if official:
-            chosen, rejected = (unecho(question, x)[0].replace("\n", " ").strip() for x in (chosen, rejected))
-        meta = {k: v for k, v in prompt.items() if k not in ("id", "image", "question")}
-        meta |= {"models": [best["model"], worst["model"]], "scores": [best["score"], worst["score"]]}
-        pairs.append({"id": id, "image": prompt["image"], "question": question, "chosen": chosen,
-                      "rejected": rejected, "meta": meta})
+        else:
+            pairs.append(pair(prompt, best, worst, official))
     return pairs, dropped, faulty
+
+
+def choose(rows, gap, official):
+    """(why there is no pair or None, the best row, the worst row); of equals the first."""
+    scored = [row for row in rows if row["score"] is not None]
+    if len(scored) < 2:
+        reason = "not scored" if len(rows) > 1 else "fewer than two responses without fault"
+        return reason, None, None
+    best, worst = (pick(scored, key=lambda row: row["score"]) for pick in (max, min))
+    reason = None
+    if not official and best["score"] - worst["score"] <= gap:
+        reason = "nearly tied"
+    elif not official and best["response"].split() == worst["response"].split():
+        reason = "identical"
+    return reason, best, worst
+
+
+def pair(prompt, best, worst, official):
+    """The native record of a prompt's best and worst response."""
+    id, question, texts = prompt["id"], prompt["question"], []
+    for row in (best, worst):
+        text = row["response"].strip()
+        if official:
+            text = unecho(question, text)[0].replace("\n", " ").strip()
+        texts.append(text)
+    meta = {k: v for k, v in prompt.items() if k not in ("id", "image", "question")}
+    meta |= {"models": [best["model"], worst["model"]], "scores": [best["score"], worst["score"]]}
+    return {"id": id, "image": prompt["image"], "question": question, "chosen": texts[0],
+            "rejected": texts[1], "meta": meta}
 
 
 def conversations(pair):
@@ -100,42 +146,81 @@ def conversations(pair):
 
 def lengths(pairs):
     """Words in the mean, and how often the chosen response is the longer one (ties count half)."""
-    both = [(len(p["chosen"].split()), len(p["rejected"].split())) for p in pairs]
-    if not both:
-        return {"pairs": 0}
-    longer = sum(c > r for c, r in both) + sum(c == r for c, r in both) / 2
-    return {"pairs": len(both), "chosen_words": sum(c for c, _ in both) / len(both),
-            "rejected_words": sum(r for _, r in both) / len(both), "chosen_longer": longer / len(both)}
+    chosen = [len(pair["chosen"].split()) for pair in pairs]
+    rejected = [len(pair["rejected"].split()) for pair in pairs]
+    longer = [1. if c > r else .5 if c == r else 0. for c, r in zip(chosen, rejected, strict=True)]
+    return {"chosen_words": statistics.mean(chosen), "rejected_words": statistics.mean(rejected),
+            "chosen_longer": statistics.mean(longer)}
 
 
-def length_report(gap):
+def length_report(pairs):
     """The lengths in one or two sentences."""
-    if not gap["pairs"]:
+    if not pairs:
         return "no pairs"
+    gap = lengths(pairs)
     text = (f"chosen {gap['chosen_words']:.1f} words, rejected {gap['rejected_words']:.1f}; the chosen one "
             f"is longer in {100 * gap['chosen_longer']:.0f}% of the pairs")
     share = max(gap["chosen_longer"], 1 - gap["chosen_longer"])
-    if share < .65:
+    if share < TELLING:
         return text
     more = "longer" if gap["chosen_longer"] > .5 else "shorter"
     return (f"{text}.\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the pairs: "
             f"DPO will learn to write {more} answers. Compare with --scorer length, or balance the pairs")
 
 
-def card(title, models, settings, counts, gap):
-    """The data card, Markdown. models: rows of (role, name, revision, licence)."""
-    def table(head, rows):
-        lines = [[str(cell).replace("|", "/") for cell in row] for row in rows]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines))
-    parts = {
-        "": "Preference pairs made by `synth.py`: text-to-image prompts, candidate images ranked by a reward "
-            "model, responses of several vision-language models ranked by a scorer.",
-        "Files": "- `pairs.jsonl`: id, image, question, chosen, rejected, meta (topic, models, scores)\n"
-                 "- `pds_dpo.json`: the same in PDS-DPO's format\n- `images/`: every candidate\n"
-                 "- `dropped.jsonl`, `faults.jsonl`: what was left out, and why",
-        "Models": table(("role", "model", "revision", "licence"), models) + "\n\nImages and texts are their "
-                  "outputs: the models' licences decide what may be done with them.",
-        "Settings": table(("setting", "value"), settings.items()),
-        "Counts": table(("what", "n"), counts.items()), "Length": length_report(gap)}
-    return "\n\n".join(f"## {head}\n\n{text}" if head else f"# {title}\n\n{text}"
-                       for head, text in parts.items()) + "\n"
+CARD = """# {title}
+
+Preference pairs made by `synth.py`: text-to-image prompts, candidate images ranked by a reward model,
+responses of several vision-language models ranked by a scorer.
+
+## Files
+
+- `pairs.jsonl`: id, image, question, chosen, rejected, meta (topic, models, scores)
+- `pds_dpo.json`: the same in PDS-DPO's format
+- `images/`: every candidate
+- `dropped.jsonl`, `faults.jsonl`: what was left out, and why
+
+## Models
+
+{models}
+
+Images and texts are their outputs: the models' licences decide what may be done with them.
+
+## Settings
+
+{settings}
+
+## Counts
+
+{counts}
+
+## Length
+
+{length}
+"""
+
+
+def card(title, models, settings, counts, pairs):
+    """The data card, Markdown. models: (role, name, source) of each; its files say its hash and licence."""
+    rows = [(role, name, data.identity(source), licence(source)) for role, name, source in models]
+    return CARD.format(
+        title=title, models=markdown(("role", "model", "files", "licence"), rows),
+        settings=markdown(("setting", "value"), settings.items()),
+        counts=markdown(("what", "n"), counts.items()), length=length_report(pairs))
+
+
+def licence(source):
+    """What the README.md of a model's folder says."""
+    readme = Path(source) / "README.md"
+    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    found = re.findall(r"^license(?:_name)?:\s*(.+)$", text, re.M)
+    return ", ".join(found) or "not stated in its folder"
+
+
+def markdown(head, rows):
+    """A table."""
+    lines = []
+    for row in (head, ["---"] * len(head), *rows):
+        cells = [str(cell).replace("|", "/") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

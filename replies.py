@@ -4,8 +4,8 @@
     replies.rating("**Rating:** 4, no hallucination")                       4
     replies.object_list('Sure! ["dog", "ball"]')                            ["dog", "ball"]
 
-A file of its own because here evaluators differ most, and this is what people change. Beside each reader of
-ours stands the official one, with its faults.
+For eval_hallu.py. Here evaluators differ most: beside each reader of ours is the official one, with its
+faults.
 """
 import json
 import re

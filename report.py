@@ -2,9 +2,9 @@
 
     python report.py runs/NAME         writes runs/NAME/report.html, in a second
 
-train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json), curves and held-out pairs with
-other images (log.jsonl), the reward of words with their own and another image (words.json), and the first
-dozen images with both answers (before.jsonl, after.jsonl).
+train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
+curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
+(words.json), and the first dozen images with both answers (before.jsonl, after.jsonl).
 """
 import sys
 from html import escape

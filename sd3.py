@@ -1,10 +1,9 @@
-"""Candidate images of a prompt from Stable Diffusion 3: all guidance scales in one call, on small GPUs.
+"""Candidate images of a prompt from Stable Diffusion 3, for synth.py: all guidance scales in one call.
 
-A file of its own because diffusers is this file's business alone: synth.py hands in prompts and gets images.
-
-    encoded = encode(folder, ["a red bike"])            # loads the text encoders alone, and frees them again
+    encoded = encode(folder, ["a red bike"])            # the text encoders alone
     painter = Painter(folder)                           # transformer and VAE alone
     images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
+    paint(folder, [Job("a red bike", [5, 7, 9, 11], [11, 12, 13, 14])])           # both, one after the other
 
 Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
@@ -17,15 +16,18 @@ Departures from the published pipeline:
  3. A T5 tokenizer that says that it takes fewer than 256 tokens gets no more (the built-in one takes 12).
  4. Seeds are a CPU generator's, so that every device starts from the same noise.
 """
-import json
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
-from data import UserError
-from journal import free
+import command
+import data
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
 
 
 @cache
@@ -33,7 +35,7 @@ def _pipeline():
     """diffusers' class, with a scale for each image of the batch."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging
-    logging.set_verbosity_error()                       # else it says for every long prompt what CLIP cut off
+    logging.set_verbosity_error()       # else it says for every long prompt what CLIP cut off
     logging.disable_progress_bar()
 
     class PerImageGuidance(StableDiffusion3Pipeline):
@@ -42,23 +44,15 @@ def _pipeline():
 
 
 def _load(folder, device, dtype, without):
-    index = Path(folder) / "model_index.json"
-    try:
-        parts = json.loads(index.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{index} cannot be read ({error}): --generator needs the folder of a Stable "
-                        "Diffusion 3 pipeline in diffusers' layout") from error
-    # a pipeline saved without T5 has to be told so again
-    absent = [name for name, what in parts.items() if isinstance(what, list) and what[0] is None]
-    try:
-        pipeline = _pipeline().from_pretrained(str(folder), dtype=dtype, local_files_only=True,
-                                               **dict.fromkeys([*without, *absent]))
-    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder} cannot be loaded as Stable Diffusion 3 ({why}); copy it again") from error
+    """The pipeline without these parts, and without those it was saved without: diffusers has to be told."""
+    index = data.read_json(Path(folder) / "model_index.json")
+    absent = [name for name, part in index.items() if isinstance(part, list) and part[0] is None]
+    pipeline = data.from_folder(
+        _pipeline(), folder, "Stable Diffusion 3 pipeline in diffusers' layout", "copy it again",
+        dtype=dtype, **dict.fromkeys([*without, *absent]))
     pipeline.set_progress_bar_config(disable=True)
-    if "transformer" in without and "text_encoder_3" in absent:     # zeros stand for T5's, as wide
-        config = json.loads((Path(folder) / "transformer" / "config.json").read_text())
+    if "transformer" in without and "text_encoder_3" in absent:     # zeros take T5's place, as wide as it
+        config = data.read_json(Path(folder) / "transformer" / "config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     return pipeline.to(device)
 
@@ -69,34 +63,51 @@ def encode(folder, prompts, device="cpu", dtype=torch.float32):
 
     One at a time: its neighbours in a batch would change a prompt's last bits, and a resumed run's images.
     """
-    pipeline, out = _load(folder, device, dtype, ("transformer", "vae")), {}
-    room = min(256, getattr(pipeline.tokenizer_3, "model_max_length", 256))     # 256 is diffusers' own
+    pipeline, found = _load(folder, device, dtype, ("transformer", "vae")), {}
+    room = min(MOST, getattr(pipeline.tokenizer_3, "model_max_length", MOST))
     for prompt in dict.fromkeys(["", *prompts]):
-        words, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device=device,
-                                                     do_classifier_free_guidance=False,
-                                                     max_sequence_length=room)
-        out[prompt] = words.cpu(), pooled.cpu()
-    del pipeline
-    free()
-    return out
+        words, _, pooled, _ = pipeline.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=room)
+        found[prompt] = words.cpu(), pooled.cpu()
+    return found
 
 
 class Painter:
     """Transformer and VAE; called with a prompt's embeddings it returns one image for each scale and seed."""
-
     def __init__(self, folder, device="cpu", dtype=torch.float32):
-        text = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-        self.pipeline, self.device = _load(folder, device, dtype, text), device
+        self.pipeline, self.device = _load(folder, device, dtype, ENCODERS), device
 
     @torch.no_grad()
     def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
         """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
-        n = len(seeds)
+        def repeated(pair):
+            return [x.to(self.device).repeat_interleave(len(seeds), 0) for x in pair]
+
         scale = torch.tensor(guidance, dtype=self.pipeline.transformer.dtype, device=self.device)
-        (words, pooled), (empty, empty_pooled) = ([x.to(self.device).repeat_interleave(n, 0) for x in pair]
-                                                  for pair in (prompt, negative))
+        words, pooled = repeated(prompt)
+        empty, empty_pooled = repeated(negative)
         return self.pipeline(
             prompt_embeds=words, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
             negative_pooled_prompt_embeds=empty_pooled, guidance_scale=scale[:, None, None, None],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=steps,
             height=size or None, width=size or None).images
+
+
+class Job(NamedTuple):
+    prompt: str
+    guidance: list
+    seeds: list
+
+
+def paint(folder, jobs, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
+    """Yield each job's images. The texts of `chunk` jobs are encoded, then their images are painted, so that
+    encoders and transformer are never in memory together."""
+    for at in range(0, len(jobs), chunk):
+        some = jobs[at:at + chunk]
+        encoded = encode(folder, [job.prompt for job in some], device, dtype)
+        command.free()
+        painter = Painter(folder, device, dtype)
+        for job in some:
+            yield painter(encoded[job.prompt], encoded[""], job.guidance, job.seeds, steps, size)
+        del painter, encoded
+        command.free()

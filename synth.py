@@ -1,286 +1,333 @@
-"""Make preference pairs from nothing but prompts: PDS-DPO's data engine (arXiv 2412.17417) in seven stages.
+"""Make preference pairs from nothing but prompts: PDS-DPO's data engine (arXiv
+2412.17417) in seven stages.
 
-    python synth.py                                 all stages on the built-in world: two CPU cores, minutes
-    python synth.py all --preset pds-dpo --out D --generator G --imagereward R --armorm A --responders M,N,O
-    torchrun --nproc_per_node 8 synth.py all ...    the same files from eight GPUs
-    python synth.py pairs --out D --margin 0.5      one stage again, with another setting
-    python synth.py analyse --out D                 the paper's analyses, and gallery.html
+    python synth.py                  on the built-in world: minutes on two cores
+    python synth.py all --preset pds-dpo --out D --generator G --imagereward R \\
+        --armorm A --responders M,N,O
+    torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
+    python synth.py pairs --out D --margin 0.5       one stage again
+    python synth.py analyse --out D    the paper's analyses, and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
-Each stage reads the files before its own and writes one, a JSON object a line:
-    prompts   prompts.jsonl       id number topic prompt                  from text files, or by --writer
-    images    images.jsonl        id prompt_id guidance seed image        every scale of a prompt in one call
-    rank      ranked.jsonl        id topic prompt image guidance scores   the best image; all scores are kept
-    instruct  instructions.jsonl  id question                             template, text file or chat model
-    respond   responses.jsonl     id model response finished              one model after another
-    score     scores-NAME.jsonl   id model score (rewards gating)         armorm, clip, length or random
-    pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl (what, why) and card.md
+Each stage reads the files before its own and writes one, JSON lines:
 
-Kill it anywhere and call it again: parts/ holds what each stage has made, by a hash of all that it came from
-(texts, images, model files, settings). What fits is kept, the rest is made, nothing twice (journal.py). Each
-stage loads its models and frees them: generator, reward and responders are never in memory together.
+    prompts   prompts.jsonl       id number topic prompt: text files or --writer
+    images    images.jsonl        id prompt_id guidance seed image
+    rank      ranked.jsonl        the best image of each prompt, and all scores
+    instruct  instructions.jsonl  id question: template, text file or chat model
+    respond   responses.jsonl     id model response finished
+    score     scores-NAME.jsonl   id model score (ArmoRM: rewards gating)
+    pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl
+                                  (what, why) and card.md
+
+Kill it anywhere and call it again: parts/ holds what each stage has made, by a
+hash of all that it came from (texts, images, model files, settings). What fits
+is kept, the rest is made. Each stage loads its models and frees them:
+generator, reward and responders are never in memory together.
 
 Departures from the official pipeline; --as_official goes back on 1 to 4:
- 1. Responders get their chat template and answer without an echo (official: raw text, its echo is scored).
- 2. Faulty responses and near ties make no pair (pairing.py); official: first maximum against first minimum.
- 3. Prompts whose best image scores below --threshold are left out, and counted.
+
+ 1. Responders get their chat template and answer without an echo (official:
+    raw text, whose echo is scored).
+ 2. Faulty responses and near ties make no pair; official: the first maximum
+    against the first minimum.
+ 3. Prompts whose best image scores below --threshold are left out and counted.
  4. Responses keep their line breaks.
- 5. Scales, seeds and texts stand in the files beside each image: nothing is matched by its place in a list.
+ 5. Scales, seeds and texts are in the files beside each image: nothing is
+    matched by its place in a list.
 """
 import dataclasses
+import functools
 import json
-import os
 import re
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import chat
+import command
 import data
 import pairing
 import topics
+from command import behind_set, option
 from data import UserError
-from journal import bare, begin, file_hash, free, identity, key, work
 
 HERE = Path(__file__).resolve().parent
-# The published PDS-DPO prompts, as they are: no roles, no template.
-RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
-       "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
-BUILT_IN, BASES = HERE / "classroom" / "synthesis", HERE / "classroom" / "models"
+BUILT_IN = HERE / "classroom" / "synthesis"
 
 
 @dataclass
 class Options:
-    """The 24 options of the command line, and below what --set reaches."""
-    out: str = ""                     # folder of the run; "": runs/synth-PRESET-sSEED
-    preset: str = "classroom"         # classroom, or pds-dpo (the paper's settings, your models)
-    prompts: str = ""                 # a text file, one prompt a line, or a folder of them, one a topic
-    writer: str = ""                  # a chat model that writes them: a folder, a URL, or saved replies
-    per_topic: int = 0                # at most so many prompts a topic; 0: all (--writer: 30)
-    generator: str = ""               # folder of a Stable Diffusion 3 pipeline
-    guidance: tuple = (5., 7., 9., 11.)   # scales, with commas: one image of each prompt for each
-    steps: int = 28                   # of the generator
-    size: int = 1024                  # pixels; 0: the generator's own
-    seed: int = 0                     # of images, templates and the random scorer
-    paired_seeds: bool = False        # one seed for all scales of a prompt (official: one for each image)
-    ranker: str = "imagereward"       # of imagereward, clip, blip, with commas: the first one picks
-    imagereward: str = ""             # its weights: ImageReward.pt, or their folder
-    clip: str = ""                    # folder of a CLIP, as ranker and as scorer
-    blip: str = ""                    # folder of a BLIP for retrieval
-    threshold: float = 0.             # what the best image must score (0: ImageReward's average)
-    instruct: str = "template"        # template, a text file of questions, or a chat model as for --writer
-    responders: str = ""              # folders or URLs of vision-language models, with commas
-    scorer: str = "armorm"            # armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl
-    armorm: str = ""                  # folder of ArmoRM
-    margin: float = .1                # least gap of a pair's scores, in standard deviations of all scores
-    batch: int = 8                    # responses at once
-    as_official: bool = False         # the published pipeline, faults included
-    device: str = ""                  # cuda, mps or cpu; "": what is there
-    # by --set
-    attributes: str = "gated"         # of ArmoRM: gated, or paper (the mean of HelpSteer's five)
-    max_new_tokens: int = 1000        # of a response
-    topics: str = ""                  # of --writer, with commas; "": the prompts folder's
-    similar: float = .5               # prompts that share more of their word pairs are near-duplicates
-    model_name: str = ""              # what a server calls the model, where it serves several
-    judge: str = ""                   # analyse: a vision-language model that compares two rankers' picks
-    encoder: str = ""                 # analyse: folder of a sentence encoder; "": shared words
-    gallery: int = 24                 # analyse: prompts on the page
-    dtype: str = "auto"               # auto: float16 images and bfloat16 texts on CUDA, else float32
-    chunk: int = 256                  # prompts that are encoded before their images are painted
+    out: str = option("", "folder of the run; none: runs/synth-PRESET-sSEED")
+    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
+    prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
+    writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
+    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
+    generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
+    guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each")
+    steps: int = option(28, "of the generator")
+    size: int = option(1024, "pixels; 0: the generator's own")
+    seed: int = option(0, "of images, templates and the random scorer")
+    paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
+    ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
+    imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
+    clip: str = option("", "folder of a CLIP, as ranker and as scorer")
+    blip: str = option("", "folder of a BLIP for retrieval")
+    threshold: float = option(0., "what the best image must score; 0 is ImageReward's average")
+    instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
+    responders: str = option("", "folders or URLs of vision-language models, with commas")
+    scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
+    armorm: str = option("", "folder of ArmoRM")
+    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores")
+    batch: int = option(8, "responses at once")
+    as_official: bool = option(False, "the published pipeline, faults included")
+    device: str = option("", "cuda, mps or cpu; none: what is there")
+    attributes: str = behind_set("gated", "of ArmoRM: gated, or paper (the mean of HelpSteer's five)",
+                                 choices=("gated", "paper"))
+    max_new_tokens: int = behind_set(1000, "of a response")
+    topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
+    similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
+    model_name: str = behind_set("", "what a server calls the model, where it serves several")
+    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
+    encoder: str = behind_set("", "for analyse: folder of a sentence encoder; none: shared words")
+    gallery: int = behind_set(24, "for analyse: prompts on the page")
+    dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
+                            choices=("auto", "float32", "float16", "bfloat16"))
+    chunk: int = behind_set(256, "prompts that are encoded before their images are painted")
 
 
-SHORT = [f.name for f in dataclasses.fields(Options)][:24]
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
+RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
-    "pds-dpo": {"prompts": str(HERE / "prompts")},
     "classroom": {
-        "prompts": str(BUILT_IN / "prompts"), "generator": str(BUILT_IN / "sd3"), "steps": 16, "size": 0,
-        "imagereward": str(BUILT_IN / "imagereward"), "clip": str(BUILT_IN / "clip"),
-        "armorm": str(BUILT_IN / "armorm"), "ranker": "imagereward,clip", "guidance": (1., 2., 4., 8.),
+        **{name: str(BUILT_IN / name) for name in ("prompts", "imagereward", "clip", "armorm")},
+        "generator": str(BUILT_IN / "sd3"), "steps": 16, "size": 0, "guidance": (1., 2., 4., 8.),
+        "ranker": "imagereward,clip",
         "threshold": -1.6,            # halfway from another prompt's picture to the true: statistics.json
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
-        "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?")) or sorted(BASES.glob("base?"))))}}
+        "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?"))))},
+    "pds-dpo": {"prompts": str(topics.SHIPPED)}}
 
 
-def dtype(run, on_cuda):
-    import torch
-    name = on_cuda if run.device.startswith("cuda") else "float32"
-    return getattr(torch, name if run.o.dtype == "auto" else run.o.dtype)
+@dataclass
+class Run:
+    """A call's options, its folder, its place among the ranks, and the folder's lock."""
+    o: Options
+    out: Path
+    ranks: command.Ranks = command.Ranks()
+    lock: Any = None
+
+    def rows(self, name, made_by=None):
+        """The lines of OUT/name.jsonl. Where it is missing: [] without `made_by`, else a UserError."""
+        path = self.out / f"{name}.jsonl"
+        if path.exists():
+            return list(data.read_jsonl(path))
+        if made_by:
+            raise UserError(f"{path} is missing: run `python synth.py {made_by}` with this --out first")
+        return []
+
+    def write(self, name, rows):
+        """OUT/name.jsonl, in one move, by rank 0."""
+        if self.ranks.rank == 0:
+            data.write_jsonl(self.out / f"{name}.jsonl", rows)
+
+    def say(self, **line):
+        """A line of log.jsonl and of the terminal."""
+        if self.ranks.rank == 0:
+            data.append_jsonl(self.out / "log.jsonl", line)
+            print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items()), flush=True)
+
+    def made(self, name, items, make, made_by, size=1, whole=True):
+        """The items' rows in their order, without those that failed; only what is missing is made.
+
+        items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups) -> rows; it,
+        size and whole are command.Store.work's, which keeps the rows in parts/NAME.jsonl.
+        """
+        start, keyed = time.time(), []
+        store = command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks)
+        for item in items:
+            text = json.dumps([item, made_by], sort_keys=True)
+            keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
+        rows = store.work(keyed, functools.partial(make, self), size, name, whole=whole)
+        command.free()
+        self.say(stage=name, items=len(items), there=store.there, made=len(rows) - store.there,
+                 failed=len(items) - len(rows), twice=store.twice, seconds=round(time.time() - start, 1))
+        return [{k: v for k, v in row.items() if k != "hash"} for row in rows]
+
+    def dtype(self, on_cuda):
+        import torch
+        name = self.o.dtype
+        if name == "auto":
+            name = on_cuda if str(self.ranks.device).startswith("cuda") else "float32"
+        return getattr(torch, name)
+
+    def asked(self):
+        """[{"id", "_question", "_file"}] of each question, with the name of the image it is about."""
+        found, image = [], {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
+        for row in self.rows("instructions", "instruct"):
+            id = row["id"]
+            found.append({"id": id, "_question": row["question"], "_file": image[id]})
+        return found
+
+    def needs(self, option, what):
+        """The option's value. Raises UserError where it has none."""
+        if not getattr(self.o, option):
+            raise UserError(f"--{option} is missing: give {what}")
+        return getattr(self.o, option)
+
+    def reward(self, flag, name, known):
+        """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
+        if name not in known:
+            raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
+        if name not in MODELS:
+            return [self.o.seed]
+        return [data.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
 
 
-def needed(value, flag, what):
-    if not value:
-        raise UserError(f"{flag} is missing: give {what}")
+def begin(o):
+    """A Run in the folder o.out, which it locks; under torchrun one of several. Raises UserError."""
+    run = Run(o, Path(o.out), command.join(o.device, backend="gloo"))   # the ranks only wait for each other
+    if run.ranks.rank == 0:
+        run.lock = command.claim(run.out)
+        (run.out / "parts").mkdir(exist_ok=True)
+        (run.out / "images").mkdir(exist_ok=True)
+    run.ranks.barrier()
+    return run
 
 
-# ---------------------------------------------------------------------------- 1 prompts
-def prompts(run):
-    """Rank 0 alone: a few requests, or a few files."""
-    o, rows, count = run.o, [], Counter()
-    if run.rank:
-        return
+# ---- 1 prompts ----
+def make_prompts(run):
+    """A few files, or a few requests."""
+    o = run.o
     if o.writer:
-        about = o.topics.split(",") if o.topics else sorted(f.stem for f in (HERE / "prompts").glob("*.txt"))
-        limit = o.per_topic or 30
-        both = topics.written(o.writer, about, limit, o.similar, run.out / "parts", o.model_name, o.seed)
+        lines = topics.written(o, run.out / "parts")
     else:
-        needed(o.prompts, "--prompts", "a text file, or a folder of them")
-        both = topics.read(o.prompts)
-        limit = o.per_topic or len(both)
-    kept = topics.distinct([text for _, text in both], o.similar)
-    for topic, text in (both[i] for i in kept):
-        count[topic] += 1
-        if count[topic] <= limit:
-            name = f"{topic}-{count[topic]}"
-            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
-    if not rows:
+        lines = topics.read(run.needs("prompts", "a text file, or a folder of them"))
+    if not lines:
         raise UserError(f"--writer {o.writer} wrote no prompts; see {run.out}/parts for what it said")
+    places = topics.distinct([text for _, text in lines], o.similar)
+    kept = [lines[place] for place in places]
+    rows = topics.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    run.say(stage="prompts", prompts=len(rows), topics=len(count), near_duplicates=len(both) - len(kept))
+    run.say(stage="prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
+            near_duplicates=len(lines) - len(kept))
 
 
-# ---------------------------------------------------------------------------- 2 images
-def images(run):
+# ---- 2 images ----
+def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, items = run.o, []
-    needed(o.generator, "--generator", "the folder of Stable Diffusion 3 in diffusers' layout")
-    if o.preset == "classroom" and not Path(o.generator).exists():
-        raise UserError(f"{o.generator} is missing: `python classroom/synthesis.py` trains the built-in "
-                        "models; --preset pds-dpo takes yours")
-    made_by = [identity(o.generator), o.steps, o.size, o.dtype]
-    for p in run.rows("prompts", "prompts"):
+    generator = run.needs("generator", "the folder of Stable Diffusion 3 in diffusers' layout")
+    for row in run.rows("prompts", "prompts"):
         for k, scale in enumerate(o.guidance, 1):
-            seed = 10 ** 7 * o.seed + 1000 * p["number"] + (0 if o.paired_seeds else k)
-            item = {"id": f"{p['id']}-{k}", "prompt_id": p["id"], "guidance": scale, "seed": seed,
-                    "image": f"images/{p['id']}-{k}.png", "_prompt": p["prompt"]}
-            items.append(item | {"hash": key(item, made_by)})
-    (run.out / "images").mkdir(exist_ok=True)
-    rows = work(run, "images", items, lambda groups: paint(run, groups), len(o.guidance))
-    run.write("images", map(bare, rows))
+            name, seed = f"{row['id']}-{k}", 10 ** 7 * o.seed + 1000 * row["number"]
+            if not o.paired_seeds:
+                seed += k
+            items.append({"id": name, "prompt_id": row["id"], "guidance": scale, "seed": seed,
+                          "image": f"images/{name}.png", "_prompt": row["prompt"]})
+    made_by = [data.identity(generator), o.steps, o.size, o.dtype]
+    run.write("images", run.made("images", items, paint, made_by, len(o.guidance)))
 
 
 def paint(run, groups):
-    """The rows of each group, a prompt's images, painted in one call. A file says in itself what it was made
-    from: one that a killed run wrote, but did not note in its journal, is kept."""
-    from PIL import Image, PngImagePlugin
-
+    """The rows of each group: the images of a prompt, painted in one call."""
     import sd3
-    o, kind = run.o, dtype(run, "float16")
-
-    def there(item):
-        try:
-            with Image.open(run.out / item["image"]) as file:
-                return file.text.get("nanoVPO") == item["hash"]
-        except (OSError, SyntaxError, ValueError, AttributeError):
-            return False
-    for at in range(0, len(groups), o.chunk):
-        chunk = groups[at:at + o.chunk]
-        missing = {g[0]["id"]: g for g in chunk if not all(map(there, g))}
-        if missing:
-            encoded = sd3.encode(o.generator, [g[0]["_prompt"] for g in missing.values()], run.device, kind)
-            painter = sd3.Painter(o.generator, run.device, kind)
-        for group in chunk:
-            if group[0]["id"] in missing:
-                scales, seeds = ([x[k] for x in group] for k in ("guidance", "seed"))
-                pictures = painter(encoded[group[0]["_prompt"]], encoded[""], scales, seeds, o.steps, o.size)
-                for item, picture in zip(group, pictures, strict=True):
-                    path, note = run.out / item["image"], PngImagePlugin.PngInfo()
-                    note.add_text("nanoVPO", item["hash"])
-                    if not there(item):
-                        picture.save(path.with_suffix(".tmp"), "png", pnginfo=note)
-                        os.replace(path.with_suffix(".tmp"), path)
-            yield [{}] * len(group)
-        painter = encoded = None
-        free()
+    o, jobs = run.o, []
+    for group in groups:
+        scales = [item["guidance"] for item in group]
+        seeds = [item["seed"] for item in group]
+        jobs.append(sd3.Job(group[0]["_prompt"], scales, seeds))
+    kind = run.dtype("float16")
+    painted = sd3.paint(o.generator, jobs, run.ranks.device, kind, o.steps, o.size, o.chunk)
+    for group, pictures in zip(groups, painted, strict=True):
+        for item, picture in zip(group, pictures, strict=True):
+            picture.save(run.out / item["image"])       # one that a kill tears is painted again
+        yield [{}] * len(group)
 
 
-# ---------------------------------------------------------------------------- 3 rank
+# ---- 3 rank ----
 def rank(run):
-    o, scores, groups = run.o, {}, {p["id"]: (p, []) for p in run.rows("prompts", "prompts")}
-    for row in run.rows("images", "images"):
-        if row["prompt_id"] in groups:
-            groups[row["prompt_id"]][1].append(row)
-    groups = {id: both for id, both in groups.items() if both[1]}
-    hashes = {id: [file_hash(run.out / x["image"]) for x in rows] for id, (_, rows) in groups.items()}
-    names = o.ranker.split(",")
-    for name in names:
-        if name not in ("imagereward", "clip", "blip"):
-            raise UserError(f"--ranker {name} is not one of imagereward, clip, blip; choose one of them")
-        needed(getattr(o, name), f"--{name}", "the model that --ranker names")
-        made_by = [identity(getattr(o, name)), o.dtype]
-        items = [{"id": id, "hash": key(p["prompt"], hashes[id], made_by)} for id, (p, _) in groups.items()]
-
-        def make(todo, name=name):
-            model = load_ranker(run, name)
-            for (item,) in todo:
-                p, rows = groups[item["id"]]
-                yield [{"scores": model.score(p["prompt"], [run.out / x["image"] for x in rows])}]
-        for row in work(run, f"rank-{name}", items, make):
-            scores.setdefault(row["id"], {})[name] = row["scores"]
-    found = [choose(p, rows, scores[id], names[0], o) for id, (p, rows) in groups.items()]
+    """Of each prompt the image that the first ranker scores best, beside what all of them scored."""
+    o, items = run.o, []
+    shown = pairing.grouped(run.rows("images", "images"), "prompt_id")
+    asked = [row for row in run.rows("prompts", "prompts") if row["id"] in shown]
+    for row in asked:
+        files = [image["image"] for image in shown[row["id"]]]
+        items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files,
+                      "_seen": [data.identity(run.out / file) for file in files]})
+    scores = {row["id"]: {} for row in asked}
+    for name in o.ranker.split(","):
+        made_by = run.reward("--ranker", name, RANKERS)
+        for row in run.made(f"rank-{name}", items, functools.partial(rank_by, name), made_by):
+            scores[row["id"]][name] = row["scores"]
+    threshold = None if o.as_official else o.threshold
+    found = [pairing.best_image(row, shown[row["id"]], scores[row["id"]], threshold) for row in asked]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say(stage="rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
-def load_ranker(run, name):
+def rank_by(name, run, groups):
     import rewards
-    if name == "imagereward":
-        return rewards.ImageReward.load(run.o.imagereward, device=run.device)
-    return rewards.Similarity.load(getattr(run.o, name), run.device)
+    model = rewards.load(name, getattr(run.o, name), run.ranks.device)
+    for (item,) in groups:
+        files = [run.out / file for file in item["_files"]]
+        yield [{"scores": model.score(item["_prompt"], files)}]
 
 
-def choose(prompt, rows, scores, first, o):
-    """The first of the images that the first ranker scores best, with what all of them scored."""
-    best = max(range(len(rows)), key=lambda k: scores[first][k])
-    low = not o.as_official and scores[first][best] < o.threshold
-    return {**{k: prompt[k] for k in ("id", "topic", "prompt")},
-            **{k: rows[best][k] for k in ("image", "guidance")},
-            "dropped": f"best image scores below {o.threshold}" if low else None, "scores": scores,
-            "candidates": [{k: row[k] for k in ("image", "guidance", "seed")} for row in rows]}
-
-
-# ---------------------------------------------------------------------------- 4 instruct
+# ---- 4 instruct ----
 def instruct(run):
-    o, kept = run.o, {r["id"]: r["prompt"] for r in run.rows("ranked", "rank") if not r["dropped"]}
+    o, ranked = run.o, run.rows("ranked", "rank")
+    kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         asked = topics.template(o.instruct, kept, o.seed)
-        run.write("instructions", [{"id": id, "question": q} for id, q in asked.items()])
-        return run.say(stage="instruct", questions=len(asked))
-    made_by = [identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
-
-    def make(groups):
-        writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
-        for group in groups:
-            said = topics.ask(writer, {x["id"]: kept[x["id"]] for x in group})
-            yield [{"question": said[x["id"]]} if x["id"] in said else None for x in group]
-    items = [{"id": id, "hash": key(text, made_by)} for id, text in kept.items()]
-    run.write("instructions", map(bare, work(run, "instruct", items, make, 64)))
+        rows = [{"id": id, "question": question} for id, question in asked.items()]
+        run.write("instructions", rows)
+        run.say(stage="instruct", questions=len(asked))
+        return
+    items = [{"id": id, "_prompt": text} for id, text in kept.items()]
+    made_by = [data.identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
+    rows = run.made("instruct", items, ask, made_by, 64, whole=not chat.is_url(o.instruct))
+    run.write("instructions", rows)
 
 
-# ---------------------------------------------------------------------------- 5 respond
+def ask(run, groups):
+    o = run.o
+    writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
+    for group in groups:
+        yield topics.questions(writer, group)
+
+
+# ---- 5 respond ----
 def respond(run):
-    o, out, said = run.o, run.out, {}
-    needed(o.responders, "--responders", "folders or URLs of vision-language models, with commas")
-    picked = {r["id"]: r["image"] for r in run.rows("ranked", "rank")}
-    asked = [(r["id"], r["question"], picked[r["id"]]) for r in run.rows("instructions", "instruct")]
+    """One model after another answers all questions."""
+    o, items, said = run.o, run.asked(), []
+    run.needs("responders", "folders or URLs of vision-language models, with commas")
+    for item in items:
+        item["_seen"] = data.identity(run.out / item["_file"])
     for name, source in named(o.responders).items():
-        made_by = [identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
-        items = [{"id": id, "hash": key(q, file_hash(out / image), made_by), "_question": q, "_image": image}
-                 for id, q, image in asked]
+        made_by = [data.identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
+        make, whole = functools.partial(answer, source), not chat.is_url(source)
+        rows = run.made(f"respond-{name}", items, make, made_by, o.batch, whole)
+        said += [{"id": row["id"], "model": name} | row for row in rows]
+    order = {item["id"]: place for place, item in enumerate(items)}
+    run.write("responses", sorted(said, key=lambda row: order[row["id"]]))
 
-        def make(groups, source=source):
-            model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens,
-                                 batch=o.batch, device=run.device, dtype=dtype(run, "bfloat16"),
-                                 template=RAW if o.as_official else None)
-            for group in groups:
-                asked = [chat.Question(x["id"], x["_question"], [out / x["_image"]]) for x in group]
-                said = chat.ask(model, asked, description="respond")
-                yield [response(x["_question"], said.get(x["id"]), o.as_official) for x in group]
-        for row in work(run, f"respond-{name}", items, make, o.batch):
-            said.setdefault(row["id"], []).append({"id": row["id"], "model": name} | bare(row))
-    run.write("responses", [row for id, *_ in asked for row in said.get(id, ())])
+
+def answer(source, run, groups):
+    o = run.o
+    model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens, batch=o.batch,
+                         device=run.ranks.device, dtype=run.dtype("bfloat16"),
+                         template=topics.RAW if o.as_official else None)
+    for group in groups:
+        asked = []
+        for item in group:
+            asked.append(chat.Question(item["id"], item["_question"], [run.out / item["_file"]]))
+        said = chat.ask(model, asked, description="respond")
+        yield [response(item["_question"], said.get(item["id"]), o.as_official) for item in group]
 
 
 def response(question, row, as_official):
@@ -301,169 +348,130 @@ def named(sources):
     for source in filter(None, sources.split(",")):
         short = chat.public(source).split("//")[-1] if chat.is_url(source) else Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
-        names[short if short not in names else f"{short}-{len(names) + 1}"] = source
+        if short in names:
+            short = f"{short}-{len(names) + 1}"
+        names[short] = source
     return names
 
 
-# ---------------------------------------------------------------------------- 6 score
+# ---- 6 score ----
 def score(run):
-    """All responses to a question. ArmoRM reads question and response, and never sees the image."""
-    o, said = run.o, {r["id"]: (r["question"], []) for r in run.rows("instructions", "instruct")}
-    if o.scorer not in ("armorm", "clip", "length", "random"):
-        raise UserError(f"--scorer {o.scorer} is not one of armorm, clip, length, random; choose one of them")
-    if model := {"armorm": o.armorm, "clip": o.clip}.get(o.scorer, "none"):
-        made_by = [o.seed if model == "none" else identity(model), o.dtype]
-    needed(model, f"--{o.scorer}", "the model that --scorer names")
-    image = {r["id"]: run.out / r["image"] for r in run.rows("ranked", "rank")} if o.scorer == "clip" else {}
-    for row in run.rows("responses", "respond"):
-        if row["id"] in said:
-            said[row["id"]][1].append(row)
-    items = [{"id": id, "hash": key(q, [(r["model"], r["response"]) for r in rows], made_by,
-                                    file_hash(image[id]) if image else None)}
-             for id, (q, rows) in said.items() if rows]
-
-    def make(groups):
-        judge = load_scorer(run)
-        for (item,) in groups:
-            question, rows = said[item["id"]]
-            texts = [r["response"] for r in rows]
-            yield [{"scores": judge(item["id"], question, texts, image.get(item["id"]))}]
-    rows = work(run, f"score-{o.scorer}", items, make)
-    run.write(f"scores-{o.scorer}", [{"id": row["id"], "model": r["model"]} | s for row in rows
-                                     for r, s in zip(said[row["id"]][1], row["scores"], strict=True)])
+    """All responses to a question at once. ArmoRM reads question and response, and never sees the image."""
+    o, items, found = run.o, [], []
+    made_by = run.reward("--scorer", o.scorer, SCORERS)
+    said = pairing.grouped(run.rows("responses", "respond"), "id")
+    for item in run.asked():
+        if item["id"] in said:
+            items.append(item | {"_said": said[item["id"]]})
+            if o.scorer == "clip":
+                items[-1]["_seen"] = data.identity(run.out / item["_file"])
+    for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
+        for response, scores in zip(said[row["id"]], row["scores"], strict=True):
+            found.append({"id": row["id"], "model": response["model"]} | scores)
+    run.write(f"scores-{o.scorer}", found)
 
 
-def load_scorer(run):
-    """-> f(id, question, texts, image) -> [{"score", ...}]."""
+def score_by(run, groups):
+    o, name = run.o, run.o.scorer
+    if name in MODELS:
+        import rewards
+        model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
+    for (item,) in groups:
+        texts = [row["response"] for row in item["_said"]]
+        if name == "armorm":
+            scores = model.judge(item["_question"], texts)
+        elif name == "clip":
+            cosines = model.score_texts(run.out / item["_file"], texts)
+            scores = [{"score": cosine} for cosine in cosines]
+        elif name == "length":
+            scores = [{"score": float(len(text.split()))} for text in texts]
+        else:
+            draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
+            scores = [{"score": float(draw.random())} for draw in draws]
+        yield [{"scores": scores}]
+
+
+# ---- 7 pairs ----
+def make_pairs(run):
     o = run.o
-    if o.scorer == "length":
-        return lambda id, question, texts, image: [{"score": float(len(t.split()))} for t in texts]
-    if o.scorer == "random":
-        return lambda id, question, texts, image: [
-            {"score": float(data.draw(o.seed, "scorer", id, k).random())} for k in range(len(texts))]
-    import rewards
-    if o.scorer == "clip":
-        clip = rewards.Similarity.load(o.clip, run.device)
-        return lambda id, question, texts, image: [{"score": s} for s in clip.score_texts(image, texts)]
-    pattern = Path(o.armorm) / "token_pattern.json"         # of a tokenizer that is not Llama 3's
-    pattern = json.loads(pattern.read_text()) if pattern.exists() else rewards.LLAMA3
-    armorm = rewards.ArmoRM.load(o.armorm, None, pattern, run.device, dtype(run, "bfloat16"))
-    return lambda id, question, texts, image: armorm.judge(question, texts)
-
-
-# ---------------------------------------------------------------------------- 7 pairs
-def pairs(run):
-    if run.rank:
-        return
-    o, said, ranked = run.o, {}, {r["id"]: r for r in run.rows("ranked", "rank")}
-    asked = [{k: ranked[r["id"]][k] for k in ("image", "topic", "prompt", "guidance")} | r
-             for r in run.rows("instructions", "instruct") if r["id"] in ranked]
-    for row in run.rows("responses", "respond"):
-        said.setdefault(row["id"], []).append(row)
-    paper = o.attributes == "paper" and o.scorer == "armorm"
-    scores = {(r["id"], r["model"]): sum(r["rewards"][:5]) / 5 if paper else r["score"]
-              for r in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}")}
+    ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
+    asked, scores = [], {}
+    for row in run.rows("instructions", "instruct"):
+        shown = ranked[row["id"]]
+        asked.append({k: shown[k] for k in ("image", "topic", "prompt", "guidance")} | row)
+    said = pairing.grouped(run.rows("responses", "respond"), "id")
+    for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
+        score = row["score"]
+        if o.attributes == "paper" and o.scorer == "armorm":
+            score = sum(row["rewards"][:5]) / 5
+        scores[row["id"], row["model"]] = score
     found, dropped, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
-    gone = [{"id": r["id"], "reason": r["dropped"]} for r in ranked.values() if r.get("dropped")]
-    for name, rows in (("pairs", found), ("dropped", gone + dropped), ("faults", faulty)):
-        run.write(name, rows)
-    published = json.dumps([pairing.conversations(p) for p in found], indent=1, ensure_ascii=False)
+    gone = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    run.write("pairs", found)
+    run.write("dropped", gone + dropped)
+    run.write("faults", faulty)
+    published = json.dumps([pairing.conversations(pair) for pair in found], indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", published + "\n")
-    counts = {"prompts": len(ranked), **Counter(r["reason"] for r in gone), "questions": len(asked),
-              "responses": sum(map(len, said.values())), **Counter(f for r in faulty for f in r["faults"]),
-              **Counter(r["reason"] for r in dropped), "pairs": len(found)}
-    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in ("out", "device", *MODELS)}
-    gap = pairing.lengths(found)
-    card = pairing.card(run.out.name, models(o), settings, counts, gap)
-    data.atomic_write(run.out / "card.md", card)
+    counts = Counter(row["reason"] for row in gone + dropped)
+    counts.update(fault for row in faulty for fault in row["faults"])
+    counts.update(prompts=len(ranked), questions=len(asked), pairs=len(found))
+    counts["responses"] = sum(map(len, said.values()))
     run.say(stage="pairs", **counts)
-    print(pairing.length_report(gap))
+    apart = ("out", "device", *MODELS)
+    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in apart}
+    card = pairing.card(run.out.name, models(o), settings, counts, found)
+    data.atomic_write(run.out / "card.md", card)
+    print(pairing.length_report(found))
 
 
 def models(o):
-    """Rows (role, name, revision, licence) of the models that a run names."""
-    return [(role, name, revision(source), licence(source)) for role in MODELS
-            for name, source in named(getattr(o, role)).items()
-            if source.startswith("http") or Path(source).exists()]
+    """(role, name, source) of the models that a run names."""
+    found = []
+    for role in MODELS:
+        for name, source in named(getattr(o, role)).items():
+            if chat.is_url(source) or Path(source).exists():
+                found.append((role, name, source))
+    return found
 
 
-def revision(source):
-    """A hub snapshot's commit, or our own hash of the files."""
-    parts = Path(source).resolve().parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else identity(source)
-
-
-def licence(source):
-    """What a model's folder says of itself: `license:` in its README.md, or the first line of its LICENSE."""
-    for name, pattern in (("README.md", r"^license(?:_name)?:\s*(.+)$"), ("LICENSE", r"^\s*(\S.*)$")):
-        file = Path(source) / name
-        if file.is_file() and (found := re.search(pattern, file.read_text(errors="replace"), re.M)):
-            return found[1].strip()
-    return "not stated in its folder"
-
-
-# ---------------------------------------------------------------------------- the command line
+# ---- the command line ----
 def analyse(run):
     import gallery
-    if run.rank == 0:
-        gallery.analyse(run)
+    gallery.analyse(run)
 
 
-STAGES = {f.__name__: f for f in (prompts, images, rank, instruct, respond, score, pairs)}
-
-
-def value(name, text, kind):
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(text).lower()]
-        return tuple(map(float, text.split(","))) if kind is tuple else kind(text)
-    except (ValueError, KeyError):
-        what = {bool: "true or false", tuple: "numbers with commas"}.get(kind, "a number")
-        raise UserError(f"{name} is {text!r}: give {what}") from None
+STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
+          "respond": respond, "score": score, "pairs": make_pairs}
+ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
 
 
 def options(argv):
-    """-> (stage, Options). Defaults, then the preset's, then the command line's."""
-    import inspect
-    says = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", inspect.getsource(Options), re.M))
-    rest = "; ".join(f"{k}: {v}" for k, v in says.items() if k not in SHORT)
-    parser = data.Parser(prog="synth.py", description=__doc__.split("\n")[0], epilog=f"--set reaches {rest}")
-    parser.add_argument("stage", nargs="?", default="all", choices=("all", *STAGES, "analyse"))
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Options)}
-    for name in SHORT:
-        extra = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}
-        parser.add_argument(f"--{name}", help=says[name].replace("%", "%%"), **extra)
-    parser.add_argument("--set", action="append", default=[], metavar="key=value", help="any option by name")
-    given = vars(parser.parse_args(argv))
-    chosen = {k: given[k] for k in SHORT if given[k] is not None}
-    for text in given["set"]:
-        name, _, what = text.partition("=")
-        if name not in kinds:
-            raise UserError(f"--set {text}: {name} is no option; see --help")
-        chosen[name] = what
-    chosen = {k: value(k, v, kinds[k]) for k, v in chosen.items()}
-    preset = chosen.get("preset", "classroom")
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is not one of {', '.join(PRESETS)}; choose one of them")
-    o = Options(**(PRESETS[preset] | chosen))
-    if not o.guidance or o.steps < 1 or o.batch < 1 or o.chunk < 1 or o.size < 0 or o.margin < 0:
-        raise UserError("guidance, steps, batch, chunk must be above 0, size and margin not below; mend them")
-    o.out = o.out or f"runs/synth-{preset}-s{o.seed}" + "-official" * o.as_official
-    return given["stage"], o
+    """-> (stage, Options): the defaults, then the preset's, then the command line's. Raises UserError."""
+    stage = ("stage", ("all", *STAGES, "analyse"), "all", "all is the seven from prompts to pairs [all]")
+    chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
+    o = Options(**(command.preset(PRESETS, chosen) | chosen))
+    for name in ("steps", "batch", "chunk"):
+        command.positive(name, getattr(o, name))
+    if o.size < 0 or o.margin < 0:
+        raise UserError(f"--size {o.size} --margin {o.margin}: give 0 or more")
+    if o.writer and not o.per_topic:
+        o.per_topic = 30
+    official = "-official" if o.as_official else ""
+    o.out = o.out or f"runs/synth-{o.preset}-s{o.seed}{official}"
+    return rest["stage"], o
 
 
 def main(argv=None):
     try:
         stage, o = options(argv)
-        run = begin(o, o.out)
+        run = begin(o)
         for name in STAGES if stage == "all" else [stage]:
-            (STAGES | {"analyse": analyse})[name](run)
-            run.barrier()
+            if run.ranks.rank == 0 or name not in ALONE:
+                (STAGES | {"analyse": analyse})[name](run)
+            run.ranks.barrier()
     except UserError as error:
         sys.exit(f"synth.py: {error}")
-    if run.world > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
+    command.leave(run.ranks)
 
 
 if __name__ == "__main__":

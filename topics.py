@@ -1,8 +1,4 @@
-"""Prompts and questions: from text files, a template or a chat model; near-duplicates dropped.
-
-A file of its own because it is all about words: synth.py's `prompts` and `instruct` stages, without files of
-their own to resume, for chat.replies keeps what was said.
-"""
+"""Prompts and questions for synth.py: from text files, a template or a chat model, none nearly twice."""
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,6 +7,7 @@ import chat
 import data
 from data import UserError
 
+SHIPPED = Path(__file__).resolve().parent / "prompts"
 ASK_PROMPTS = (
     "Write ten descriptions of pictures about this topic: {topic}. One a line, 10 to 25 words, no "
     "numbering. Each shows another place and other things, says how many there are and where "
@@ -24,7 +21,10 @@ QUESTIONS = ("Describe this picture in detail.",
              "What stands out most in this picture, and what is around it?",
              "Which colours and materials does this picture show, and on what?",
              "What might have happened just before this picture was taken? Say what in it points there.")
-TURNS = 3                       # lists are asked for so many times before a topic stays short of prompts
+# The published PDS-DPO prompts of responders, as they are: no roles, no template.
+RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
+       "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
+TURNS = 3                       # a topic that is short of prompts is asked for more lists this many times
 
 
 def grams(text):
@@ -34,62 +34,81 @@ def grams(text):
 
 
 def distinct(texts, similar):
-    """Indices of the texts that share at most `similar` of their word pairs (of both together) with every one
-    that was kept before. By an index of pairs: a hundred thousand texts take a minute, not a day."""
-    kept, having, sizes = [], {}, {}
+    """Indices of the texts that share at most `similar` of their word pairs, of both together, with every one
+    kept before. Compares each with all: ten thousand take seconds, a hundred thousand many minutes."""
+    kept = {}
     for i, text in enumerate(texts):
         own = grams(text)
-        shared = Counter(j for gram in own for j in having.get(gram, ()))
-        if not own or any(n > similar * (len(own) + sizes[j] - n) for j, n in shared.items()):
-            continue
-        kept.append(i)
-        sizes[i] = len(own)
-        for gram in own:
-            having.setdefault(gram, []).append(i)
-    return kept
+        alike = [other for other in kept.values() if not own.isdisjoint(other)]
+        if own and all(len(own & other) <= similar * len(own | other) for other in alike):
+            kept[i] = own
+    return list(kept)
 
 
 def read(source, flag="--prompts"):
-    """[(topic, line)] of a text file or of a folder of them; a file's name is its topic, or UserError."""
-    path = Path(source)
+    """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
+    path, found = Path(source), []
     try:
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        found = [(f.stem, line.strip()) for f in files for line in f.read_text(encoding="utf-8").splitlines()]
+        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found += [(file.stem, line.strip()) for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {source} cannot be read ({error}); give a text file or a folder of "
                         "them") from error
-    if not any(line for _, line in found):
+    if not found:
         raise UserError(f"{flag} {source} holds no lines; write one a line into TOPIC.txt")
-    return [(topic, line) for topic, line in found if line]
+    return found
 
 
-def written(source, topics, n, similar, folder, model=None, seed=0):
-    """[(topic, prompt)] by a chat model: lists of ten until each topic has n, or TURNS are over."""
-    found, lists = {t: [] for t in topics}, -(-n // 10)
+def numbered(lines, per_topic):
+    """[{"id", "number", "topic", "prompt"}] of (topic, prompt) lines, at most `per_topic` of each topic."""
+    rows, count = [], Counter()
+    for topic, text in lines:
+        if count[topic] < per_topic:
+            count[topic] += 1
+            name = f"{topic}-{count[topic]}"
+            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
+    return rows
+
+
+def written(o, folder):
+    """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or TURNS
+    are over. `folder` keeps what was said."""
+    topics = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
+    found, lists = {topic: [] for topic in topics}, -(-o.per_topic // 10)
     for turn in range(TURNS):
         asked = []
-        for topic in (topic for topic in topics if len(distinct(found[topic], similar)) < n):
-            for k in range(turn * lists, (turn + 1) * lists):
-                text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
-                asked.append(chat.Question(f"{topic}/{k}", text))
+        for topic, texts in found.items():
+            if len(distinct(texts, o.similar)) < o.per_topic:
+                for k in range(turn * lists, (turn + 1) * lists):
+                    text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
+                    asked.append(chat.Question(f"{topic}/{k}", text))
         if not asked:
             break
-        said = chat.replies(source, asked, folder / f"writer-{turn}.jsonl", model=model or None,
-                            temperature=1., seed=seed, description="prompts")
-        for name, text in said.items():
-            lines = (re.sub(r"^\s*(?:[-*•]|\d+[.):])\s*", "", line).strip(' "') for line in text.splitlines())
-            found[name.rpartition("/")[0]] += [line for line in lines if line]
+        said = chat.replies(o.writer, asked, folder / f"writer-{turn}.jsonl", model=o.model_name or None,
+                            temperature=1., seed=o.seed, description="prompts")
+        for id, text in said.items():
+            found[id.rpartition("/")[0]] += listed(text)
     return [(topic, text) for topic, texts in found.items() for text in texts]
 
 
+def listed(text):
+    """The lines of a list, without numbers, bullets and quotes."""
+    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.):])\s*", "", line).strip(' "') for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
 def template(path, ids, seed=0):
-    """{id: question}, by a hash of the id, of QUESTIONS or of a text file's lines."""
-    asked = QUESTIONS if path == "template" else [line for _, line in read(path, "--instruct")]
+    """{id: question}, by a hash of the id, of QUESTIONS ("template") or of a text file's lines."""
+    asked = QUESTIONS
+    if path != "template":
+        asked = [line for _, line in read(path, "--instruct")]
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}
 
 
-def ask(writer, prompts):
-    """{id: question} by a chat.connect from {id: prompt}; what got no reply is absent, and counted there."""
-    asked = [chat.Question(id, ASK_QUESTION.format(prompt=text)) for id, text in prompts.items()]
+def questions(writer, items):
+    """[{"question"}, or None without a reply] by a chat.connect about the `_prompt` of each item."""
+    asked = [chat.Question(item["id"], ASK_QUESTION.format(prompt=item["_prompt"])) for item in items]
     said = chat.replies(writer, asked, description="instruct")
-    return {id: " ".join(text.split()) for id, text in said.items() if text.strip()}
+    texts = [" ".join(said.get(item["id"], "").split()) for item in items]
+    return [{"question": text} if text else None for text in texts]

@@ -20,10 +20,7 @@ from PIL import Image  # noqa: E402
 
 import rewards  # noqa: E402
 
-VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-          "image_size": 224, "patch_size": 16}
-TEXT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-        "encoder_hidden_size": 1024, "vocab_size": 30524, "max_position_embeddings": 512}
+VISION, TEXT = rewards.PUBLISHED["vision"], rewards.PUBLISHED["text"]
 UNUSED = {"blip.text_encoder.embeddings.position_ids": (1, 512), "blip.vision_proj.weight": (256, 1024),
           "blip.vision_proj.bias": (256,), "blip.text_proj.weight": (256, 768), "blip.text_proj.bias": (256,)}
 

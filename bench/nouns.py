@@ -1,29 +1,23 @@
 """How far AMBER's and CHAIR's scores are from the official ones when nouns.py finds the nouns.
 
-    python bench/nouns.py                          tables for the README, a minute
-    python bench/nouns.py --shared D --golden D    where the benchmarks' files lie (default ../shared), and
-                                                   results of the official code (default its golden/)
+    python bench/nouns.py      tables for the docs, a minute
 
 Compared are scores, in points: CHAIR, Cover, Hal and Cog of AMBER with our nouns and with those that NLTK's
 tagger and WordNet found; CHAIR of COCO captions with our lemmas and with the official scorers'. Captions that
 models wrote of COCO images have no truth of AMBER's, so each is set beside an AMBER image: the one of whose
 truth it names most, each image once; or any, ten times over. Their official lemmas are ours where the golden
-table of lemmas is silent. For OPERA's CHAIR the mentions in them are compared: by the official tagger's parts
-of speech and by ours, the lemmas being ours; these rules too were written with these captions in sight.
+table of lemmas is silent.
 """
-import argparse
 import json
 import random
-import re
 import sys
-from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import amber as ambers  # noqa: E402
+import data  # noqa: E402
 import metrics  # noqa: E402
 import nouns  # noqa: E402
 import objects  # noqa: E402
@@ -44,7 +38,7 @@ def row(name, n, theirs, ours):
 def amber(files, captions, official):
     """[[CHAIR, Cover, Hal, Cog] with the official nouns, with ours] of {AMBER id: caption}."""
     answers = [{"id": name, "response": text} for name, text in captions.items()]
-    scores = [metrics.amber([], answers, nouns=found, partial=True, resamples=0, **files)[0]
+    scores = [ambers.measures([], answers, nouns=found, partial=True, resamples=0, **files)[0]
               for found in (official, nouns.nouns)]
     return [[part[key] for key in KEYS] for part in scores]
 
@@ -65,7 +59,7 @@ def bench_amber(shared, golden):
         captions = {line["id"]: line["response"] for line in answers if line["id"] in official}
         row(f"templates, {path.name}", len(captions), *amber(files, captions, official))
     table = json.loads((golden / "lemma" / "nltk_noun_lemma.json").read_text())
-    vocabulary = metrics.amber_vocabulary(files["relation"])
+    vocabulary = ambers.vocabulary(files["relation"])
     truths = {line["id"]: set(line["truth"]) for line in files["annotations"]
               if line["type"] == "generative"}
     for path in sorted(golden.glob("lemma/tokenize_pos*.jsonl")):
@@ -75,8 +69,8 @@ def bench_amber(shared, golden):
             found.append([table.get(word, nouns.lemma(word)) for word, tag in
                           zip(line["tokens"], line["tags"], strict=True) if tag.startswith("NN")])
         free, places = dict(truths), []
-        for words in found:                        # the image of which a caption names most, each image once
-            named = set(words) & vocabulary
+        for named in found:                        # the image of which a caption names most, each image once
+            named = set(named) & vocabulary
             places.append(max(free, key=lambda i: len(free[i] & named) / (len(free[i]) + 3)))
             del free[places[-1]]
         row("real, beside the nearest image", len(texts), *amber(files, *beside(places, texts, found)))
@@ -96,61 +90,31 @@ def bench_chair(shared, golden):
     expected = json.loads((golden / "chair" / "expected.json").read_text())
     coco = [[json.loads((golden / "chair" / "coco80" / f"{kind}_{part}2014.json").read_text())
              for part in ("train", "val")] for kind in ("instances", "captions")]
-    for scorer, file, words, key in (
+    for scorer, file, lemmatize, key in (
             ("original", "synonyms.chair.txt", nouns.singulars, "original_chair(pattern)"),
-            ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt"),
-            ("opera", "synonyms.chair.txt", nouns.in_context, "opera_style(halva)")):
+            ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt")):
         table = objects.synonyms((folder / file).read_text(), literal=scorer != "objhal")
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")
-            truth = objects.coco_truth(*coco, table, words, objects.image_ids(answers))
-            scores, _ = metrics.chair(answers, truth, table, words, mode="official", resamples=0)
+            truth = objects.coco_truth(*coco, table, lemmatize, objects.image_ids(answers))
+            scores, _ = metrics.chair(answers, truth, table, lemmatize, mode="official", resamples=0)
             official = expected[f"{key}|{name}"]
             row(f"{scorer}, {name}", len(answers), [100 * official["CHAIRs"], 100 * official["CHAIRi"]],
                 [100 * scores["chair_s"], 100 * scores["chair_i"]])
 
 
-def by_tags(line):
-    """Our lemmas of the words of a caption, but by the official tagger's parts of speech."""
-    return [nouns.verb(word) if tag[0] == "V" else word if tag[0] in "JR" else nouns.lemma(word)
-            for word, tag in zip(map(str.lower, line["tokens"]), line["tags"], strict=True)]
-
-
-def bench_opera(shared, golden):
-    """Mentions of COCO's classes by the official tags, by our rules, and without verbs."""
-    print("\n| opera, by official tags | n | mentions | ours | in both | without verbs | in both |")
-    print("|---|---|---|---|---|---|---|")
-    text = (shared / "official" / "objhal" / "synonyms.chair.txt").read_text()
-    table, verbs, right = objects.synonyms(text, literal=True), 0, 0
-    for path in sorted(golden.glob("lemma/tokenize_pos*.jsonl")):
-        cells = np.zeros(5, dtype=int)
-        for line in lines(path):
-            theirs, ours, plain = (
-                Counter(kind for _, kind in objects.coco_objects(objects.joined(words, table), table))
-                for words in (by_tags(line), nouns.in_context(line["text"]), nouns.lemmas(line["text"])))
-            cells += [each.total() for each in (theirs, ours, theirs & ours, plain, theirs & plain)]
-            words = ["", *map(str.lower, line["tokens"]), ""]
-            for before, word, after, tag in zip(words, words[1:], words[2:], line["tags"], strict=False):
-                if re.search("...(ing|ed)$", word):
-                    verbs += 1
-                    right += nouns._is_verb(word, before, after) == (tag[0] == "V")
-        print(f"| {path.name} | {len(lines(path))} | {' | '.join(map(str, cells))} |")
-    if verbs:
-        print(f"\nOf {verbs} words in -ing and -ed, {100 * right / verbs:.1f}% are verbs to both or neither.")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--golden", type=Path)
+    parser = data.Parser(prog="bench/nouns.py", description=__doc__)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared",
+                        help="where the benchmarks' files are [../shared]")
+    parser.add_argument("--golden", type=Path,
+                        help="results of the official code [golden/ in --shared]")
     options = parser.parse_args()
     golden = options.golden or options.shared / "golden"
     if not (golden / "amber").is_dir():
         sys.exit(f"bench/nouns.py: {golden} holds no amber folder; give --shared and --golden")
     bench_amber(options.shared, golden)
     bench_chair(options.shared, golden)
-    bench_opera(options.shared, golden)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Seconds and peak memory of opening preference pairs.
 
-    python bench/open_records.py              a million JSON lines, then an array
-    python bench/open_records.py FILE         a file of your own
+    python bench/open_records.py          a million JSON lines, then an array
+    python bench/open_records.py FILE     a file of your own
 
 JSON lines are indexed (a second for a million); an array is read whole.
 """

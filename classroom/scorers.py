@@ -45,7 +45,7 @@ def judge(run):
     for r in run.rows("ranked"):
         words, shown, pair = r["prompt"].split(), [], gallery.duel(r, run.o.seed)
         things = {(t, c) for c, t in zip(words, words[1:], strict=False) if t in world.TYPES}
-        for k in pair[:2] if pair else ():
+        for k in (pair.a, pair.b) if pair else ():
             with Image.open(run.out / r["candidates"][k]["image"]) as image:
                 cells = set(synthesis.recognise(image, words[0])[0]) - {None}
             shown.append((len(things & cells), len({t for t, _ in things} & {t for t, _ in cells})))
@@ -62,10 +62,9 @@ def pairs(n=100):
     synthesis.prompts(n, OUT)
     given = ["--out", str(OUT), "--prompts", str(OUT / "prompts")]
     synth.main(["all", *given])
-    run = synth.begin(synth.options(["all", *given])[1], OUT)
+    run = synth.Run(synth.options(["all", *given])[1], OUT)
     oracle(run)
     judge(run)
-    run.lock.close()
     synth.main(["analyse", *given, "--set", f"judge={OUT}/judge.jsonl"])
     found = json.loads((OUT / "analysis.json").read_text()) | {"longer": {}}
     for scorer in SCORERS:

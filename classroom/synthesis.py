@@ -397,8 +397,8 @@ def imagereward(minutes):
         text = tokenizer([prompt(s) for s in scenes], padding=True, return_tensors="pt")
         seen = model.vision(pixel_values=torch.cat([own, worse])).last_hidden_state
         ids, mask = (text[k].repeat(2, 1) for k in ("input_ids", "attention_mask"))
-        better, less = model.read(ids, mask, seen).chunk(2)
-        other = model.read(ids[:48], mask[:48], seen[:48].roll(1, 0))           # another scene's picture
+        better, less = model(ids, mask, seen).chunk(2)
+        other = model(ids[:48], mask[:48], seen[:48].roll(1, 0))           # another scene's picture
         ranking = -F.logsigmoid(better - less).mean() - F.logsigmoid(better - other).mean()
         return ranking + cells(scenes, seen[:48]) + 1e-3 * (better ** 2 + less ** 2).mean()
     fit("imagereward", [*model.parameters(), *head.parameters()], loss_of, 3000, 1.5e-3, minutes)

@@ -8,10 +8,12 @@ import time
 import pytest
 from conftest import GOLDEN, ROOT, SHARED, need
 
+import amber as ambers
 import metrics
 import nouns
 import objects
 import tally
+from data import UserError
 
 WORLD = ["dog", "cat", "bus", "truck", "fire truck", "cup"]
 
@@ -94,10 +96,10 @@ def test_a_caption_without_objects_is_clean():
 
 def test_words_to_mark():
     truth = caption("a", "", ["dog"])["truth"]
-    assert metrics.hallucinated("a dog , a Cat , two cups , a cat", truth) == ["cat", "cups"]
-    assert metrics.hallucinated("a dog", truth) == []
-    assert metrics.hallucinated("yes , a dog", {"answer": "no", "choices": ["yes", "no"]}) == ["yes"]
-    assert metrics.hallucinated("no .", {"answer": "no", "choices": ["yes", "no"]}) == []
+    assert objects.hallucinated("a dog , a Cat , two cups , a cat", truth) == ["cat", "cups"]
+    assert objects.hallucinated("a dog", truth) == []
+    assert objects.hallucinated("yes , a dog", {"answer": "no", "choices": ["yes", "no"]}) == ["yes"]
+    assert objects.hallucinated("no .", {"answer": "no", "choices": ["yes", "no"]}) == []
 
 
 def many(shift=0):
@@ -120,7 +122,9 @@ def test_intervals_are_the_binomial_ones_and_quick():
     assert got["chair_s"] == 50
     assert (low, high) == pytest.approx((50 - 3.1, 50 + 3.1), abs=.6)         # 1.96 sqrt(.5 .5 / 1000)
     assert metrics.classroom(answers) == got                                  # the seed is fixed
-    assert metrics.classroom(answers, seed=1)["intervals"] != got["intervals"]
+    items = metrics.classroom_items(answers)
+    one, other = (tally.add_up(items, lambda item: tally.parts(item["sums"]), seed)[1] for seed in (0, 1))
+    assert (one["chair_s", "top"] != other["chair_s", "top"]).any()
 
 
 def test_resampling_is_by_image_not_by_question():
@@ -138,7 +142,7 @@ def test_difference_is_paired():
     assert got["chair_s"]["change"] == pytest.approx(-20)
     assert got["chair_s"]["interval"] == pytest.approx([-22.5, -17.5], abs=.5)  # 1.96 sqrt(.2 .8 / 1000)
     assert got["by_kind"]["existence"]["change"] == 0
-    with pytest.raises(metrics.AnswerError, match="different questions"):
+    with pytest.raises(UserError, match="different questions"):
         metrics.difference(many(), many()[:-1])
 
 
@@ -150,25 +154,26 @@ def test_settings_are_passed_over():
 @pytest.mark.parametrize("answers, says", [
     ([], "no answers"),
     ([{"settings": {}}], "no answers"),
-    ([{"id": "x"}], "id x.*`kind`"),
-    (["text"], "answer 1 has no"),
-    ([caption("x", None, ["dog"])], "id x.*`answer`"),
+    ([{"id": "x", "answer": "a"}], "id x.*`kind`"),
+    (["text"], "answer 1 is no JSON object"),
+    ([caption("x", None, ["dog"])], "id x.*no text.*answer it again"),
     ([caption("x", "a", ["dog"], truth={"present": ["dog"]})], "id x.*absent"),
     ([question("x", "a", "red", "attribute", ["blue"])], "id x.*choices"),
     ([question("x", "yes", "yes", set="popular")], "id x.*random, adversarial"),
     ([caption("x", "a", ["dog"]), caption("x", "b", ["dog"])], "id x.*twice"),
 ])
 def test_malformed_answers_are_named(answers, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.classroom(answers)
 
 
 def test_scoring_imports_numpy_and_nothing_heavier():
-    for name in ("metrics", "objects", "replies", "tally", "nouns"):
+    for name in ("metrics", "amber", "objects", "replies", "tally", "nouns"):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         names = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert names <= {"re", "functools", "json", "numpy", "objects", "replies", "tally"}
+        assert names <= {"re", "functools", "collections", "typing", "json", "numpy", "data", "objects",
+                         "replies", "tally"}
 
 
 # ------------------------------------------------------------------------------------------------- POPE
@@ -232,7 +237,7 @@ def test_pope_the_split_is_known_by_its_questions():
     llava = [{"question_id": i, "text": "No", "prompt": splits["random"][i - 1]["text"] + "\nAnswer briefly."}
              for i in (1, 2)]
     assert list(metrics.pope(splits, llava)[0]["by_split"]) == ["random"]
-    with pytest.raises(metrics.AnswerError, match="fit 2 of the splits random, popular.*`split`"):
+    with pytest.raises(UserError, match="fit 2 of the splits random, popular.*`split`"):
         metrics.pope(splits, pope_answers(["Yes", "No"]))
 
 
@@ -254,33 +259,29 @@ TWO = pope_questions(["yes", "no"])
     ([], "no answers"), ([{"settings": {}}], "no answers"), (["Yes"], "answer 1 is no JSON object"),
     (pope_answers(["Yes"]), "1 of 2 questions have no answer .ids pope 2.*--partial"),
     (pope_answers(["Yes", "No", "No"]), "1 answers belong to none of the questions .ids pope 3"),
-    (pope_answers(["Yes", "No"]) + pope_answers(["Yes"]), "1 answers stand there twice .ids pope 1"),
+    (pope_answers(["Yes", "No"]) + pope_answers(["Yes"]), "1 answers appear twice .ids pope 1"),
     ([{"question_id": 1, "answer": None}], "answer 1 .id 1. has no text"),
     ([{"question_id": 1, "answer": ["Yes"]}], "answer 1 .id 1. has no text"),
     ([{"answer": "Yes"}], "no usable `question_id`"),
     ([{"question_id": [1], "answer": "Yes"}], "no usable `question_id`"),
-    ([{"id": 1, "response": "Yes"}], "answer 1 is one to amber, not to pope"),
-    ([{"question_id": 0, "image_id": 285, "prompt": "p", "text": "t"}], "one to objhal, not to pope"),
-    ([{"question_id": 0, "image_id": "5b18b22f53ccc661", "text": "t"}], "one to mmhal, not to pope"),
-    ([caption("x", "a dog", ["dog"])], "one to classroom, not to pope"),
-    ([{"settings": {"benchmark": "amber"}}, *pope_answers(["Yes", "No"])], "one to amber, not to pope")])
+    ([{"settings": {"benchmark": "amber"}}, *pope_answers(["Yes", "No"])], "are to amber, not to pope")])
 def test_answers_that_cannot_be_scored_are_refused(answers, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.pope(TWO, answers)
 
 
 def test_what_is_there_is_scored_if_asked_for():
     scores, _ = metrics.pope(TWO, pope_answers(["Yes"]), partial=True)
     assert scores["accuracy"] == 1 and scores["coverage"] == {"answered": 1, "of": 2}
-    with pytest.raises(metrics.AnswerError, match="none of the questions"):           # strangers they remain
+    with pytest.raises(UserError, match="none of the questions"):           # strangers they remain
         metrics.pope(TWO, pope_answers(["Yes", "No", "No"]), partial=True)
 
 
 @pytest.mark.parametrize("questions, says", [
     ([{"question_id": 1, "text": "q"}], "lacks a `question_id` or a `label`"),
-    (TWO + TWO, "question 1 of pope stands there twice")])
+    (TWO + TWO, "question 1 of pope is there twice")])
 def test_questions_that_are_none_of_popes(questions, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         metrics.pope(questions, pope_answers(["Yes", "No"]))
 
 
@@ -300,7 +301,7 @@ def amber(texts, truth, hallu, similarity=None, mode="robust", **more):
     annotations = [{"id": i, "type": "generative", "truth": truth, "hallu": hallu}
                    for i, _ in enumerate(texts, 1)]
     answers = [{"id": i, "response": text} for i, text in enumerate(texts, 1)]
-    return metrics.amber([], answers, annotations, RELATION, ["cup"], str.split, similarity, mode, **more)
+    return ambers.measures([], answers, annotations, RELATION, ["cup"], str.split, similarity, mode, **more)
 
 
 def test_amber_captions_by_hand():
@@ -355,11 +356,11 @@ def amber_questions(rows, mode="official", **more):
     annotations = [{"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in enumerate(rows, 1)]
     answers = [{"id": i, "response": response} for i, (*_, response) in enumerate(rows, 1)]
     queries = [{"id": i, "image": f"{i}.jpg", "query": "Is the sky sunny in this image?"} for i in range(9)]
-    return metrics.amber(queries, answers, annotations, RELATION, [], {}, mode=mode, **more)
+    return ambers.measures(queries, answers, annotations, RELATION, [], {}, mode=mode, **more)
 
 
 def test_ambers_types():
-    assert {kind: metrics.amber_part(kind) for kind in TYPES} == TYPES
+    assert {kind: ambers.kind_of(kind) for kind in TYPES} == TYPES
 
 
 def test_amber_questions_by_hand():
@@ -393,7 +394,7 @@ def test_amber_all_dimensions_give_the_overall_numbers_and_with_captions_the_sco
         {"id": i, "type": kind, "truth": truth} for i, (kind, truth, _) in enumerate(rows, 2)]
     texts = ["dog cat", *(row[-1] for row in rows)]
     answers = [{"id": i, "response": text} for i, text in enumerate(texts, 1)]
-    both, _ = metrics.amber([], answers, annotations, RELATION, [], {1: ["dog", "cat"]}, mode="official")
+    both, _ = ambers.measures([], answers, annotations, RELATION, [], {1: ["dog", "cat"]}, mode="official")
     assert both["amber_score"] == (100 - both["chair"] + both["f1"]) / 2 and both["f1"] == scores["f1"]
 
 
@@ -406,9 +407,9 @@ def test_amber_a_part_that_is_begun_is_to_be_whole():
     annotations = [{"id": 1, "type": "generative", "truth": [], "hallu": []},
                    {"id": 2, "type": "relation", "truth": "no"}, {"id": 3, "type": "relation", "truth": "no"}]
     answers = [{"id": 2, "response": "No"}]
-    with pytest.raises(metrics.AnswerError, match="1 of 2 questions have no answer .ids 3"):
-        metrics.amber([], answers, annotations, RELATION, [], {})
-    scores, _ = metrics.amber([], answers, annotations, RELATION, [], {}, partial=True)
+    with pytest.raises(UserError, match="1 of 2 questions have no answer .ids 3"):
+        ambers.measures([], answers, annotations, RELATION, [], {})
+    scores, _ = ambers.measures([], answers, annotations, RELATION, [], {}, partial=True)
     assert scores["coverage"] == {"answered": 1, "of": 2} and scores["by_type"]["relation"]["accuracy"] == 100
 
 
@@ -417,14 +418,14 @@ def test_amber_a_part_that_is_begun_is_to_be_whole():
     ({"similarity": {"dog cat": "x"}}, "'dog cat' in the similarity file"),
     ({"similarity": {"dog": [1, 2], "cat": [1]}}, "differ in length")])
 def test_amber_a_similarity_file_that_is_none(more, says):
-    with pytest.raises(metrics.AnswerError, match=says):
+    with pytest.raises(UserError, match=says):
         amber(["dog"], ["dog"], [], **more)
 
 
 def test_amber_a_file_of_nouns_must_hold_every_caption():
     annotations = [{"id": 1, "type": "generative", "truth": [], "hallu": []}]
-    with pytest.raises(metrics.AnswerError, match="none for answer 1"):
-        metrics.amber([], [{"id": 1, "response": "a"}], annotations, RELATION, [], {})
+    with pytest.raises(UserError, match="none for answer 1"):
+        ambers.measures([], [{"id": 1, "response": "a"}], annotations, RELATION, [], {})
 
 
 # ------------------------------------------------------------------------------------------------- CHAIR
@@ -468,7 +469,7 @@ def test_the_truth_is_instances_and_captions():
     truth = objects.coco_truth(instances, captions, TABLE, nouns.lemmas, {1, 2, 4})
     assert truth == {1: {"dog", "person"}, 2: set()}
     instances[0]["categories"][0]["name"] = "cat"
-    with pytest.raises(metrics.AnswerError, match="category 'cat'"):
+    with pytest.raises(UserError, match="category 'cat'"):
         objects.coco_truth(instances, captions, TABLE, nouns.lemmas, {1})
 
 
@@ -489,20 +490,6 @@ def test_chair_by_hand():
     assert singulars["chair_i"] == 2 / 5 and singulars["recall"] == 2 / 6               # and there it is
 
 
-def test_operas_chair_by_hand():
-    """A verb may name an object, and a participle be part of none; tokens are counted once pairs are one."""
-    answers = chair_answers("A man seated beside a hot dog.", "A man on a seated dog.", "Training a puppy.")
-    scores, items = metrics.chair(answers, {1: {"dog", "person"}}, TABLE, nouns.in_context)
-    assert [item["generated"] for item in items] == [
-        [("man", "person"), ("seat", "chair"), ("hot dog", "hot dog")], [("man", "person"), ("dog", "dog")],
-        [("train", "train"), ("puppy", "dog")]]
-    assert scores["chair_s"] == 2 / 3 and scores["chair_i"] == 3 / 7 and scores["recall"] == 4 / 6
-    assert [item["tokens"] for item in items] == [7, 7, 4] and scores["len"] == .01 * 18 / 3
-    dining = objects.synonyms("dining table, table, desk")              # OPERA's Len has it as two words
-    scores, items = metrics.chair(chair_answers("the dining table"), {1: set()}, dining, nouns.in_context)
-    assert scores["len"] == .03 and items[0]["generated"] == [("dining table", "dining table")]
-
-
 def test_chair_with_an_extractor():
     answers = chair_answers("A red hot dog, a man, a woman.", "A bike.", "A seat beside the toilet, twice.")
     assert [line["id"] for line in metrics.extraction_requests(answers)] == [0, 2]  # three words: not asked
@@ -521,19 +508,19 @@ def test_chair_replies_that_are_missing_strange_or_unreadable():
     def score(replies, **more):
         return metrics.chair(answers, truth, TABLE, nouns.lemmas, replies, nouns.phrase, **more)
 
-    with pytest.raises(metrics.AnswerError, match="1 of 2 captions have no answer .ids 1"):
+    with pytest.raises(UserError, match="1 of 2 captions have no answer .ids 1"):
         score({0: "[]"})
-    with pytest.raises(metrics.AnswerError, match="replies belong to none of the captions .ids 9"):
+    with pytest.raises(UserError, match="replies belong to none of the captions .ids 9"):
         score({0: "[]", 1: "[]", 9: "[]"})
     assert score({0: '["dog"]'}, partial=True)[0]["coverage"] == {"answered": 1, "of": 2}
     scores, items = score({0: '["dog"]', 1: "I see a man."})                  # left out, and counted
     assert (scores["unparsed"], scores["n"], scores["chair_s"]) == (1, 1, 0) and items[1]["unparsed"]
-    with pytest.raises(metrics.AnswerError, match="1 replies are no list of objects .ids 1"):
+    with pytest.raises(UserError, match="1 replies are no list of objects .ids 1"):
         score({0: '["dog"]', 1: "I see a man."}, mode="official")
 
 
 def test_chair_answers_about_other_images_and_without_objects():
-    with pytest.raises(metrics.AnswerError, match="1 answers are about images.*ids 0"):
+    with pytest.raises(UserError, match="1 answers are about images.*ids 0"):
         metrics.chair(chair_answers("A dog.", image=2), {1: {"dog"}}, TABLE, nouns.lemmas)
     scores, _ = metrics.chair(chair_answers("Nothing."), {1: {"dog"}}, TABLE, nouns.lemmas)
     assert scores["chair_i"] == scores["chair_s_refine"] == 0 and "0/0" in scores["remarks"][0]
@@ -569,21 +556,19 @@ def test_mmhal_prompts_in_any_order_of_answers():
     assert prompts[3] == "Dog, Cat|What is 3?|A dog.|a dog|{x}" and list(prompts) == list(range(16))
     merged = [record | {"model_answer": "{} or {}"} for record in TEMPLATE]
     assert metrics.mmhal_prompts(TEMPLATE, merged, "{}|{}|{}|{}")[0] == "Dog, Cat|What is 0?|A dog.|{} or {}"
-    with pytest.raises(metrics.AnswerError, match="has 3 places"):
+    with pytest.raises(UserError, match="has 3 places"):
         metrics.mmhal_prompts(TEMPLATE, merged, "{}{}{}")
 
 
 def test_mmhal_what_is_missing():
     replies = dict.fromkeys(range(16), "Rating: 5")
-    with pytest.raises(metrics.AnswerError, match="1 of 16 questions have no answer .ids 15"):
+    with pytest.raises(UserError, match="1 of 16 questions have no answer .ids 15"):
         metrics.mmhal(TEMPLATE, MMHAL_ANSWERS[:-1], replies)
     del replies[4]
-    with pytest.raises(metrics.AnswerError, match="1 of 16 answers have no answer .ids 4"):
+    with pytest.raises(UserError, match="1 of 16 answers have no answer .ids 4"):
         metrics.mmhal(TEMPLATE, MMHAL_ANSWERS, replies)
     scores, _ = metrics.mmhal(TEMPLATE, MMHAL_ANSWERS, replies, partial=True)
     assert scores["coverage"] == {"answered": 15, "of": 16} and scores["score"] == 5
-    with pytest.raises(metrics.AnswerError, match="record 0 of the template"):
-        metrics.mmhal([{"a": 1}], MMHAL_ANSWERS, replies)
 
 
 # ----------------------------------------------------------------------------- the official scorers' results
@@ -628,7 +613,7 @@ def test_amber_equals_the_official_script(folder, case):
         if (path := folder / f"nouns.{name}.jsonl").exists():
             found |= {line["id"]: line["nouns_in_vocab"] for line in read_lines(path)}
     table = read_json(folder / "similarity_table.json") if "similarity=table" in options else None
-    scores, items = metrics.amber(
+    scores, items = ambers.measures(
         [], answers, read_json(official / "annotations.json"), read_json(official / "relation.json"),
         (official / "safe_words.txt").read_text().split("\n"), found, table, mode="official", resamples=0)
     if "formula" in expected:
@@ -647,13 +632,12 @@ def test_amber_equals_the_official_script(folder, case):
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("folder, case", cases("chair"))
+@pytest.mark.parametrize("folder, case", [case for case in cases("chair") if "opera" not in case.values[1]])
 def test_chair_equals_the_official_scripts(folder, case):
     scorer, name = case.split("|")
     kinds = {"rlhfv_nogpt": ("rlhfv", "synonyms_refine.rlhfv.txt", nouns.lemmas),
              "rlhfv_gpt_canned": ("rlhfv", "synonyms_refine.rlhfv.txt", nouns.lemmas),
-             "original_chair(pattern)": ("original", "synonyms.chair.txt", nouns.singulars),
-             "opera_style(halva)": ("opera_style", "synonyms.chair.txt", nouns.in_context)}
+             "original_chair(pattern)": ("original", "synonyms.chair.txt", nouns.singulars)}
     (kind, file, words), expected = kinds[scorer], read_json(folder / "expected.json")[case]
     text = (need(SHARED / "official" / "objhal") / file).read_text()
     table = objects.synonyms(text, literal=kind != "rlhfv")
@@ -671,8 +655,7 @@ def test_chair_equals_the_official_scripts(folder, case):
         replies = {key: reply for key, reply in replies.items() if key in asked}
     scores, items = metrics.chair(answers, truth, table, words, replies, nouns.phrase, "official")
     names = {"CHAIRs": "chair_s", "CHAIRs_refine": "chair_s_refine", "CHAIRi": "chair_i", "obj_rec": "recall",
-             "sentence_num": "n", "coco_sentence_num": "n_with_objects", "avg_word_len": "mean_words",
-             "Recall": "recall", "Len": "len"}
+             "sentence_num": "n", "coco_sentence_num": "n_with_objects", "avg_word_len": "mean_words"}
     assert {key: scores[names[key]] for key in expected if key in names} == {
         key: expected[key] for key in expected if key in names}
     if "coco_word_count" in expected:
@@ -722,7 +705,7 @@ def test_a_whole_amber_and_a_whole_pope_take_no_time():
     queries = [{"id": i, "image": f"{i % 1004}.jpg", "query": "Is the sky sunny in this image?"}
                for i in range(1, 15221)]
     start = time.process_time()
-    scores, _ = metrics.amber(queries, answers, annotations, RELATION, [], nouns.nouns)
+    scores, _ = ambers.measures(queries, answers, annotations, RELATION, [], nouns.nouns)
     assert scores["n"] == 15220 and time.process_time() - start < 4
     splits = {name: [{"question_id": i, "image": f"{i // 6}.jpg", "label": "yes",
                       "text": f"Is there a thing{i} in the image?"} for i in range(3000)]

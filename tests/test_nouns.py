@@ -5,8 +5,9 @@ import re
 import pytest
 from conftest import GOLDEN, SHARED, need
 
-import metrics
+import amber
 import nouns
+from data import UserError
 
 
 def golden(pattern):
@@ -119,7 +120,7 @@ def distance(captions, official):
     """{CHAIR, Cover, Hal, Cog: how far our nouns are from the official ones}, captions {AMBER id: text}."""
     files = {name: json.loads((AMBER / f"{name}.json").read_text()) for name in ("annotations", "relation")}
     answers = [{"id": name, "response": text} for name, text in captions.items()]
-    ours, theirs = (metrics.amber([], answers, safe_words=(AMBER / "safe_words.txt").read_text().split("\n"),
+    ours, theirs = (amber.measures([], answers, safe_words=(AMBER / "safe_words.txt").read_text().split("\n"),
                                   nouns=found, partial=True, resamples=0, **files)[0]
                     for found in (nouns.nouns, official))
     return {key: round(ours[key] - theirs[key], 2) for key in ("chair", "cover", "hal", "cog")}
@@ -139,7 +140,7 @@ def test_ambers_scores_are_within_a_point_of_the_official_extraction(path):
 @pytest.mark.parametrize("path", golden("lemma/tokenize_pos*.jsonl"))
 def test_real_captions_give_the_official_nouns_with_few_exceptions(path):
     """Of COCO images, so AMBER has no truth for them; the mentions themselves are compared."""
-    vocabulary = metrics.amber_vocabulary(json.loads((need(AMBER) / "relation.json").read_text()))
+    vocabulary = amber.vocabulary(json.loads((need(AMBER) / "relation.json").read_text()))
     ours = theirs = both = 0
     for row in map(json.loads, path.read_text().splitlines()):
         found = sorted(word for word in nouns.nouns(row["text"]) if word in vocabulary)
@@ -150,51 +151,11 @@ def test_real_captions_give_the_official_nouns_with_few_exceptions(path):
     assert both / ours > .97 and both / theirs > .99
 
 
-# ------------------------------------------------------------------------------------------------- verbs
-@pytest.mark.parametrize("word, base", [
-    ("seated", "seat"), ("skiing", "ski"), ("training", "train"), ("biking", "bike"), ("manned", "man"),
-    ("bedding", "bed"), ("tied", "tie"), ("tying", "tie"), ("sandwiched", "sandwich"), ("bottled", "bottle"),
-    ("bowling", "bowl"), ("balled", "ball"), ("ferried", "ferry"), ("microwaved", "microwave"),
-    ("monitored", "monitor"), ("skateboarding", "skateboard"), ("cycling", "cycle"), ("born", "bear"),
-    ("parking", "park"), ("potted", "pot"), ("stove", "stave"), ("knifing", "knife"), ("phoning", "phone"),
-    ("busing", "bus"), ("bed", "bed"), ("sled", "sled"), ("dog", "dog")])
-def test_verbs_are_wordnets(word, base):
-    assert nouns.verb(word) == base
-
-
-@pytest.mark.parametrize("text, word", [
-    ("A man seated on a bench.", "seat"), ("A seated man.", "seated"), ("Two seated men.", "seated"),
-    ("They are seated.", "seat"), ("He is skiing.", "ski"), ("the skiing", "skiing"),
-    ("It provides seating for two.", "seat"), ("comfortable seating for two", "seating"),
-    ("next to a parking meter", "parking"), ("Parking meters line it.", "parking"),
-    ("two parking meters", "park"), ("a flooded parking lot", "parking"), ("2 potted plants", "potted"),
-    ("a white stove", "stove"), ("with bananas inside", "banana"), ("a potted plant", "potted"),
-    ("some potted plants", "potted"),
-    ("trees, potted plants and more", "pot"), ("There is a stove.", "stove"), ("a steel stove", "stave"),
-    ("a gosling swimming", "gosling"), ("two umbrellas", "umbrella"), ("with pizzas inside", "pizzas")])
-def test_a_word_is_a_noun_or_a_verb_by_its_neighbours(text, word):
-    assert word in nouns.in_context(text)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("path", golden("lemma/tokenize_pos*.jsonl"))
-def test_verbs_of_real_captions_are_the_official_taggers_with_few_exceptions(path):
-    """All -ing and -ed words, whether objects or not; an adjective is no verb."""
-    right = total = 0
-    for row in map(json.loads, path.read_text().splitlines()):
-        words = ["", *(word.lower() for word in row["tokens"]), ""]
-        for i, tag in enumerate(row["tags"], 1):
-            if re.search("...(ing|ed)$", words[i]):
-                total += 1
-                right += nouns._is_verb(words[i], words[i - 1], words[i + 1]) == tag.startswith("V")
-    assert right > .9 * total, (right, total)
-
-
 # ------------------------------------------------------------------------------------------------- NLTK
 def test_without_nltk_or_its_data_there_is_a_sentence(monkeypatch):
     nouns._nltk.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "nltk", None)
-    with pytest.raises(nouns.NounError, match="pip install nltk"):
+    with pytest.raises(UserError, match="pip install nltk"):
         nouns.nltk_nouns("two dogs")
 
 
@@ -205,19 +166,9 @@ def test_nltk_is_asked_where_it_is_installed():
         nltk.pos_tag(nltk.word_tokenize("two dogs"))
         nltk.stem.WordNetLemmatizer().lemmatize("dogs")
     except LookupError:
-        for extract in (nouns.nltk_nouns, nouns.nltk_lemmas, nouns.nltk_in_context):
-            with pytest.raises(nouns.NounError, match="nltk.downloader"):
+        for extract in (nouns.nltk_nouns, nouns.nltk_lemmas):
+            with pytest.raises(UserError, match="nltk.downloader"):
                 extract("two dogs")
     else:
         assert nouns.nltk_nouns("Two dogs can run.") == ["dog"]
         assert nouns.nltk_lemmas("Two Dogs") == ["two", "dog"]
-        assert nouns.nltk_in_context("He is seated.") == ["he", "be", "seat", "."]
-
-
-def test_in_context_a_words_tag_chooses_its_lemma(monkeypatch):
-    """With NLTK's three functions played: its data are not on the package index."""
-    tags = {"he": "PRP", "seated": "VBN", "bigger": "JJR", "dogs": "NNS", "fast": "RB"}
-    monkeypatch.setattr(nouns, "_nltk", lambda: (
-        str.split, lambda words: [(word, tags[word]) for word in words], lambda word, pos: f"{word}.{pos}"))
-    assert nouns.nltk_in_context("He seated bigger DOGS fast") == [
-        "he.n", "seated.v", "bigger.a", "dogs.n", "fast.r"]

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 import data
 import rewards
 
-CLOSE = dict(abs=1e-5, rel=1e-5)
+# float32's noise with random weights, on any processor. The mildest wrong choice errs by 0.8 in ImageReward
+# (another epsilon of its layer norms), by 0.3 in ArmoRM (a transposed matrix).
+NOISE = dict(abs=5e-4)
+CLOSE = dict(abs=1e-4)
 
 
 def cases(*names):
@@ -48,7 +51,7 @@ def test_imagereward_equals_the_official_package(reward, folder):
         encoded = model.tokenizer(case["prompt"], padding="max_length", truncation=True, max_length=35)
         assert encoded["input_ids"] == case["input_ids"]
         score, = model.score(case["prompt"], [folder / case["image"]])
-        assert score == pytest.approx(case["score"], **CLOSE), (case["prompt"], case["image"])
+        assert score == pytest.approx(case["score"], **NOISE), (case["prompt"], case["image"])
 
 
 @pytest.mark.golden
@@ -58,7 +61,7 @@ def test_a_batch_of_images_scores_as_its_images_do(reward, folder):
     for prompt in {case["prompt"]: 0 for case in expected["cases"]}:
         mine = [c for c in expected["cases"] if c["prompt"] == prompt]
         scores = model.score(prompt, [folder / c["image"] for c in mine], batch_size=3)
-        assert scores == pytest.approx([c["score"] for c in mine], **CLOSE)
+        assert scores == pytest.approx([c["score"] for c in mine], **NOISE)
 
 
 @pytest.mark.golden
@@ -66,7 +69,7 @@ def test_a_batch_of_images_scores_as_its_images_do(reward, folder):
 def test_pixels_equal_the_official_preparation(reward, folder):
     _, expected = reward(folder)
     for name, pixels in load_file(folder / "pixel_values.safetensors").items():
-        ours = rewards.preprocess(rewards.open_image(folder / name), expected["image_size"])
+        ours = rewards.preprocess(rewards.opened(folder / name), expected["image_size"])
         assert torch.equal(ours, pixels.reshape(ours.shape)), name
 
 
@@ -108,22 +111,25 @@ def tiny_imagereward(folder, size=32, **options):
     return folder
 
 
-def test_sizes_that_show_in_the_shapes_need_no_config(tmp_path):
+def test_a_config_is_a_path_or_a_dict_and_need_not_tell_a_pictures_size(tmp_path):
     folder = tiny_imagereward(tmp_path)
-    full = rewards.ImageReward.load(folder)
-    heads = {"vision": {"num_attention_heads": 2}, "text": {"num_attention_heads": 2}}
-    short = rewards.ImageReward.load(folder / "ImageReward.pt", heads, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("image_size", "patch_size"):
+        del config["vision"][name]
     pictures = [picture(k) for k in range(3)]
-    assert full.score("a red cat", pictures) == short.score("a red cat", pictures)
-    assert len(set(full.score("a red cat", pictures))) == 3
-    assert full.score("a red cat", pictures) != full.score("a blue dog", pictures)
+    scores = rewards.ImageReward.load(folder).score("a red cat", pictures)
+    for given in (config, folder / "config.json", str(folder / "config.json")):
+        model = rewards.ImageReward.load(folder / "ImageReward.pt", given, folder)
+        assert model.score("a red cat", pictures) == scores
+        assert model.score("a blue dog", pictures) != scores
+    assert len(set(scores)) == 3
 
 
 @pytest.mark.parametrize("spoil, says", [
     (lambda f: (f / "vocab.txt").unlink(), "vocab.txt is missing"),
     (lambda f: (f / "ImageReward.pt").write_bytes(b"torn"), "cannot be read as weights"),
     (lambda f: (f / "ImageReward.pt").unlink(), "no weights there"),
-    (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    (lambda f: (f / "config.json").write_text("{"), "broken JSON"),
     (lambda f: torch.save({"a": torch.ones(1)}, f / "ImageReward.pt"), "not ImageReward's state dict"),
     (lambda f: torch.save({"a": subprocess.run}, f / "ImageReward.pt"), "cannot be read as weights"),
     (lambda f: tiny_imagereward(f, extra=torch.ones(1)), "does not fit its config"),
@@ -323,7 +329,7 @@ def test_a_prompt_whose_end_was_cut_off_is_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    (lambda f: (f / "config.json").unlink(), "config.json could not be read"),
     (lambda f: save_file({"model.norm.weight": torch.ones(16)}, f / "model.safetensors"), "names differ"),
     (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace(
         '"hidden_size": 16', '"hidden_size": 32')), "does not fit")])

@@ -1,0 +1,257 @@
+"""AMBER (https://arxiv.org/abs/2311.07397) for eval_hallu.py: captions by their nouns, questions by "no".
+
+    scores, items = amber.measures(queries, answers, annotations, relation, safe_words, nouns)
+
+    CHAIR = mentions of absent objects / mentions of objects
+    Cover = present objects that are named / present objects
+    Hal   = captions with an absent object / captions
+    Cog   = words that models tend to add and that are named / all of them
+    precision, recall, F1 of the answer "no", by type; AMBER score = (100 - CHAIR + F1) / 2
+
+All in percent, as sums over images. In mode "official" they equal the official scorer's to the digit, which
+adds 0.001 to each sum that it divides by and rounds to one decimal; "robust" does neither.
+"""
+import re
+
+import numpy as np
+
+from data import UserError
+from replies import strict_yes_no, yes_no
+from tally import add_up, intervals, join, ratio, read
+
+TYPES = {"existence": ("existence",), "attribute": ("state", "number", "action"), "state": ("state",),
+         "number": ("number",), "action": ("action",), "relation": ("relation",),
+         "all": ("existence", "state", "number", "action", "relation")}   # by what they make up
+CAPTIONS = {"chair": ("hal", "mentions"), "cover": ("cover", "cover_num"), "cog": ("cog", "cog_num")}
+# the official names of counters
+COUNTERS = {"all": "qa", "state": "as_qa", "number": "an_qa", "action": "aa_qa", "relation": "asso_qa",
+            "existence": "ha_qa", "chair": "chair", "cover": "safe_cover", "cog": "hallu_cover"}
+ADDED = 1e-3                                               # to each sum that the official scorer divides by
+
+
+def measures(queries, answers, annotations, relation, safe_words, nouns, similarity=None, mode="robust",
+             partial=False, resamples=1000):
+    """-> {"chair", "cover", "hal", "cog"} of the captions; {"accuracy", "precision", "recall", "f1"} of the
+    questions where all three dimensions are answered; the same by dimension and type under "by_type";
+    "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. What is not
+    answered at all has no key.
+
+    queries: AMBER's query files {"id", "image", "query"} in one list, for the images and the questions'
+    words; may be []. annotations, relation: its files. nouns: a function text -> nouns in the singular, or
+    {id: nouns}. similarity: see similar_words.
+    """
+    official = mode == "official"
+    known = {line["id"]: line for line in annotations}
+    query = {line["id"]: line for line in queries}
+    kinds = {name: kind_of(line["type"]) for name, line in known.items()}
+    found = read(answers, "amber")
+    coverage = join([answer.id for answer in found], kinds, partial)
+    judge = Captions(relation, safe_words, similarity)
+    items = []
+    for name, text, _ in found:
+        asked, truth = query.get(name, {}), known[name]["truth"]
+        item = {"id": name, "image": asked.get("image", name), "type": kinds[name]}
+        if kinds[name] == "generative":
+            named = nouns(text) if callable(nouns) else nouns.get(name)
+            if named is None:
+                raise UserError(f"the file of nouns has none for answer {name}; extract them again")
+            item |= judge.caption(named, truth, known[name]["hallu"])
+        else:
+            said = strict_yes_no(text) if official else yes_no(text, asked.get("query", ""))
+            item |= {"truth": truth, "said": said, "right": said == truth}
+        items.append(item)
+    total, draws = add_up(items, _counts, resamples=resamples)
+    by_type, resampled = by_part(total, official), by_part(draws, False)
+    scores = by_type.pop("generative", {}) | by_type.pop("all", {})
+    drawn = resampled.pop("generative", {}) | resampled.pop("all", {})
+    remarks = []
+    for part, points in by_type.items():
+        points["intervals"] = intervals(points, resampled[part])
+        points["n"], points["unparsed"] = total[part, "n"], total[part, "unparsed"]
+        if not total[part, "said_no"]:
+            remarks.append(f"{part}: no answer is a no, so precision is 0/0; it and F1 are given as 0")
+    return {"mode": mode,
+            **scores,
+            "intervals": intervals(scores, drawn),
+            "n": len(items),
+            "unparsed": total["all", "unparsed"],
+            "by_type": by_type,
+            "counts": counters(total, official),
+            "coverage": coverage,
+            "remarks": remarks}, items
+
+
+def kind_of(annotated):
+    """The `type` of an annotation -> generative, existence, state, number, action or relation."""
+    last = annotated.rsplit("-", 1)[-1]
+    return {"hallucination": "existence", "discriminative": "relation"}.get(last, last)
+
+
+# ---- captions ----
+def vocabulary(relation):
+    """The nouns that AMBER knows: keys and values of its relation.json."""
+    return {*relation, *(word for words in relation.values() for word in words)}
+
+
+class Captions:
+    """What the nouns of a caption credit, by AMBER's relation.json, safe words and similarities."""
+    def __init__(self, relation, safe_words, similarity=None):
+        self.relation, self.safe_words = relation, set(safe_words)
+        self.vocabulary = vocabulary(relation)
+        self.near = similar_words(similarity or {})
+
+    def caption(self, nouns, truth, hallu):
+        """One caption -> its counts {"hal", "mentions", "cover", "cover_num", "cog", "cog_num", "non_hallu"},
+        and those of its "nouns" that AMBER knows.
+
+        The associations of all truths come before the truths themselves, and a noun credits the first entry
+        that it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun
+        found among those is still compared with both lists, and is forgiven where it resembles a truth: the
+        official code does so, whatever was meant. A safe word is a mention and nothing else.
+        """
+        nouns = [noun for noun in nouns if noun in self.vocabulary]
+        present, added = self.entries(truth), self.entries(hallu)
+        covered, cognised, misses = set(), set(), 0
+        for noun in nouns:
+            if noun in self.safe_words or _credit({noun}, present, covered):
+                continue
+            near = self.near.get(noun, {noun})
+            _credit({noun}, added, cognised)
+            _credit(near, added, cognised)
+            misses += not _credit(near, present, covered)
+        return {"hal": misses,
+                "mentions": len(nouns),
+                "cover": len(covered),
+                "cover_num": len(truth),
+                "cog": len(cognised),
+                "cog_num": len(hallu),
+                "non_hallu": int(not misses),
+                "nouns": nouns}
+
+    def entries(self, words):
+        """[(word, index of what it credits)]: the associations of all words, then the words themselves."""
+        associated = [(other, i) for i, word in enumerate(words) for other in self.relation.get(word, [])]
+        return associated + [(word, i) for i, word in enumerate(words)]
+
+
+def _credit(words, entries, credited):
+    """Credit the first entry that is one of the words; whether there is one."""
+    for word, place in entries:
+        if word in words:
+            credited.add(place)
+            return True
+    return False
+
+
+def similar_words(similarity, threshold=0.8):
+    """{noun: it and what is more similar to it than the threshold}. similarity: a table {"a b": number} in
+    either order, or vectors {word: [numbers]}, compared by cosine."""
+    if any(isinstance(value, list) for value in similarity.values()):
+        pairs = _alike(similarity, threshold)
+    else:
+        pairs = []
+        for key, value in similarity.items():
+            if not isinstance(value, int | float) or not re.fullmatch(r"\S+ \S+", key):
+                raise UserError(f"{key!r} in the similarity file is no pair \"word word\" with a number; "
+                                "correct the file")
+            if value > threshold:
+                pairs.append(key.split(" "))
+    near = {}
+    for one, other in pairs:
+        near.setdefault(one, {one}).add(other)
+        near.setdefault(other, {other}).add(one)
+    return near
+
+
+def _alike(vectors, threshold):
+    try:
+        rows = np.array(list(vectors.values()), dtype=np.float64)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    except (ValueError, TypeError):
+        raise UserError("the vectors of the similarity file differ in length; correct it") from None
+    names = list(vectors)
+    return [(names[i], names[j]) for i, j in np.argwhere(rows @ rows.T > threshold)]
+
+
+# ---- sums ----
+def _counts(item):
+    """What an item adds to {(part, key): count}, for its type, its dimension and all questions."""
+    part = item["type"]
+    if part == "generative":
+        keys = [key for pair in CAPTIONS.values() for key in pair]
+        return {(part, "n"): 1} | {(part, key): item[key] for key in (*keys, "non_hallu")}
+    no, said_no = item["truth"] == "no", item["said"] == "no"
+    counts = {"n": 1,
+              "correct": item["right"],
+              "no": no,
+              "said_no": said_no,
+              "no_right": no and said_no,
+              "unparsed": item["said"] is None}
+    homes = [home for home, types in TYPES.items() if part in types]
+    return {(home, key): int(value) for home in homes for key, value in counts.items()}
+
+
+def by_part(sums, official):
+    """{"generative", a dimension, a type or "all": its measures} of what was asked as a whole."""
+    asked = {part for part, key in sums if key == "n"}
+    found = {}
+    if "generative" in asked:
+        found["generative"] = _captions(sums.of("generative"), official)
+    for part, types in TYPES.items():
+        if asked.issuperset(types):
+            found[part] = _questions(sums.of(part), official, part)
+    if "generative" in found and "all" in found:
+        kept = 100 - found["generative"]["chair"]
+        found["all"]["amber_score"] = (kept + found["all"]["f1"]) / 2         # the paper's, not in the code
+    return found
+
+
+def _captions(sums, official):
+    added = ADDED if official else 0
+    shares = {key: _share(sums[top], sums[bottom], added) for key, (top, bottom) in CAPTIONS.items()}
+    shares["hal"] = _share(sums["n"] - sums["non_hallu"], sums["n"])
+    if official:
+        clean = float(sums["non_hallu"] / (sums["n"] + ADDED) * 100)
+        shares["hal"] = round(100 - clean, 1)
+    return shares
+
+
+def _questions(sums, official, part):
+    """The official scorer makes F1 of rounded numbers, and adds once for each type of attributes."""
+    added = 0
+    if official:
+        added = ADDED * 3 if part == "attribute" else ADDED
+    accuracy = _share(sums["correct"], sums["n"], added)
+    precision = _share(sums["no_right"], sums["said_no"], added)
+    recall = _share(sums["no_right"], sums["no"], added)
+    f1 = ratio(2 * precision * recall, precision + recall)
+    if official:
+        small = 1e-3 if part == "existence" else 1e-4
+        p, r = precision / 100, recall / 100
+        f1 = round(2 * p * r / (p + r + small) * 100, 1)
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1}
+
+
+def _share(top, bottom, added=0):
+    """top / bottom in percent; the official scorer adds a little to the bottom, and rounds to one decimal."""
+    if added:
+        return round(float(top / (bottom + added) * 100), 1)
+    return 100 * ratio(top, bottom)
+
+
+def counters(total, official):
+    """The official scorer's counters by their names, with what it adds to those that it divides by."""
+    pairs = {"non_hallu": ("generative", "non_hallu", "n")}
+    for part, code in COUNTERS.items():
+        if part in CAPTIONS:
+            pairs[code] = ("generative", *CAPTIONS[part])
+        else:
+            pairs[f"{code}_correct"] = (part, "correct", "n")
+            pairs[f"{code}_no"] = (part, "no_right", "no")
+            pairs[f"{code}_ans_no"] = (part, "no_right", "said_no")
+    found = {}
+    for name, (part, top, bottom) in pairs.items():
+        if (part, "n") in total:
+            found[f"{name}_score"] = total[part, top]
+            found[f"{name}_num"] = total[part, bottom] + (ADDED if official else 0)
+    return found
