@@ -212,11 +212,9 @@ def _pad(rows, value, side="right"):
 
 def _logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
-    part = iter(sums.split(len(pairs)))
-    return losses.Logps(chosen=next(part),
-                        rejected=next(part) if "rejected" in needs else None,
-                        image_rejected=next(part) if "image_rejected" in needs else None,
-                        chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
+    fields = [name for name in ("chosen", "rejected", "image_rejected") if name == "chosen" or name in needs]
+    parts = dict(zip(fields, sums.split(len(pairs)), strict=True))
+    return losses.Logps(**parts, chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
                         rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
 
 
@@ -224,27 +222,29 @@ def _logps(sums, pairs, needs):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `segments` are given (generation, naive).
 
-    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [(start, prompt, chosen, rejected)], tokens.
+    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    window, longest = kwargs.get("sliding_window"), max(s[1] + max(s[2:]) for s in segments)
+    window = kwargs.get("sliding_window")
+    longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
     if window and longest > window:
         raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
                              f"{window}: pass --forward naive, or a smaller --set max_length")
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
-    lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
+    lengths, out = [n for s in segments for n in (s.prompt + s.chosen, s.rejected)], []
     queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
-    for i, (_, prompt, _, rejected) in enumerate(segments):
+    for i, segment in enumerate(segments):
         q, k, v = queries[2 * i], keys[2 * i], values[2 * i]                         # prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
-        if rejected:
-            k = torch.cat([k[:, :, :prompt], keys[2 * i + 1]], 2)
-            v = torch.cat([v[:, :, :prompt], values[2 * i + 1]], 2)
-            out.append(attend(queries[2 * i + 1], k, v, attn_mask=causal_lower_right(rejected, k.shape[2])))
+        if segment.rejected:
+            k = torch.cat([k[:, :, :segment.prompt], keys[2 * i + 1]], 2)
+            v = torch.cat([v[:, :, :segment.prompt], values[2 * i + 1]], 2)
+            mask = causal_lower_right(segment.rejected, k.shape[2])
+            out.append(attend(queries[2 * i + 1], k, v, attn_mask=mask))
     return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
 
 
