@@ -40,6 +40,7 @@ from pathlib import Path
 from limit import (
     BETA,
     Ours,
+    as_train_dpo,
     batch_of,
     fastest,
     middle,
@@ -55,7 +56,6 @@ from section import ROOT, SHAPES, arguments, command, heading, machine, report
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")       # nothing here may reach for a hub
 import torch  # noqa: E402
-import transformers.models.llama.modeling_llama as llama  # noqa: E402
 from torch.nn.functional import logsigmoid  # noqa: E402
 
 import data  # noqa: E402
@@ -63,21 +63,10 @@ import lora  # noqa: E402
 import losses  # noqa: E402
 import vlm  # noqa: E402
 
-STOCK = llama.apply_rotary_pos_emb
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 
 # ----------------------------------------------------------------------------------------------- TRL's side
-@contextlib.contextmanager
-def stock():
-    """transformers as it comes: vlm.load puts a faster function into it, which is not TRL's to have."""
-    before, llama.apply_rotary_pos_emb = llama.apply_rotary_pos_emb, STOCK
-    try:
-        yield
-    finally:
-        llama.apply_rotary_pos_emb = before
-
-
 @contextlib.contextmanager
 def responses_only(wanted):
     """TRL's fused head scores only responses' positions inside, as it does where there is Triton."""
@@ -168,7 +157,7 @@ class TRL:
         return {k: v.to(kind) if v.is_floating_point() else v for k, v in batch.items()}
 
     def loss(self, batch):
-        with stock(), responses_only(self.responses_only):
+        with responses_only(self.responses_only):
             return self.trainer.training_step(self.trainer.model_wrapped, dict(batch)).item()
 
     def step(self, batch):
@@ -260,11 +249,11 @@ def measure(ours, theirs, batches, loss, o, n):
             sides["concatenated"] = partial(ours.step, batch, loss, False, concatenated)
         sides |= {"ours": partial(ours.step, batch, loss, False),
                   "ours_cached": partial(ours.step, batch, loss, True)}
-        extra, operations = products(ours.m, [b[0] for b in batch], loss, o.dtype, o.device)
+        extra, operations = products(ours.m, batch.pairs, loss, o.dtype, o.device)
         timed = rounds({**extra, **sides}, n, o.device, warm=0)
         for name in sides:
             taken.setdefault(name, []).append(timed[name])
-        best, work = fastest(operations, timed), minimum(ours.m, [b[0] for b in batch], loss, False)
+        best, work = fastest(operations, timed), minimum(ours.m, batch.pairs, loss, False)
         taken.setdefault("limit", []).append([sum(work.values()) / operations[best] * t for t in timed[best]])
     return taken, differences
 
@@ -295,6 +284,7 @@ def memory(side, folder, shape, o):
         theirs = TRL(folder, shape, o, loss, defaults=kind == "trl_defaults", out=tempfile.mkdtemp())
         run = partial(theirs.step, theirs.collate(records, loss))
     else:
+        as_train_dpo(o.device)
         ours = Ours(folder, shape, o.dtype, o.device)
         run = partial(ours.step, batch_of(ours.m, records, losses.needs(losses.resolve(loss))), loss, False)
     before = resident("VmRSS", o.device)
@@ -390,6 +380,7 @@ def main():
         # While this process is small: a child's peak is its own, but the machine's memory is shared.
         sides = ["dpo/trl", "dpo/ours", "mdpo/trl", "mdpo/ours", "dpo/trl_defaults"]
         found["memory"] = {} if o.no_memory else memories(folder, o, sides)
+        as_train_dpo(o.device)
         ours, differences = Ours(folder, shape, o.dtype, o.device), []
         theirs = {loss: TRL(folder, shape, o, loss, ours) for loss in ("dpo", "mdpo")}
         defaults = TRL(folder, shape, o, "dpo", ours, defaults=True)
