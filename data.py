@@ -506,11 +506,19 @@ def truncate(pair, max_length):
     return cut, len(pair.chosen) + len(pair.rejected) - len(cut.chosen) - len(cut.rejected)
 
 
+class Segment(NamedTuple):
+    """Where a prompt and its responses are in a Row: their lengths in tokens."""
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int = 0
+
+
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
     positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
-    segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
+    segments: list        # [Segment]
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
@@ -536,23 +544,25 @@ def pack(pairs, needs, positions_of=plain_positions):
     positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
     """
     import torch
-    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
-    if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
-    ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, sizes, chosen, rejected in parts:
-        start = len(ids)
-        fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
-        ids += prompt + chosen + rejected
-        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
-        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
-        segments.append((start, len(prompt), len(chosen), len(rejected)))
-        # the prompt's last place predicts the first token of both responses
-        first.append(([fork - 1, *range(fork, middle - 1)], chosen))
-        second.append(([fork - 1, *range(middle, len(ids) - 1)], rejected))
-    n = len(pairs)
-    order = first[:n] + (second[:n] if "rejected" in needs else []) + first[n:]
-    predict = torch.tensor([place for places, _ in order for place in places])
-    target = torch.tensor([token for _, response in order for token in response])
-    lengths = [len(response) for _, response in order]
+    twice, rejected = "image_rejected" in needs, "rejected" in needs
+    parts = [(p.prompt, p.sizes, [p.chosen, p.rejected] if rejected else [p.chosen]) for p in pairs]
+    parts += [(p.prompt_rejected, p.sizes_rejected, [p.chosen]) for p in pairs if twice]
+    ids, positions, segments, scored = [], [], [], []
+    for prompt, sizes, responses in parts:
+        start, own = len(ids), positions_of(prompt, sizes)                          # (P,) or (3, P)
+        ids += prompt
+        positions.append(own)
+        last = len(ids) - 1                                  # predicts the first token of both responses
+        for response in responses:
+            places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+            scored.append((places, response))
+            ids += response
+            positions.append(positions_after(own, len(response)))
+        segments.append(Segment(start, len(prompt), *map(len, responses)))
+    if rejected:                                             # chosen and rejected took turns
+        n = 2 * len(pairs)
+        scored = scored[:n:2] + scored[1:n:2] + scored[n:]
+    predict = torch.tensor([place for places, _ in scored for place in places])
+    target = torch.tensor([token for _, response in scored for token in response])
+    lengths = [len(response) for _, response in scored]
     return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

@@ -22,7 +22,6 @@ import bisect
 import contextlib
 import copy
 import ctypes
-import hashlib
 import mmap
 import re
 import sys
@@ -31,12 +30,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
 import families
-import kernels
 import lora
 import losses
 
@@ -79,9 +79,8 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         if hasattr(family.config.text_config, name):
             setattr(family.config.text_config, name, 0.0)
     kind = getattr(transformers, family.architecture)
-    model, found = families.part(family.folder, kind, "model", "copy the checkpoint again",
-                                 dtype=stored_type(family.folder) or dtype, config=family.config,
-                                 output_loading_info=True)
+    model, found = data.from_folder(kind, family.folder, "model", "copy the checkpoint again",
+                                    dtype="auto", config=family.config, output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
@@ -90,15 +89,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
     family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
-    kernels.install(family.language_model(model))                   # the same bits, sooner
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
     words, weight = family.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    if model.device.type == "cpu":
-        keep_memory()
     return VLM(family, model, words)
 
 
@@ -123,28 +119,20 @@ def base_of(m):
             yield m
 
 
-def stored_type(folder):
-    """The type of all weights in the files; None where they differ.
+def forget(mapped):
+    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
 
-    Loaded in that type, transformers maps the files and copies nothing: what follows reads them once.
+    Without it loading would need the memory of the weights twice.
     """
-    headers = [families.read_header(path) for path in folder.glob("*.safetensors")]
-    found = {about["dtype"] for header in headers for about in header.values()}
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return types.get(found.pop()) if len(found) == 1 else None
-
-
-def forget(tensor):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes."""
     page = mmap.PAGESIZE
-    first, last = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    first, last = -(-mapped.data_ptr() // page) * page, (mapped.data_ptr() + mapped.nbytes) // page * page
     if sys.platform == "linux" and last > first:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def keep_memory():
-    """What tensors free stays with the process, for the next ones of their size.
+    """What tensors free stays with the process, for the next ones of their size. For a main to call on CPUs.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
@@ -154,23 +142,6 @@ def keep_memory():
         trim_threshold, mmap_max = -1, -4                                          # as malloc.h numbers them
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
-
-
-def identity(m):
-    """What tells one base from another: 16 hex digits of a hash over config.json and the weights files.
-
-    Of each file the name, the size and 64 spread blocks of 64 KiB (all of it, up to 4 MiB): a tuned model
-    differs nearly everywhere, and 14 GB are not read a second time.
-    """
-    digest = hashlib.sha256((m.front.folder / "config.json").read_bytes())
-    for path in sorted([*m.front.folder.glob("*.safetensors"), *m.front.folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(64):
-                file.seek(size * block // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------- images in the model
@@ -241,11 +212,9 @@ def _pad(rows, value, side="right"):
 
 def _logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
-    part = iter(sums.split(len(pairs)))
-    return losses.Logps(chosen=next(part),
-                        rejected=next(part) if "rejected" in needs else None,
-                        image_rejected=next(part) if "image_rejected" in needs else None,
-                        chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
+    fields = [name for name in ("chosen", "rejected", "image_rejected") if name == "chosen" or name in needs]
+    parts = dict(zip(fields, sums.split(len(pairs)), strict=True))
+    return losses.Logps(**parts, chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
                         rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
 
 
@@ -253,27 +222,30 @@ def _logps(sums, pairs, needs):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `segments` are given (generation, naive).
 
-    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [(start, prompt, chosen, rejected)], tokens.
+    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    window, longest = kwargs.get("sliding_window"), max(s[1] + max(s[2:]) for s in segments)
+    window = kwargs.get("sliding_window")
+    longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
     if window and longest > window:
         raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
                              f"{window}: pass --forward naive, or a smaller --set max_length")
-    attend = partial(kernels.attend, scale=scaling or query.shape[3] ** -0.5)
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
-    lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
-    value = kernels.contiguous(value)                                  # as query and key are: kernels.Rotary
-    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
-        out.append(attend(*whole))                                                  # prompt + chosen
-        if rejected:
-            k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
-            out.append(attend(q, k, v))
-    return kernels.contiguous(torch.cat(out, 2)).transpose(1, 2), None                     # (1, T, H, d)
+    lengths, out = [n for s in segments for n in (s.prompt + s.chosen, s.rejected)], []
+    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
+    for i, segment in enumerate(segments):
+        q, k, v = queries[2 * i], keys[2 * i], values[2 * i]                         # prompt + chosen
+        out.append(attend(q, k, v, is_causal=True))
+        if segment.rejected:
+            k = torch.cat([k[:, :, :segment.prompt], keys[2 * i + 1]], 2)
+            v = torch.cat([v[:, :, :segment.prompt], values[2 * i + 1]], 2)
+            mask = causal_lower_right(segment.rejected, k.shape[2])
+            out.append(attend(queries[2 * i + 1], k, v, attn_mask=mask))
+    return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
 
 
 def _register_attention():
@@ -308,12 +280,34 @@ def packed_token_logps(m, row, features):
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
                           for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
-    return kernels.ChunkedLogps.apply(hidden, weight, target, chunk)
+    return ChunkedLogps.apply(hidden, weight, target, chunk)
 
 
 def _token_logps(hidden, weight, target):
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log p(target) of hidden states (N, D) under the frozen lm_head (V, D): never over chunk x V logits.
+
+    The gradient is taken in the forward, with a chunk's probabilities at hand: d logp / dh = W[y] - p W.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, target, chunk):
+        logps, gradients = [], []
+        for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
+            logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))             # (n, V)
+            logps.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1))
+            if ctx.needs_input_grad[0]:
+                gradients.append(weight[y] - logits.softmax(1).to(weight.dtype) @ weight)       # (n, D)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
 FORWARDS = {"packed": packed, "naive": naive}
@@ -339,35 +333,50 @@ def word_logps(m, image, question, answer):
 
 
 # -------------------------------------------------------------------------------- generation
+class Completion(NamedTuple):
+    """What a model said."""
+    text: str
+    finished: bool             # it ended by itself; else it was cut at max_new_tokens
+
+
 @torch.no_grad()
-def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0,
-             progress=None):
-    """Answers (list of str) to questions about images (a list of PIL images each, possibly empty).
+def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
+    """A Completion for each question about images (a list of PIL images each, possibly empty).
 
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
-    Batches are left-padded, prompts of similar length together. progress: called with each batch's size.
+    Batches are left-padded, prompts of similar length together. An answer ends at any token that
+    generation_config.json calls an end, or the tokenizer.
     """
-    options = dict(do_sample=False, pad_token_id=m.front.eos_id, max_new_tokens=max_new_tokens)
+    ends = end_ids(m)
+    options = dict(do_sample=False, eos_token_id=ends, pad_token_id=m.front.eos_id,
+                   max_new_tokens=max_new_tokens)
     if sample_seed is not None:
         options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     prompts = [m.front.prompt_ids(question, [picture.size for picture in shown])
                for question, shown in zip(questions, images, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
-            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                           # (R, T)
+            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                     # (R, T)
             mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
-            pictures = [picture for i in batch for picture in images[i]]
             inputs = {"input_ids": ids.to(m.device), "attention_mask": mask.to(m.device)}
-            if pictures:
+            if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            out = m.model.generate(**inputs, **options)                                         # (R, T + new)
-            texts = m.front.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
-            if progress:
-                progress(len(batch))
-    return answers
+            new = m.model.generate(**inputs, **options)[:, ids.shape[1]:].tolist()              # (R, new)
+            texts = m.front.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(batch, texts, new, strict=True):
+                found[i] = Completion(text.strip(), not set(ends).isdisjoint(tokens))
+    return [found[i] for i in range(len(prompts))]
+
+
+def generate(*arguments, **options):
+    """The texts of complete(), which takes the same arguments."""
+    return [completion.text for completion in complete(*arguments, **options)]
+
+
+def end_ids(m):
+    own = m.model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({m.front.eos_id, *own} - {None})
