@@ -85,19 +85,16 @@ def targeted(names, targets=None):
     """
     names = [n for n in names if n.split(".")[-1] != "lm_head"]
     language = [n for n in names if "language_model" in n.split(".")] or names
-    if not targets:
-        return language
+    targets = [target for target in targets or () if target]
     chosen = set()
     for target in targets:
-        found = {n for n in language if n.split(".")[-1] == target}
-        if "." in target:
-            found = {n for n in names if f".{n}".endswith(f".{target}")}
+        found = {n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in language)}
         if not found:
             kinds = ", ".join(sorted({n.split(".")[-1] for n in language}))
             raise UserError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
                             "full name with a dot in it")
         chosen |= found
-    return [n for n in names if n in chosen]
+    return [n for n in names if n in chosen] if targets else language
 
 
 @contextlib.contextmanager

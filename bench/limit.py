@@ -28,6 +28,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,11 +39,12 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import lora  # noqa: E402
 import losses  # noqa: E402
-import reference  # noqa: E402
+import options  # noqa: E402
 import vlm  # noqa: E402
 from command import Ranks  # noqa: E402
 from ranks import Zero2  # noqa: E402
-from train_dpo import measures  # noqa: E402
+from reference import Reference  # noqa: E402
+from train_dpo import measures, step_loss  # noqa: E402
 
 BETA = 0.1
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -142,18 +144,21 @@ def random_records(shape, n=2, seed=0):
 
 
 def batch_of(m, records, needs, first=0):
-    """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, the rejected image's, key)]."""
-    batch = []
+    """The data.Batch of some records, as train_dpo.py's loop takes it."""
+    pairs, images, images_rejected = [], [], []
     for i, record in enumerate(records, first):
         ids = {part: m.front.tokenizer(record[part], add_special_tokens=False).input_ids
                for part in ("prompt", "chosen", "rejected")}
         sizes, prompt = (record["image"].size,), []
         for token in ids["prompt"]:
             prompt += m.front.image_ids(sizes[0]) if token == m.front.image_token_id else [token]
-        pair = data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"], sizes, sizes)
-        other = [record["image_rejected"]] if "image_rejected" in needs else []
-        batch.append((pair, m.front.prepare([record["image"]]), m.front.prepare(other), i + 1))
-    return batch
+        pairs.append(data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"], sizes, sizes))
+        images += m.front.prepare([record["image"]])
+        if "image_rejected" in needs:
+            images_rejected += m.front.prepare([record["image_rejected"]])
+    places = list(range(first, first + len(records)))
+    keys = [place + 1 for place in places]
+    return data.Batch(pairs, images, images_rejected, places, keys, len(pairs), len(pairs))
 
 
 # ------------------------------------------------------------------------------------------------- the step
@@ -169,23 +174,22 @@ class Ours:
             for name, p in lora.lora_parameters(self.m.model).items():
                 if name.endswith("lora_B"):
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
+        self.ranks, self.places, self.references = Ranks(rank, world, device), places, {}
         trained = lora.lora_parameters(self.m.model)
         self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
-                               Ranks(rank, world, device), clip=1.0)
-        self.reference = reference.Reference(places, world)
+                               self.ranks, clip=1.0)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
         """The mean loss of a micro-batch, its gradient added to the adapter's, and what is logged."""
         loss_of = losses.resolve(loss)
         needs = losses.needs(loss_of) | {"chosen"}
-        pairs, places = [b[0] for b in batch], [b[3] - 1 for b in batch]
-        if not cached:
-            self.reference.key.zero_()
-        features = reference.encode(self.m, batch)
-        frozen = self.reference(self.m, places, batch, features, forward, needs, False)
-        policy = forward(self.m, pairs, features, needs)
-        value = loss_of(policy, frozen, BETA, 0.0)
-        (value.sum() / len(batch)).backward()
+        reference = self.references.get((loss, forward))
+        if reference is None or not cached:
+            reference = Reference(self.places, self.m, forward, needs, self.ranks)
+            self.references[loss, forward] = reference
+        run = SimpleNamespace(model=self.m, loss=loss_of, forward=forward, o=options.Options(beta=BETA))
+        value, policy, frozen = step_loss(run, batch, reference)
+        (value.sum() / batch.of).backward()
         measures(policy, frozen, value, BETA)
         return value.mean().item()
 
@@ -417,7 +421,7 @@ def measure(side, records, o):
              "mdpo": ("mdpo", False), "mdpo_cached": ("mdpo", True)}
     batch = {loss: batch_of(side.m, records, losses.needs(losses.resolve(loss)), first)
              for loss, first in (("dpo", 0), ("mdpo", len(records)))}
-    pairs = [b[0] for b in batch["dpo"]]
+    pairs = batch["dpo"].pairs
     run, operations = products(side.m, pairs, "dpo", o.dtype, o.device)
     sides = {kind: lambda loss=loss, cached=cached: side.step(batch[loss], loss, cached)
              for kind, (loss, cached) in kinds.items()}

@@ -10,7 +10,7 @@ The step is the product's, DPO with the reference scored, as in the first epoch.
 gloo, one pinned thread each, on the same global batch of four pairs: each rank takes its micro-batches, then
 the gradient is reduced, the shard stepped, the weights gathered, as in training.
 
-Reading is the product's (reference.Feed): 10,000 mDPO pairs over 200 different JPEGs of 1024 x 1024 pixels,
+Reading is the product's (batches.Batches): 10,000 mDPO pairs over 200 different JPEGs of 1024 x 1024 pixels,
 each decoded, cropped, resized to 336 twice, tokenised and hashed. The step beside it is a sleep, as an
 accelerator's is to the processor; `waiting` is the share of the seconds that the loop waits for pairs.
 """
@@ -40,9 +40,10 @@ from limit import (
     write_model,
 )
 
+import batches
+import families
 import options
-import reference
-import vlm
+from command import Ranks
 from records import Records
 
 HERE = Path(__file__).resolve().parent
@@ -137,12 +138,13 @@ def reading(n):
     found, needs = [], {"chosen", "rejected", "image_rejected"}
     with tempfile.TemporaryDirectory() as folder:
         path = pictures(Path(folder), n)
-        m, records = vlm.load(Path(folder) / "model"), Records(path)
+        front, records = families.open_folder(Path(folder) / "model"), Records(path)
         for count in WORKERS:
             o = options.Options(data=str(path), batch=16, micro_batch=4, workers=count)
+            pairs = batches.Pairs(records, range(n), [1] * n, front, o, frozenset(needs))
 
-            def steps(busy, o=o):
-                return waiting(reference.Feed(m, records, range(n), [1] * n, o, needs, STEPS + 1), busy)
+            def steps(busy, pairs=pairs, o=o):
+                return waiting(batches.Batches(pairs, o, Ranks(), STEPS + 1), busy)
             processor = time.process_time()
             row = {"workers": count, "pairs_per_second": o.batch / steps(0)[1], "waiting": {}}
             row["processor_ms"] = (time.process_time() - processor) * 1000 / o.batch / (STEPS + 1)
@@ -154,14 +156,12 @@ def reading(n):
 def waiting(feed, busy):
     """(share of waiting, seconds a step) of steps that sleep; before the first nothing could be read."""
     for step in range(STEPS + 1):
-        since = time.perf_counter()
-        _, micros = feed(step)
-        for *_, futures in micros:
-            [future.result() for future in futures]
+        for _ in feed(step):
+            pass
         if step == 0:
             waited, start = 0.0, time.perf_counter()
         else:
-            waited += time.perf_counter() - since
+            waited += feed.waited
         if step < STEPS:
             time.sleep(busy)
     seconds = time.perf_counter() - start

@@ -262,11 +262,11 @@ def measure(ours, theirs, batches, loss, o, n):
             sides["concatenated"] = partial(ours.step, batch, loss, False, concatenated)
         sides |= {"ours": partial(ours.step, batch, loss, False),
                   "ours_cached": partial(ours.step, batch, loss, True)}
-        extra, operations = products(ours.m, [b[0] for b in batch], loss, o.dtype, o.device)
+        extra, operations = products(ours.m, batch.pairs, loss, o.dtype, o.device)
         timed = rounds({**extra, **sides}, n, o.device, warm=0)
         for name in sides:
             taken.setdefault(name, []).append(timed[name])
-        best, work = fastest(operations, timed), minimum(ours.m, [b[0] for b in batch], loss, False)
+        best, work = fastest(operations, timed), minimum(ours.m, batch.pairs, loss, False)
         taken.setdefault("limit", []).append([sum(work.values()) / operations[best] * t for t in timed[best]])
     return taken, differences
 

@@ -151,7 +151,8 @@ def run(cell, results):
     if done.returncode:
         sys.exit(f"study.py: {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
     summary = json.loads((out / "summary.json").read_text())
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    *_, last = (line for line in lines if "loss" in line)
     before, after = ({k: v for k, v in summary[when].items() if k in (*KEYS, "by_kind")}
                      for when in ("before", "after"))
     with open(results, "a") as f:

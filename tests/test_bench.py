@@ -65,7 +65,7 @@ def test_the_minimum_is_what_torch_counts_less_what_needs_not_be(folder):
     batch = limit.batch_of(side.m, limit.random_records(TINY), {"chosen", "rejected"})
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         side.loss(batch, "sft", cached=False)
-    parts = limit.minimum(side.m, [b[0] for b in batch], "sft", cached=False)
+    parts = limit.minimum(side.m, batch.pairs, "sft", cached=False)
     linear = sum(n for part, n in parts.items() if part != "attention")
     assert linear <= counter.get_total_flops() < 1.1 * linear + parts["attention"]
 
@@ -129,14 +129,13 @@ def test_the_third_side_computes_what_the_product_does(folder):
     """The concatenation that shares no prompt: the same log-probs, so that its time can stand beside ours."""
     import vs_trl
 
-    import reference
     import vlm
     side = limit.Ours(folder, TINY)
     needs = {"chosen", "rejected", "image_rejected"}
     batch = limit.batch_of(side.m, limit.random_records(TINY, 3), needs)
-    features, pairs = reference.encode(side.m, batch), [b[0] for b in batch]
     with torch.no_grad():
-        one, other = (f(side.m, pairs, features, needs) for f in (vlm.packed, vs_trl.concatenated))
+        features = vlm.encode_images(side.m, batch)
+        one, other = (f(side.m, batch.pairs, features, needs) for f in (vlm.packed, vs_trl.concatenated))
     for field in ("chosen", "rejected", "image_rejected"):
         torch.testing.assert_close(getattr(one, field), getattr(other, field), rtol=1e-5, atol=0)
 

@@ -93,15 +93,6 @@ def test_targets_choose_layers_by_name(model):
     assert all("language_model" in n for n in names)                # the vision tower has both, too
 
 
-@pytest.mark.parametrize("targets, ends", [
-    (["multi_modal_projector.linear_1"], ["multi_modal_projector.linear_1"]),
-    (["vision_tower.encoder.layers.0.self_attn.q_proj"], ["vision_tower.encoder.layers.0.self_attn.q_proj"]),
-    (["layers.1.mlp.up_proj", "layers.0.mlp.up_proj"], ["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"])])
-def test_a_target_with_dots_is_the_end_of_a_full_name(model, targets, ends):
-    names = add_lora(model, r=4, alpha=8, targets=targets)
-    assert len(names) == len(ends) and all(n.endswith(end) for n, end in zip(names, ends, strict=True))
-
-
 @pytest.mark.parametrize("target", ["q_prj", "linear_1", "or.linear_1", "lm_head", "model.lm_head"])
 def test_a_target_that_names_nothing_is_refused(model, target):
     with pytest.raises(UserError, match=f"no linear layer is called '{target}'"):
