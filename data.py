@@ -52,19 +52,20 @@ def _reflowed(text, width=80):
 
 # ---- files: what is already written is never lost ----
 
-def _write_all(fd, content):
+def _write_all(fd, text):
+    content = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view):]
 
 
 def atomic_write(path, content):
-    """Write the whole file, or leave the old one as it was."""
+    """Write the whole file, text or bytes, or leave the old one as it was. Raises UserError."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb", buffering=0) as file:
-            _write_all(file.fileno(), content.encode() if isinstance(content, str) else content)
+            _write_all(file.fileno(), content)
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file
         os.replace(tmp, path)
     except OSError as error:
@@ -75,12 +76,36 @@ def atomic_write(path, content):
             tmp.unlink()
 
 
+def _json_line(record):
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was. Raises UserError."""
+    atomic_write(path, "".join(map(_json_line, rows)))
+
+
+def append_jsonl(path, record):
+    """One line more, or none; a last line that a killed run left torn is cut off first. Raises UserError."""
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            size = _end_line(file)
+            try:
+                _write_all(file.fileno(), _json_line(record))
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(f"{path} could not be extended ({error.strerror}) and keeps its earlier lines; check "
+                        "the folder, free space and run the command again") from error
+
+
 def _end_line(file):
-    """Cut off a last line that a killed run left torn; one that lacks only its newline gets it."""
+    """Cut off a torn last line, or end one that lacks only its newline -> the file's size."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read() in (b"", b"\n"):
-        return
+        return size
     file.seek(max(0, size - (1 << 24)))
     tail = file.read().rpartition(b"\n")[2]
     try:
@@ -88,79 +113,23 @@ def _end_line(file):
         file.write(b"\n")
     except ValueError:
         file.truncate(size - len(tail))
+    return file.seek(0, os.SEEK_END)
 
 
-def append_jsonl(target, record):
-    """One line more, or none. Given a path, a last line that a killed run left torn is cut off first."""
-    if isinstance(target, str | os.PathLike):
-        try:
-            with open(target, "ab+", buffering=0) as file:
-                _end_line(file)
-                return append_jsonl(file, record)
-        except OSError as error:
-            raise UserError(f"{target} could not be extended ({error.strerror}); check its folder") from error
-    target.flush()
-    size = os.fstat(target.fileno()).st_size
-    try:
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        _write_all(target.fileno(), line.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        os.ftruncate(target.fileno(), size)
-        raise UserError(f"{target.name} could not be extended ({error.strerror}) and keeps its earlier "
-                        "lines; free space and run the command again") from error
-
-
-def decode(text, place, object_hook=None):
-    """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
-    try:
-        return json.loads(text, object_hook=object_hook)
-    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
-        where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
-        where, why = place(1), error
-    raise UserError(f"{where}: broken JSON ({why}); fix or delete it")
-
-
-def parse(text, place):
-    """The object of a JSON text; a fault names `place(its line)`."""
-    record = decode(text, place)
-    if not isinstance(record, dict):
-        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; fix or delete it")
-    return record
-
-
-def read_jsonl(path, torn_ok=False):
-    """The objects of a JSON-lines file; torn_ok passes over a last line that a killed run left unfinished."""
+@contextlib.contextmanager
+def reading(path):
+    """The open file of a path. Raises UserError where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip():
-                        yield parse(line, lambda _, number=number: f"{path}, line {number}")
-                except UserError:
-                    if not torn_ok or line.endswith(b"\n"):
-                        raise
+            yield file
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
-def write_jsonl(path, rows):
-    """An object a line: the whole file, or the old one as it was."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def read_json(path, default=None, kind=object, object_hook=None):
-    """What a JSON file holds; `default` where there is none, unless that is None. kind: list or dict, where
-    nothing else will do. object_hook: see json.loads. Raises UserError."""
-    path = Path(path)
-    if default is not None and not path.exists():
-        return default
-    found = decode(read_bytes(path), lambda line: f"{path}, line {line}", object_hook)
-    if not isinstance(found, kind):
-        raise UserError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is wanted; give the "
-                        "right file")
-    return found
+def read_bytes(path):
+    """A file's bytes. Raises UserError."""
+    with reading(path) as file:
+        return file.read()
 
 
 def read_text(path):
@@ -172,71 +141,97 @@ def read_text(path):
                         "file") from error
 
 
+def parse(text, path, line=1, object_hook=None):
+    """The value of a JSON text (bytes or str) that begins in a line of a file. Raises UserError."""
+    try:
+        return json.loads(text, object_hook=object_hook)
+    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
+        line += error.lineno - 1
+        why = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
+        why = error
+    raise UserError(f"{path}, line {line}: broken JSON ({why}); fix or delete it")
+
+
+def as_record(value, place):
+    """The value, which must be a JSON object. Raises UserError."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {type(value).__name__} instead of a record {{...}}; fix or delete it")
+    return value
+
+
+def read_json(path, default=None, kind=object, object_hook=None):
+    """What a JSON file holds; `default` where there is none, unless that is None. kind: dict where nothing
+    else will do. object_hook: see json.loads. Raises UserError."""
+    if default is not None and not os.path.exists(path):
+        return default
+    found = parse(read_bytes(path), path, object_hook=object_hook)
+    return as_record(found, path) if kind is dict else found
+
+
+def read_jsonl(path, torn_ok=False):
+    """The objects of a JSON-lines file; torn_ok passes over a last line that a killed run left unfinished."""
+    with reading(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if text := line.rstrip():
+                    yield as_record(parse(text, path, number), f"{path}, line {number}")
+            except UserError:
+                if not torn_ok or line.endswith(b"\n"):
+                    raise
+
+
 def read_records(path, torn_ok=True):
     """The objects of a JSON list or of JSON lines, told apart by the first character, in a list."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    if start != b"[":
+    with reading(path) as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
         return list(read_jsonl(path, torn_ok))
-    records = read_json(path)
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: entry {number} is {type(record).__name__} instead of a record {{...}}; "
-                            "correct or delete it")
-    return records
+    return [as_record(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
 
 
-def read_bytes(path):
-    """A file's bytes. Raises UserError."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-
-
-def inside(root, path, what, fix="move it inside"):
+def inside(root, path, what):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
     found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; {fix}")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside or "
+                        "give the folder it is in (--image_root, --images)")
     return found
 
 
-def digest(path, blocks=64, size=1 << 16):
+# ---- models' folders ----
+
+BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger file so many are hashed
+
+
+def digest(path):
     """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
 
     A tuned model differs nearly everywhere, so 14 GB need not be read a second time. Raises UserError.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            found = hashlib.sha256(f"{path.name} {length}".encode())
-            whole = length <= blocks * size
-            for block in range(1 if whole else blocks):
-                file.seek(0 if whole else length * block // blocks)
-                found.update(file.read(-1 if whole else size))
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
+    with reading(path) as file:
+        length = file.seek(0, os.SEEK_END)
+        found = hashlib.sha256(f"{path.name} {length}".encode())
+        places = range(0, length, BLOCK)
+        if len(places) > BLOCKS:
+            places = [length * k // BLOCKS for k in range(BLOCKS)]
+        for place in places:
+            file.seek(place)
+            found.update(file.read(BLOCK))
     return found.digest()
 
 
 def identity(source):
     """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
-    source, found = str(source), hashlib.sha256()
+    source, path = str(source), Path(source)
     if source.startswith(("http://", "https://")):
         return hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = Path(source)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix != ".md")
-    for file in files:
+    found = hashlib.sha256()
+    files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.suffix != ".md"]
+    for file in sorted(files):
         found.update(str(file.relative_to(path)).encode() + digest(file))
     return found.hexdigest()[:16]
 
@@ -258,24 +253,6 @@ def from_folder(kind, folder, what, fix, **options):
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
-
-
-# ---- the index: where the lines of a file begin and end ----
-
-def index_lines(path, size=1 << 20):
-    """(starts, ends, numbers): bytes and, from 1, line numbers of a file's lines that are not blank."""
-    found, at = [], 0
-    with open(path, "rb") as file:
-        while chunk := file.read(size):                 # fits the processor's cache: twice as fast as 16 MiB
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
-            at += len(chunk)
-        ends = np.concatenate([*found, [at]])
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        filled = ends > starts
-        for i in np.flatnonzero(filled & (ends - starts < 16)):
-            file.seek(starts[i])
-            filled[i] = bool(file.read(ends[i] - starts[i]).strip())
-    return starts[filled], ends[filled], np.flatnonzero(filled) + 1
 
 
 # ---- images ----
