@@ -27,26 +27,26 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 
 class UserError(ValueError):
-    """A user's mistake, in one sentence: what, where, and the mend."""
+    """A user's mistake, in one sentence: what is wrong, where, and how to fix it."""
 
 
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-        super().__init__(*args, **{"formatter_class": form, "allow_abbrev": False, **options})
+        super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
         self.description = _reflowed(self.description)
 
     def error(self, message):
         sys.exit(f"{self.prog}: {message}; see --help")
 
 
-def _reflowed(text, width=80):
+def _reflowed(text):
     """A docstring for a terminal: paragraphs are filled anew, indented lines (commands) stay as they are."""
     found = []
     for block in (text or "").strip().split("\n\n"):
-        indented = any(line.startswith("    ") for line in block.splitlines())
-        found.append(block if indented else textwrap.fill(" ".join(block.split()), width))
+        indented = "\n    " in "\n" + block
+        found.append(block if indented else textwrap.fill(" ".join(block.split()), 80))
     return "\n\n".join(found)
 
 
@@ -263,10 +263,12 @@ SMALL = 160                                             # pixels: so small, a pa
 
 @contextlib.contextmanager
 def _opened(source):
-    """A path's or bytes' PIL image; whatever is amiss with the file is a UserError."""
-    name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
+    """A path's or bytes' PIL image; whatever is wrong with the file is a UserError."""
+    name = source
+    if isinstance(source, bytes):
+        name, source = f"of {len(source)} bytes", io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(source) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
                 raise UserError(f"image {name} is {file.width} x {file.height} pixels, one side more than "
                                 f"{NARROW} times the other; crop it or drop the record")
@@ -299,20 +301,17 @@ def image_size(source):
         return file.size[::-1] if turned else file.size
 
 
-def image_url(source, side=None):
-    """A path's or bytes' image as a data: URL, no larger than `side` pixels where that is given.
+def image_url(path, side=None):
+    """A file's image as a data: URL, no larger than `side` pixels where that is given.
 
     In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
     """
-    raw = b""
-    if not side:
-        raw = source if isinstance(source, bytes) else read_bytes(source)
+    raw = read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
-    if not kind:
-        image, kind, buffer = read_image(source), "png", io.BytesIO()
-        if side:
-            image.thumbnail((side, side))
-            kind = "jpeg" if max(image.size) > SMALL else "png"
+    if side or not kind:
+        image, buffer = read_image(path), io.BytesIO()
+        image.thumbnail((side, side) if side else image.size)
+        kind = "jpeg" if side and max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
@@ -349,7 +348,7 @@ def crop_box(width, height, rng, area):
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w, h = (width, round(target / width)) if w > width else (round(target / height), height)
-    w, h = min(max(w, 1), width), min(max(h, 1), height)
+    w, h = max(w, 1), max(h, 1)
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -384,14 +383,14 @@ def blank(record, image, other, rng):
 def moco(record, image, other, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
     image = cropped(image, rng, (0.2, 1.0))
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in rng.permutation(4) if rng.random() < 0.8 else ():
         if kind < 3:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-            image = enhance(image).enhance(rng.uniform(0.6, 1.4))
+            image = enhancers[kind](image).enhance(rng.uniform(0.6, 1.4))
         else:
             shift = int(rng.uniform(-0.1, 0.1) * 255)
             hue, *rest = image.convert("HSV").split()
-            hue = hue.point([(value + shift) % 256 for value in range(256)])
+            hue = hue.point(np.roll(range(256), -shift).tolist())
             image = Image.merge("HSV", (hue, *rest)).convert("RGB")
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
@@ -404,10 +403,10 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073])    # CLIP's, whose normalis
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def noise(record, image, other, rng, step=500):
+def noise(record, image, other, rng):
     """x_500 of 1000 as in VCD (arXiv 2311.16922, vcd_add_noise.py): sigmoid betas."""
     betas = 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
-    kept, size, scale = np.cumprod(1 - betas)[step], image.size, min(1.0, 336 / min(image.size))
+    kept, size, scale = np.cumprod(1 - betas)[500], image.size, min(1.0, 336 / min(image.size))
     image = image.resize([max(1, round(side * scale)) for side in size], Image.Resampling.BICUBIC)
     pixels = np.sqrt(kept) * (np.asarray(image) / 255 - MEAN) / STD
     pixels += np.sqrt(1 - kept) * rng.standard_normal(pixels.shape)
@@ -479,8 +478,8 @@ def truncate(pair, max_length):
     if room < 1:
         raise UserError(f"the prompt of {pair.id} has {max_length - room} tokens, which leaves no room for "
                         f"an answer in max_length {max_length}; raise it or drop the record")
-    cut = pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
-    return cut, len(pair.chosen) + len(pair.rejected) - len(cut.chosen) - len(cut.rejected)
+    lost = sum(max(0, len(response) - room) for response in (pair.chosen, pair.rejected))
+    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]), lost
 
 
 class Row(NamedTuple):
@@ -519,16 +518,17 @@ def pack(pairs, needs, positions_of=plain_positions):
     ids, positions, segments, first, second = [], [], [], [], []
     for prompt, sizes, chosen, rejected in parts:
         start = len(ids)
-        fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
+        fork = start + len(prompt)
+        middle = fork + len(chosen)
         ids += prompt + chosen + rejected
         own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
         positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
         segments.append((start, len(prompt), len(chosen), len(rejected)))
         # the prompt's last place predicts the first token of both responses
         first.append(([fork - 1, *range(fork, middle - 1)], chosen))
-        second.append(([fork - 1, *range(middle, len(ids) - 1)], rejected))
-    n = len(pairs)
-    order = first[:n] + (second[:n] if "rejected" in needs else []) + first[n:]
+        if rejected:
+            second.append(([fork - 1, *range(middle, len(ids) - 1)], rejected))
+    order = first[:len(pairs)] + second + first[len(pairs):]
     predict = torch.tensor([place for places, _ in order for place in places])
     target = torch.tensor([token for _, response in order for token in response])
     lengths = [len(response) for _, response in order]
