@@ -202,40 +202,6 @@ def inside(root, path, what):
 
 # ---- models' folders ----
 
-BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger file so many are hashed
-
-
-def digest(path):
-    """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
-
-    A tuned model differs nearly everywhere, so 14 GB need not be read a second time. Raises UserError.
-    """
-    with reading(path) as file:
-        length = file.seek(0, os.SEEK_END)
-        found = hashlib.sha256(f"{path.name} {length}".encode())
-        places = range(0, length, BLOCK)
-        if len(places) > BLOCKS:
-            places = [length * k // BLOCKS for k in range(BLOCKS)]
-        for place in places:
-            file.seek(place)
-            found.update(file.read(BLOCK))
-    return found.digest()
-
-
-def identity(source):
-    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
-    source, path = str(source), Path(source)
-    if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
-    if not path.exists():
-        raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    found = hashlib.sha256()
-    files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.suffix != ".md"]
-    for file in sorted(files):
-        found.update(str(file.relative_to(path)).encode() + digest(file))
-    return found.hexdigest()[:16]
-
-
 def model_folder(name):
     """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
     own = Path(__file__).resolve().parent / "classroom" / "models"
@@ -352,15 +318,12 @@ def crop_box(width, height, rng, area):
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def cropped(image, rng, area):
-    """A random box of the picture, resized back."""
-    x, y, w, h = crop_box(*image.size, rng, area)
-    return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
-
-
 def crop(area):
-    """The rejected image that keeps a share of the picture's area."""
-    return lambda record, image, other, rng: cropped(image, rng, area)
+    """The rejected image that is a random box with a share of the picture's area, resized back."""
+    def made(record, image, other, rng):
+        x, y, w, h = crop_box(*image.size, rng, area)
+        return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
+    return made
 
 
 def patch(record, image, other, rng):
@@ -382,7 +345,7 @@ def blank(record, image, other, rng):
 
 def moco(record, image, other, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
-    image = cropped(image, rng, (0.2, 1.0))
+    image = crop((0.2, 1.0))(record, image, other, rng)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in rng.permutation(4) if rng.random() < 0.8 else ():
         if kind < 3:
@@ -482,11 +445,19 @@ def truncate(pair, max_length):
     return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]), lost
 
 
+class Segment(NamedTuple):
+    """Where a prompt and its responses are in a Row: their lengths in tokens."""
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int = 0
+
+
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
     positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
-    segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
+    segments: list        # [Segment]
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
@@ -512,24 +483,25 @@ def pack(pairs, needs, positions_of=plain_positions):
     positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
     """
     import torch
-    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
-    if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
-    ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, sizes, chosen, rejected in parts:
-        start = len(ids)
-        fork = start + len(prompt)
-        middle = fork + len(chosen)
-        ids += prompt + chosen + rejected
-        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
-        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
-        segments.append((start, len(prompt), len(chosen), len(rejected)))
-        # the prompt's last place predicts the first token of both responses
-        first.append(([fork - 1, *range(fork, middle - 1)], chosen))
-        if rejected:
-            second.append(([fork - 1, *range(middle, len(ids) - 1)], rejected))
-    order = first[:len(pairs)] + second + first[len(pairs):]
-    predict = torch.tensor([place for places, _ in order for place in places])
-    target = torch.tensor([token for _, response in order for token in response])
-    lengths = [len(response) for _, response in order]
+    twice, rejected = "image_rejected" in needs, "rejected" in needs
+    parts = [(p.prompt, p.sizes, [p.chosen, p.rejected] if rejected else [p.chosen]) for p in pairs]
+    parts += [(p.prompt_rejected, p.sizes_rejected, [p.chosen]) for p in pairs if twice]
+    ids, positions, segments, scored = [], [], [], []
+    for prompt, sizes, responses in parts:
+        start, own = len(ids), positions_of(prompt, sizes)                          # (P,) or (3, P)
+        ids += prompt
+        positions.append(own)
+        last = len(ids) - 1                                  # predicts the first token of both responses
+        for response in responses:
+            places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+            scored.append((places, response))
+            ids += response
+            positions.append(positions_after(own, len(response)))
+        segments.append(Segment(start, len(prompt), *map(len, responses)))
+    if rejected:                                             # chosen and rejected took turns
+        n = 2 * len(pairs)
+        scored = scored[:n:2] + scored[1:n:2] + scored[n:]
+    predict = torch.tensor([place for places, _ in scored for place in places])
+    target = torch.tensor([token for _, response in scored for token in response])
+    lengths = [len(response) for _, response in scored]
     return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

@@ -1,10 +1,12 @@
-"""Train a vision-language model on preference pairs with LoRA: DPO, CoPO, AncPO, mDPO, SFT, or your own loss.
+"""Train a vision-language model on preference pairs: DPO, CoPO, AncPO, mDPO, SFT, or a loss of your own.
 
-    python train_dpo.py                                           the built-in world: two CPU cores, 2 minutes
-    python train_dpo.py --loss dpo --image_rejected none          another loss, the same pairs
-    python train_dpo.py --preset mdpo-llava --model DIR --data F  LLaVA-1.5-7B on one GPU
-    torchrun --nproc_per_node 2 train_dpo.py --preset ...         the same run on two
-    python train_dpo.py --dry_run --preset ...                    what it would need: steps, tokens, GiB a GPU
+    python train_dpo.py                                    the built-in world: two
+                                                           CPU cores, 2 minutes
+    python train_dpo.py --loss dpo --image_rejected none   another loss
+    python train_dpo.py --preset mdpo-llava --model DIR --data FILE
+                                                           LLaVA-1.5-7B on a GPU
+    torchrun --nproc_per_node 2 train_dpo.py --preset ...  the same run on two
+    python train_dpo.py --dry_run --preset ...             what it would need
 
 A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out): log.jsonl, summary.json, adapter/ (PEFT's format),
 or model/ (a llava-hf folder) with --no-lora, report.html, last/ (the checkpoint). The same command again goes
@@ -12,13 +14,17 @@ on where a killed run stopped, bit for bit on a CPU; a finished run prints its t
 arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
- 1. The rejected image is drawn once per pair and run (`--set redraw=true`: once per epoch). The official mDPO
-    code draws it anew in every forward, so that policy and reference score different crops.
- 2. The reference is the policy with LoRA switched off, or (--no-lora) a frozen copy of what trains; its
-    log-probs are kept from the first epoch on (with redraw they are not).
- 3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare).
- 4. Gradients and Adam's moments are sharded over the ranks by hand: ZeRO-2's saving without DeepSpeed.
-    `--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
+
+1. The rejected image is drawn once per pair and run (`--set redraw=true`: once per epoch). The official mDPO
+code draws it anew in every forward, so that policy and reference score different crops.
+
+2. The reference is the policy with LoRA switched off, or (--no-lora) a frozen copy of what trains; its
+log-probs are kept from the first epoch on (with redraw they are not).
+
+3. Images are encoded once, responses share their prompt, nothing is padded (`--forward naive` to compare).
+
+4. Gradients and the optimiser's state are divided among the ranks by hand: ZeRO-2's saving without DeepSpeed.
+`--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
 """
 import json
 import math
@@ -96,7 +102,8 @@ def prepare(o, out, ranks):
     path = ranks.first(lambda: batches.classroom_files(o, out))
     family = families.open_folder(o.model, o.template or None, o.images)
     folder = out / "checked"
-    pairs, val = batches.checked(family, path, o, needs, ranks, folder), None
+    pairs = batches.checked(family, path, o, needs, ranks, folder)
+    val = val_reference = None
     if o.val_data:                                              # a margin needs the rejected response
         val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, folder)
     dtype = base_dtype(o, ranks.device)
@@ -113,7 +120,7 @@ def prepare(o, out, ranks):
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
 
     # ---- the run ----
-    forward, val_reference = vlm.FORWARDS[o.forward], None
+    forward = vlm.FORWARDS[o.forward]
     base_encodes = any(map(before_language_model, trained))
     reference = Reference(len(pairs), model, forward, pairs.needs, ranks, base_encodes, sharded)
     if val:
@@ -122,7 +129,7 @@ def prepare(o, out, ranks):
     return Run(o, out, ranks, model, sharded, loss, forward, pairs, val, reference, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps, equal=sharded), steps=steps,
-               base=data.identity(family.folder), log=checkpoint.Log(out / "log.jsonl", ranks.rank))
+               base=command.identity(family.folder), log=checkpoint.Log(out / "log.jsonl", ranks.rank))
 
 
 def load(family, o, dtype, device):
@@ -164,7 +171,8 @@ class Part(NamedTuple):
 
 def step(run, t):
     """One optimiser step on the mean loss of `o.batch` pairs, over all ranks. Returns its line of the log."""
-    began, sums, found = time.monotonic(), Counter(), {}
+    began = time.monotonic()
+    sums, found = Counter(), {}
     for batch in run.batches(t):                                       # this rank's micro-batches
         loss, policy, reference = step_loss(run, batch, run.reference)
         (loss[:batch.counts].sum() / batch.of).backward()
@@ -181,7 +189,8 @@ def step(run, t):
         sums.update(part.sums)
         found |= part.losses
     run.stopping = any(part.stop for part in everyone)
-    rate, broken = learning_rate(t, run.steps, run.o), [id for id, x in found.items() if not math.isfinite(x)]
+    broken = [id for id, x in found.items() if not math.isfinite(x)]
+    rate = learning_rate(t, run.steps, run.o)
     norm = math.nan if broken else run.optimiser.step(rate)
     if not math.isfinite(norm):
         raise data.UserError(f"loss or gradient of step {t + 1} is not finite; the pairs are "
@@ -231,7 +240,8 @@ def train(run):
     with run.stop:
         for t in bar:
             line = step(run, t)
-            done, run.state.step, run.state.seconds = t + 1, t + 1, time.monotonic() - began
+            run.state.step = done = t + 1
+            run.state.seconds = time.monotonic() - began
             run.log.write(line | {"seconds": round(run.state.seconds, 2)} | warning(run, line))
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
             if o.eval_every and done % o.eval_every == 0 and done < run.steps:
@@ -349,6 +359,9 @@ def launch(o, ranks):
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not what rank 0 sees: give a folder that all nodes share")
     if not (out / "summary.json").exists():
+        # ---- two settings for the whole process ----
+        if ranks.device.type == "cpu":
+            vlm.keep_memory()                            # what a step frees, the next one takes
         if batches.built_in(o) and ranks.device.type == "cpu":
             torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))

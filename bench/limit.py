@@ -1,77 +1,45 @@
 """How near a training step comes to the machine's own rate of matrix products, and where the rest goes.
 
-    python bench/limit.py                                      one pinned core, float32: two minutes
-    python bench/limit.py --threads 0                          all cores
-    python bench/limit.py --shape 7b --device cuda --dtype bfloat16      LLaVA-1.5-7B's shape on a GPU
+    python bench/limit.py                two minutes
+    python bench/limit.py --threads 0    all cores
+    python bench/limit.py --shape 7b --device cuda --dtype bfloat16
 
-The model is random, of LLaVA's classes: weights do not change what a step costs. A step is what train_dpo.py
-does with a micro-batch: encode the images, score with the reference, forward, loss, backward, AdamW. Reading
-and tokenising are not in it; a thread does them ahead of the step.
+Without options it measures one pinned core in float32; the last command has LLaVA-1.5-7B's shape on a GPU.
+The model is random, of LLaVA's classes: weights do not change what a step costs. A step is what
+train_dpo.py does with a micro-batch: encode the images, score with the reference, forward, loss, backward,
+AdamW. Reading and tokenising are not in it; a thread does them ahead of the step.
 
-minimum     the operations that the step cannot do without, from the shapes alone: every token once through
-            every layer, forward and back to the adapters, attention over what a token may see, lm_head where
-            a response token is predicted, the layers of the vision tower that are read. Not counted: weight
-            gradients of frozen layers, gradients towards the images, attention scores made a second time.
-rate        the fastest of the matrix products of this model's linear layers, alone, between the steps
-fraction    minimum / rate / seconds, within a round: a machine whose speed drifts drifts for both
+minimum: the operations that the step cannot do without, from the shapes alone: every token once through
+every layer, forward and back to the adapters, attention over what a token may see, lm_head where a response
+token is predicted, the layers of the vision tower that are read. Not counted: weight gradients of frozen
+layers, gradients towards the images, attention scores made a second time.
+
+rate: the fastest of the matrix products of this model's linear layers, alone, between the steps.
+
+fraction: minimum / rate / seconds, within a round: a machine whose speed drifts drifts for both.
 """
-import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from section import SHAPES, arguments, command, heading, machine, report
 
-import torch  # noqa: E402
-
-import data  # noqa: E402
-import lora  # noqa: E402
-import losses  # noqa: E402
-import options  # noqa: E402
-import vlm  # noqa: E402
-from command import Ranks  # noqa: E402
-from ranks import Zero2  # noqa: E402
-from reference import Reference  # noqa: E402
-from train_dpo import measures, step_loss  # noqa: E402
+import data
+import lora
+import losses
+import options
+import vlm
+from command import Ranks
+from ranks import Zero2
+from reference import Reference
+from train_dpo import measures, step_loss
 
 BETA = 0.1
-RESULTS = Path(__file__).with_name("RESULTS.md")
-
-
-class Shape(NamedTuple):
-    """A LLaVA, and the lengths of its pairs in tokens."""
-    hidden: int
-    inner: int                 # of the MLP
-    layers: int
-    heads: int
-    vision: tuple              # CLIP's hidden, inner, layers, heads
-    pixels: int                # side of an image; patches of 14
-    question: int              # with the BOS, without the image
-    response: int              # with the EOS
-    vocabulary: int
-    rank: int                  # LoRA's
-
-
-SHAPES = {
-    # LLaVA-1.5-7B at a quarter of its width and an eighth of its depth, in its proportions: lm_head 2% of the
-    # weights, the vision tower 5%, LoRA a sixteenth of the width at rank 64 of 4096.
-    "prop": Shape(1024, 2752, 4, 8, (256, 1024, 3, 4), 336, 60, 120, 1024, 16),
-    "half": Shape(512, 1376, 4, 8, (128, 512, 3, 4), 336, 60, 120, 512, 8),
-    "tiny": Shape(32, 64, 2, 4, (16, 32, 3, 2), 28, 6, 9, 64, 4),
-    "7b": Shape(4096, 11008, 32, 32, (1024, 4096, 24, 16), 336, 60, 120, 32064, 64),
-}
 
 
 # ------------------------------------------------------------------------------------- a model and its pairs
@@ -199,6 +167,12 @@ class Ours:
         return value
 
 
+def as_train_dpo(device):
+    """What train_dpo.py's main sets for the whole process."""
+    if device == "cpu":
+        vlm.keep_memory()
+
+
 def clock(device):
     """Seconds, when what was asked of the device is done.
 
@@ -309,13 +283,7 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
 
 
 def part_of(event):
-    """The products that kernels.Attention makes are attention's."""
-    name, caller = event.key, event
-    while caller:
-        if caller.key.startswith("Attention"):
-            return "attention"
-        caller = getattr(caller, "cpu_parent", None)
-    return next((part for part, names in PARTS.items() if name.startswith(names)), "element by element")
+    return next((part for part, names in PARTS.items() if event.key.startswith(names)), "element by element")
 
 
 def profile(run, device="cpu"):
@@ -343,72 +311,6 @@ def pin(threads, core=None):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[-threads:] if core is None else {core})
     return "one pinned thread (seconds are its processor's)" if threads == 1 else f"{threads} pinned threads"
-
-
-def machine(device="cpu"):
-    """The machine and the versions, in words."""
-    name = platform.processor() or platform.machine()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        name = (f"{found.get('model name', name)}, {os.cpu_count()} cores"
-                + ", AVX-512" * ("avx512f" in found.get("flags", "")))
-    packages = ("torch", "transformers", "trl", "peft")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except ImportError:
-            versions[package] = "not installed"
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True,
-                            text=True)
-    return {"machine": name, "versions": versions, "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or "unknown"}
-
-
-def heading(title, about, how):
-    """The first lines of a section of RESULTS.md."""
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    return [f"\n## {title}\n",
-            f"`{how}`, {about['date']}, commit {about['commit']}; {about['machine']}; {versions}.\n"]
-
-
-def report(lines, found, o):
-    """Print a section, append it where --results says, write what was found to --out."""
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if o.out:
-        data.atomic_write(Path(o.out), json.dumps(found, indent=1))
-    if o.results:
-        with open(o.results, "a") as file:
-            file.write(text)
-
-
-def command():
-    """This run's command, without where it wrote."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word in ("--out", "--results"):
-            next(words, None)
-        elif not word.startswith(("--out=", "--results=")):
-            kept.append(word)
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *kept])
-
-
-def arguments(description, n):
-    """The parser that the three scripts share."""
-    parser = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="prop", choices=SHAPES, help="of the random model [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=n, help="after one that does not count [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="pinned; 0: all, not pinned [%(default)s]")
-    parser.add_argument("--core", type=int, help="to pin to [the last that is allowed]")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
-    parser.add_argument("--out", help="JSON")
-    parser.add_argument("--results", default=str(RESULTS), help="append here; '': nowhere [bench/RESULTS.md]")
-    return parser
 
 
 # What the papers' runs cost: name: (loss, pairs, epochs), facts of the presets in options.py.
@@ -474,6 +376,7 @@ def table(found, o, about, threads):
 def main():
     o = arguments(__doc__, 3).parse_args()
     threads, about = pin(o.threads, o.core) if o.device == "cpu" else o.device, machine(o.device)
+    as_train_dpo(o.device)
     shape = SHAPES[o.shape]
     with tempfile.TemporaryDirectory() as folder:
         side = Ours(write_model(folder, shape, o.dtype, o.device), shape, o.dtype, o.device)
