@@ -51,7 +51,6 @@ def _reflowed(text):
 
 
 # ---- files: what is already written is never lost ----
-
 def _write_all(fd, text):
     content = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     view = memoryview(content)
@@ -200,8 +199,6 @@ def inside(root, path, what):
     return found
 
 
-# ---- models' folders ----
-
 def model_folder(name):
     """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
     own = Path(__file__).resolve().parent / "classroom" / "models"
@@ -222,7 +219,6 @@ def from_folder(kind, folder, what, fix, **options):
 
 
 # ---- images ----
-
 NARROW = 100                                            # longer side by shorter, at most
 SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
@@ -268,10 +264,8 @@ def image_size(source):
 
 
 def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels where that is given.
-
-    In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
-    """
+    """A file's image as a data: URL, no larger than `side` pixels where that is given; in its own size a JPEG
+    or PNG stays as it is, byte by byte, and what else it may be becomes a PNG."""
     raw = read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
@@ -296,13 +290,6 @@ def hash64(*key):
 def draw(*key):
     """A random generator of its own for each key."""
     return np.random.default_rng(hash64(*key))
-
-
-def other_index(seed, id, i, n, attempt=0):
-    """The index of another record than i; a further attempt where that one has the same image."""
-    if n < 2:
-        raise UserError("--image_rejected random needs two records or more; add records or choose crop")
-    return (i + 1 + int(draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
 def crop_box(width, height, rng, area):
@@ -395,24 +382,7 @@ def rejected_image(strategy, image, seed, id, other=None, record=None):
     return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 
-def crop_pixels(pixels, box):
-    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
-    import torch.nn.functional as F
-    x, y, w, h = box
-    return F.interpolate(pixels[None, :, y:y + h, x:x + w], pixels.shape[1:], mode="bilinear",
-                         antialias=True)[0]
-
-
-def rejected_pixels(strategy, pixels, seed, id):
-    """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
-    if pixels.ndim != 3:
-        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
-    height, width = pixels.shape[1:]
-    return crop_pixels(pixels, crop_box(width, height, rng_of(strategy, seed, id), AREAS[strategy]))
-
-
 # ---- token ids ----
-
 class Pair(NamedTuple):
     """One pair in token ids: image runs are expanded, responses end with the end-of-sequence token."""
     id: str
