@@ -206,27 +206,22 @@ class Lines:
             return data.parse(file.readline().rstrip(), self.path, self.numbers[k])
 
 
-class Array:
+class Array(list):
     """A JSON array, or one object {image id: record} (HA-DPO's), read whole."""
     unit = "line"
 
     def __init__(self, path):
-        self.path, self.rows = path, data.read_json(path)
-        if isinstance(self.rows, dict):
-            self.rows = [{"image_id": name, **row} for name, row in self.rows.items()]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, k):
-        return self.rows[k]
+        self.path, rows = path, data.read_json(path)
+        if isinstance(rows, dict):
+            rows = [{"image_id": name, **row} for name, row in rows.items()]
+        super().__init__(rows)
 
     @functools.cached_property
     def numbers(self):
         """The line in which each record begins: found when the first fault is to be named."""
         text, decoder, at, end, line, found = data.read_text(self.path), json.JSONDecoder(), 0, 0, 1, []
         before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
-        for _ in self.rows:
+        for _ in self:
             begin = before.match(text, end).end()
             line += text.count("\n", at, begin)
             found.append(line)
@@ -235,7 +230,7 @@ class Array:
         return found
 
 
-class Parquet:
+class Parquet(Lines):
     """Parquet: only a row group or two are in memory."""
     unit = "record"
 
@@ -244,9 +239,6 @@ class Parquet:
         sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
         self.first = np.cumsum([0, *sizes])                         # record of each group
         self.numbers = range(1, about.num_rows + 1)
-
-    def __len__(self):
-        return len(self.numbers)
 
     def __getitem__(self, k):
         group = int(np.searchsorted(self.first, k, "right")) - 1

@@ -73,7 +73,7 @@ def before_and_after(summary):
         note = (f"Percent, on {page.num(images)} images apart from the pairs, with 95% intervals. "
                 "The change is paired by image, and bold where its interval leaves out 0.")
     for name, before, after, change in rows(summary):
-        body.append((name, cell(before, form), cell(after, form), cell(change, f"+{form}", bold=True)))
+        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, bold=True)))
     return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
 
 
