@@ -59,7 +59,7 @@ def describe(m, **more):
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return {"model": Path(m.front.folder).name,
-            "base": data.identity(m.front.folder),
+            "base": command.identity(m.front.folder),
             "template": m.front.template,
             "images": m.front.preparation,
             "adapter": digest.hexdigest()[:16] if weights else None,

@@ -81,15 +81,15 @@ class Pairs:
         images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
         seed, rejected = f"{o.seed}/{epoch}" if o.redraw else o.seed, []
         wanted = "image_rejected" in self.needs
-        crop_pixels = wanted and o.crop_pixels and not record["images_rejected"]
-        if wanted and not crop_pixels:
+        from_pixels = wanted and o.crop_pixels and not record["images_rejected"]
+        if wanted and not from_pixels:
             rejected = self.rejected_images(place, record, images, seed)
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
         images, rejected = prepared[:len(images)], prepared[len(images):]
-        if crop_pixels:                                   # as the official code of mDPO crops
+        if from_pixels:                                   # as the official code of mDPO crops
             for n, image in enumerate(images):
-                pixels = data.rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
+                pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
         key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for image in images + rejected:
@@ -103,7 +103,7 @@ class Pairs:
             return [data.read_image(x) for x in record["images_rejected"]]
 
         def other():
-            index = data.other_index(seed, record["id"], place, len(self))
+            index = other_index(seed, record["id"], place, len(self))
             return data.read_image(self.records[self.good[index]]["images"][0])
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
                 for n, image in enumerate(images)]
@@ -114,6 +114,30 @@ class Pairs:
         images_rejected = sum([one.images_rejected for one in read], [])
         keys = [one.key for one in read]
         return data.Batch([one.pair for one in read], images, images_rejected, places, keys, counts, of)
+
+
+def other_index(seed, id, i, n):
+    """The index of another record than i, of n."""
+    if n < 2:
+        raise data.UserError("--image_rejected random needs two records or more; add some or choose crop")
+    return (i + 1 + int(data.draw(seed, "other", id, 0).integers(n - 1))) % n
+
+
+def crop_pixels(pixels, box):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+    import torch.nn.functional as F
+    x, y, w, h = box
+    return F.interpolate(pixels[None, :, y:y + h, x:x + w], pixels.shape[1:], mode="bilinear",
+                         antialias=True)[0]
+
+
+def rejected_pixels(strategy, pixels, seed, id):
+    """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+    height, width = pixels.shape[1:]
+    rng = data.rng_of(strategy, seed, id)
+    return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
 
 
 def named(record, n):

@@ -3,7 +3,6 @@
 Part of train_dpo.py.
 """
 import json
-import os
 import signal
 from dataclasses import asdict, dataclass, field
 
@@ -65,18 +64,19 @@ def opening(run):
 class Log:
     """log.jsonl, which rank 0 writes; a resumed run cuts it to where its checkpoint was."""
     def __init__(self, path, rank):
-        self.file = open(path, "ab") if rank == 0 else None
+        self.path = path if rank == 0 else None
 
     def cut(self, size):
-        if self.file:
-            self.file.truncate(size)
+        if self.path:
+            with open(self.path, "ab") as file:
+                file.truncate(size)
 
     def write(self, line):
-        if self.file:
-            data.append_jsonl(self.file, line)
+        if self.path:
+            data.append_jsonl(self.path, line)
 
     def size(self):
-        return os.fstat(self.file.fileno()).st_size
+        return self.path.stat().st_size
 
 
 class Stop:

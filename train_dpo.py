@@ -129,7 +129,7 @@ def prepare(o, out, ranks):
     return Run(o, out, ranks, model, sharded, loss, forward, pairs, val, reference, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps, equal=sharded), steps=steps,
-               base=data.identity(family.folder), log=checkpoint.Log(out / "log.jsonl", ranks.rank))
+               base=command.identity(family.folder), log=checkpoint.Log(out / "log.jsonl", ranks.rank))
 
 
 def load(family, o, dtype, device):

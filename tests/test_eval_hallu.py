@@ -654,7 +654,7 @@ def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
     _, items = score(tmp_path, "chair", answers, *coco, "--nouns", table)
     assert [item["hallucinated"] for item in items] == [["bird"], [], []]           # puppies is in no table
     assert [len(item["generated"]) for item in items] == [2, 2, 1]
-    with pytest.raises(data.UserError, match="holds a list where a dict is wanted"):
+    with pytest.raises(data.UserError, match="list instead of a record"):
         score(tmp_path, "chair", answers, *coco, "--nouns", write_json(tmp_path / "t.json", [], lines=False))
     mixed = write_json(tmp_path / "t.json", {"grass": "cat", "Grass.": ["grass"]}, lines=False)
     with pytest.raises(data.UserError, match="is no table of words"):

@@ -11,6 +11,7 @@ import torch
 from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
+import command
 import data
 import families
 import losses
@@ -316,12 +317,12 @@ def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
 
 def test_identity_changes_when_a_weight_changes(tmp_path):
     from safetensors.torch import load_file, save_file
-    before = data.identity(write_llava(tmp_path))
-    assert data.identity(tmp_path) == before
+    before = command.identity(write_llava(tmp_path))
+    assert command.identity(tmp_path) == before
     weights = load_file(tmp_path / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert data.identity(tmp_path) != before
+    assert command.identity(tmp_path) != before
 
 
 # ---- LLaVA-1.6 and imported Bunny ----
@@ -484,7 +485,7 @@ def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_p
     again = vlm.load(tmp_path / "merged")
     assert again.words == m.words
     assert (again.front.template, again.front.preparation) == (m.front.template, m.front.preparation)
-    assert data.identity(again.front.folder) != data.identity(other)
+    assert command.identity(again.front.folder) != command.identity(other)
 
 
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
