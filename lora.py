@@ -214,7 +214,7 @@ def setting(config, key, patterns, name):
     for pattern, value in reversed((config.get(patterns) or {}).items()):       # the first that matches holds
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
-            raise UserError(f"{patterns} has {pattern!r}, which is no layer's name: let PEFT merge the adapter")
+            raise UserError(f"{patterns} has {pattern!r}, which is no layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
             found = value
     return found
