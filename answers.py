@@ -49,13 +49,12 @@ def image_path(file, image):
 def describe(m, **more):
     """The settings that decide the answers: a file that was begun with others is not continued."""
     import lora
-    import vlm
     digest = hashlib.sha256()
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return {"model": Path(m.front.folder).name,
-            "base": vlm.identity(m),
+            "base": data.identity(m.front.folder),
             "template": m.front.template,
             "images": m.front.preparation,
             "adapter": digest.hexdigest()[:16] if weights else None,

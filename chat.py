@@ -422,8 +422,7 @@ class Folder:
         def generate(questions, seed):
             images = [[data.read_image(path) for path in q.images] for q in questions]
             asked = [q.text for q in questions]
-            texts = vlm.generate(m, images, asked, limit, len(asked), seed, temperature)
-            return [(text, _ended(m, text, limit)) for text in texts]
+            return vlm.complete(m, images, asked, limit, len(asked), seed, temperature)
         return generate
 
     def writing(self, device, dtype):
@@ -458,7 +457,3 @@ class Folder:
             ended = [tokenizer.eos_token_id in ids for ids in new]
             return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
         return generate
-
-
-def _ended(m, text, max_tokens):
-    return len(m.front.tokenizer(text, add_special_tokens=False).input_ids) < max_tokens

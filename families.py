@@ -21,10 +21,7 @@ Images are prepared as the folder's own image processor does it: llava-hf's publ
 out the middle; what tools/import_checkpoint.py wrote pads to a square with the mean colour first, as the
 official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does that with any LLaVA-1.5 folder.
 """
-import importlib.util
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +69,26 @@ class Llava:
 
     architecture = "LlavaForConditionalGeneration"     # transformers' class
     tower = "model.vision_tower"                       # the part that --no-lora leaves frozen
-    tiles = 1                                          # what the tower sees of an image, at most
     squares = True                                     # whether `pad` makes sense
 
     def __post_init__(self):
-        vision = self.config.vision_config
-        whole = self.config.vision_feature_select_strategy == "full"
-        cls = whole and vision.model_type == "clip_vision_model"
-        self.image_tokens = (vision.image_size // vision.patch_size) ** 2 + cls    # of an image, or of a tile
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
 
     # ---- what differs between families ----
+    @property
+    def image_tokens(self):
+        """The number of tokens of an image, or of a tile."""
+        vision = self.config.vision_config
+        whole = self.config.vision_feature_select_strategy == "full"
+        cls = whole and vision.model_type == "clip_vision_model"
+        return (vision.image_size // vision.patch_size) ** 2 + cls
+
+    def describe(self):
+        """What an image becomes, in words."""
+        return f"{self.config.vision_config.image_size} pixels, {self.image_tokens} tokens"
+
     def usual_template(self):
         """The template for a folder that brings none."""
         return "vicuna"
@@ -177,8 +181,10 @@ class Llava:
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
     architecture = "LlavaNextForConditionalGeneration"
-    tiles = 5
     squares = False
+
+    def describe(self):
+        return super().describe() + " a tile, up to 5 tiles and a token a row"
 
     def usual_template(self):
         if self.tokenizer.eos_token == "<|eot_id|>":
@@ -241,100 +247,44 @@ def colour(processor):
 
 
 # -------------------------------------------------------------------------------- the folder
-def read_json(path):
-    """An object of a JSON file, {} where there is none. Raises UserError."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as e:
-        raise data.UserError(f"{path} is not valid JSON ({e}): copy the checkpoint again") from None
-    if not isinstance(found, dict):
-        raise data.UserError(f"{path} holds no JSON object: copy the checkpoint again")
-    return found
-
-
 def read_config(folder):
     """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise data.UserError(f"{path} is missing: {folder} is no folder of a transformers model")
-    config = read_json(path)
+    config = data.read_json(path)
+    if not isinstance(config, dict):
+        raise data.UserError(f"{path} contains no JSON object: copy the checkpoint again")
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
     if kind in FAMILIES and isinstance(config.get("text_config"), dict):
         return config
-    mend = "give a llava-hf folder"
+    fix = "give a llava-hf folder"
     if "mm_vision_tower" in config:
-        mend = f"run `python tools/import_checkpoint.py {folder} NEW_FOLDER`, then use that"
+        fix = f"run `python tools/import_checkpoint.py {folder} NEW_FOLDER`, then use that"
     elif "vision_config" not in config:
-        mend = "it has no vision tower, it is a text-only model; " + mend
+        fix = "it has no vision tower, it is a text-only model; " + fix
     classes = ", ".join(family.architecture for family in FAMILIES.values())
     raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only llava-hf "
-                         f"folders ({classes}) can be loaded; {mend}")
+                         f"folders ({classes}) can be loaded; {fix}")
 
 
-def read_header(path):
-    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length, = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-            header.pop("__metadata__", None)
-            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
-                raise ValueError
-        return header
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
-        raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
-
-
-def part(folder, kind, what, mend, **options):
-    """kind.from_pretrained(folder), without a network; a UserError says what could not be read, and why."""
-    from safetensors import SafetensorError
-    try:
-        return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise data.UserError(f"{folder}: the {what} cannot be read ({reason}): {mend}") from None
-
-
-def read_tokenizer(folder, kind=None, **options):
-    """The folder's tokenizer. Raises UserError; kind: transformers' class, if the folder does not say it."""
+def read_tokenizer(folder):
+    """The folder's tokenizer, as transformers saves it. Raises UserError."""
     from transformers import AutoTokenizer
-    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        lack = [name for name, module in packages.items() if not _installed(module)]
-        if lack:
-            raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
-                                 f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
-        tokenizer = part(folder, kind or AutoTokenizer, "tokenizer", "copy its files", **options)
-        return _merges_by_score(tokenizer, folder / "tokenizer.model")
-    return part(folder, kind or AutoTokenizer, "tokenizer", "copy its files", **options)
-
-
-def _merges_by_score(tokenizer, file):
-    """SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens."""
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
-    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
-    if about["model"]["type"] == "BPE":
-        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
-    return tokenizer
-
-
-def _installed(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:                      # the package that the module stands in
-        return False
+        raise data.UserError(f"{folder} has its tokenizer as tokenizer.model alone: copy tokenizer.json from "
+                             "the llava-hf folder, or import the original by tools/import_checkpoint.py")
+    return data.from_folder(AutoTokenizer, folder, "tokenizer", "copy its files")
 
 
 def own_template(folder, tokenizer):
     """The chat template that a folder brings: beside its tokenizer or its processor; None without one."""
-    text = tokenizer.chat_template or read_json(folder / "chat_template.json").get("chat_template")
-    return text or read_json(folder / "processor_config.json").get("chat_template")
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    files = [folder / name for name in ("chat_template.json", "processor_config.json")]
+    found = [data.read_json(file, {}).get("chat_template") for file in files]
+    return found[0] or found[1]
 
 
 def open_folder(folder, template=None, preparation=""):
@@ -346,10 +296,10 @@ def open_folder(folder, template=None, preparation=""):
     from transformers import AutoConfig, AutoImageProcessor
     folder = data.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
-    config = part(folder, AutoConfig, "config.json", "copy it again")      # with the defaults of the classes
+    config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults
     tokenizer = read_tokenizer(folder)
-    processor = part(folder, AutoImageProcessor, "image processor", "copy preprocessor_config.json",
-                     backend="pil")
+    processor = data.from_folder(AutoImageProcessor, folder, "image processor",
+                                 "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer)
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
@@ -408,9 +358,7 @@ def describe(folder):
     else:
         text = front.tokenizer.apply_chat_template(messages("QUESTION", 1, ()), chat_template=front.template,
                                                    tokenize=False, add_generation_prompt=True)
-        tiles = f" a tile, up to {front.tiles} tiles and a token a row" if front.tiles > 1 else ""
-        lines += [f"image           {front.config.vision_config.image_size} pixels, {front.image_tokens} "
-                  f"tokens{tiles}; {front.preparation}",
+        lines += [f"image           {front.describe()}; {front.preparation}",
                   f"template        {front.template_name}: {text!r}"]
     return [*lines, f"missing         {'; '.join(faults) or 'nothing'}"]
 
@@ -430,6 +378,6 @@ def weights(folder):
             faults.append(f"{path.name} is torn ({e})")
     indexed = set()
     for index in folder.glob("*.index.json"):
-        indexed |= set(read_json(index).get("weight_map", {}).values())
+        indexed |= set(data.read_json(index).get("weight_map", {}).values())
     faults += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
     return count, types, faults if files else [*faults, "weights (*.safetensors) are missing"]

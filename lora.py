@@ -89,9 +89,7 @@ def targeted(names, targets=None):
         return language
     chosen = set()
     for target in targets:
-        found = {n for n in language if n.split(".")[-1] == target}
-        if "." in target:
-            found = {n for n in names if f".{n}".endswith(f".{target}")}
+        found = {n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in language)}
         if not found:
             kinds = ", ".join(sorted({n.split(".")[-1] for n in language}))
             raise UserError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "

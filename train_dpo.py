@@ -212,7 +212,7 @@ def train(o, ranks):
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
     optimiser = Zero2(trained, adamw, ranks, o.clip)
-    reference, base = Reference(len(good), world, sharding), vlm.identity(m)
+    reference, base = Reference(len(good), world, sharding), data.identity(m.front.folder)
     state = {"step": 0, "seconds": 0.0, "log_bytes": 0, "chosen": []}
     state |= restore(out, optimiser, reference, base)
     log = Log(out / "log.jsonl", state["log_bytes"], rank)

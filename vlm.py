@@ -22,7 +22,6 @@ import bisect
 import contextlib
 import copy
 import ctypes
-import hashlib
 import mmap
 import re
 import sys
@@ -79,9 +78,8 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         if hasattr(family.config.text_config, name):
             setattr(family.config.text_config, name, 0.0)
     kind = getattr(transformers, family.architecture)
-    model, found = families.part(family.folder, kind, "model", "copy the checkpoint again",
-                                 dtype=stored_type(family.folder) or dtype, config=family.config,
-                                 output_loading_info=True)
+    model, found = data.from_folder(kind, family.folder, "model", "copy the checkpoint again",
+                                    dtype="auto", config=family.config, output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
@@ -123,21 +121,13 @@ def base_of(m):
             yield m
 
 
-def stored_type(folder):
-    """The type of all weights in the files; None where they differ.
+def forget(mapped):
+    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
 
-    Loaded in that type, transformers maps the files and copies nothing: what follows reads them once.
+    Without it loading would need the memory of the weights twice.
     """
-    headers = [families.read_header(path) for path in folder.glob("*.safetensors")]
-    found = {about["dtype"] for header in headers for about in header.values()}
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return types.get(found.pop()) if len(found) == 1 else None
-
-
-def forget(tensor):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes."""
     page = mmap.PAGESIZE
-    first, last = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    first, last = -(-mapped.data_ptr() // page) * page, (mapped.data_ptr() + mapped.nbytes) // page * page
     if sys.platform == "linux" and last > first:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
@@ -154,23 +144,6 @@ def keep_memory():
         trim_threshold, mmap_max = -1, -4                                          # as malloc.h numbers them
         mallopt(trim_threshold, -1)
         mallopt(mmap_max, 0)
-
-
-def identity(m):
-    """What tells one base from another: 16 hex digits of a hash over config.json and the weights files.
-
-    Of each file the name, the size and 64 spread blocks of 64 KiB (all of it, up to 4 MiB): a tuned model
-    differs nearly everywhere, and 14 GB are not read a second time.
-    """
-    digest = hashlib.sha256((m.front.folder / "config.json").read_bytes())
-    for path in sorted([*m.front.folder.glob("*.safetensors"), *m.front.folder.glob("*.bin")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for block in range(64):
-                file.seek(size * block // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------- images in the model
@@ -339,35 +312,50 @@ def word_logps(m, image, question, answer):
 
 
 # -------------------------------------------------------------------------------- generation
+class Completion(NamedTuple):
+    """What a model said."""
+    text: str
+    finished: bool             # it ended by itself; else it was cut at max_new_tokens
+
+
 @torch.no_grad()
-def generate(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0,
-             progress=None):
-    """Answers (list of str) to questions about images (a list of PIL images each, possibly empty).
+def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
+    """A Completion for each question about images (a list of PIL images each, possibly empty).
 
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
-    Batches are left-padded, prompts of similar length together. progress: called with each batch's size.
+    Batches are left-padded, prompts of similar length together. An answer ends at any token that
+    generation_config.json calls an end, or the tokenizer.
     """
-    options = dict(do_sample=False, pad_token_id=m.front.eos_id, max_new_tokens=max_new_tokens)
+    ends = end_ids(m)
+    options = dict(do_sample=False, eos_token_id=ends, pad_token_id=m.front.eos_id,
+                   max_new_tokens=max_new_tokens)
     if sample_seed is not None:
         options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     prompts = [m.front.prompt_ids(question, [picture.size for picture in shown])
                for question, shown in zip(questions, images, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
-            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                           # (R, T)
+            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                     # (R, T)
             mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
-            pictures = [picture for i in batch for picture in images[i]]
             inputs = {"input_ids": ids.to(m.device), "attention_mask": mask.to(m.device)}
-            if pictures:
+            if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            out = m.model.generate(**inputs, **options)                                         # (R, T + new)
-            texts = m.front.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
-            if progress:
-                progress(len(batch))
-    return answers
+            new = m.model.generate(**inputs, **options)[:, ids.shape[1]:].tolist()              # (R, new)
+            texts = m.front.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(batch, texts, new, strict=True):
+                found[i] = Completion(text.strip(), not set(ends).isdisjoint(tokens))
+    return [found[i] for i in range(len(prompts))]
+
+
+def generate(*arguments, **options):
+    """The texts of complete(), which takes the same arguments."""
+    return [completion.text for completion in complete(*arguments, **options)]
+
+
+def end_ids(m):
+    own = m.model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({m.front.eos_id, *own} - {None})

@@ -328,7 +328,7 @@ def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
     assert m.image_token_id == 32000
     assert m.prompt_ids(question, ONE) == [1, *before, *[32000] * m.image_tokens, *after]
     answer = "The car is red.  It has two doors."
-    assert families.response_ids(m, answer) == [*pieces.encode(answer), 2]
+    assert m.response_ids(answer) == [*pieces.encode(answer), 2]
 
 
 def test_a_tower_in_float32_takes_the_language_models_type(tmp_path):
@@ -336,7 +336,8 @@ def test_a_tower_in_float32_takes_the_language_models_type(tmp_path):
     src, tower = write_original("llava", tmp_path / "src", TINY["llava"], torch.float16)
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
     got = load_file(tmp_path / "dst" / "model.safetensors")
-    assert {t.dtype for t in got.values()} == {torch.float16} == {vlm.stored_type(tmp_path / "dst")}
+    assert {t.dtype for t in got.values()} == {torch.float16}
+    assert families.open_folder(tmp_path / "dst").config.dtype == torch.float16
     whole = torch.load(tower / "pytorch_model.bin")
     for name in ("pre_layrnorm.bias", "encoder.layers.1.mlp.fc1.weight"):
         assert torch.equal(got[f"model.vision_tower.{name}"], whole[f"vision_model.{name}"].half())
@@ -420,7 +421,7 @@ def test_a_whole_siglip_folder_serves_bunny_without_its_last_layer(tmp_path):
     ({"num_hidden_layers": 3}, "weights are missing"),
     ({"num_hidden_layers": 1}, "have no place in the model"),
     ({"eos_token_id": 5}, "the tokenizer's eos_token_id"),
-    ("{", "not valid JSON"), ("[1]", "holds no JSON object"), (None, "missing or empty")])
+    ("{", "broken JSON"), ("[1]", "no JSON object"), (None, "missing or empty")])
 def test_what_is_no_such_checkpoint_is_one_sentence_and_leaves_nothing(copy, tmp_path, change, said):
     _, src, tower = copy
     path = src / "config.json"
@@ -462,7 +463,7 @@ def test_a_tokenizer_model_without_its_packages_says_what_to_install(original, t
     kind, src, tower = original
     if kind == "bunny":
         pytest.skip("Bunny's tokenizer is JSON")
-    monkeypatch.setattr(families, "_installed", lambda module: False)
+    monkeypatch.setattr(import_checkpoint, "installed", lambda module: False)
     refused("`pip install sentencepiece protobuf`", src, tower, tmp_path)
 
 

@@ -2,6 +2,8 @@
 import json
 import shutil
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,6 +232,23 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
     assert together == alone and any(together)
 
 
+def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(folder, tmp_path):
+    """LLaVA-1.6 on Llama 3 has two ends; an answer that is cut is not finished."""
+    m = vlm.load(folder)
+    asked = [[picture(i)] for i in range(8)], ["what is this ?"] * 8
+    whole = vlm.complete(m, *asked, max_new_tokens=6)
+    at = next(i for i, c in enumerate(whole) if len(c.text.split()) == 6)         # cut, all of it words
+    assert not whole[at].finished
+    words = whole[at].text.split()
+    shutil.copytree(folder, tmp_path / "ends")
+    end = m.front.tokenizer.convert_tokens_to_ids(words[2])
+    about = tmp_path / "ends" / "generation_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"eos_token_id": [m.front.eos_id, end]}))
+    again = vlm.complete(vlm.load(tmp_path / "ends"), *asked, max_new_tokens=6)[at]
+    assert again.finished and again.text.split() == words[:words.index(words[2]) + 1]
+    assert vlm.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
@@ -267,14 +286,14 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
     with pytest.raises(data.UserError, match="only llava-hf folders"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(data.UserError, match="not valid JSON"):
+    with pytest.raises(data.UserError, match="config.json, line 1: broken JSON"):
         vlm.load(tmp_path)
 
 
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="model.safetensors is torn .*: copy it again"):
+    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
@@ -304,13 +323,12 @@ def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
 
 def test_identity_changes_when_a_weight_changes(tmp_path):
     from safetensors.torch import load_file, save_file
-    m = vlm.load(write_llava(tmp_path))
-    before = vlm.identity(m)
-    assert vlm.identity(m) == before == vlm.identity(vlm.load(tmp_path))
+    before = data.identity(write_llava(tmp_path))
+    assert data.identity(tmp_path) == before
     weights = load_file(tmp_path / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert vlm.identity(m) != before
+    assert data.identity(tmp_path) != before
 
 
 # ---- LLaVA-1.6 and imported Bunny ----
@@ -432,6 +450,8 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     together = vlm.generate(m, *asked, max_new_tokens=6, batch_size=6)
     alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
+    lengths = {len(m.front.image_ids(size)) for size in SIZES}
+    assert (len(lengths) > 1) == isinstance(m.front, families.LlavaNext)
     words = vlm.word_logps(m, picture(0, (90, 20)), "what is this ?", "a cat")
     assert [w for w, _ in words] == ["a", "cat"]
 
@@ -471,7 +491,7 @@ def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_p
     again = vlm.load(tmp_path / "merged")
     assert again.words == m.words
     assert (again.front.template, again.front.preparation) == (m.front.template, m.front.preparation)
-    assert vlm.identity(again) != vlm.identity(m)
+    assert data.identity(again.front.folder) != data.identity(other)
 
 
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
@@ -481,6 +501,101 @@ def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
     pairs, shown = pairs_of(m)
     with pytest.raises(data.UserError, match="sliding window of 8"):
         vlm.packed(m, pairs[:1], features_of(m, pairs[:1], shown[:1]), {"chosen"})
+
+
+# ---- a family of your own: a class, and a line in FAMILIES ----
+
+class Qwen25(families.Llava):
+    """Qwen2.5-VL: an image is <start>, as many tokens as its grid has, <end>; positions are (3, T)."""
+    architecture = "Qwen2_5_VLForConditionalGeneration"
+    tower = "model.visual"
+    squares = False
+
+    def grid(self, size):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+        p, limits = self.image_processor, dict(self.image_processor.size)
+        height, width = smart_resize(size[1], size[0], p.patch_size * p.merge_size,
+                                     limits["shortest_edge"], limits["longest_edge"])
+        return 1, height // p.patch_size, width // p.patch_size
+
+    def image_ids(self, size):
+        t, height, width = self.grid(size)
+        inner = [self.image_token_id] * (t * height * width // self.image_processor.merge_size ** 2)
+        return [self.config.vision_start_token_id, *inner, self.config.vision_end_token_id]
+
+    def positions(self, ids, sizes):
+        from transformers import Qwen2_5_VLModel
+        ids = torch.tensor(ids)[None]
+        grids = torch.tensor([self.grid(size) for size in sizes]).view(-1, 3)
+        rope = Qwen2_5_VLModel.get_rope_index
+        model = SimpleNamespace(config=self.config)
+        model.get_vision_position_ids = partial(Qwen2_5_VLModel.get_vision_position_ids, model)
+        return rope(model, ids, (ids == self.image_token_id).int(), image_grid_thw=grids)[0][:, 0]
+
+    def prepare(self, images):
+        found = []
+        for image in images:
+            made = self.image_processor(images=[image], return_tensors="pt")
+            found.append({"pixel_values": made.pixel_values, "image_grid_thw": made.image_grid_thw[0]})
+        return found
+
+    def inputs(self, prepared):
+        return {"pixel_values": torch.cat([x["pixel_values"] for x in prepared]),
+                "image_grid_thw": torch.stack([x["image_grid_thw"] for x in prepared])}
+
+
+def write_qwen(folder):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+    tokenizer = word_tokenizer()
+    image, start, end, eos = tokenizer.convert_tokens_to_ids(["<image>", "there", "and", "</s>"])
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=2, eos_token_id=eos,
+                         rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default"}),
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32,
+                           patch_size=14, window_size=56, fullatt_block_indexes=[1]),
+        image_token_id=image, vision_start_token_id=start, vision_end_token_id=end, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16).save_pretrained(folder)
+    return folder
+
+
+def test_a_family_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
+    """Naive and packed equal transformers' own forward of ids and pixels; positions are (3, T)."""
+    monkeypatch.setitem(families.FAMILIES, "qwen2_5_vl", Qwen25)
+    m = vlm.load(write_qwen(tmp_path), dtype=torch.float64)
+    pairs, images, rejected = [], [], []
+    for name, sizes in (("one", ((90, 60),)), ("two", ((60, 120), (33, 45)))):
+        turned = tuple(size[::-1] for size in sizes)
+        prompts = (m.front.prompt_ids("what is this ?", shape) for shape in (sizes, turned))
+        responses = (m.front.response_ids(text) for text in ("a red cat on a dog", "no , no"))
+        pairs.append(data.Pair(name, *prompts, *responses, sizes, turned))
+        images.append([picture(len(images), size) for size in sizes])
+        rejected.append([picture(9, size) for size in turned])
+
+    def own(ids, response, shown):
+        ids = torch.tensor([ids + response])
+        labels = torch.full_like(ids, -100)
+        labels[0, -len(response):] = torch.tensor(response)
+        inputs = m.front.on_device(m.model, m.front.prepare(shown))
+        kinds = (ids == m.front.image_token_id).int()
+        logits = m.model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits
+        return losses.response_logps(logits, labels)[0]
+    expected = {"chosen": [own(p.prompt, p.chosen, x) for p, x in zip(pairs, images, strict=True)],
+                "rejected": [own(p.prompt, p.rejected, x) for p, x in zip(pairs, images, strict=True)],
+                "image_rejected": [own(p.prompt_rejected, p.chosen, x)
+                                   for p, x in zip(pairs, rejected, strict=True)]}
+    features = features_of(m, pairs, sum(images, []), sum(rejected, []))
+    for forward in (vlm.naive, vlm.packed):
+        got = forward(m, pairs, features, EVERYTHING)
+        for field, values in expected.items():
+            torch.testing.assert_close(getattr(got, field), torch.stack(values), rtol=1e-9, atol=0)
 
 
 # ---- templates: the prompts that the official codes and the model cards write ----
@@ -592,6 +707,14 @@ def test_an_embedding_of_another_size_than_the_config_says_and_missing_weights_a
         vlm.load(tmp_path / "b")
 
 
+def test_a_tokenizer_model_alone_is_refused_with_what_to_do(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    (tmp_path / "a" / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(data.UserError, match="tokenizer.model alone: copy tokenizer.json"):
+        vlm.load(tmp_path / "a")
+
+
 def test_a_folder_without_a_processor_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "a")
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -613,11 +736,12 @@ def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder
 # ---- memory ----
 
 MEASURE = """
-import resource, sys
+import sys
 import torch, transformers, vlm
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():                          # of this program; ru_maxrss would begin at what its parent had
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 m = vlm.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 total = sum(float(p.sum(dtype=torch.float32)) for p in m.model.parameters())        # every page is read
@@ -626,6 +750,7 @@ print((peak() - before) / weights, weights / 2**20, total)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_checkpoint_is_read_once_straight_into_its_type(tmp_path):
     """Peak memory at most 1.15 x the weights, in the files' own type and in others; a 7B scaled down."""
     import subprocess

@@ -17,6 +17,7 @@ What is not the same as in the published folders:
  3. Of SigLIP's layers the last is dropped, as Bunny's code does while loading: the features are the output of
     the last but one, before the final norm.
 """
+import importlib.util
 import json
 import re
 import shutil
@@ -59,7 +60,7 @@ def shards(folder):
     """The weights files of a published folder. Raises UserError where one that the index names is absent."""
     for index, single in (("model.safetensors.index.json", "model.safetensors"),
                           ("pytorch_model.bin.index.json", "pytorch_model.bin")):
-        names = sorted(set(families.read_json(folder / index).get("weight_map", {}).values()))
+        names = sorted(set(data.read_json(folder / index, {}).get("weight_map", {}).values()))
         names = names or ([single] if (folder / single).exists() else [])
         if lack := [n for n in names if not (folder / n).is_file()]:
             raise data.UserError(f"{folder}: {index} names {len(lack)} files that are not there, {lack[0]} "
@@ -78,10 +79,25 @@ def weights(file):
             raise data.UserError(f"{file} ({size:,} bytes) is torn or no weights file: download it again")
         return [Weight(file, n, TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), -1)
                 for n, t in tensors.items()]
-    header = families.read_header(file)
+    header = read_header(file)
     start = size - max(about["data_offsets"][1] for about in header.values())
     return [Weight(file, n, about["dtype"], tuple(about["shape"]), start + about["data_offsets"][0])
             for n, about in header.items()]
+
+
+def read_header(path):
+    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length, = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else None
+            header.pop("__metadata__", None)
+            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
+                raise ValueError
+        return header
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+        raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
 
 
 def unpickle(file):
@@ -121,9 +137,10 @@ def collect(files, keep=lambda name: True):
 # -------------------------------------------------------------------------------- what it is
 def family(src):
     """(config.json, "llava" or "bunny") of an original checkpoint. Raises UserError for anything else."""
-    config = families.read_json(src / "config.json")
-    if not config:
-        raise data.UserError(f"{src}/config.json is missing or empty: {src} is no folder of a model")
+    config = data.read_json(src / "config.json", {})
+    if not config or not isinstance(config, dict):
+        why = "contains no JSON object" if config else "is missing or empty"
+        raise data.UserError(f"{src}/config.json {why}: {src} is no folder of a model")
     if isinstance(config.get("text_config"), dict):
         raise data.UserError(f"{src} is a transformers folder already: give it to --model as it is")
     if "mm_vision_tower" not in config:
@@ -143,7 +160,7 @@ def family(src):
 def vision_config(kind, tower, found):
     """The tower's config, from its folder where there is one, else from shapes and the published model."""
     from transformers import CLIPVisionConfig, SiglipVisionConfig
-    given = families.read_json(tower / "config.json") if tower else {}
+    given = data.read_json(tower / "config.json", {}) if tower else {}
     given = given.get("vision_config", given) or {}
     patches = found.get("model.vision_tower.embeddings.patch_embedding.weight")
     places = found.get("model.vision_tower.embeddings.position_embedding.weight")
@@ -210,15 +227,47 @@ def expected(config):
     return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
 
 
+def read_tokenizer(folder, kind, **options):
+    """The tokenizer of a published folder, of transformers' class `kind`. Raises UserError."""
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        lack = [name for name, module in packages.items() if not installed(module)]
+        if lack:
+            raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
+                                 f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
+    tokenizer = data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        return merges_by_score(tokenizer, folder / "tokenizer.model")
+    return tokenizer
+
+
+def merges_by_score(tokenizer, file):
+    """SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
+    if about["model"]["type"] == "BPE":
+        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
+    return tokenizer
+
+
+def installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:                      # the package that the module is in
+        return False
+
+
 def tokenizer_of(src, kind, config):
     """The source's tokenizer with <image> added. Raises UserError."""
     from transformers import CodeGenTokenizer, LlamaTokenizer
     if kind == "llava":
         # Without `legacy` the space piece between <image> and the newline, which LLaVA's code has, is lost.
-        tokenizer = families.read_tokenizer(src, LlamaTokenizer, legacy=True, add_bos_token=True)
+        tokenizer = read_tokenizer(src, LlamaTokenizer, legacy=True, add_bos_token=True)
         tokenizer.pad_token = tokenizer.unk_token
     else:
-        tokenizer = families.read_tokenizer(src, CodeGenTokenizer)
+        tokenizer = read_tokenizer(src, CodeGenTokenizer)
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos_token_id", "eos_token_id"):
         if config.get(name) is not None and getattr(tokenizer, name) != config[name]:
@@ -367,7 +416,7 @@ def run(src, dst, tower=None, report=print):
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir(parents=True)
-        write_rest(todo, unfinished, families.read_json(src / "config.json"))
+        write_rest(todo, unfinished, data.read_json(src / "config.json", {}))
         write_weights(todo, unfinished, report)
         unfinished.replace(dst)
     except OSError as e:
