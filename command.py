@@ -297,7 +297,7 @@ class Store:
 
     def kept(self, items):
         """{id: line} of the items that are made: those whose line has the item's hash."""
-        wanted, found, appended = {item["id"]: item["hash"] for item in items}, {}, []
+        wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
@@ -306,9 +306,6 @@ class Store:
                 for row in line["rows"] if "rows" in line else [self.unshape(number, line)]:
                     if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
                         found[row["id"]] = row
-                        if "rows" in line:
-                            appended.append(row["id"])
-        self.twice = len(appended) - len(set(appended))     # rows that the ranks made more than once
         return found
 
     def check_head(self, file, begun):
@@ -333,19 +330,17 @@ class Store:
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 
-    def work(self, items, make, size=1, description="", unit="item", whole=True):
+    def work(self, items, make, size=1, description="", unit="item"):
         """The items' lines in their order, without those that failed; only what is missing is made.
 
         make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
         Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
-        batches; whole=False: only what is missing is grouped, for servers, which are asked one by one. Keys
-        of an item that begin with _ are for `make` alone.
+        batches. Keys of an item that begin with _ are for `make` alone.
         """
         had = self.kept(items)
         self.there = len(had)
         self.ranks.barrier()                                # everyone has read what is there before it grows
-        todo = items if whole else [item for item in items if item["id"] not in had]
-        groups = [todo[at:at + size] for at in range(0, len(todo), size)]
+        groups = [items[at:at + size] for at in range(0, len(items), size)]
         mine = [g for g in groups[self.ranks.rank::self.ranks.world] if any(x["id"] not in had for x in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
                    disable=None if self.ranks.rank == 0 else True)

@@ -13,9 +13,8 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from html import escape
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,11 +31,10 @@ WORDS = 4096                            # places of a vector of word counts
 # ---- numbers ----
 def guidance(ranked):
     """{topic: {scale: share}}, `all` first."""
-    scales = sorted({image["guidance"] for row in ranked for image in row["candidates"]})
-    shares, topics = {}, sorted({row["topic"] for row in ranked})
-    for topic in ("all", *topics) if ranked else ():
-        picked = [row["guidance"] for row in ranked if topic in ("all", row["topic"])]
-        shares[topic] = {scale: picked.count(scale) / len(picked) for scale in scales}
+    shares, scales = {}, sorted({image["guidance"] for row in ranked for image in row["candidates"]})
+    for topic, rows in ({"all": ranked} | pairing.grouped(ranked, "topic")).items():
+        picked = [row["guidance"] for row in rows]
+        shares[topic] = {scale: picked.count(scale) / len(rows) for scale in scales}
     return shares
 
 
@@ -47,87 +45,67 @@ def top(scores, k):
 
 
 def agreement(ranked):
-    """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers that scored."""
-    found, names = [], dict.fromkeys(name for row in ranked for name in row["scores"])
-    twos, threes = itertools.combinations(names, 2), itertools.combinations(names, 3)
-    for rankers in (*twos, *threes):
-        scores = []
-        for row in ranked:
-            if row["scores"].keys() >= set(rankers):
-                scores.append([row["scores"][name] for name in rankers])
-        scores = [each for each in scores if len(each[0]) > 1]
-        sizes = [len(first) for first, *_ in scores]
-        for k in range(1, max(sizes, default=1)):
+    """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers. All prompts have as
+    many candidates, which all rankers scored."""
+    found, (first, *_) = [], ranked
+    names, n, size = first["scores"], len(ranked), len(first["candidates"])
+    for rankers in (*itertools.combinations(names, 2), *itertools.combinations(names, 3)):
+        for k in range(1, size):
             common = 0.
-            for each in scores:
-                tops = [top(one, k) for one in each]
+            for row in ranked:
+                tops = [top(row["scores"][name], k) for name in rankers]
                 common += len(set.intersection(*tops)) / k
-            chance = sum((k / size) ** (len(rankers) - 1) for size in sizes)
-            found.append({"rankers": list(rankers), "k": k, "agree": common / len(sizes),
-                          "chance": chance / len(sizes), "n": len(sizes)})
+            chance = (k / size) ** (len(rankers) - 1)
+            found.append({"rankers": rankers, "k": k, "agree": common / n, "chance": chance, "n": n})
     return found
 
 
-class Duel(NamedTuple):
-    a: int                              # the picture shown first, by its place among the candidates
-    b: int
-    first: str                          # the ranker that picked a
-    second: str
-
-
 def duel(row, seed):
-    """The Duel of two rankers' picks, in random order; None where they picked the same picture."""
-    picks = []
-    for name, scores in list(row["scores"].items())[:2]:
-        picks.append((scores.index(max(scores)), name))
+    """{ranker: the place of its pick} of the first two rankers, in random order."""
+    names, picks = list(row["scores"])[:2], {}
     if data.draw(seed, "judge", row["id"]).integers(2) == 0:
-        picks.reverse()
-    (a, first), (b, second) = picks
-    return Duel(a, b, first, second) if a != b else None
+        names.reverse()
+    for name in names:
+        picks[name], = top(row["scores"][name], 1)
+    return picks
 
 
 def judged(run, ranked):
     """Table 5's counts, or None without --judge or with one ranker."""
-    o, names = run.o, []
-    duels, asked, count = {}, [], Counter()
-    if ranked:
-        names = list(ranked[0]["scores"])[:2]
+    o, asked, meant = run.o, [], {}
+    names, count = list(ranked[0]["scores"])[:2], dict.fromkeys(("wins", "losses", "ties", "unread"), 0)
     if not o.judge or len(names) < 2:
         return None
     for row in ranked:
-        if shown := duel(row, o.seed):
-            files = [run.out / row["candidates"][place]["image"] for place in (shown.a, shown.b)]
-            text = ASK_JUDGE.format(prompt=row["prompt"])
-            asked.append(chat.Question(row["id"], text, files))
-            duels[row["id"]] = {"a": shown.first, "b": shown.second, "tie": "tie"}
-    replies = run.out / "parts" / "judge.jsonl"
-    said = chat.replies(o.judge, asked, replies, model=o.model_name or None, max_tokens=16,
-                        description="judge")
+        id, picks = row["id"], duel(row, o.seed)
+        files = [run.out / row["candidates"][place]["image"] for place in picks.values()]
+        if len(set(files)) == 2:
+            asked.append(chat.Question(id, ASK_JUDGE.format(prompt=row["prompt"]), files))
+            first, second = ("wins", "losses") if [*picks] == names else ("losses", "wins")
+            meant[id] = {"a": first, "b": second, "tie": "ties"}
+    said = chat.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
+                        max_tokens=16, description="judge")
     for id, text in said.items():
         vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", text, re.I)
-        meant = duels[id][vote[1].lower()] if vote else "unread"
-        count[meant] += 1
-    wins, losses = count[names[0]], count[names[1]]
-    decided = wins + losses
-    return {"rankers": names, "wins": wins, "losses": losses, "ties": count["tie"],
-            "unread": count["unread"], "not_answered": len(asked) - len(said),
+        count[meant[id][vote[1].lower()] if vote else "unread"] += 1
+    wins, decided = count["wins"], count["wins"] + count["losses"]
+    return {"rankers": names, **count,
+            "not_answered": len(asked) - len(said),
             "same_pick": len(ranked) - len(asked),
-            "win_rate": wins / decided if decided else None, "interval": wilson(wins, decided)}
+            "win_rate": wins / decided if decided else None,
+            "interval": wilson(wins, decided)}
 
 
 def wilson(k, n, z=1.96):
-    """95% interval of a share k of n."""
-    if not n:
-        return [0., 1.]
-    centre = (k + z * z / 2) / (n + z * z)
-    spread = math.sqrt(k * (n - k) / n + z * z / 4)
-    width = z * spread / (n + z * z)
-    return [centre - width, centre + width]
+    """95% interval of a share k of n; of none (0, 1)."""
+    middle, total = k + z * z / 2, n + z * z
+    width = z * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
+    return [(middle - width) / total, (middle + width) / total]
 
 
 def vectors(texts, encoder="", device="cpu"):
     """Unit vectors (N, D): a sentence encoder's mean over tokens, or word counts weighted by rarity."""
-    found = encoded(texts, encoder, device) if encoder else counted(texts)
+    found = encoded(texts, encoder, device) if encoder and texts else counted(texts)
     length = np.linalg.norm(found, axis=1, keepdims=True)
     return found / np.maximum(length, 1e-9)
 
@@ -135,160 +113,135 @@ def vectors(texts, encoder="", device="cpu"):
 def encoded(texts, encoder, device):
     import torch
     from transformers import AutoModel, AutoTokenizer
-    tokenizer = data.from_folder(AutoTokenizer, encoder, "tokenizer", "give a sentence encoder's folder")
-    model = data.from_folder(AutoModel, encoder, "model", "give a sentence encoder's folder").to(device)
-    means = []
-    for at in range(0, len(texts), 64):
-        x = tokenizer(texts[at:at + 64], padding=True, truncation=True, return_tensors="pt").to(device)
+    fix, means = "give a sentence encoder's folder", []
+    tokenizer = data.from_folder(AutoTokenizer, encoder, "tokenizer", fix)
+    model = data.from_folder(AutoModel, encoder, "model", fix).to(device)
+    for text in texts:
+        x = tokenizer(text, truncation=True, return_tensors="pt").to(device)
         with torch.no_grad():
-            hidden = model(**x).last_hidden_state                                                 # (B, T, D)
-        mask = x["attention_mask"][..., None]
-        means.append((hidden * mask).sum(1) / mask.sum(1))
-    return torch.cat(means).float().cpu().numpy()
+            means.append(model(**x).last_hidden_state[0].mean(0))
+    return torch.stack(means).float().cpu().numpy()
 
 
 def counted(texts):
-    words = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    seen = Counter(word for count in words for word in count)
+    words = [re.findall(r"\w+", text.lower()) for text in texts]
+    seen = Counter(word for own in words for word in set(own))
     found = np.zeros((len(texts), WORDS), np.float32)
-    for row, count in zip(found, words, strict=True):
-        for word, n in count.items():
-            rarity = math.log((1 + len(texts)) / seen[word])
-            row[data.hash64(word) % WORDS] += n * rarity
+    for row, own in zip(found, words, strict=True):
+        for word in own:
+            row[data.hash64(word) % WORDS] += math.log((1 + len(texts)) / seen[word])
     return found
 
 
 def mean_similarity(unit):
-    """Each vector's mean cosine with the others: (N,)."""
-    n = len(unit)
-    if n < 2:
-        return np.zeros(0)
-    own = (unit * unit).sum(1)
-    return (unit @ unit.sum(0) - own) / (n - 1)
+    """Each vector's mean cosine with the others: (N,); of one vector nothing."""
+    own, n = (unit * unit).sum(1), len(unit)
+    return (unit @ unit.sum(0) - own) / (n - 1) if n > 1 else np.zeros(0)
 
 
-def similarity(texts, responses, encoder="", device="cpu"):
-    """{"prompts": [each one's mean similarity to the others], "responses": [... of the same question]}.
-    Responses to a question follow each other."""
-    alike = {"prompts": [], "responses": []}
-    if texts:
-        alike["prompts"] = mean_similarity(vectors(texts, encoder, device)).tolist()
-    if responses:
-        unit = vectors([row["response"] for row in responses], encoder, device)
-        for _, own in itertools.groupby(range(len(unit)), key=lambda place: responses[place]["id"]):
-            alike["responses"] += mean_similarity(unit[list(own)]).tolist()
-    return alike
+def similarity(run):
+    """{"prompts", "responses": {"n", "mean", "deciles"}} of each one's mean cosine with all others, of a
+    response with those to the same question."""
+    groups, found = {"prompts": [[row["prompt"] for row in run.rows("prompts")]], "responses": []}, {}
+    for rows in pairing.grouped(run.rows("responses"), "id").values():
+        groups["responses"].append([row["response"] for row in rows])
+    for name, some in groups.items():
+        unit = vectors(sum(some, []), run.o.encoder, run.ranks.device)
+        cosines = []
+        for texts in some:
+            cosines += mean_similarity(unit[:len(texts)]).tolist()
+            unit = unit[len(texts):]
+        if cosines:
+            deciles = np.quantile(cosines, np.arange(1, 10) / 10).tolist()
+            found[name] = {"n": len(cosines), "mean": float(np.mean(cosines)), "deciles": deciles}
+    return found
 
 
 # ---- the page ----
 SHOWN = ("instructions", "responses", "scores", "faults", "pairs", "dropped")
+NOTES = {"guidance": "Share of the prompts whose best image has this scale.",
+         "agreement": "Share in common of the rankers' top k.",
+         "judge": "How often the first ranker's pick is preferred; the rate is of the decided.",
+         "similarity": "Cosines with the others."}
 
 
 def candidates(run, row):
     """The candidates with their scores; under each the rankers that picked it."""
     body = ""
     for place, image in enumerate(row["candidates"]):
-        says, picked = [f"guidance {image['guidance']:g}"], []
+        says = f"guidance {image['guidance']:g}"
         for name, scores in row["scores"].items():
-            says.append(f"{name} {scores[place]:.2f}")
-            if scores.index(max(scores)) == place:
-                picked.append(name)
-        by = f" ← picked by {' and '.join(picked)}" if picked else ""
-        body += page.picture(run.out, image["image"], ", ".join(says) + by)
+            says += f", {name} {scores[place]:.2f}"
+            if place in top(scores, 1):
+                says += f" ← picked by {name}"
+        body += page.picture(run.out, image["image"], says)
     return f'<div class="row">{body}</div>'
 
 
 def entry(run, row, made):
-    """One prompt's card. made: {name of SHOWN: {a prompt's id: its rows}}."""
-    id, terms = row["id"], []
-    roles, notes = {}, {}
-    here = {name: made[name].get(id, ()) for name in SHOWN}
-    for dropped in here["dropped"]:
-        terms.append(("dropped", f"<mark>{escape(dropped['reason'])}</mark>"))
+    """One prompt's card. made: {name of SHOWN: its rows}."""
+    here, roles, notes, question = {}, {}, defaultdict(str), ""
+    for name, rows in made.items():
+        here[name] = [line for line in rows if line["id"] == row["id"]]
+    lines = [[gone["reason"], "dropped"] for gone in here["dropped"]]
     for asked in here["instructions"]:
-        terms.append(("question", escape(asked["question"])))
+        question = asked["question"]
     for pair in here["pairs"]:
         roles = dict(zip(pair["meta"]["models"], ("chosen", "rejected"), strict=True))
     for scored in here["scores"]:
-        notes[scored["model"]] = [page.num(scored["score"])]
+        notes[scored["model"]] += f", {page.num(scored['score'])}"
     for fault in here["faults"]:
-        notes.setdefault(fault["model"], []).extend(fault["faults"])
+        notes[fault["model"]] += f", {', '.join(fault['faults'])}"
     for said in here["responses"]:
-        model, text = said["model"], escape(said["response"]) or "–"
-        note = ", ".join([model, *notes.get(model, ())])
-        terms.append((roles.get(model, "neither"), f"{text} <small>{escape(note)}</small>"))
-    body = "".join(f"<dt>{term}</dt><dd>{says}</dd>" for term, says in terms)
-    head = f"<h3>{escape(row['prompt'])}</h3><small>{escape(id)}</small>"
-    return f'<div class="card">{head}{candidates(run, row)}<dl>{body}</dl></div>'
-
-
-def percent(*shares):
-    return [f"{100 * share:.0f}" for share in shares]
+        model = said["model"]
+        lines.append([(said["response"] or "–", model + notes[model]), roles.get(model, "neither")])
+    body = candidates(run, row) + page.table((question, ""), lines)
+    return f'<div class="card"><h3>{escape(row["prompt"])}</h3>{body}</div>'
 
 
 def tables(analysis):
-    """The analyses as sections of the page."""
-    shares, judge = analysis["guidance"], analysis["judge"]
-    scales = [f"{scale:g}" for scale in shares.get("all", ())]
-    rows = [[topic, *percent(*row.values())] for topic, row in shares.items()]
-    body = page.section("Guidance", "Share of the prompts whose best image has this scale, in percent.",
-                        page.table(["topic", *scales], rows))
-    rows = []
-    for row in analysis["agreement"]:
-        names = " and ".join(row["rankers"])
-        agree, chance = percent(row["agree"], row["chance"])
-        rows.append([names, row["k"], agree, chance, row["n"]])
-    body += page.section("Agreement", "Share in common of the rankers' top k, in percent.",
-                         page.table(("rankers", "k", "agree", "chance", "prompts"), rows))
-    if judge:
-        counts = ("wins", "losses", "ties", "same_pick", "unread", "not_answered")
-        row = [judge[name] for name in counts]
-        row += percent(judge["win_rate"] or 0., *judge["interval"])
-        head = [name.replace("_", " ") for name in counts]
-        note = "How often {}'s pick is preferred to {}'s; the rate is of the decided, with its 95% interval."
-        body += page.section("Judge", note.format(*judge["rankers"]),
-                             page.table([*head, "rate, %", "from", "to"], [row]))
-    rows = []
-    for name, of in analysis["similarity"].items():
-        cosines = [f"{cosine:.2f}" for cosine in (of["mean"], *of["deciles"])]
-        rows.append([name, of["n"], *cosines])
-    tenths = [f"{tenth}0%" for tenth in range(1, 10)]
-    return body + page.section("Similarity", "Cosines with the others: their mean, and its deciles.",
-                               page.table(["of", "n", "mean", *tenths], rows))
+    """The analyses as sections of the page, a table each."""
+    body = ""
+    for name, note in NOTES.items():
+        rows = analysis[name]
+        if name == "judge":
+            rows = [rows] if rows else []
+        elif name != "agreement":
+            rows = [{"of": key} | row for key, row in rows.items()]
+        cells = [map(shown, row.values()) for row in rows]
+        body += page.section(name.capitalize(), note, page.table(rows[0] if rows else (), cells))
+    return body
+
+
+def shown(value):
+    """A number, a text, or a list of them, in a table."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value))
+    return value if isinstance(value, str) else page.num(value)
 
 
 def analyse(run):
     """Writes analysis.json and gallery.html into the run's folder."""
-    o, ranked, alike = run.o, run.rows("ranked", "rank"), {}
-    texts = [row["prompt"] for row in run.rows("prompts")]
-    found = similarity(texts, run.rows("responses"), o.encoder, run.ranks.device)
-    for name, values in found.items():
-        if values:
-            deciles = np.quantile(values, np.arange(1, 10) / 10).tolist()
-            alike[name] = {"n": len(values), "mean": float(np.mean(values)), "deciles": deciles}
-    analysis = {"guidance": guidance(ranked), "agreement": agreement(ranked), "judge": judged(run, ranked),
-                "similarity": alike}
-    data.atomic_write(run.out / "analysis.json", json.dumps(analysis, indent=1) + "\n")
-    data.atomic_write(run.out / "gallery.html", whole_page(run, ranked, analysis))
-    for row in analysis["agreement"]:
-        print(f"top {row['k']}: {' and '.join(row['rankers'])} agree {100 * row['agree']:.1f}%, "
-              f"chance {100 * row['chance']:.1f}%")
-    run.say(stage="analyse", prompts=len(ranked), page=str(run.out / "gallery.html"))
+    ranked = run.rows("ranked", "rank")
+    found = {"guidance": guidance(ranked),
+             "agreement": agreement(ranked),
+             "judge": judged(run, ranked),
+             "similarity": similarity(run)}
+    data.atomic_write(run.out / "analysis.json", json.dumps(found, indent=1) + "\n")
+    data.atomic_write(run.out / "gallery.html", whole_page(run, ranked, found))
+    run.say("analyse", prompts=len(ranked), page=str(run.out / "gallery.html"))
 
 
 def whole_page(run, ranked, analysis):
-    made = {}
-    for name in SHOWN:
-        rows = run.rows(f"scores-{run.o.scorer}" if name == "scores" else name)
-        made[name] = pairing.grouped(rows, "id")
-    reasons = Counter(row["reason"] for row in run.rows("dropped"))
-    reasons.update(f"response {fault}" for row in run.rows("faults") for fault in row["faults"])
-    apart = len(ranked) // max(1, run.o.gallery)
-    shown = ranked[::max(1, apart)][:run.o.gallery]
-    cards = "".join(entry(run, row, made) for row in shown)
+    made = {name: run.rows(name) for name in SHOWN}
+    made["scores"] = run.rows(f"scores-{run.o.scorer}")
+    reasons = Counter(row["reason"] for row in made["dropped"])
+    reasons.update(fault for row in made["faults"] for fault in row["faults"])
+    apart = max(1, len(ranked) // max(1, run.o.gallery))
+    cards = "".join(entry(run, row, made) for row in ranked[::apart][:run.o.gallery])
     body = page.section("What was left out", f"{len(ranked)} prompts, {len(made['pairs'])} pairs.",
                         page.table(("reason", "n"), reasons.items()))
     body += tables(analysis)
     body += page.section("Prompts", "Evenly spaced through the run: nothing is picked.",
-                         cards and f'<div class="grid" style="--w:560px">{cards}</div>')
+                         f'<div class="grid" style="--w:560px">{cards}</div>')
     return page.page(f"Synthesis: {run.out.name}", body)

@@ -128,7 +128,7 @@ def pair(prompt, best, worst, official):
         if official:
             text = unecho(question, text)[0].replace("\n", " ").strip()
         texts.append(text)
-    meta = {k: v for k, v in prompt.items() if k not in ("id", "image", "question")}
+    meta = {name: prompt[name] for name in ("topic", "prompt", "guidance") if name in prompt}
     meta |= {"models": [best["model"], worst["model"]], "scores": [best["score"], worst["score"]]}
     return {"id": id, "image": prompt["image"], "question": question, "chosen": texts[0],
             "rejected": texts[1], "meta": meta}

@@ -3,7 +3,7 @@
     encoded = encode(folder, ["a red bike"])            # the text encoders alone
     painter = Painter(folder)                           # transformer and VAE alone
     images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
-    paint(folder, [Job("a red bike", [5, 7, 9, 11], [11, 12, 13, 14])])           # both, one after the other
+    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11])              # both, one after the other
 
 Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
@@ -19,7 +19,6 @@ Departures from the published pipeline:
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
@@ -93,21 +92,15 @@ class Painter:
             height=size or None, width=size or None).images
 
 
-class Job(NamedTuple):
-    prompt: str
-    guidance: list
-    seeds: list
-
-
-def paint(folder, jobs, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
-    """Yield each job's images. The texts of `chunk` jobs are encoded, then their images are painted, so that
-    encoders and transformer are never in memory together."""
+def paint(folder, jobs, guidance, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
+    """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
+    jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
     for at in range(0, len(jobs), chunk):
         some = jobs[at:at + chunk]
-        encoded = encode(folder, [job.prompt for job in some], device, dtype)
+        encoded = encode(folder, [prompt for prompt, _ in some], device, dtype)
         command.free()
         painter = Painter(folder, device, dtype)
-        for job in some:
-            yield painter(encoded[job.prompt], encoded[""], job.guidance, job.seeds, steps, size)
+        for prompt, seeds in some:
+            yield painter(encoded[prompt], encoded[""], guidance, seeds, steps, size)
         del painter, encoded
         command.free()

@@ -104,11 +104,3 @@ def template(path, ids, seed=0):
     if path != "template":
         asked = [line for _, line in read(path, "--instruct")]
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}
-
-
-def questions(writer, items):
-    """[{"question"}, or None without a reply] by a chat.connect about the `_prompt` of each item."""
-    asked = [chat.Question(item["id"], ASK_QUESTION.format(prompt=item["_prompt"])) for item in items]
-    said = chat.replies(writer, asked, description="instruct")
-    texts = [" ".join(said.get(item["id"], "").split()) for item in items]
-    return [{"question": text} if text else None for text in texts]

@@ -45,14 +45,14 @@ def judge(run):
     import gallery
     rows = []
     for r in run.rows("ranked"):
-        words, shown, pair = r["prompt"].split(), [], gallery.duel(r, run.o.seed)
+        words, shown, picks = r["prompt"].split(), [], gallery.duel(r, run.o.seed).values()
         things = {(t, c) for c, t in zip(words, words[1:], strict=False) if t in world.TYPES}
-        for k in (pair.a, pair.b) if pair else ():
+        if len(set(picks)) < 2:
+            continue
+        for k in picks:
             with Image.open(run.out / r["candidates"][k]["image"]) as image:
                 cells = set(synthesis.recognise(image, words[0])[0]) - {None}
             shown.append((len(things & cells), len({t for t, _ in things} & {t for t, _ in cells})))
-        if not pair:
-            continue
         a, b = shown
         rows.append({"id": r["id"], "reply": "A" if a > b else "B" if b > a else "tie"})
     run.write("judge", rows)

@@ -16,7 +16,6 @@ import pytest
 from conftest import ROOT, picture, word_tokenizer, write_llava
 
 import chat
-import command
 import data
 
 
@@ -428,15 +427,3 @@ def test_importing_chat_loads_no_model_code():
     code = "import sys, chat; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
-
-
-def test_a_store_groups_only_what_is_missing_where_a_group_need_not_be_whole(tmp_path):
-    items = [{"id": str(i), "hash": "h"} for i in range(6)]
-    for whole, expected in ((True, [["0", "1", "2"], ["3", "4", "5"]]), (False, [["1", "4"]])):
-        store, seen = command.Store(tmp_path / f"{whole}.jsonl"), []
-        store.work(items, lambda groups: ([None if x["id"] in "14" else {} for x in g] for g in groups), 3)
-
-        def make(groups, seen=seen):
-            seen += [[item["id"] for item in group] for group in groups]
-            yield from ([{}] * len(group) for group in groups)
-        assert len(store.work(items, make, 3, whole=whole)) == 6 and seen == expected

@@ -53,7 +53,7 @@ def test_only_what_was_given_is_returned_with_its_type():
     (["--set", "deep=maybe"], "--set deep=maybe: 'maybe' is not true or false"),
     (["--set", "shares=1,x"], "is not numbers with commas"),
     (["--set", "deep"], "give KEY=VALUE with KEY one of shares, deep"),
-    (["--set", "n=3"], "--set n=3: give KEY=VALUE")])
+    (["--set", "no=3"], "--set no=3: give KEY=VALUE")])
 def test_a_bad_value_is_refused_with_what_was_written_and_what_it_should_be(argv, words):
     with pytest.raises(data.UserError, match=words):
         parsed(*argv)
