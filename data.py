@@ -260,6 +260,11 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
+def chunks(items, size):
+    """The slices of `size` items of a list or a range; the last may be shorter."""
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 # ---- the index: where the lines of a file begin and end ----
 
 def index_lines(path, size=1 << 20):
