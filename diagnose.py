@@ -64,17 +64,19 @@ def look(m, records, good, o, name, kept=None):
     if len(shown) < 2:
         return {}
     jobs = jobs_of(shown, o.eval_seed)
-    drawn = np.zeros(len(shown))                                      # log ratios of drawn answers, (n,)
-    policy = reference = scores(m, shown, jobs, o, name)                                        # (J, 2)
-    if name != "before":
-        drawn = divergence(m, shown, o)
+    policy = scores(m, shown, jobs, o, name)                                                    # (J, 2)
+    if name == "before":
+        reference = policy
+        drawn = np.zeros(len(shown))                                  # log ratios of drawn answers, (n,)
+        if kept:
+            data.atomic_write(kept, json.dumps(policy.tolist()))
+    else:
+        drawn = divergence(m, shown, o, name)
         if kept and kept.exists():
             reference = np.array(data.read_json(kept))
         else:
             with vlm.base_of(m) as base:
                 reference = scores(base, shown, jobs, o, name)
-    elif kept:
-        data.atomic_write(kept, json.dumps(policy.tolist()))
 
     # ---- means ----
     images = [record["images"][0] for record in shown]
@@ -108,14 +110,11 @@ def jobs_of(shown, seed):
     images = [record["images"][0] for record in shown]
     themes = [record["meta"].get("theme") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
+    own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)
-    jobs = [Job("true", i, i) for i in range(len(shown))]
-    jobs += [Job("blank", i, i) for i in range(len(shown))]
-    jobs += [Job("other", i, j) for i, j in other.items()]
-    for i, j in alike.items():
-        if themes[i] and images[i] != images[j]:
-            jobs.append(Job("same_theme", i, j))
-    return jobs
+    alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
+    kinds = {"true": own, "blank": own, "other": other, "same_theme": alike}
+    return [Job(kind, i, j) for kind, image_of in kinds.items() for i, j in image_of.items()]
 
 
 def partners(groups, seed):
@@ -130,33 +129,39 @@ def partners(groups, seed):
         together.setdefault(groups[i], []).append(i)
     row = sum(together.values(), [])                         # group after group: a step of the largest leaves
     largest = max(map(len, together.values()))
-    step = min(largest, len(row) // 2)
-    other = dict(zip(row, row[step:] + row[:step], strict=True))
     alike = {}
     for group in together.values():
         if len(group) > 1:
-            alike |= zip(group, group[1:] + group[:1], strict=True)
-    return other, alike
+            alike |= next_to(group, 1)
+    return next_to(row, min(largest, len(row) // 2)), alike
+
+
+def next_to(row, step):
+    """{each of a row: the one so many steps further}, the row being a ring."""
+    return dict(zip(row, row[step:] + row[:step], strict=True))
 
 
 # ---- log-probs ----
 def scores(m, shown, jobs, o, name):
     """log p of the two responses of every job, chosen first: (J, 2)."""
-    rows = []
-    for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
-        pairs, pictures = [], []
-        for job in jobs[at:at + o.micro_batch]:
-            picture = data.read_image(shown[job.image]["images"][0])
-            if job.kind == "blank":
-                picture = data.rejected_image("blank", picture, 0, "")
-            pair, _ = tokenise(m.front, shown[job.pair], o, (picture.size,))
-            pairs.append(pair)
-            pictures.append(picture)
-        rows.append(logps_of(m, pairs, pictures, o, ["chosen", "rejected"]))
-    return np.concatenate(rows)
+    pairs = []
+    for job in jobs:
+        size = data.image_size(shown[job.image]["images"][0])
+        pair, _ = tokenise(m.front, shown[job.pair], o, (size,))
+        pairs.append(pair)
+    return logps_of(m, pairs, pictures_of(shown, jobs), o, ["chosen", "rejected"], name)
 
 
-def divergence(m, shown, o):
+def pictures_of(shown, jobs):
+    """The jobs' PIL images, each read when it is its turn."""
+    for job in jobs:
+        picture = data.read_image(shown[job.image]["images"][0])
+        if job.kind == "blank":
+            picture = data.rejected_image("blank", picture, 0, "")
+        yield picture
+
+
+def divergence(m, shown, o, name):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
     front = m.front
     pictures = [data.read_image(record["images"][0]) for record in shown]
@@ -171,21 +176,22 @@ def divergence(m, shown, o):
         answer = [token for token in ids if token != front.image_token_id]
         answer = [*answer, front.eos_id][:o.max_new_tokens]
         pairs.append(data.Pair("", prompt, prompt, answer, [], (picture.size,)))
-    rows = []
-    for at in range(0, len(pairs), o.micro_batch):
-        some = slice(at, at + o.micro_batch)
-        with vlm.base_of(m) as base:
-            reference = logps_of(base, pairs[some], pictures[some], o, ["chosen"])
-        rows.append(logps_of(m, pairs[some], pictures[some], o, ["chosen"]) - reference)
-    return np.concatenate(rows)[:, 0]
+    policy = logps_of(m, pairs, pictures, o, ["chosen"], name)
+    with vlm.base_of(m) as base:
+        reference = logps_of(base, pairs, pictures, o, ["chosen"], name)
+    return (policy - reference)[:, 0]
 
 
 @torch.no_grad()
-def logps_of(m, pairs, pictures, o, fields):
-    """Fields of losses.Logps, of pairs with one picture each: (B, len(fields))."""
-    features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
-    found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
-    return torch.stack([getattr(found, field) for field in fields], 1).double().cpu().numpy()
+def logps_of(m, pairs, pictures, o, fields, name):
+    """Fields of losses.Logps, of pairs with one picture each: (P, len(fields))."""
+    pictures, rows = iter(pictures), []
+    for some in tqdm(data.chunks(pairs, o.micro_batch), f"{name}: looking"):
+        prepared = m.front.prepare([*islice(pictures, len(some))])
+        features = vlm.encode_images(m, data.Batch(some, prepared))
+        found = vlm.FORWARDS[o.forward](m, some, features, set(fields))
+        rows.append(torch.stack([getattr(found, field) for field in fields], 1).double().cpu())
+    return torch.cat(rows).numpy()
 
 
 # ---- means ----
@@ -199,10 +205,8 @@ def by_kind(jobs, values):
 
 def interval(values, images, seed, resamples=1000):
     """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
-    items = []
-    for image, x in zip(images, values, strict=True):
-        if not np.isnan(x):
-            items.append({"image": image, "sum": x, "n": 1})
+    items = [{"image": image, "sum": x} for image, x in zip(images, values, strict=True)
+             if not np.isnan(x)]
     _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed, resamples)
     point = sum(item["sum"] for item in items) / len(items)
     low, high = tally.interval(draws["sum"] / draws["n"], point)
