@@ -104,7 +104,7 @@ class Pairs:
         images = prepared[:len(images)]
         if of_pixels:                                     # as the official code of mDPO crops
             for n, image in enumerate(images):
-                pixels = data.rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
+                pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
         key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for x in tensors(images + rejected):
@@ -121,7 +121,7 @@ class Pairs:
 
     def other_image(self, seed, record, place):
         """The first image of another record, drawn for this one."""
-        index = data.other_index(seed, record["id"], place, len(self))
+        index = other_index(seed, record["id"], place, len(self))
         return data.read_image(self.records[self.good[index]]["images"][0])
 
     def batch(self, micro, read):
@@ -131,6 +131,30 @@ class Pairs:
         keys = [one.key for one in read]
         return data.Batch([one.pair for one in read], images, images_rejected, micro.places, keys,
                           micro.counts, micro.of)
+
+
+def other_index(seed, id, i, n):
+    """The index of another record than i, of n."""
+    if n < 2:
+        raise data.UserError("--image_rejected random needs two records or more; add some or choose crop")
+    return (i + 1 + int(data.draw(seed, "other", id, 0).integers(n - 1))) % n
+
+
+def crop_pixels(pixels, box):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+    import torch.nn.functional as F
+    x, y, w, h = box
+    part = pixels[None, :, y:y + h, x:x + w]
+    return F.interpolate(part, pixels.shape[1:], mode="bilinear", antialias=True)[0]
+
+
+def rejected_pixels(strategy, pixels, seed, id):
+    """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+    height, width = pixels.shape[1:]
+    rng = data.rng_of(strategy, seed, id)
+    return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
 
 
 def named(record, n):

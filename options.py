@@ -218,7 +218,7 @@ def claim(out, o):
 
 def data_identity(o):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    return data.identity(o.data) if o.data != "classroom" and Path(o.data).exists() else ""
+    return command.identity(o.data) if o.data != "classroom" and Path(o.data).exists() else ""
 
 
 def provenance(o):

@@ -128,7 +128,8 @@ def show(o):
     """The plan of a run, line by line: for this machine's GPUs, or for one that is not here."""
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
-    yield from families.describe(o.model)
+    from tools import import_checkpoint
+    yield from import_checkpoint.describe(o.model)
     front = families.open_folder(o.model, o.template or None, o.images)
     pairs = batches.checked(front, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records

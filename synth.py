@@ -184,7 +184,7 @@ class Run:
             raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [data.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
+        return [command.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
 
 
 def begin(o):
@@ -228,7 +228,7 @@ def make_images(run):
                 seed += k
             items.append({"id": name, "prompt_id": row["id"], "guidance": scale, "seed": seed,
                           "image": f"images/{name}.png", "_prompt": row["prompt"]})
-    made_by = [data.identity(generator), o.steps, o.size, o.dtype]
+    made_by = [command.identity(generator), o.steps, o.size, o.dtype]
     run.write("images", run.made("images", items, paint, made_by, len(o.guidance)))
 
 
@@ -257,7 +257,7 @@ def rank(run):
     for row in asked:
         files = [image["image"] for image in shown[row["id"]]]
         items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files,
-                      "_seen": [data.identity(run.out / file) for file in files]})
+                      "_seen": [command.identity(run.out / file) for file in files]})
     scores = {row["id"]: {} for row in asked}
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
@@ -289,7 +289,7 @@ def instruct(run):
         run.say(stage="instruct", questions=len(asked))
         return
     items = [{"id": id, "_prompt": text} for id, text in kept.items()]
-    made_by = [data.identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
+    made_by = [command.identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
     rows = run.made("instruct", items, ask, made_by, 64, whole=not chat.is_url(o.instruct))
     run.write("instructions", rows)
 
@@ -307,9 +307,9 @@ def respond(run):
     o, items, said = run.o, run.asked(), []
     run.needs("responders", "folders or URLs of vision-language models, with commas")
     for item in items:
-        item["_seen"] = data.identity(run.out / item["_file"])
+        item["_seen"] = command.identity(run.out / item["_file"])
     for name, source in named(o.responders).items():
-        made_by = [data.identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
+        made_by = [command.identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
         make, whole = functools.partial(answer, source), not chat.is_url(source)
         rows = run.made(f"respond-{name}", items, make, made_by, o.batch, whole)
         said += [{"id": row["id"], "model": name} | row for row in rows]
@@ -364,7 +364,7 @@ def score(run):
         if item["id"] in said:
             items.append(item | {"_said": said[item["id"]]})
             if o.scorer == "clip":
-                items[-1]["_seen"] = data.identity(run.out / item["_file"])
+                items[-1]["_seen"] = command.identity(run.out / item["_file"])
     for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
         for response, scores in zip(said[row["id"]], row["scores"], strict=True):
             found.append({"id": row["id"], "model": response["model"]} | scores)

@@ -122,7 +122,7 @@ def prepare(o, out, ranks):
     return Run(o, out, ranks, model, sharded, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps, equal=sharded), steps=steps,
-               base=data.identity(family.folder))
+               base=command.identity(family.folder))
 
 
 def load(family, o, dtype, device):

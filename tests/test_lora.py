@@ -384,6 +384,18 @@ def test_an_adapter_of_another_model_is_refused_and_the_model_untouched(model, b
     assert not lora.layers(target)
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", ".*q_proj", "q_proj|v_proj", r"\d.q_proj", "", "q_proj$"])
+@pytest.mark.parametrize("patterns", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_no_plain_name_is_refused_at_once(model, base, tmp_path, patterns, pattern):
+    """No expression of the file's is run: the first of these takes longer than a life on a name of 40 a's."""
+    add_lora(model, r=4, alpha=8)
+    save(model, tmp_path, None)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {patterns: {pattern: 3}}))
+    with pytest.raises(UserError, match=f"{patterns} has .*, which is no layer's name"):
+        load(copy.deepcopy(base), tmp_path)
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_absent_or_torn_files_are_named(model, base, tmp_path, file):
     add_lora(model, r=4, alpha=8)

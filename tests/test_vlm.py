@@ -11,6 +11,7 @@ import torch
 from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
+import command
 import data
 import families
 import losses
@@ -294,34 +295,14 @@ def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
         vlm.load(tmp_path)
 
 
-def test_describe_says_what_a_folder_is(folder):
-    lines = "\n".join(families.describe(folder))
-    assert "clip_vision_model + llama" in lines and "28 pixels, 4 tokens" in lines
-    assert "template        folder: '<s> USER: <image>" in lines and "missing         nothing" in lines
-    count = sum(p.numel() for p in vlm.load(folder).model.parameters())
-    assert f"parameters      {count:,} in F32" in lines
-
-
-def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
-    folder = write_llava(tmp_path)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900])
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
-    said = families.describe(folder)[-1]
-    for words in ("missing  ", "model.safetensors is torn", "model-00002.safetensors of the index is missing",
-                  "image processor cannot be read"):
-        assert words in said
-
-
 def test_identity_changes_when_a_weight_changes(tmp_path):
     from safetensors.torch import load_file, save_file
-    before = data.identity(write_llava(tmp_path))
-    assert data.identity(tmp_path) == before
+    before = command.identity(write_llava(tmp_path))
+    assert command.identity(tmp_path) == before
     weights = load_file(tmp_path / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert data.identity(tmp_path) != before
+    assert command.identity(tmp_path) != before
 
 
 # ---- LLaVA-1.6 and imported Bunny ----
@@ -484,7 +465,7 @@ def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_p
     again = vlm.load(tmp_path / "merged")
     assert again.words == m.words
     assert (again.front.template, again.front.preparation) == (m.front.template, m.front.preparation)
-    assert data.identity(again.front.folder) != data.identity(other)
+    assert command.identity(again.front.folder) != command.identity(other)
 
 
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
