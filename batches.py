@@ -34,27 +34,38 @@ class Read(NamedTuple):
     key: int
 
 
+class Micro(NamedTuple):
+    """A micro-batch before it is read; see data.Batch."""
+    places: list
+    counts: int
+    of: int
+
+
 # ---- pairs ----
 def classroom_files(o, out):
-    """The built-in scenes and pairs, made by classroom/pairs.py as a program. Returns the pairs' path."""
-    wanted, own = {}, built_in(o)
+    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the pairs' path."""
+    own = built_in(o)
+    made = o.data == "classroom"
     if own:
-        wanted["scenes"] = ["scenes", "--seed", o.eval_seed, "--split", o.split, "--n", o.scenes,
-                            "--questions", o.questions]
-    if o.data == "classroom":
-        wanted["data"] = ["--seed", o.seed, "--n", o.pairs, *shlex.split(o.pair_options)]
-    if (own or o.data == "classroom") and o.look and not o.val_data:
-        wanted["held_out"] = [*shlex.split(o.pair_options), "--split", "tune", "--seed", o.eval_seed,
-                              "--n", min(o.look, o.pairs)]
+        make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
+                             f"--questions {o.questions}")
+    if made:
+        make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+    if (own or made) and o.look and not o.val_data:
+        make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
+                               f"--n {min(o.look, o.pairs)}")
+    return out / "data" / "pairs.jsonl" if made else Path(o.data)
+
+
+def make(folder, arguments):
+    """Run classroom/pairs.py as a program, unless its folder is there."""
+    if folder.exists():
+        return
     program = Path(__file__).parent / "classroom" / "pairs.py"
-    for name, arguments in wanted.items():
-        if (out / name).exists():
-            continue
-        words = [sys.executable, program, *arguments, "--out", out / name]
-        done = subprocess.run([*map(str, words)], text=True, capture_output=True)
-        if done.returncode:
-            raise data.UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
-    return out / "data" / "pairs.jsonl" if o.data == "classroom" else Path(o.data)
+    words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
+    done = subprocess.run(words, text=True, capture_output=True)
+    if done.returncode:
+        raise data.UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
 
 def built_in(o):
@@ -78,42 +89,48 @@ class Pairs:
     def read(self, place, epoch=0):
         """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.records[self.good[place]]
-        images = [] if o.image_rejected == "none" else [data.read_image(x) for x in record["images"]]
-        seed, rejected = f"{o.seed}/{epoch}" if o.redraw else o.seed, []
-        wanted = "image_rejected" in self.needs
-        from_pixels = wanted and o.crop_pixels and not record["images_rejected"]
-        if wanted and not from_pixels:
+        images = []
+        rejected = []
+        if o.image_rejected != "none":
+            images = [data.read_image(x) for x in record["images"]]
+        seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
+        twice = "image_rejected" in self.needs
+        of_pixels = twice and o.crop_pixels and not record["images_rejected"]
+        if twice and not of_pixels:
             rejected = self.rejected_images(place, record, images, seed)
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
-        images, rejected = prepared[:len(images)], prepared[len(images):]
-        if from_pixels:                                   # as the official code of mDPO crops
+        rejected = prepared[len(images):]
+        images = prepared[:len(images)]
+        if of_pixels:                                     # as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
         key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-        for image in images + rejected:
-            for x in image.values():
-                key.update(x.numpy().tobytes())
+        for x in tensors(images + rejected):
+            key.update(x.numpy().tobytes())
         return Read(pair, images, rejected, int.from_bytes(key.digest(), "little", signed=True))
 
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each image."""
         if record["images_rejected"]:
             return [data.read_image(x) for x in record["images_rejected"]]
-
-        def other():
-            index = other_index(seed, record["id"], place, len(self))
-            return data.read_image(self.records[self.good[index]]["images"][0])
+        other = functools.partial(self.other_image, seed, record, place)
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
                 for n, image in enumerate(images)]
 
-    def batch(self, places, read, counts, of):
-        """data.Batch of the Reads at some places."""
-        images = sum([one.images for one in read], [])
-        images_rejected = sum([one.images_rejected for one in read], [])
+    def other_image(self, seed, record, place):
+        """The first image of another record, drawn for this one."""
+        index = other_index(seed, record["id"], place, len(self))
+        return data.read_image(self.records[self.good[index]]["images"][0])
+
+    def batch(self, micro, read):
+        """data.Batch of a Micro, whose Reads these are."""
+        images = [image for one in read for image in one.images]
+        images_rejected = [image for one in read for image in one.images_rejected]
         keys = [one.key for one in read]
-        return data.Batch([one.pair for one in read], images, images_rejected, places, keys, counts, of)
+        return data.Batch([one.pair for one in read], images, images_rejected, micro.places, keys,
+                          micro.counts, micro.of)
 
 
 def other_index(seed, id, i, n):
@@ -127,8 +144,8 @@ def crop_pixels(pixels, box):
     """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
     import torch.nn.functional as F
     x, y, w, h = box
-    return F.interpolate(pixels[None, :, y:y + h, x:x + w], pixels.shape[1:], mode="bilinear",
-                         antialias=True)[0]
+    part = pixels[None, :, y:y + h, x:x + w]
+    return F.interpolate(part, pixels.shape[1:], mode="bilinear", antialias=True)[0]
 
 
 def rejected_pixels(strategy, pixels, seed, id):
@@ -149,15 +166,19 @@ def sizes_of(images):
     return tuple(image.size for image in images)
 
 
+def tensors(prepared):
+    return [x for image in prepared for x in image.values()]
+
+
 def tokenise(front, record, o, sizes, sizes_rejected=()):
     """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
     and of the rejected ones where they are others. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
-    prompt = again = front.prompt_ids(record["question"], sizes, record["history"])
-    if sizes_rejected != sizes:
-        again = front.prompt_ids(record["question"], sizes_rejected, record["history"])
-    chosen, rejected = front.response_ids(record["chosen"]), front.response_ids(record["rejected"])
-    pair = data.Pair(record["id"], prompt, again, chosen, rejected, sizes, sizes_rejected)
+    prompts = {x: front.prompt_ids(record["question"], x, record["history"]) for x in {sizes, sizes_rejected}}
+    chosen = front.response_ids(record["chosen"])
+    rejected = front.response_ids(record["rejected"])
+    pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
+                     sizes_rejected)
     return data.truncate(pair, o.max_length)
 
 
@@ -167,11 +188,11 @@ def checked(front, path, o, needs, ranks, folder=None):
     folder: of the run, where the outcome of the records' check stays.
     """
     records = Records(path, o.image_root or None)
-    good, tokens = ranks.first(lambda: usable(front, records, o, needs, folder))
+    good, tokens = ranks.first(functools.partial(usable, front, records, o, needs, folder))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 
 
-def usable(front, records, o, needs, folder=None):
+def usable(front, records, o, needs, folder):
     """(indices of the good records, tokens of each one's packed row). Faults are printed, one a line, and cut
     responses counted. Raises UserError."""
     good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad, cache_dir=folder)
@@ -200,12 +221,12 @@ def usable(front, records, o, needs, folder=None):
 
 def row_tokens(pair, needs):
     """Tokens of a pair's packed row: of what a step computes."""
-    parts = [pair.prompt, pair.chosen]
+    row = pair.prompt + pair.chosen
     if "rejected" in needs:
-        parts.append(pair.rejected)
+        row = row + pair.rejected
     if "image_rejected" in needs:
-        parts += [pair.prompt_rejected, pair.chosen]
-    return sum(map(len, parts))
+        row = row + pair.prompt_rejected + pair.chosen
+    return len(row)
 
 
 # ---- steps ----
@@ -217,29 +238,33 @@ class Batches:
     ranks run equally many forwards). waited: seconds that the last step has waited for the threads.
     """
     def __init__(self, pairs, o, ranks, steps, equal=False):
-        self.pairs, self.o, self.ranks, self.steps, self.equal = pairs, o, ranks, steps, equal
+        self.pairs = pairs
+        self.o = o
+        self.ranks = ranks
+        self.steps = steps
+        self.equal = equal
         self.per_epoch = math.ceil(len(pairs) / o.batch)
-        self.pool, self.begun, self.kept, self.waited = ThreadPoolExecutor(o.workers), {}, {}, 0.0
+        self.pool = ThreadPoolExecutor(o.workers)
+        self.begun = {}
+        self.kept = {}
 
     def __call__(self, t):
-        for ahead in (t, t + 1):
-            if ahead not in self.begun and ahead < self.steps:
-                self.begun[ahead] = self.begin(ahead)
         self.waited = 0.0
+        for ahead in range(t, min(t + 2, self.steps)):
+            if ahead not in self.begun:
+                self.begun[ahead] = self.begin(ahead)
         for micro, futures in self.begun.pop(t):
             since = time.monotonic()
             read = [future.result() for future in futures]
             self.waited += time.monotonic() - since
-            yield self.pairs.batch(micro.places, read, micro.counts, micro.of)
+            yield self.pairs.batch(micro, read)
 
     def begin(self, t):
         """[(Micro, a future of each Read)] of step t, on this rank."""
-        epoch, at = divmod(t, self.per_epoch)
-        places = order(len(self.pairs), self.o.seed, epoch)[at * self.o.batch:(at + 1) * self.o.batch]
-        micros = []
-        for k in range(0, len(places), self.o.micro_batch):
-            some = places[k:k + self.o.micro_batch]
-            micros.append(Micro(some, len(some), len(places)))
+        epoch, step = divmod(t, self.per_epoch)
+        places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
+        some = data.chunks(places, self.o.micro_batch)
+        micros = [Micro(each, len(each), len(places)) for each in some]
         while self.equal and len(micros) % self.ranks.world:
             micros.append(micros[0]._replace(counts=0))
         return [(micro, [self.pool.submit(self.read, place, epoch) for place in micro.places])
@@ -247,29 +272,22 @@ class Batches:
 
     def share(self, micros):
         """This rank's: the longest first, back and forth, so that all ranks have much the same tokens."""
-        world = self.ranks.world
-        if world == 1:
+        if self.ranks.world == 1:
             return micros
         micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
-        turns = [*range(world), *reversed(range(world))]
-        return [micro for k, micro in enumerate(micros) if turns[k % len(turns)] == self.ranks.rank]
+        there_and_back = 2 * self.ranks.world
+        turns = self.ranks.rank, there_and_back - 1 - self.ranks.rank
+        return [micro for k, micro in enumerate(micros) if k % there_and_back in turns]
 
     def read(self, place, epoch):
         """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
         if place in self.kept:
             return self.kept[place]
         found = self.pairs.read(place, epoch)
-        size = sum(x.nbytes for image in found.images + found.images_rejected for x in image.values())
+        size = sum(x.nbytes for x in tensors(found.images + found.images_rejected))
         if not self.o.redraw and size * len(self.pairs) <= KEEP:
             self.kept[place] = found
         return found
-
-
-class Micro(NamedTuple):
-    """A micro-batch before it is read; see data.Batch."""
-    places: list
-    counts: int
-    of: int
 
 
 @functools.lru_cache(2)

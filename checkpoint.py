@@ -27,7 +27,7 @@ def save(run):
     tensors = run.optimiser.state()
     tensors |= {"reference/logps": run.reference.logps, "reference/key": run.reference.key}
     if run.ranks.rank == 0:
-        run.state.log_bytes = run.log.size()
+        run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), "base": run.base}
         (run.out / "last").mkdir(exist_ok=True)
         data.atomic_write(run.out / "last" / "checkpoint.safetensors", to_bytes(tensors, about))
@@ -39,20 +39,25 @@ def restore(run):
     file = run.out / "last" / "checkpoint.safetensors"
     if file.exists():
         with safe_open(file, "pt") as f:
-            tensors, about = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            about = f.metadata()
         if about["base"] != run.base or len(tensors["reference/key"]) != len(run.pairs):
             raise data.UserError(f"{file} was made with another base or number of pairs than --model and "
                                  "--data give now: give another --out")
-        run.reference.logps, run.reference.key = tensors.pop("reference/logps"), tensors.pop("reference/key")
+        run.reference.logps = tensors.pop("reference/logps")
+        run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
         run.state = State(**json.loads(about["state"]))
-    run.log.cut(run.state.log_bytes)
+    if run.ranks.rank == 0:
+        with open(run.out / "log.jsonl", "ab") as file:
+            file.truncate(run.state.log_bytes)
 
 
 def opening(run):
     """The first line of the log: what the run depends on."""
-    front, model = run.model.front, run.model.frozen or run.model
-    frozen = [p for p in model.model.parameters() if not p.requires_grad]
+    front = run.model.front
+    base = run.model.frozen or run.model
+    frozen = [p for p in base.model.parameters() if not p.requires_grad]
     held = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]                   # by this rank
     return {"options": asdict(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
@@ -61,22 +66,10 @@ def opening(run):
             "official": options.departures(run.o), **options.provenance(run.o)}
 
 
-class Log:
-    """log.jsonl, which rank 0 writes; a resumed run cuts it to where its checkpoint was."""
-    def __init__(self, path, rank):
-        self.path = path if rank == 0 else None
-
-    def cut(self, size):
-        if self.path:
-            with open(self.path, "ab") as file:
-                file.truncate(size)
-
-    def write(self, line):
-        if self.path:
-            data.append_jsonl(self.path, line)
-
-    def size(self):
-        return self.path.stat().st_size
+def log(run, line):
+    """A line of log.jsonl, which rank 0 writes; a resumed run cuts it to where its checkpoint was."""
+    if run.ranks.rank == 0:
+        data.append_jsonl(run.out / "log.jsonl", line)
 
 
 class Stop:

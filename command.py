@@ -25,10 +25,11 @@ WIDTH = 80                                           # columns of a help text
 
 
 # ---- options: a dataclass is the command line ----
-def option(default, help, *, behind_set=False, choices=None, flag="", off=""):
-    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. flag: another spelling.
-    off: a flag that makes it 0."""
-    about = {"help": help, "behind_set": behind_set, "choices": choices, "flag": flag, "off": off}
+def option(default, help, *, behind_set=False, choices=None, above=None, at_least=None, flag="", off=""):
+    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. above, at_least: what a
+    number must be, besides finite. flag: another spelling. off: a flag that makes it 0."""
+    about = {"help": help, "behind_set": behind_set, "choices": choices, "above": above, "at_least": at_least,
+             "flag": flag, "off": off}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -93,7 +94,8 @@ def _add(parser, name, field):
 
 def value(where, text, field):
     """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
-    kind, choices = field.type, field.metadata["choices"]
+    kind, about = field.type, field.metadata
+    choices, above, at_least = about["choices"], about["above"], about["at_least"]
     try:
         if kind is bool:
             found = {"true": True, "false": False}[text.lower()]
@@ -105,6 +107,10 @@ def value(where, text, field):
         raise UserError(f"{where}: {text!r} is not {_typed(kind, spelt=True)}") from None
     if choices and found not in choices:
         raise UserError(f"{where}: give one of {', '.join(str(choice) for choice in choices if choice)}")
+    if above is not None and not above < found < math.inf:
+        raise UserError(f"{where}: it must be a number above {above}")
+    if at_least is not None and not at_least <= found < math.inf:
+        raise UserError(f"{where}: it must not be below {at_least}")
     return found
 
 
@@ -158,22 +164,19 @@ class Ranks:
         """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
         if self.world == 1:
             return work()
+        import torch.distributed as dist
         result, error = None, None
         if self.rank == 0:
             try:
                 result = work()
             except UserError as e:
                 error = e
-        return self.told(result, error)
-
-    def told(self, result, error):
-        """Rank 0's result, or its UserError, on every rank."""
-        import torch.distributed as dist
         sent = [result, error]
         dist.broadcast_object_list(sent)
-        if sent[1] is not None:
-            raise sent[1] if self.rank == 0 else SystemExit(1)
-        return sent[0]
+        result, error = sent
+        if error is not None:
+            raise error if self.rank == 0 else SystemExit(1)
+        return result
 
 
 def join(device="", backend=""):

@@ -64,31 +64,33 @@ def look(m, records, good, o, name, kept=None):
     if len(shown) < 2:
         return {}
     jobs = jobs_of(shown, o.eval_seed)
-    drawn = np.zeros(len(shown))                                      # log ratios of drawn answers, (n,)
-    policy = reference = scores(m, shown, jobs, o, name)                                        # (J, 2)
-    if name != "before":
+    n = len(shown)
+    policy = scores(m, shown, jobs, o, name)                                                    # (J, 2)
+    if name == "before":
+        reference = policy
+        drawn = np.zeros(n)                                           # log ratios of drawn answers, (n,)
+        if kept:
+            data.atomic_write(kept, json.dumps(policy.tolist()))
+    else:
         drawn = divergence(m, shown, o)
         if kept and kept.exists():
             reference = np.array(data.read_json(kept))
         else:
             with vlm.base_of(m) as base:
                 reference = scores(base, shown, jobs, o, name)
-    elif kept:
-        data.atomic_write(kept, json.dumps(policy.tolist()))
 
     # ---- means ----
     images = [record["images"][0] for record in shown]
     mean = partial(interval, images=images, seed=o.eval_seed)
-    found = {"n": len(shown)}
-    change = by_kind(jobs, policy - reference)
-    policy = by_kind(jobs, policy)
+    found = {"n": n}
+    change = policy - reference
     for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
-        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in logps.items()}
+        margins = by_kind(jobs, n, scale * (logps[:, 0] - logps[:, 1]))
         found[measure] = {kind: mean(x) for kind, x in margins.items()}
         true = margins.pop("true")
         found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
-    found["logps_chosen"] = mean(policy["true"][:, 0])
-    found["logps_chosen_change"] = mean(change["true"][:, 0])
+    found["logps_chosen"] = mean(policy[:n, 0])                       # the first n jobs are the true ones
+    found["logps_chosen_change"] = mean(change[:n, 0])
     found["kl"] = mean(drawn)
     return found
 
@@ -108,14 +110,11 @@ def jobs_of(shown, seed):
     images = [record["images"][0] for record in shown]
     themes = [record["meta"].get("theme") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
+    own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)
-    jobs = [Job("true", i, i) for i in range(len(shown))]
-    jobs += [Job("blank", i, i) for i in range(len(shown))]
-    jobs += [Job("other", i, j) for i, j in other.items()]
-    for i, j in alike.items():
-        if themes[i] and images[i] != images[j]:
-            jobs.append(Job("same_theme", i, j))
-    return jobs
+    alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
+    kinds = {"true": own, "blank": own, "other": other, "same_theme": alike}
+    return [Job(kind, i, j) for kind, image_of in kinds.items() for i, j in image_of.items()]
 
 
 def partners(groups, seed):
@@ -130,30 +129,32 @@ def partners(groups, seed):
         together.setdefault(groups[i], []).append(i)
     row = sum(together.values(), [])                         # group after group: a step of the largest leaves
     largest = max(map(len, together.values()))
-    step = min(largest, len(row) // 2)
-    other = dict(zip(row, row[step:] + row[:step], strict=True))
     alike = {}
     for group in together.values():
         if len(group) > 1:
-            alike |= zip(group, group[1:] + group[:1], strict=True)
-    return other, alike
+            alike |= next_to(group, 1)
+    return next_to(row, min(largest, len(row) // 2)), alike
+
+
+def next_to(row, step):
+    """{each of a row: the one so many steps further}, the row being a ring."""
+    return dict(zip(row, row[step:] + row[:step], strict=True))
 
 
 # ---- log-probs ----
 def scores(m, shown, jobs, o, name):
     """log p of the two responses of every job, chosen first: (J, 2)."""
-    rows = []
-    for at in tqdm(range(0, len(jobs), o.micro_batch), f"{name}: looking"):
-        pairs, pictures = [], []
-        for job in jobs[at:at + o.micro_batch]:
-            picture = data.read_image(shown[job.image]["images"][0])
-            if job.kind == "blank":
-                picture = data.rejected_image("blank", picture, 0, "")
-            pair, _ = tokenise(m.front, shown[job.pair], o, (picture.size,))
-            pairs.append(pair)
-            pictures.append(picture)
-        rows.append(logps_of(m, pairs, pictures, o, ["chosen", "rejected"]))
-    return np.concatenate(rows)
+    cases = (case_of(m.front, shown, job, o) for job in jobs)
+    return logps_of(m, tqdm(cases, f"{name}: looking", len(jobs)), o, ["chosen", "rejected"])
+
+
+def case_of(front, shown, job, o):
+    """(data.Pair, PIL image) of a job."""
+    picture = data.read_image(shown[job.image]["images"][0])
+    if job.kind == "blank":
+        picture = data.rejected_image("blank", picture, 0, "")
+    pair, _ = tokenise(front, shown[job.pair], o, (picture.size,))
+    return pair, picture
 
 
 def divergence(m, shown, o):
@@ -164,46 +165,50 @@ def divergence(m, shown, o):
     size = 64 if front.is_classroom else 16
     texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens, size,
                          sample_seed=o.eval_seed)
-    pairs = []
+    cases = []
     for question, picture, text in zip(questions, pictures, texts, strict=True):
         prompt = front.prompt_ids(question, (picture.size,))
         ids = front.tokenizer(text, add_special_tokens=False).input_ids
         answer = [token for token in ids if token != front.image_token_id]
         answer = [*answer, front.eos_id][:o.max_new_tokens]
-        pairs.append(data.Pair("", prompt, prompt, answer, [], (picture.size,)))
-    rows = []
-    for at in range(0, len(pairs), o.micro_batch):
-        some = slice(at, at + o.micro_batch)
-        with vlm.base_of(m) as base:
-            reference = logps_of(base, pairs[some], pictures[some], o, ["chosen"])
-        rows.append(logps_of(m, pairs[some], pictures[some], o, ["chosen"]) - reference)
-    return np.concatenate(rows)[:, 0]
+        pair = data.Pair("", prompt, prompt, answer, [], (picture.size,))
+        cases.append((pair, picture))
+    policy = logps_of(m, cases, o, ["chosen"])
+    with vlm.base_of(m) as base:
+        reference = logps_of(base, cases, o, ["chosen"])
+    return (policy - reference)[:, 0]
 
 
 @torch.no_grad()
-def logps_of(m, pairs, pictures, o, fields):
-    """Fields of losses.Logps, of pairs with one picture each: (B, len(fields))."""
-    features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
-    found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
-    return torch.stack([getattr(found, field) for field in fields], 1).double().cpu().numpy()
+def logps_of(m, cases, o, fields):
+    """Fields of losses.Logps of (data.Pair, its picture)s: (C, len(fields))."""
+    cases = iter(cases)
+    rows = []
+    while some := [*islice(cases, o.micro_batch)]:
+        pairs, pictures = zip(*some, strict=True)
+        features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
+        found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
+        rows.append(torch.stack([getattr(found, field) for field in fields], 1))
+    return torch.cat(rows).double().cpu().numpy()
 
 
 # ---- means ----
-def by_kind(jobs, values):
-    """{kind: (n, 2)} of the jobs' values (J, 2), n pairs; nan where a pair has no job of a kind."""
-    found, n = {}, 1 + max(job.pair for job in jobs)
-    for job, row in zip(jobs, values, strict=True):
-        found.setdefault(job.kind, np.full((n, 2), np.nan))[job.pair] = row
+def by_kind(jobs, n, values):
+    """{kind: (n,)} of the jobs' values (J,), n pairs; nan where a pair has no job of a kind."""
+    found = {}
+    for job, value in zip(jobs, values, strict=True):
+        of_kind = found.setdefault(job.kind, np.full(n, np.nan))
+        of_kind[job.pair] = value
     return found
 
 
-def interval(values, images, seed, resamples=1000):
+def interval(values, images, seed):
     """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
     items = []
     for image, x in zip(images, values, strict=True):
         if not np.isnan(x):
-            items.append({"image": image, "sum": x, "n": 1})
-    _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed, resamples)
+            items.append({"image": image, "sum": x})
+    _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
     point = sum(item["sum"] for item in items) / len(items)
     low, high = tally.interval(draws["sum"] / draws["n"], point)
     return [round(float(x), 6) for x in (point, low, high)]

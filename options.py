@@ -5,8 +5,8 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 """
 import hashlib
 import math
+import platform
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,38 +29,40 @@ class Options:
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
-    beta: float = option(0.1, "how strongly the policy is held to the reference")
+    beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
     delta: float = option(0.0, "the reward that AncPO holds the chosen above")
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
     image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
                                  choices=(*DAMAGED, "none"))
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
                           choices=("packed", "naive"))
-    epochs: int = option(3, "passes over the pairs")
-    max_steps: int = option(0, "stop after so many steps; 0: all")
-    batch: int = option(16, "pairs per optimiser step, over all ranks")
-    micro_batch: int = option(8, "pairs per forward")
-    lr: float = option(2e-4, "peak learning rate")
-    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", off="--no-lora")
+    epochs: int = option(3, "passes over the pairs", above=0)
+    max_steps: int = option(0, "stop after so many steps; 0: all", at_least=0)
+    batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
+    micro_batch: int = option(8, "pairs per forward", above=0)
+    lr: float = option(2e-4, "peak learning rate", above=0)
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
+                         off="--no-lora")
     seed: int = option(0, "pairs, LoRA, order and draws")
     eval_seed: int = option(0, "the scenes of the printed table")
-    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float64"))
     dry_run: bool = option(False, "only say what the run would need: steps, tokens, GiB a GPU")
 
-    lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r")
+    lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
-    weight_decay: float = behind_set(0.0, "AdamW's weight decay")
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
     adam_beta1: float = behind_set(0.9, "AdamW's first beta")
     adam_beta2: float = behind_set(0.999, "AdamW's second beta")
-    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any")
-    warmup: float = behind_set(0.1, "share of all steps in which the learning rate rises")
-    max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened")
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
+    warmup: float = behind_set(0.1, "share of all steps in which the learning rate rises", at_least=0)
+    max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
+                                 above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
                                "(default: the model folder's own)")
     images: str = behind_set("", "pad: pad pictures to a square first (default: as the model folder says)",
@@ -70,16 +72,17 @@ class Options:
     official: bool = behind_set(False, "a paper's preset with the departures of its official code")
     checkpointing: bool = behind_set(False, "recompute activations in the backward, which saves memory")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
-    workers: int = behind_set(4, "threads that read the next step's pairs")
-    save_every: int = behind_set(50, "steps between checkpoints")
-    pairs: int = behind_set(1000, "pairs of the classroom")
+    workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    save_every: int = behind_set(50, "steps between checkpoints", above=0)
+    pairs: int = behind_set(1000, "pairs of the classroom", above=0)
     pair_options: str = behind_set("", "more options of classroom/pairs.py")
-    scenes: int = behind_set(1000, "scenes of the classroom's printed table")
-    questions: int = behind_set(2000, "questions of the classroom's printed table")
+    scenes: int = behind_set(1000, "scenes of the classroom's printed table", above=0)
+    questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
     split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
                             choices=("print", "tune"))
-    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
-    max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation")
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
+                           at_least=0)
+    max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
     eval_data: str = behind_set("", "a small file of POPE's, or of questions about COCO images, asked too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "for questions about COCO images: COCO's annotations, for CHAIR")
@@ -115,39 +118,31 @@ OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE,
                           "adam_beta2": (0.999, "AdamW's second beta, which the paper does not give"),
                           "batch": (2, "two GPUs of one pair, without the paper's accumulation over four")}}
 
-POSITIVE = ("epochs", "batch", "micro_batch", "lora_alpha", "workers", "save_every", "max_length", "pairs",
-            "scenes", "questions", "max_new_tokens", "beta", "lr")
-NOT_NEGATIVE = ("lora_r", "max_steps", "eval_every", "look", "warmup", "clip", "weight_decay")
-
 
 def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
-    preset = command.preset(PRESETS, chosen)
+    defaults = command.preset(PRESETS, chosen)
     name = chosen.get("preset", "classroom")
     for field in ("model", "data"):
         if name != "classroom" and field not in chosen:
             raise data.UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
-    official = OFFICIAL.get(name, {}) if chosen.get("official") else {}
-    o = Options(**{**preset, **{field: value for field, (value, _) in official.items()}, **chosen})
+    if chosen.get("official"):
+        defaults = defaults | {field: value for field, (value, _) in OFFICIAL.get(name, {}).items()}
+    o = Options(**defaults | chosen)
     check(o)
     return o
 
 
 def check(o):
-    """Raise UserError where a value is out of range or does not fit another."""
+    """Raise UserError where a value does not fit another."""
     try:
-        needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors))
+        needs = needs_of(o)
     except ValueError as e:
         raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
     if o.image_rejected == "none" and "image_rejected" in needs:
         raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
-    for name in POSITIVE:
-        command.positive(name, getattr(o, name))
-    for name in NOT_NEGATIVE:
-        if not 0 <= getattr(o, name) < math.inf:
-            raise data.UserError(f"{name} is {getattr(o, name)}: it must not be below 0")
     if o.official and o.preset not in OFFICIAL:
         raise data.UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
@@ -156,6 +151,29 @@ def check(o):
                              f"{o.image_rejected}")
     if o.batch % o.micro_batch:
         raise data.UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
+
+
+def loss_of(o):
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
+    return losses.resolve(o.loss, anchors=o.anchors)
+
+
+def needs_of(o):
+    """The fields of losses.Logps that a run computes. Raises ValueError."""
+    return losses.needs(loss_of(o)) | {"chosen"}
+
+
+def steps_of(o, n):
+    """The optimiser steps of a run on n pairs."""
+    steps = o.epochs * math.ceil(n / o.batch)
+    return min(steps, o.max_steps or steps)
+
+
+def dtype_of(o, device):
+    """The base's type on a kind of device: auto is bfloat16 on a GPU."""
+    if o.dtype != "auto":
+        return o.dtype
+    return "bfloat16" if device == "cuda" else "float32"
 
 
 def departures(o):
@@ -205,14 +223,8 @@ def data_identity(o):
 
 def provenance(o):
     """What a run depends on besides its options, for the first line of its log."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"],
-                                capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    versions = {"python": sys.version.split()[0]}
-    for package in ("torch", "transformers", "safetensors", "numpy", "pillow"):
-        versions[package] = version(package)
-    return {"versions": versions, "commit": commit or "unknown", "losses_source": losses_source(),
+    packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),
             "data_identity": data_identity(o)}

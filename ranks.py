@@ -8,8 +8,8 @@ All that trains lies in one flat vector, of which each rank owns a slice: reduce
 the slice, all-gather the weights. No DDP wrapper: gradients are summed over ranks once per optimiser step.
 Part of train_dpo.py. Tested with two ranks over gloo on a CPU; NCCL has not been run.
 """
-import functools
 import math
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,47 +31,52 @@ class Zero2:
         if kind in WHOLE:
             raise UserError(f"{kind} does not work element by element, and a rank has only a slice of the "
                             "weights: take AdamW, SGD, RMSprop, Adagrad or another that does")
-        self.ranks, self.clip = ranks, clip
-        self.parts_of = {name: p for name, p in parameters.items() if hasattr(p, "to_local")}       # DTensors
-        whole = {name: p for name, p in parameters.items() if name not in self.parts_of}
+        self.ranks = ranks
+        self.clip = clip
+        self.divided = {name: p for name, p in parameters.items() if hasattr(p, "to_local")}        # DTensors
+        whole = {name: p for name, p in parameters.items() if name not in self.divided}
         self.shapes = {name: p.shape for name, p in whole.items()}
         first = next(iter(whole.values()))
         master = torch.promote_types(first.dtype, torch.float32)
         size = -(-sum(p.numel() for p in whole.values()) // ranks.world)             # of a slice, rounded up
         self.flat = first.new_zeros(size * ranks.world)
         self.grad = torch.zeros_like(self.flat, dtype=master)
-        for p, weight, grad in zip(whole.values(), self.views(self.flat), self.views(self.grad), strict=True):
-            weight.copy_(p.data)
-            p.data = weight
+        weights = self.views(self.flat)
+        gradients = self.views(self.grad)
+        for name, p in whole.items():
+            weights[name].copy_(p.data)
+            p.data = weights[name]
             if p.dtype == master:
-                p.grad = grad
+                p.grad = gradients[name]
             else:
-                p.register_post_accumulate_grad_hook(functools.partial(add_and_clear, grad))
+                p.register_post_accumulate_grad_hook(partial(add_and_clear, gradients[name]))
         self.own = slice(ranks.rank * size, (ranks.rank + 1) * size)
         self.mine = torch.nn.Parameter(self.flat[self.own].to(master))       # if float32, the weights' memory
         self.mine.grad = torch.zeros_like(self.mine)
-        parts = [torch.nn.Parameter(p.detach().to_local()) for p in self.parts_of.values()]
+        parts = [torch.nn.Parameter(p.detach().to_local()) for p in self.divided.values()]
         self.stepped = [self.mine, *parts]
         self.optimiser = make(self.stepped)
 
     def views(self, flat):
-        """The pieces of a flat vector in the weights' shapes."""
+        """{name: its piece of a flat vector, in the weight's shape}."""
+        found = {}
         at = 0
-        for shape in self.shapes.values():
-            yield flat[at:at + shape.numel()].view(shape)
+        for name, shape in self.shapes.items():
+            found[name] = flat[at:at + shape.numel()].view(shape)
             at += shape.numel()
+        return found
 
     def step(self, lr):
         """One update from the gradient summed over ranks, then cleared; returns its norm before clipping."""
+        received = self.grad
         if self.ranks.world > 1:
-            received = torch.empty_like(wire(self.mine.grad))
-            dist.reduce_scatter(received, list(wire(self.grad).chunk(self.ranks.world)))
-            self.mine.grad.copy_(received)
-        else:
-            self.mine.grad.copy_(self.grad)
+            received = wire(self.mine.grad)
+            dist.reduce_scatter_tensor(received, wire(self.grad))
+        self.mine.grad.copy_(received)
         self.grad.zero_()
-        for part, p in zip(self.stepped[1:], self.parts_of.values(), strict=True):
-            part.grad, p.grad = p.grad.to_local(), None
+        for part, p in zip(self.stepped[1:], self.divided.values(), strict=True):
+            part.grad = p.grad.to_local()
+            p.grad = None
         norm = self.norm()
         if math.isfinite(norm):
             if self.clip:
@@ -80,34 +85,36 @@ class Zero2:
             for group in self.optimiser.param_groups:
                 group["lr"] = lr
             self.optimiser.step()
-            if self.ranks.world > 1 or self.mine.dtype != self.flat.dtype:
-                self.flat.copy_(self.gather(self.mine.detach().to(self.flat.dtype)))
+            self.spread()
         return norm
 
     def norm(self):
         """Of the gradient of all ranks' parts."""
         exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
         square = sum(part.grad.to(exact).square().sum() for part in self.stepped)
-        if self.ranks.world > 1:
-            sent = wire(square)
-            dist.all_reduce(sent)
-            square = sent
-        return square.sqrt().item()
+        return math.sqrt(sum(self.ranks.gather(square.item())))
+
+    def spread(self):
+        """The masters of all ranks become the weights."""
+        self.flat.copy_(self.gather(self.mine.detach().to(self.flat.dtype)))
 
     def gather(self, piece):
         """All ranks' slices as one flat vector."""
         if self.ranks.world == 1:
             return piece
-        sent = wire(piece)
-        whole = [torch.empty_like(sent) for _ in range(self.ranks.world)]
-        dist.all_gather(whole, sent)
-        return torch.cat(whole).to(piece.device)
+        whole = wire(piece.new_empty(len(self.flat)))
+        dist.all_gather_into_tensor(whole, wire(piece))
+        return whole.to(piece.device)
 
     # ---- the checkpoint ----
+    def held(self, part):
+        """{kind: what this rank has of it}: the master ("weight"), and what the optimiser keeps."""
+        return {"weight": part.detach(), **self.optimiser.state[part]}
+
     def state(self):
-        """{kind/name: tensor} of masters ("weight") and state, whole; {kind: it} for what is one number."""
+        """{kind/name: tensor} of masters and state, whole; {kind: it} for what is one number."""
         found = {}
-        for kind, value in {"weight": self.mine, **self.optimiser.state[self.mine]}.items():
+        for kind, value in self.held(self.mine).items():
             if value is not None and value.ndim == 0:
                 found[kind] = value
             elif value is not None:
@@ -116,20 +123,16 @@ class Zero2:
 
     def whole(self, kind):
         """{name: tensor} of one kind, on the CPU; {} but on rank 0. All ranks must call it."""
-        pieces = [part.detach() for part in self.stepped]
-        if kind != "weight":
-            pieces = [self.optimiser.state[part][kind] for part in self.stepped]
-        mine, *parts = pieces
-        flat, found, first = self.gather(mine), {}, self.ranks.rank == 0
-        for name, view in zip(self.shapes, self.views(flat), strict=True):
-            if first:
-                found[name] = view.cpu().clone()
-        for (name, p), part in zip(self.parts_of.items(), parts, strict=True):
-            like = dict(shape=p.shape, stride=p.stride())
-            part = type(p).from_local(part, p.device_mesh, p.placements, **like).full_tensor()
-            if first:
-                found[name] = part.cpu()
-        return found
+        return {name: x.cpu().clone() for name, x in self.each(kind) if self.ranks.rank == 0}
+
+    def each(self, kind):
+        """(name, tensor) of one kind, whole on every rank, one after another."""
+        mine, *parts = [self.held(part)[kind] for part in self.stepped]
+        yield from self.views(self.gather(mine)).items()
+        for (name, p), part in zip(self.divided.items(), parts, strict=True):
+            like = torch.empty_like(p)
+            like.to_local().copy_(part)
+            yield name, like.full_tensor()
 
     def load(self, tensors):
         """Take up state() of any number of ranks."""
@@ -140,15 +143,15 @@ class Zero2:
                     part.data.copy_(piece)
                 else:
                     self.optimiser.state[part][kind] = piece.clone()
-        self.flat.copy_(self.gather(self.mine.detach().to(self.flat.dtype)))
+        self.spread()
 
     def pieces(self, tensors, kind):
         """The opposite of whole: for each of `stepped` what belongs to it of {kind/name: tensor}."""
         flat = torch.zeros_like(self.grad)
-        for name, view in zip(self.shapes, self.views(flat), strict=True):
+        for name, view in self.views(flat).items():
             view.copy_(tensors[f"{kind}/{name}"])
         found = [flat[self.own]]
-        for name, p in self.parts_of.items():
+        for name, p in self.divided.items():
             from torch.distributed.tensor import distribute_tensor
             there = tensors[f"{kind}/{name}"].to(p.device)
             found.append(distribute_tensor(there, p.device_mesh, p.placements, src_data_rank=None).to_local())

@@ -68,25 +68,26 @@ def first(ranks, work, m):
     if ranks.rank > 0:
         while number := told():
             follow(languages[number - 1])
-        return ranks.told(None, None)
+    return ranks.first(functools.partial(leading, languages, work))
+
+
+def leading(languages, work):
+    """work() on rank 0, which tells the others before each forward, and in the end that there is none."""
     hooks = []
     for number, language in enumerate(languages, 1):
         hooks.append(language.register_forward_pre_hook(functools.partial(tell, number)))
-    result, error = None, None
     try:
-        result = work()
-    except UserError as e:
-        error = e
-    for hook in hooks:
-        hook.remove()
-    tell(0)
-    return ranks.told(result, error)
+        return work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        tell(0)
 
 
 @torch.no_grad()
 def follow(language):
-    token = torch.zeros(1, 1, language.config.hidden_size, dtype=language.dtype, device=language.device)
-    language(inputs_embeds=token, use_cache=False)
+    token = language.get_input_embeddings().weight[:1]                                          # (1, D)
+    language(inputs_embeds=token[None], use_cache=False)
 
 
 def tell(number, *_):

@@ -1,12 +1,10 @@
 """Train a vision-language model on preference pairs: DPO, CoPO, AncPO, mDPO, SFT, or a loss of your own.
 
-    python train_dpo.py                                    the built-in world: two
-                                                           CPU cores, 2 minutes
-    python train_dpo.py --loss dpo --image_rejected none   another loss
-    python train_dpo.py --preset mdpo-llava --model DIR --data FILE
-                                                           LLaVA-1.5-7B on a GPU
-    torchrun --nproc_per_node 2 train_dpo.py --preset ...  the same run on two
-    python train_dpo.py --dry_run --preset ...             what it would need
+    python train_dpo.py                          the built-in world: a CPU, 2 minutes
+    python train_dpo.py --loss dpo --image_rejected none                 another loss
+    python train_dpo.py --preset mdpo-llava --model DIR --data FILE      7B, on a GPU
+    torchrun --nproc_per_node 2 train_dpo.py --preset ...         the same run on two
+    python train_dpo.py --dry_run --preset ...                     what it would need
 
 A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out): log.jsonl, summary.json, adapter/ (PEFT's format),
 or model/ (a llava-hf folder) with --no-lora, report.html, last/ (the checkpoint). The same command again goes
@@ -35,7 +33,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +53,7 @@ import plan
 import report
 import vlm
 from ranks import Zero2
-from reference import Reference, before_language_model
+from reference import Reference
 
 
 @dataclass
@@ -67,16 +65,14 @@ class Run:
     model: vlm.VLM
     sharded: bool                        # --shard: a forward needs all ranks
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
-    forward: Any                         # f(model, pairs, features, needs) -> losses.Logps
     pairs: batches.Pairs
-    val: batches.Pairs | None
     reference: Reference
+    val: batches.Pairs | None
     val_reference: Reference | None      # of rank 0, which evaluates alone
     optimiser: Zero2
     batches: batches.Batches
     steps: int
     base: str                            # which base: a resumed run must have the same
-    log: checkpoint.Log
     state: checkpoint.State = field(default_factory=checkpoint.State)
     stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
     stopping: bool = False               # any rank was asked to stop
@@ -92,27 +88,25 @@ class Run:
 # ---------------------------------------------------------------------------------------- set-up
 def prepare(o, out, ranks):
     """Check the pairs, load the model, divide the optimiser among the ranks -> Run. Raises UserError."""
-    loss = losses.resolve(o.loss, anchors=o.anchors)
-    needs = losses.needs(loss) | {"chosen"}
     sharded = o.shard and ranks.world > 1
     if o.shard and not sharded:
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path = ranks.first(lambda: batches.classroom_files(o, out))
+    path = ranks.first(partial(batches.classroom_files, o, out))
     family = families.open_folder(o.model, o.template or None, o.images)
-    folder = out / "checked"
-    pairs = batches.checked(family, path, o, needs, ranks, folder)
+    needs = options.needs_of(o)
+    pairs = batches.checked(family, path, o, needs, ranks, out / "checked")
     val = val_reference = None
     if o.val_data:                                              # a margin needs the rejected response
-        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, folder)
-    dtype = base_dtype(o, ranks.device)
-    ranks.first(lambda: plan.refuse(family.config, o, pairs.tokens, dtype, ranks.device, ranks.world))
+        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, out / "checked")
+    ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
     # ---- the model and what trains of it ----
+    dtype = getattr(torch, options.dtype_of(o, ranks.device.type))
     if sharded:
         import shard
-        model = shard.load_in_shards(lambda: load(family, o, dtype, "cpu"), ranks)
+        model = shard.load_in_shards(partial(load, family, o, dtype, "cpu"), ranks)
     else:
         model = load(family, o, dtype, ranks.device)
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
@@ -121,20 +115,19 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    base_encodes = any(map(before_language_model, trained))
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, base_encodes, sharded)
+    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, sharded)
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(), base_encodes)
-    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(pairs) / o.batch))
-    return Run(o, out, ranks, model, sharded, loss, forward, pairs, val, reference, val_reference,
+        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
+    steps = options.steps_of(o, len(pairs))
+    return Run(o, out, ranks, model, sharded, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps, equal=sharded), steps=steps,
-               base=command.identity(family.folder), log=checkpoint.Log(out / "log.jsonl", ranks.rank))
+               base=command.identity(family.folder))
 
 
 def load(family, o, dtype, device):
     """The VLM with what trains: LoRA, or all but the vision tower."""
-    model = vlm.load(family, dtype=getattr(torch, dtype), device=device)
+    model = vlm.load(family, dtype=dtype, device=device)
     if o.lora_r:
         lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
     else:
@@ -145,28 +138,14 @@ def load(family, o, dtype, device):
     return model
 
 
-def base_dtype(o, device):
-    if o.dtype != "auto":
-        return o.dtype
-    return "bfloat16" if device.type == "cuda" else "float32"
-
-
 # ---------------------------------------------------------------------------------------- one step
 def step_loss(run, batch, frozen):
     """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
-    policy = run.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
-
-
-class Part(NamedTuple):
-    """What one rank found in a step."""
-    sums: Counter                        # of measures(), and of tokens
-    losses: dict                         # {id: loss} of its pairs
-    waited: float                        # seconds, for pairs to be read
-    stop: bool                           # it was asked to stop
 
 
 def step(run, t):
@@ -183,16 +162,17 @@ def step(run, t):
         found |= zip([pair.id for pair in batch.pairs], loss.tolist(), strict=True)
 
     # ---- all ranks together ----
-    everyone = run.ranks.gather(Part(sums, found, run.batches.waited, run.stop.asked))
-    sums, found = Counter(), {}
-    for part in everyone:
-        sums.update(part.sums)
-        found |= part.losses
-    run.stopping = any(part.stop for part in everyone)
-    broken = [id for id, x in found.items() if not math.isfinite(x)]
+    ours = sums, found, run.batches.waited, run.stop.asked
+    everyones, losses_of, waited, asked = zip(*run.ranks.gather(ours), strict=True)
+    sums = Counter()
+    for each in everyones:
+        sums.update(each)
+    found = {id: loss for each in losses_of for id, loss in each.items()}
+    run.stopping = any(asked)
     rate = learning_rate(t, run.steps, run.o)
-    norm = math.nan if broken else run.optimiser.step(rate)
-    if not math.isfinite(norm):
+    norm = run.optimiser.step(rate)
+    broken = [id for id, loss in found.items() if not math.isfinite(loss)]
+    if broken or not math.isfinite(norm):
         raise data.UserError(f"loss or gradient of step {t + 1} is not finite; the pairs are "
                              f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
                              "checkpoint")
@@ -200,7 +180,7 @@ def step(run, t):
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
             **{name: value / len(found) for name, value in sums.items()},
             "tokens_per_second": round(tokens / seconds),
-            "waiting": round(max(part.waited for part in everyone) / seconds, 4),
+            "waiting": round(max(waited) / seconds, 4),
             "memory_gib": round(plan.peak(run.ranks.device), 3)}
 
 
@@ -232,8 +212,8 @@ def train(run):
     before = evaluate(run, "before")                         # first: restore() loads trained weights
     checkpoint.restore(run)
     if run.state.step == 0:
-        run.log.write(checkpoint.opening(run))
-        log_findings(run, "before", before)
+        checkpoint.log(run, checkpoint.opening(run))
+        log_look(run, "before", before)
     began = time.monotonic() - run.state.seconds
     bar = tqdm(range(run.state.step, run.steps), "training", initial=run.state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -242,18 +222,21 @@ def train(run):
             line = step(run, t)
             run.state.step = done = t + 1
             run.state.seconds = time.monotonic() - began
-            run.log.write(line | {"seconds": round(run.state.seconds, 2)} | warning(run, line))
+            checkpoint.log(run, line | {"seconds": round(run.state.seconds, 2)} | warning(run, line))
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
-            if o.eval_every and done % o.eval_every == 0 and done < run.steps:
-                log_findings(run, f"step-{done}", evaluate(run, f"step-{done}"))
-            last = done == run.steps or run.stopping
-            if last or done % o.save_every == 0 or done % run.batches.per_epoch == 0:
+            last = done == run.steps
+            if o.eval_every and done % o.eval_every == 0 and not last:
+                found = evaluate(run, f"step-{done}")
+                log_look(run, f"step-{done}", found, eval=found)
+            due = done % o.save_every == 0 or done % run.batches.per_epoch == 0
+            if due or last or run.stopping:
                 checkpoint.save(run)
-            if run.stopping and done < run.steps:
+            if run.stopping and not last:
                 raise KeyboardInterrupt
     after = evaluate(run, "after")
-    log_findings(run, "after", after)
-    return finish(run, before, after)
+    log_look(run, "after", after)
+    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
+    return run.first(partial(finish, run, before, after, weights))
 
 
 def warning(run, line):
@@ -277,20 +260,23 @@ def falling(chosen):
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
     """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    file = run.out / f"{name}.json"
+    return run.first(partial(kept_scores, run, name))
 
-    def work():
-        if not file.exists():
-            for stale in run.out.glob(f"{name}.*jsonl*"):                 # of other weights, if a GPU resumed
-                stale.unlink()
-            data.atomic_write(file, json.dumps(scores(run, name)))
-        return data.read_json(file)
-    return run.first(work)
+
+def kept_scores(run, name):
+    file = run.out / f"{name}.json"
+    if not file.exists():
+        for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
+            stale.unlink()
+        data.atomic_write(file, json.dumps(scores(run, name)))
+    return data.read_json(file)
 
 
 def scores(run, name):
     """The classroom's metrics or those of val_data; whether the model looks; eval_data's questions."""
-    o, out, found = run.o, run.out, {}
+    o = run.o
+    out = run.out
+    found = {}
     if run.model.front.is_classroom:
         answers.answer_scenes(run.model, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
@@ -311,44 +297,41 @@ def scores(run, name):
 @torch.no_grad()
 def validate(run, name):
     """Loss, margin and accuracy on val_data, by the same step_loss."""
-    sums, n, size = Counter(), len(run.val), run.o.micro_batch
-    for at in tqdm(range(0, n, size), f"{name}: validation pairs"):
-        places = [*range(at, min(at + size, n))]
-        batch = run.val.batch(places, [run.val.read(place) for place in places], len(places), n)
+    n = len(run.val)
+    sums = Counter()
+    for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
+        micro = batches.Micro([*places], len(places), n)
+        batch = run.val.batch(micro, [run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         sums.update(measures(policy, reference, loss, run.o.beta))
     return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
             "accuracy": 100 * sums["rewards/accuracies"] / n, "n": n}
 
 
-def log_findings(run, name, found):
+def log_look(run, name, found, **more):
     """An evaluation's line of the log. The scores of before and after are in summary.json."""
-    line = {"look": found["look"]} if "look" in found else {}
-    if name not in ("before", "after"):
-        line["eval"] = found
-    if line:
-        run.log.write({"evaluation": name, **line})
+    if "look" in found:
+        more = {"look": found["look"]} | more
+    if more:
+        checkpoint.log(run, {"evaluation": name, **more})
 
 
-def finish(run, before, after):
-    """adapter/ or model/, words.json and summary.json, by rank 0. Returns the summary."""
-    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
-
-    def work():
-        out, model = run.out, run.model
-        summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-                   "seconds": round(run.state.seconds, 1), "options": asdict(run.o)}
-        if run.o.lora_r:
-            lora.save(model.model, out / "adapter", str(model.front.folder))
-        elif not (out / "model").exists():
-            lora.write_folder(model.model, model.front.folder, out / "model", weights)
-        if model.front.is_classroom:
-            summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
-            rewards = answers.word_rewards(model, out, run.o.beta)
-            data.atomic_write(out / "words.json", json.dumps(rewards, indent=1))
-        data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
-        return summary
-    return run.first(work)
+def finish(run, before, after, weights):
+    """adapter/ or model/, words.json, summary.json. weights: see lora.write_folder. Returns the summary."""
+    out = run.out
+    model = run.model
+    summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
+               "seconds": round(run.state.seconds, 1), "options": asdict(run.o)}
+    if run.o.lora_r:
+        lora.save(model.model, out / "adapter", str(model.front.folder))
+    elif not (out / "model").exists():
+        lora.write_folder(model.model, model.front.folder, out / "model", weights)
+    if model.front.is_classroom:
+        summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+        rewards = answers.word_rewards(model, out, run.o.beta)
+        data.atomic_write(out / "words.json", json.dumps(rewards, indent=1))
+    data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
+    return summary
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -379,7 +362,8 @@ def main():
     try:
         o = options.parse(sys.argv[1:], __doc__)
         if o.dry_run:
-            print("\n".join(plan.show(o)))
+            for line in plan.show(o):
+                print(line)
         else:
             launch(o, command.join(o.device))
     except data.UserError as e:

@@ -155,7 +155,7 @@ class Ours:
         if reference is None or not cached:
             reference = Reference(self.places, self.m, forward, needs, self.ranks)
             self.references[loss, forward] = reference
-        run = SimpleNamespace(model=self.m, loss=loss_of, forward=forward, o=options.Options(beta=BETA))
+        run = SimpleNamespace(model=self.m, loss=loss_of, o=options.Options(beta=BETA))
         value, policy, frozen = step_loss(run, batch, reference)
         (value.sum() / batch.of).backward()
         measures(policy, frozen, value, BETA)

@@ -23,6 +23,8 @@ class Options:
     rate: float = option(0.5, "how fast")
     fast: bool = option(False, "in a hurry")
     kind: str = option("a", "which", choices=("a", "b"))
+    size: float = option(1.0, "how large", above=0)
+    depth: int = option(0, "how deep", at_least=0)
     shares: tuple = behind_set((1.0, 2.5), "of the parts")
     deep: bool = behind_set(True, "all the way down, a text of more words than one line holds: it is folded")
 
@@ -40,6 +42,7 @@ def test_only_what_was_given_is_returned_with_its_type():
     assert chosen == {"out": "x", "n": 7, "rate": 2.0, "fast": True, "kind": "b", "shares": (3.0, 4.0),
                       "deep": False}
     assert Options(**chosen).n == 7 and Options().shares == (1.0, 2.5)
+    assert parsed("--set", "n=3")[0] == {"n": 3}                  # an option of its own name, too
     assert parsed("--no-fast", "--none")[0] == {"fast": False, "n": 0}
     stages = [("stage", ("all", "one"), "all", "which stage")]
     assert parsed("one", "--n", "1", positional=stages) == ({"n": 1}, {"stage": "one"})
@@ -50,10 +53,12 @@ def test_only_what_was_given_is_returned_with_its_type():
     (["--n", "three"], "--n three: 'three' is not a whole number"),
     (["--rate", "fast"], "--rate fast: 'fast' is not a number"),
     (["--kind", "c"], "--kind c: give one of a, b"),
+    (["--size", "0"], "--size 0: it must be a number above 0"), (["--size", "nan"], "--size nan: .*above 0"),
+    (["--depth", "-1"], "--depth -1: it must not be below 0"),
     (["--set", "deep=maybe"], "--set deep=maybe: 'maybe' is not true or false"),
     (["--set", "shares=1,x"], "is not numbers with commas"),
     (["--set", "deep"], "give KEY=VALUE with KEY one of shares, deep"),
-    (["--set", "no=3"], "--set no=3: give KEY=VALUE")])
+    (["--set", "absent=3"], "--set absent=3: give KEY=VALUE")])
 def test_a_bad_value_is_refused_with_what_was_written_and_what_it_should_be(argv, words):
     with pytest.raises(data.UserError, match=words):
         parsed(*argv)

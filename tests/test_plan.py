@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT, write_llava
 from rehearse import sizes, write_original
 
+import command
 import data
 import lora
 import options
@@ -64,38 +65,38 @@ def test_the_floor_for_activations_is_no_more_than_autograd_keeps(family, dtype,
     pair, features = data.Pair("", prompt, prompt, chosen, rejected, one, one), ([nothing], [nothing])
     measured = kept_bytes(m, [pair], vlm.Features(*features))
     row = sum(map(len, (prompt, chosen, rejected, prompt, chosen)))
-    o = options.Options(lora_r=rank, device="cpu", checkpointing=checkpointing)
-    planned = plan.memory(plan.skeleton(front.config), o, [row], dtype)["activations"]
+    o = options.Options(lora_r=rank, device="cpu", checkpointing=checkpointing, dtype=dtype)
+    planned = plan.memory(plan.skeleton(front.config), o, [row])["activations"]
     assert 0 < planned <= measured
 
 
 def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
-    o, row = options.Options(lora_r=8, device="cpu"), [20 + 5 + 5 + 20 + 5]
-    got = plan.memory(plan.skeleton(m.front.config), o, row, "float32")
+    o, row = options.Options(lora_r=8, device="cpu", dtype="float32"), [20 + 5 + 5 + 20 + 5]
+    got = plan.memory(plan.skeleton(m.front.config), o, row)
     assert got["weights"] == sum(p.nbytes for p in m.model.parameters())
     lora.add_lora(m.model, r=8, alpha=16)
     adapter = sum(p.numel() for p in lora.lora_parameters(m.model).values())
     assert (got["LoRA"], got["optimiser"]) == (8 * adapter, 12 * adapter)
     skeleton, shared = plan.skeleton(m.front.config), dataclasses.replace(o, shard=True)
-    two = plan.memory(skeleton, shared, row, "float32", world=2)
+    two = plan.memory(skeleton, shared, row, world=2)
     layers = sum(p.nbytes for p in m.model.model.language_model.layers.parameters() if not p.requires_grad)
     assert two["weights"] == got["weights"] - layers / 2 and two["optimiser"] == got["optimiser"] / 2
     some = dataclasses.replace(o, lora_targets="q_proj,multi_modal_projector.linear_1")
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
     lora.add_lora(m.model, 8, 16, some.lora_targets.split(","))
     adapter = sum(p.numel() for p in lora.lora_parameters(m.model).values())
-    assert plan.memory(plan.skeleton(m.front.config), some, row, "float32")["LoRA"] == 8 * adapter
+    assert plan.memory(plan.skeleton(m.front.config), some, row)["LoRA"] == 8 * adapter
 
 
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
-    import command
     from ranks import Zero2
-    o, row = options.Options(lora_r=0, device="cpu"), [20 + 5 + 5 + 20 + 5]
+    row = [20 + 5 + 5 + 20 + 5]
     for dtype in ("float32", "bfloat16"):
+        o = options.Options(lora_r=0, device="cpu", dtype=dtype)
         m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
         vlm.train_whole(m)
-        got = plan.memory(plan.skeleton(m.front.config), o, row, dtype)
+        got = plan.memory(plan.skeleton(m.front.config), o, row)
         assert got["weights"] == sum(p.nbytes for p in {*m.model.parameters(), *m.frozen.model.parameters()})
         trained = {n: p for n, p in m.model.named_parameters() if p.requires_grad}
         adam = Zero2(trained, torch.optim.AdamW, command.Ranks())
@@ -105,7 +106,7 @@ def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they
         held += [adam.mine] * (dtype == "bfloat16")                    # in float32 it is the weights' memory
         assert got["optimiser"] == sum(x.nbytes for x in held)
     skeleton, shared = plan.skeleton(m.front.config), dataclasses.replace(o, shard=True)
-    two = plan.memory(skeleton, shared, row, "bfloat16", world=2)
+    two = plan.memory(skeleton, shared, row, world=2)
     layers = sum(p.numel() for p in m.model.model.language_model.layers.parameters())
     assert two["weights"] == got["weights"] - 4 * layers + (4 + 2) * layers / 2
     assert two["gradients"] == got["gradients"] - 4 * layers / 2
@@ -119,19 +120,19 @@ class Seven:
                                        num_attention_heads=16, image_size=336, patch_size=14),
         text_config=LlamaConfig(vocab_size=32064))
     rows = [640 + 200 + 180 + 640 + 200] * 5 + [640 + 900 + 700 + 640 + 900]
-    o = options.Options(**{**options.PRESETS["mdpo-llava"], "preset": "mdpo-llava"})
+    o = options.Options(**{**options.PRESETS["mdpo-llava"], "preset": "mdpo-llava", "dtype": "bfloat16"})
 
 
 def test_a_7b_weighs_what_it_is_known_to_weigh():
-    got = plan.memory(plan.skeleton(Seven.config), Seven.o, Seven.rows[:4], "bfloat16")
+    got = plan.memory(plan.skeleton(Seven.config), Seven.o, Seven.rows[:4])
     assert got["weights"] / plan.GIB == pytest.approx(13.2, abs=0.1)          # 7.06e9 numbers of two bytes
     assert got["LoRA"] / 8 == pytest.approx(160e6, rel=0.01)                   # rank 64 on all linear layers
     assert got["activations"] == 2 * 32 * 4096 * 4 * (640 + 200 + 180 + 640 + 200)
 
 
-def refused(monkeypatch, room, o=Seven.o, dtype="bfloat16", world=1):
+def refused(monkeypatch, room, o, world):
     monkeypatch.setattr(plan, "capacity", lambda device: (room * plan.GIB, "the GPU"))
-    return plan.refuse(Seven.config, o, Seven.rows, dtype, torch.device("cpu"), world)
+    return plan.refuse(Seven.config, o, Seven.rows, command.Ranks(0, world, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("room, dtype, changes, world, said", [
@@ -142,12 +143,12 @@ def refused(monkeypatch, room, o=Seven.o, dtype="bfloat16", world=1):
     (12, "bfloat16", {}, 1, r"shard the base over more GPUs .torchrun, --shard.*;")])
 def test_what_cannot_fit_is_refused_with_the_first_advice_after_which_it_might(
         monkeypatch, room, dtype, changes, world, said):
-    o = dataclasses.replace(Seven.o, **changes)
+    o = dataclasses.replace(Seven.o, dtype=dtype, **changes)
     said = rf"the run needs at least \d+\.\d GiB, the GPU has {room}\.0: {said}.* --set check_memory=false"
     with pytest.raises(data.UserError, match=said):
-        refused(monkeypatch, room, o, dtype, world)
-    refused(monkeypatch, room, dataclasses.replace(o, check_memory=False), dtype, world)
-    refused(monkeypatch, 400, o, dtype, world)
+        refused(monkeypatch, room, o, world)
+    refused(monkeypatch, room, dataclasses.replace(o, check_memory=False), world)
+    refused(monkeypatch, 400, o, world)
 
 
 def test_out_of_memory_names_what_is_not_set_yet():
@@ -164,13 +165,14 @@ def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     import train_dpo
     write_llava(tmp_path / "model")
     pairs = write_pairs(tmp_path)
-    command = ["train_dpo.py", "--dry_run", "--model", str(tmp_path / "model"), "--preset", "mdpo-llava"]
-    monkeypatch.setattr(sys, "argv", [*command, "--data", str(pairs)])
+    words = ["train_dpo.py", "--dry_run", "--model", str(tmp_path / "model"), "--preset", "mdpo-llava"]
+    monkeypatch.setattr(sys, "argv", [*words, "--data", str(pairs)])
     train_dpo.main()
     said = capsys.readouterr().out
+    assert said.startswith("folder          ") and "missing         nothing" in said
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory          at least 0.0 GiB" in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said
-    monkeypatch.setattr(sys, "argv", [*command[:5], "nothing"])
+    monkeypatch.setattr(sys, "argv", [*words[:5], "nothing"])
     with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
         train_dpo.main()

@@ -124,7 +124,7 @@ def read_pairs(front, path, needs=ALL, **fields):
 
 def batch_of(pairs, places, epoch=0):
     read = [pairs.read(place, epoch) for place in places]
-    return pairs.batch(list(places), read, len(places), len(places))
+    return pairs.batch(batches.Micro(list(places), len(places), len(places)), read)
 
 
 def adapter(out):
