@@ -139,7 +139,8 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     the split that it names in `split`; without one, to the only split whose questions all the answers repeat.
     """
     splits = questions if isinstance(questions, dict) else {"pope": questions}
-    asked, found = _pope_questions(splits), read(answers, "pope")
+    asked = _pope_questions(splits)
+    found = read(answers, "pope")
     names = _pope_names(found, splits, asked)
     coverage = join(names, {name: line["split"] for name, line in asked.items()}, partial)
     items = []
@@ -277,7 +278,8 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
     in the singular, and its runs of nouns (nouns.phrase). A caption whose reply cannot be read is left out
     and counted as unparsed; in official mode that is refused, as the official code asks until it can read.
     """
-    found, items = read(answers, "objhal"), []
+    found = read(answers, "objhal")
+    items, unread = [], []
     images = {answer.id: image_number(first(answer.line, "image_id", "image")) for answer in found}
     join([answer.id for answer in found], dict.fromkeys(images, "captions"), partial)
     if strangers := [name for name in images if images[name] not in truth]:
@@ -289,7 +291,6 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
         given = [name for name in replies if name in asked or name not in images]
         join(given, dict.fromkeys(asked, "replies"), partial, "replies", "captions")
         found = [answer for answer in found if answer.id not in asked or answer.id in replies]
-    unread = []
     for name, text, _ in found:
         item = {"id": name, "image": images[name]}
         if replies is None:
