@@ -23,19 +23,24 @@ import nouns
 import objects
 from data import UserError
 
-LENGTHS = {"classroom": 64, "pope": 64, "amber": 512, "objhal": 512, "mmhal": 512}      # tokens of an answer
+LENGTHS = {"classroom": 64,                                             # tokens of an answer
+           "pope": 64,
+           "amber": 512,
+           "objhal": 512,
+           "mmhal": 512}
 
 
 def read_scenes(path):
     """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model works in vain."""
-    file = Path(path) / "scenes.jsonl" if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    if file.is_dir():
+        file /= "scenes.jsonl"
     scenes = list(data.read_jsonl(file))
     for number, scene in enumerate(scenes, 1):
         where = f"{file}, line {number}"
         objects.check_truth(scene, where)
         if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
             raise UserError(f"{where} lacks a question or an image; make the scenes again")
-        image_path(file, scene["image"])
     if not scenes:
         raise UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
     return scenes, file
@@ -43,7 +48,7 @@ def read_scenes(path):
 
 def image_path(file, image):
     """The path of an image named in a file, which must not lead out of that file's folder."""
-    return data.inside(Path(file).parent, image, str(file))
+    return data.inside(file.parent, image, file)
 
 
 def describe(m, **more):
@@ -54,7 +59,7 @@ def describe(m, **more):
     for name, weight in weights.items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return {"model": Path(m.front.folder).name,
-            "base": data.identity(m.front.folder),
+            "base": command.identity(m.front.folder),
             "template": m.front.template,
             "images": m.front.preparation,
             "adapter": digest.hexdigest()[:16] if weights else None,
@@ -70,13 +75,12 @@ def _hash(lines):
 def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
     """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
     Question's image -> a PIL image."""
-    def line(row):
-        return questions[row["id"]].line | {"answer": row["answer"]}
-
-    items = [{"id": place, "hash": _hash(question.line), "_question": question}
-             for place, question in enumerate(questions)]
+    items = []
+    for place, question in enumerate(questions):
+        items.append({"id": place, "hash": _hash(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    store = command.Store(out_path, ranks, {"settings": settings}, shape=line, unshape=_row)
+    store = command.Store(out_path, ranks, {"settings": settings}, unshape=_row,
+                          shape=lambda row: questions[row["id"]].line | {"answer": row["answer"]})
     make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
     store.work(items, make, batch_size, description, "answer")
 
@@ -94,29 +98,38 @@ def _texts(m, read, max_new_tokens, batch_size, groups):
 
 def _row(place, line):
     """A line of the finished file -> what was made of its question."""
-    asked = {key: line[key] for key in line if key != "answer"}
-    return {"id": place, "hash": _hash(asked), "answer": line.get("answer")}
+    asked = dict(line)
+    said = asked.pop("answer", None)
+    return {"id": place, "hash": _hash(asked), "answer": said}
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
     scenes, file = read_scenes(scenes_path)
-    settings = describe(m, benchmark="classroom", max_new_tokens=max_new_tokens, questions=len(scenes),
-                        scenes=os.path.relpath(file, Path(out_path).parent),
-                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     questions = [benchmarks.Question(scene, scene["question"], image_path(file, scene["image"]))
                  for scene in scenes]
+    settings = describe(m,
+                        benchmark="classroom",
+                        max_new_tokens=max_new_tokens,
+                        questions=len(scenes),
+                        scenes=os.path.relpath(file, Path(out_path).parent),
+                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     answer(m, questions, data.read_image, out_path, settings, batch_size, description, ranks)
 
 
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
-                     max_new_tokens=512, description="answering", ranks=None):
+                     max_new_tokens=512, ranks=None):
     """Let a model answer a published benchmark: what benchmarks.questions read; called again it goes on."""
-    settings = describe(m, benchmark=benchmark, prompt=prompt, max_new_tokens=max_new_tokens, seed=None,
-                        questions=len(questions), questions_sha256=_hash([each.line for each in questions]))
+    settings = describe(m,
+                        benchmark=benchmark,
+                        prompt=prompt,
+                        max_new_tokens=max_new_tokens,
+                        seed=None,
+                        questions=len(questions),
+                        questions_sha256=_hash([each.line for each in questions]))
     read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
-    answer(m, questions, read, out_path, settings, batch_size, description, ranks)
+    answer(m, questions, read, out_path, settings, batch_size, "answering", ranks)
 
 
 def read_answers(path):
@@ -157,8 +170,8 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     if kind == "pope":
         scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
         return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
-    table, about = objects.synonyms(data.read_text(synonyms)), objects.image_ids(lines)
-    truth = objects.coco_truth(*benchmarks.coco(annotations, about), table, nouns.singulars, about)
+    table = objects.synonyms(data.read_text(synonyms))
+    truth = benchmarks.coco_truth(annotations, lines, table, nouns.singulars)
     scores, _ = metrics.chair(lines, truth, table, nouns.singulars)
     return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}
 
@@ -171,28 +184,26 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
     _, after = read_answers(run / "after.jsonl")
     captions = [(old, new) for old, new in zip(before, after, strict=True)
                 if new["kind"] == "caption" and new["answer"]]
-    chosen = sorted(range(len(captions[:images])), key=lambda place: not _invents(captions[place]))[:n]
-    file, found = run / settings["scenes"], []
-    for place in sorted(chosen):
+    chosen = sorted(range(len(captions[:images])), key=lambda place: not any(map(_invents, captions[place])))
+    found = []
+    for place in sorted(chosen[:n]):
         old, new = captions[place]
-        following = [line["image"] for line, _ in captions[place + 1:] + captions[:place]]
-        other = next((image for image in following if image != new["image"]), None)
-        if other is not None:
-            paths = [image_path(file, new["image"]), image_path(file, other)]
-            image, other = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
-            found.append({"id": new["id"],
-                          "image": image,
-                          "other_image": other,
-                          "question": new["question"],
-                          "answer_before": old["answer"],
-                          "answer_after": new["answer"],
-                          "truth": new["truth"],
-                          "words": _rewards(m, paths, new["question"], new["answer"], beta)})
+        other = captions[(place + 1) % len(captions)][1]
+        paths = [image_path(run / settings["scenes"], line["image"]) for line in (new, other)]
+        image, other_image = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
+        found.append({"id": new["id"],
+                      "image": image,
+                      "other_image": other_image,
+                      "question": new["question"],
+                      "answer_before": old["answer"],
+                      "answer_after": new["answer"],
+                      "truth": new["truth"],
+                      "words": _rewards(m, paths, new["question"], new["answer"], beta)})
     return found
 
 
-def _invents(both):
-    return any(objects.hallucinated(line["answer"], line["truth"]) for line in both)
+def _invents(line):
+    return objects.hallucinated(line["answer"], line["truth"])
 
 
 def _rewards(m, paths, question, answer, beta):
@@ -201,9 +212,9 @@ def _rewards(m, paths, question, answer, beta):
     import vlm
     rewards = []
     for image in map(data.read_image, paths):
-        policy = vlm.word_logps(m, image, question, answer)
+        words, policy = zip(*vlm.word_logps(m, image, question, answer), strict=True)
         with vlm.base_of(m) as base:
             reference = vlm.word_logps(base, image, question, answer)
-        rewards.append([beta * (p - r) for (_, p), (_, r) in zip(policy, reference, strict=True)])
+        rewards.append([beta * (p - r) for p, (_, r) in zip(policy, reference, strict=True)])
     return [{"word": word, "true": true, "other": other}
-            for (word, _), true, other in zip(policy, *rewards, strict=True)]
+            for word, true, other in zip(words, *rewards, strict=True)]

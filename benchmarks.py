@@ -2,7 +2,6 @@
 
     questions("pope", ["coco/"], images="val2014/")   [Question(line, prompt, image)], ready for a model
     read_answers(["answers.jsonl"])                   their lines, ours or as the official scripts take them
-    export("amber", answers)                          what AMBER's own script reads
 
 No question, image or prompt of theirs is part of this repository: everything is read by path.
 
@@ -14,7 +13,6 @@ No question, image or prompt of theirs is part of this repository: everything is
 """
 import base64
 import binascii
-import json
 import os
 import re
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import NamedTuple
 
 import data
 import nouns
+import objects
 from data import UserError
 
 SPLITS = ("random", "popular", "adversarial")
@@ -38,13 +37,13 @@ class Question(NamedTuple):
 
 def read_image(image):
     """The image of a Question, upright and in RGB. Raises UserError where it cannot be read."""
-    if not isinstance(image, bytes):
-        return data.read_image(image)
-    try:
-        return data.read_image(base64.b64decode(image, validate=True))
-    except binascii.Error as error:
-        raise UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
-                        f"({error}); copy the file again") from error
+    if isinstance(image, bytes):
+        try:
+            image = base64.b64decode(image, validate=True)
+        except binascii.Error as error:
+            raise UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
+                            f"({error}); copy the file again") from error
+    return data.read_image(image)
 
 
 # ---- questions ----
@@ -54,18 +53,26 @@ def records(path, keys, what):
     for number, record in enumerate(found, 1):
         for key in keys:
             if record.get(key) is None:
-                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give the "
-                                "right file")
+                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give that")
     if not found:
         raise UserError(f"{path} is empty: it holds no {what}; copy it again")
     return found
+
+
+def prompt(path, own, places):
+    """The text of a prompt's file, or of our own. Raises UserError where a place is not as often in it as in
+    `places`."""
+    text = data.read_text(path or Path(__file__).with_name(own))
+    if any(text.count(place) != places.count(place) for place in places):
+        raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
+    return text
 
 
 def pope_questions(paths):
     """{split: records} of POPE's question files, or of folders of them. A split's name is its file's."""
     files, found = [], {}
     for path in map(Path, paths):
-        files += _files(path, "*pope*.json*", "POPE's question files")
+        files += _files(path, "*pope*.json*")
     for file in sorted(files, key=lambda file: [split not in file.name for split in SPLITS]):
         split = _split(file) or file.stem
         if split in found:
@@ -81,19 +88,16 @@ def _split(file):
 
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
-    names = ("query_generative.json", "query_discriminative.json")
-    files = [path / name for name in names if (path / name).exists()]
-    found = []
-    for file in files or _files(path, "query_all.json", "AMBER's queries"):
-        found += records(file, ("id", "image", "query"), "AMBER query file")
-    return found
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("query_*ive.json"), reverse=True) or _files(path, "query_all.json")
+    return [query for file in files for query in records(file, ("id", "image", "query"), "AMBER query file")]
 
 
-def _files(path, pattern, what):
-    if not path.is_dir():
-        return [path]
-    if not (found := sorted(path.glob(pattern))):
-        raise UserError(f"{path} holds no {pattern}; give the folder that holds {what}")
+def _files(path, pattern):
+    found = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{path} holds no {pattern}; give the folder that holds the questions")
     return found
 
 
@@ -107,20 +111,17 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     if "{question}" not in prompt:
         raise UserError(f"--prompt {prompt!r} has no {{question}}; put it where the question goes")
     if len(paths) > 1 and benchmark != "pope":
-        raise UserError(f"--data {' '.join(map(str, paths))}: {benchmark} has one file or one folder; give "
-                        "that")
+        raise UserError(f"--data: {benchmark} has one file or one folder, not {len(paths)}; give that")
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
-    found = []
-    for question in read(paths):
-        found.append(question._replace(prompt=prompt.replace("{question}", question.prompt)))
-    path = Path(paths[0])
+    asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    named = [place for place, question in enumerate(found) if isinstance(question.image, dict)]
-    images, missing = find_images(root, [found[place].image for place in named]), []
-    for place, image in zip(named, images, strict=True):
-        if image is None:
-            missing += image_names(found[place].image)[:1] or ["one without a name"]
-        found[place] = found[place]._replace(image=image)
+    named = [question.image for question in asked if isinstance(question.image, dict)]
+    files, found, missing = iter(find_images(root, named)), [], []
+    for line, text, image in asked:
+        if isinstance(image, dict):
+            names, image = image_names(image), next(files)
+            missing += [] if image else names[:1]
+        found.append(Question(line, prompt.replace("{question}", text), image))
     if missing:
         raise UserError(f"{root} lacks {len(missing)} of {len(named)} images (first: {missing[0]}); give "
                         "their folder with --images")
@@ -131,8 +132,11 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
 def _pope(paths):
     for split, rows in pope_questions(paths).items():
         for row in rows:
-            line = {"question_id": row["question_id"], "split": split, "image": row["image"],
-                    "question": row["text"], "label": row["label"]}
+            line = {"question_id": row["question_id"],
+                    "split": split,
+                    "image": row["image"],
+                    "question": row["text"],
+                    "label": row["label"]}
             yield Question(line, row["text"], row)
 
 
@@ -145,17 +149,15 @@ def _objhal(paths):
     for place, row in enumerate(records(paths[0], (), "question file")):
         text = _first_text(row, "question", "prompt", "text")
         image = _first_text(row, "image", "image_path") or ""
-        image_id = row.get("image_id", image if len(image) < NAME else None)
+        coded = len(image) > NAME
+        image_id = row.get("image_id", None if coded else image)
         if digits := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.\w+)?", str(image_id)):
             image_id = int(digits[1])
         if text is None or image_id is None:
             raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is no file "
-                            "of questions about images; give the right file")
+                            "of questions about images; give another file")
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
-        source = row | {"image_id": image_id}
-        if image.startswith("data:") or len(image) > NAME:
-            source = image.rpartition(",")[2].encode()
-        yield Question(line, text, source)
+        yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
 
 
 def _first_text(row, *keys):
@@ -169,30 +171,28 @@ def _mmhal(paths):
         yield Question(line, row["question"], line)
 
 
-def image_names(line):
-    """The names under which the image of a question or an answer may lie in a folder, the likeliest first."""
+def image_names(line, listed=()):
+    """The names under which the image of a question or an answer may lie in a folder, the likeliest first.
+
+    listed: what the folder holds, since MMHal's archive numbers its files: 00_name.
+    """
     names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
-    if isinstance(line.get("image_src"), str):              # MMHal; its archive numbers the files: 00_name
+    if isinstance(line.get("image_src"), str):                                                       # MMHal's
         name = line["image_src"].rpartition("/")[2]
         names += [f"{line.get('image_id')}.{end}" for end in ("jpg", "png", "jpeg")]
-        names += [name, f"*_{name}"]
+        names += [name, *(other for other in listed if other.endswith(f"_{name}"))]
     elif isinstance(line.get("image_id"), int):
         names += [f"COCO_val2014_{line['image_id']:012d}.jpg", f"{line['image_id']:012d}.jpg"]
-    return names
+    return names or ["one without a name"]
 
 
 def find_images(root, lines):
     """The path of each line's image, or None: the first of its names that is a file in the folder."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is no folder; give the one that holds the images")
-    listed = sorted(os.listdir(root)) if any("image_src" in line for line in lines) else []
-    found = []
+    listed, found = sorted(os.listdir(root)), []
     for line in lines:
-        paths = []
-        for name in image_names(line):
-            if name.startswith("*"):
-                name = next((other for other in listed if other.endswith(name[1:])), name)
-            paths.append(data.inside(root, name, "the image of a question"))
+        paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 
@@ -206,21 +206,20 @@ def read_answers(paths):
     """
     found = []
     for path in paths:
-        lines = data.read_records(path)
+        lines, split = data.read_records(path), _split(path)
         for number, line in enumerate(lines, 1):
             if _is_question(line):
                 raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
         if lines and all(line.get("model_answer") == "" for line in lines):
             raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
                             "give the answers")
-        split, several = _split(path), len(paths) > 1
-        if several and not split and not all(line.keys() & {"split", "settings"} for line in lines):
-            raise UserError(f"{path}: of several answers files, each needs the name of its split "
-                            f"({', '.join(SPLITS)}) in its own; rename it")
         for line in lines:
             if "caption" in line:                                                 # the first CHAIR's own form
                 line = {"text": line["caption"], **line}
-            if several and "settings" not in line:
+            if len(paths) > 1 and not line.keys() & {"split", "settings"}:
+                if not split:
+                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                    f"({', '.join(SPLITS)}) in its own; rename it")
                 line = {"split": split, **line}
             found.append(line)
     return found
@@ -234,24 +233,21 @@ def _is_question(line):
 def amber_data(folder):
     """-> (queries or [], annotations, relation, safe words) of AMBER's data folder."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--data {folder} is no folder; give AMBER's data folder")
     queries = amber_queries(folder) if any(folder.glob("query_*.json")) else []
     annotations = records(folder / "annotations.json", ("id", "type", "truth"), "annotations of AMBER")
-    safe = [word.strip() for word in data.read_text(folder / "safe_words.txt").split("\n") if word.strip()]
-    return queries, annotations, data.read_json(folder / "relation.json", kind=dict), safe
+    relation = data.read_json(folder / "relation.json", kind=dict)
+    safe = data.read_text(folder / "safe_words.txt").split("\n")
+    return queries, annotations, relation, set(map(str.strip, safe))
 
 
 def amber_nouns(path):
     """{id: nouns} of a file of nouns that were extracted before: lines {id, nouns or nouns_in_vocab}."""
     found = {}
-    for number, line in enumerate(data.read_records(path, torn_ok=False), 1):
+    for line in records(path, ("id",), "file of nouns"):
         named = line.get("nouns", line.get("nouns_in_vocab"))
-        if "id" not in line or not isinstance(named, list):
-            raise UserError(f"{path}, record {number} has no id or no list of `nouns`: this is no file of "
-                            "nouns; give builtin, nltk, or such a file")
-        if line["id"] in found:
-            raise UserError(f"{path}: id {line['id']} is there twice; keep one of the two")
+        if line["id"] in found or not isinstance(named, list):
+            raise UserError(f"{path}: id {line['id']} is there twice or has no list of `nouns`: this is no "
+                            "file of nouns; give builtin, nltk, or such a file")
         found[line["id"]] = named
     return found
 
@@ -260,55 +256,23 @@ def lemmas(path):
     """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
     table = data.read_json(path, kind=dict)
     if not all(isinstance(single, str) for single in table.values()):
-        raise UserError(f"{path} is no table of words (a value is no string); give builtin, nltk or such a "
-                        "table")
+        raise UserError(f"{path} is no table of words; give builtin, nltk or such a table")
     return lambda text: [table.get(word, word) for word in nouns.tokens(text.lower())]
 
 
-def coco(folder, images):
-    """-> ([instances], [captions]) of COCO's 2014 train and val files, cut down to what these images need.
+def coco_truth(folder, answers, table, lemmatize):
+    """-> objects.coco_truth of the images that the answers are about, by COCO's 2014 train and val files."""
+    images, found = objects.image_ids(answers), []
 
-    Nothing but ids, names and captions is kept: train's outlines alone would take gigabytes.
-    """
-    def slim(part):
+    def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         image = part.get("image_id", part.get("id") if "file_name" in part else None)
         if image is not None and image not in images:
             return None
         return {key: part[key] for key in KEPT if key in part}
 
-    found = {"instances": [], "captions": []}
-    paths = [(kind, Path(folder) / f"{kind}_{split}2014.json")
-             for kind in found for split in ("val", "train")]
-    for _, path in paths:
-        if not path.exists():
-            raise UserError(f"{path} is missing; --annotations needs COCO's instances and captions, of "
-                            "train2014 and of val2014")
-    for kind, path in paths:
-        part = {"categories": []} | data.read_json(path, kind=dict, object_hook=slim)
+    for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
+        part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
         for key in ("images", "annotations"):
             part[key] = list(filter(None, part.get(key, [])))
-        found[kind].append(part)
-    return found["instances"], found["captions"]
-
-
-# ---- for the official scripts ----
-MMHAL = ("question_type", "question_topic", "image_id", "image_src", "image_content", "question", "gt_answer")
-EXPORTS = {"pope": {"question_id": "question_id", "question": "question", "answer": "answer"},
-           "amber": {"id": "id", "answer": "response"},
-           "objhal": {"question_id": "question_id", "image_id": "image_id", "question": "prompt",
-                      "answer": "text"},
-           "mmhal": {key: key for key in MMHAL} | {"answer": "model_answer"}}      # {our key: theirs}
-
-
-def export(benchmark, answers):
-    """Our answers as the text of a file that the benchmark's own script reads."""
-    lines = []
-    for line in answers:
-        for key in EXPORTS[benchmark]:
-            if key not in line:
-                raise UserError(f"the answers have no {key!r}: they are no answers to {benchmark}; give what "
-                                "`answers` wrote")
-        lines.append({theirs: line[ours] for ours, theirs in EXPORTS[benchmark].items()})
-    if benchmark in ("amber", "mmhal"):
-        return json.dumps(lines, ensure_ascii=False, indent=1) + "\n"
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        found.append(part)
+    return objects.coco_truth(found[:2], found[2:], table, lemmatize, images)

@@ -356,7 +356,7 @@ class Folder:
             raise UserError(f"{self.source} is no URL, no file of replies and no model folder; give one of "
                             "these")
         self.folder = data.model_folder(self.source)
-        self.settings = self.settings | {"model": data.identity(self.folder)}
+        self.settings = self.settings | {"model": command.identity(self.folder)}
         self.sees = "vision_config" in data.read_json(self.folder / "config.json", {})
 
     def ask(self, questions, done=()):

@@ -16,7 +16,9 @@ everything else. Whose side is whose is in it only encoded, for `score votes`.
 import base64
 import hashlib
 import json
+from collections import Counter
 
+import amber
 import benchmarks
 import data
 import metrics
@@ -28,41 +30,34 @@ LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "halluci
 
 
 # ---- the paired difference ----
-def text(line):
-    """The answer in a line of whatever file."""
-    return tally.first(line, *tally.TEXTS)
-
-
-def question(line):
-    """The question in a line of whatever file, "" where it does not say."""
-    found = tally.first(line, "question", "prompt", "query")
+def question(answer):
+    """The question in an answer's line, "" where it does not say."""
+    found = tally.first(answer.line, "question", "prompt", "query")
     return found if isinstance(found, str) else ""
 
 
 def by_id(path):
-    """{(split, id): line} of an answers file. Raises UserError."""
+    """{(split, id): Answer} of an answers file. Raises UserError."""
     found = {}
-    for number, line in enumerate(data.read_records(path), 1):
-        if "settings" in line:
-            continue
-        name = tally.first(line, "question_id", "id", "image_id")
-        if name is None or not isinstance(text(line), str):
-            raise UserError(f"{path}, record {number} has no id or no answer in text; give what `answers` "
-                            "wrote")
-        key = line.get("split"), name
+    try:
+        answers = tally.read(data.read_records(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for answer in answers:
+        key = answer.line.get("split"), answer.id
         if key in found:
-            raise UserError(f"{path}: id {name} is there twice; keep one of the two")
-        found[key] = line
+            raise UserError(f"{path}: id {answer.id} is there twice; keep one of the two")
+        found[key] = answer
     return found
 
 
 def pairs(a_path, b_path):
-    """-> [(key, line of A, line of B)] of what both files answer, in A's order; how many each answers."""
+    """-> [(key, A's Answer, B's)] of what both files answer, in A's order; how many each answers."""
     a, b = by_id(a_path), by_id(b_path)
     both = [(key, a[key], b[key]) for key in a if key in b]
     if not both:
         raise UserError(f"{a_path} and {b_path} have no question in common; compare answers to the same file")
-    other = [name for (_, name), old, new in both if question(old) != question(new)]
+    other = [old.id for _, old, new in both if question(old) != question(new)]
     if other:
         raise UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
                         f"{other[0]}); compare answers to the same file")
@@ -74,10 +69,9 @@ def items_of(lines):
     if all("truth" in line and "kind" in line for line in lines):
         return metrics.classroom_items(lines)
     if all("label" in line and "question_id" in line for line in lines):
-        splits = {}
-        lines = [{"split": "questions", **line} for line in lines]
+        lines, splits = [{"split": "questions", **line} for line in lines], {}
         for line in lines:
-            splits.setdefault(line["split"], []).append({**line, "text": line["question"]})
+            splits.setdefault(line["split"], []).append(line | {"text": line["question"]})
         return metrics.pope(splits, lines)[1]
     return None
 
@@ -90,31 +84,29 @@ def sums(item):
         yes, true = item["said"] == "yes", item["label"] == "yes"
         return {"accuracy": (item["right"], 1), "f1": (2 * (yes and true), yes + true)}
     if "cover_num" in item:
-        return {"chair": (item["hal"], item["mentions"]),
-                "cover": (item["cover"], item["cover_num"]),
-                "hal": (1 - item["non_hallu"], 1),
-                "cog": (item["cog"], item["cog_num"])}
+        shares = {key: (item[top], item[bottom]) for key, (top, bottom) in amber.CAPTIONS.items()}
+        return shares | {"hal": (1 - item["non_hallu"], 1)}
     if "chair_s" in item:
         n, wrong = len(item["generated"]), item["chair_s"]
-        return {"chair_s": (wrong, 1), "chair_s_refine": (wrong, int(n > 0)),
+        return {"chair_s": (wrong, 1),
+                "chair_s_refine": (wrong, int(n > 0)),
                 "chair_i": (len(item["hallucinated"]), n)}
     if item.get("score") is not None:                                 # MMHal's: shown as it is, no percent
-        return {"score": (item["score"], 100), "hallucination_rate": (int(item["score"] < 3), 1)}
-    if "right" in item:
-        return {"accuracy": (item["right"], 1)}
-    return {}                                                                              # it was not read
+        return {"score": (item["score"], 100), "hallucination_rate": (item["score"] < 3, 1)}
+    return {"accuracy": (item["right"], 1)} if "right" in item else {}                  # {}: it was not read
 
 
 def table(found, names):
     """What tally.paired found, as lines of text."""
-    widths = (26, 8, 8, 8)
-    head = tally.columns(("percent", "A", "B", "B - A"), widths)
-    lines = [f"A {names[0]}", f"B {names[1]}", f"{head}   95% interval       better  worse  p of sign test"]
+    lines = [f"A {names[0]}",
+             f"B {names[1]}",
+             f"{'percent':26}       A       B   B - A   95% interval       better  worse  p of sign test"]
     for measure, row in found.items():
         low, high = row["interval"]
-        cells = [measure, f"{row['a']:.1f}", f"{row['b']:.1f}", f"{row['change']:+.1f}"]
+        spread = f"{low:.1f} to {high:.1f}"
         signs = "" if measure.endswith("f1") else f"{row['better']:8}{row['worse']:7}  {row['p']:.2g}"
-        lines.append(f"{tally.columns(cells, widths)}   {f'{low:.1f} to {high:.1f}':16}{signs}")
+        points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
+        lines.append(f"{measure:26}{points}   {spread:16}{signs}")
     return lines
 
 
@@ -124,7 +116,7 @@ def report(a, b, out, images=None, items=None, n=100, seed=0):
     if items:
         known = [data.read_records(path) for path in items]
     else:
-        known = [items_of([old for _, old, _ in both]), items_of([new for *_, new in both])]
+        known = [items_of([old.line for _, old, _ in both]), items_of([new.line for *_, new in both])]
     shown, equal = write(both, names, out, images, n, seed)
     if all(known):
         lines = table(tally.paired(*known, sums, LOWER), names)
@@ -133,12 +125,8 @@ def report(a, b, out, images=None, items=None, n=100, seed=0):
                  "B.items.jsonl for the paired difference."]
     if set(sizes) != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
-    said = f"{out}: {shown} pairs to choose from"
-    if equal:
-        said += f", {equal} equal pairs left out"
-    if not images:
-        said += "; without pictures, for want of --images"
-    return [*lines, said]
+    without = "" if images else "; without pictures, for want of --images"
+    return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
 
 
 # ---- the page ----
@@ -261,26 +249,29 @@ def write(both, names, out, images=None, n=100, seed=0):
     """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
     order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
     drawn = [both[i] for i in order]
-    shown = [(key, a, b) for key, a, b in drawn if text(a).strip() != text(b).strip()]
+    shown = [(key, a, b) for key, a, b in drawn if a.text.strip() != b.text.strip()]
     paths = [None] * len(shown)
     if images:
-        paths = benchmarks.find_images(images, [a for _, a, _ in shown])
+        paths = benchmarks.find_images(images, [a.line for _, a, _ in shown])
     items, pictures = [], {None: ""}                              # a picture's place in it is its number
     for (key, a, b), path in zip(shown, paths, strict=True):
         if path not in pictures:
             pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
-        items.append({"question": question(a), "first": text(first).strip(), "second": text(second).strip(),
+        items.append({"question": question(a),
+                      "first": first.text.strip(),
+                      "second": second.text.strip(),
                       "image": list(pictures).index(path)})
-    key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown],
-           "same": len(drawn) - len(shown)}
-    content = {"key": base64.b64encode(json.dumps(key).encode()).decode(), "items": items,
+    equal = len(drawn) - len(shown)
+    key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
+    content = {"key": base64.b64encode(json.dumps(key).encode()).decode(),
+               "items": items,
                "images": list(pictures.values())}
     content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     island = json.dumps(content).replace("<", "\\u003c")
     body = f'{BODY}<script type="application/json" id="data">{island}</script>'
     data.atomic_write(out, page.page("Which answer is better?", body, STYLE, SCRIPT))
-    return len(shown), len(drawn) - len(shown)
+    return len(shown), equal
 
 
 # ---- the votes ----
@@ -296,7 +287,6 @@ def read_votes(paths):
             rater, key = votes["rater"], json.loads(base64.b64decode(votes["key"], validate=True))
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
-            key["a"], key["b"], key["same"] + 0
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no file of votes as the page downloads it; ask its rater for it "
                             "again") from error
@@ -327,39 +317,31 @@ def preference(key, raters):
 
     Pairs with equal answers were left out of the page; they count as ties, once for every rater.
     """
-    items = []
+    votes = []
     for item in range(len(key["ids"])):
-        votes = [found[item] for found in raters.values() if item in found]
-        if votes:
-            items.append({"image": item, "votes": {kind: votes.count(kind) for kind in KINDS}})
-    for n in range(key["same"]):
-        items.append({"image": f"same {n}", "votes": {"win": 0, "tie": len(raters), "loss": 0}})
-    total, draws = tally.add_up(items, lambda item: item["votes"])
+        votes.append([found[item] for found in raters.values() if item in found])
+    votes += [["tie"] * len(raters)] * key["same"]
+    items = [{"image": place, "votes": kinds} for place, kinds in enumerate(votes) if kinds]
+    total, draws = tally.add_up(items, lambda item: Counter(item["votes"]))
 
     def shares(counted):
         return {kind: tally.ratio(counted[kind], sum(counted.values())) for kind in KINDS}
 
-    margins = [item["votes"]["win"] - item["votes"]["loss"] for item in items]
-    wins, losses = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
-    majority = {"win": wins, "tie": len(items) - wins - losses, "loss": losses,
-                "p": tally.sign_test(wins, losses)}
-    return {"a": key["a"], "b": key["b"], **tally.scored(shares, total, draws), "n": len(items),
-            "votes": sum(map(len, raters.values())), "raters": len(raters), "equal": key["same"],
-            "majority": majority}
+    return {"a": key["a"],
+            "b": key["b"],
+            **tally.scored(shares, total, draws),
+            "n": len(items),
+            "votes": sum(map(len, raters.values())),
+            "raters": len(raters),
+            "equal": key["same"]}
 
 
 def preference_table(found):
     """preference()'s result as lines of text."""
-    widths = (18, 7)
-    head = tally.columns(("percent of votes", ""), widths)
-    lines = [f"A {found['a']}", f"B {found['b']}", f"{head}   95% interval"]
+    lines = [f"A {found['a']}", f"B {found['b']}", "percent of votes            95% interval"]
     for kind, says in KINDS.items():
         low, high = found["intervals"][kind]
-        cells = tally.columns((says, f"{100 * found[kind]:.1f}"), widths)
-        lines.append(f"{cells}   {100 * low:.1f} to {100 * high:.1f}")
-    m = found["majority"]
-    lines.append(f"{found['n']} items, {found['votes']} votes, {found['raters']} raters; by majority A wins "
-                 f"{m['win']}, ties {m['tie']}, loses {m['loss']} (sign test p {m['p']:.2g})")
-    if found["equal"]:
-        lines.append(f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown")
-    return lines
+        lines.append(f"{says:18}{100 * found[kind]:7.1f}   {100 * low:.1f} to {100 * high:.1f}")
+    return [*lines,
+            f"{found['n']} items, {found['votes']} votes, {found['raters']} raters",
+            f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown"]

@@ -27,44 +27,44 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 
 class UserError(ValueError):
-    """A user's mistake, in one sentence: what, where, and the mend."""
+    """A user's mistake, in one sentence: what is wrong, where, and how to fix it."""
 
 
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-        super().__init__(*args, **{"formatter_class": form, "allow_abbrev": False, **options})
+        super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
         self.description = _reflowed(self.description)
 
     def error(self, message):
         sys.exit(f"{self.prog}: {message}; see --help")
 
 
-def _reflowed(text, width=80):
+def _reflowed(text):
     """A docstring for a terminal: paragraphs are filled anew, indented lines (commands) stay as they are."""
     found = []
     for block in (text or "").strip().split("\n\n"):
-        indented = any(line.startswith("    ") for line in block.splitlines())
-        found.append(block if indented else textwrap.fill(" ".join(block.split()), width))
+        indented = "\n    " in "\n" + block
+        found.append(block if indented else textwrap.fill(" ".join(block.split()), 80))
     return "\n\n".join(found)
 
 
 # ---- files: what is already written is never lost ----
-
-def _write_all(fd, content):
+def _write_all(fd, text):
+    content = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
     view = memoryview(content)
     while view:
         view = view[os.write(fd, view):]
 
 
 def atomic_write(path, content):
-    """Write the whole file, or leave the old one as it was."""
+    """Write the whole file, text or bytes, or leave the old one as it was. Raises UserError."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb", buffering=0) as file:
-            _write_all(file.fileno(), content.encode() if isinstance(content, str) else content)
+            _write_all(file.fileno(), content)
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file
         os.replace(tmp, path)
     except OSError as error:
@@ -75,12 +75,36 @@ def atomic_write(path, content):
             tmp.unlink()
 
 
+def _json_line(record):
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def write_jsonl(path, rows):
+    """An object a line: the whole file, or the old one as it was. Raises UserError."""
+    atomic_write(path, "".join(map(_json_line, rows)))
+
+
+def append_jsonl(path, record):
+    """One line more, or none; a last line that a killed run left torn is cut off first. Raises UserError."""
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            size = _end_line(file)
+            try:
+                _write_all(file.fileno(), _json_line(record))
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(f"{path} could not be extended ({error.strerror}) and keeps its earlier lines; check "
+                        "the folder, free space and run the command again") from error
+
+
 def _end_line(file):
-    """Cut off a last line that a killed run left torn; one that lacks only its newline gets it."""
+    """Cut off a torn last line, or end one that lacks only its newline -> the file's size."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read() in (b"", b"\n"):
-        return
+        return size
     file.seek(max(0, size - (1 << 24)))
     tail = file.read().rpartition(b"\n")[2]
     try:
@@ -88,79 +112,23 @@ def _end_line(file):
         file.write(b"\n")
     except ValueError:
         file.truncate(size - len(tail))
+    return file.seek(0, os.SEEK_END)
 
 
-def append_jsonl(target, record):
-    """One line more, or none. Given a path, a last line that a killed run left torn is cut off first."""
-    if isinstance(target, str | os.PathLike):
-        try:
-            with open(target, "ab+", buffering=0) as file:
-                _end_line(file)
-                return append_jsonl(file, record)
-        except OSError as error:
-            raise UserError(f"{target} could not be extended ({error.strerror}); check its folder") from error
-    target.flush()
-    size = os.fstat(target.fileno()).st_size
-    try:
-        line = json.dumps(record, ensure_ascii=False) + "\n"
-        _write_all(target.fileno(), line.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        os.ftruncate(target.fileno(), size)
-        raise UserError(f"{target.name} could not be extended ({error.strerror}) and keeps its earlier "
-                        "lines; free space and run the command again") from error
-
-
-def decode(text, place, object_hook=None):
-    """The value of a JSON text (bytes or str); a fault names `place(its line)`."""
-    try:
-        return json.loads(text, object_hook=object_hook)
-    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
-        where, why = place(error.lineno), f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
-        where, why = place(1), error
-    raise UserError(f"{where}: broken JSON ({why}); fix or delete it")
-
-
-def parse(text, place):
-    """The object of a JSON text; a fault names `place(its line)`."""
-    record = decode(text, place)
-    if not isinstance(record, dict):
-        raise UserError(f"{place(1)}: {type(record).__name__} instead of a record {{...}}; fix or delete it")
-    return record
-
-
-def read_jsonl(path, torn_ok=False):
-    """The objects of a JSON-lines file; torn_ok passes over a last line that a killed run left unfinished."""
+@contextlib.contextmanager
+def reading(path):
+    """The open file of a path. Raises UserError where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if line.strip():
-                        yield parse(line, lambda _, number=number: f"{path}, line {number}")
-                except UserError:
-                    if not torn_ok or line.endswith(b"\n"):
-                        raise
+            yield file
     except OSError as error:
         raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
 
 
-def write_jsonl(path, rows):
-    """An object a line: the whole file, or the old one as it was."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    atomic_write(path, "".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def read_json(path, default=None, kind=object, object_hook=None):
-    """What a JSON file holds; `default` where there is none, unless that is None. kind: list or dict, where
-    nothing else will do. object_hook: see json.loads. Raises UserError."""
-    path = Path(path)
-    if default is not None and not path.exists():
-        return default
-    found = decode(read_bytes(path), lambda line: f"{path}, line {line}", object_hook)
-    if not isinstance(found, kind):
-        raise UserError(f"{path} holds a {type(found).__name__} where a {kind.__name__} is wanted; give the "
-                        "right file")
-    return found
+def read_bytes(path):
+    """A file's bytes. Raises UserError."""
+    with reading(path) as file:
+        return file.read()
 
 
 def read_text(path):
@@ -172,73 +140,63 @@ def read_text(path):
                         "file") from error
 
 
+def parse(text, path, line=1, object_hook=None):
+    """The value of a JSON text (bytes or str) that begins in a line of a file. Raises UserError."""
+    try:
+        return json.loads(text, object_hook=object_hook)
+    except json.JSONDecodeError as error:               # its line number counts from the start of `text`
+        line += error.lineno - 1
+        why = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:       # ValueError: bytes that are not UTF-8
+        why = error
+    raise UserError(f"{path}, line {line}: broken JSON ({why}); fix or delete it")
+
+
+def as_record(value, place):
+    """The value, which must be a JSON object. Raises UserError."""
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {type(value).__name__} instead of a record {{...}}; fix or delete it")
+    return value
+
+
+def read_json(path, default=None, kind=object, object_hook=None):
+    """What a JSON file holds; `default` where there is none, unless that is None. kind: dict where nothing
+    else will do. object_hook: see json.loads. Raises UserError."""
+    if default is not None and not os.path.exists(path):
+        return default
+    found = parse(read_bytes(path), path, object_hook=object_hook)
+    return as_record(found, path) if kind is dict else found
+
+
+def read_jsonl(path, torn_ok=False):
+    """The objects of a JSON-lines file; torn_ok passes over a last line that a killed run left unfinished."""
+    with reading(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if text := line.rstrip():
+                    yield as_record(parse(text, path, number), f"{path}, line {number}")
+            except UserError:
+                if not torn_ok or line.endswith(b"\n"):
+                    raise
+
+
 def read_records(path, torn_ok=True):
     """The objects of a JSON list or of JSON lines, told apart by the first character, in a list."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    if start != b"[":
+    with reading(path) as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not start.startswith(b"["):
         return list(read_jsonl(path, torn_ok))
-    records = read_json(path)
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: entry {number} is {type(record).__name__} instead of a record {{...}}; "
-                            "correct or delete it")
-    return records
+    return [as_record(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
 
 
-def read_bytes(path):
-    """A file's bytes. Raises UserError."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-
-
-def inside(root, path, what, fix="move it inside"):
+def inside(root, path, what):
     """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
     root = os.path.realpath(root)
     found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; {fix}")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside or "
+                        "give the folder it is in (--image_root, --images)")
     return found
-
-
-def digest(path, blocks=64, size=1 << 16):
-    """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
-
-    A tuned model differs nearly everywhere, so 14 GB need not be read a second time. Raises UserError.
-    """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            found = hashlib.sha256(f"{path.name} {length}".encode())
-            whole = length <= blocks * size
-            for block in range(1 if whole else blocks):
-                file.seek(0 if whole else length * block // blocks)
-                found.update(file.read(-1 if whole else size))
-    except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror}); check the path") from error
-    return found.digest()
-
-
-def identity(source):
-    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
-    source, found = str(source), hashlib.sha256()
-    if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix != ".md")
-    for file in files:
-        found.update(str(file.relative_to(path)).encode() + digest(file))
-    return found.hexdigest()[:16]
 
 
 def model_folder(name):
@@ -260,36 +218,19 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
-# ---- the index: where the lines of a file begin and end ----
-
-def index_lines(path, size=1 << 20):
-    """(starts, ends, numbers): bytes and, from 1, line numbers of a file's lines that are not blank."""
-    found, at = [], 0
-    with open(path, "rb") as file:
-        while chunk := file.read(size):                 # fits the processor's cache: twice as fast as 16 MiB
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at)
-            at += len(chunk)
-        ends = np.concatenate([*found, [at]])
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        filled = ends > starts
-        for i in np.flatnonzero(filled & (ends - starts < 16)):
-            file.seek(starts[i])
-            filled[i] = bool(file.read(ends[i] - starts[i]).strip())
-    return starts[filled], ends[filled], np.flatnonzero(filled) + 1
-
-
 # ---- images ----
-
 NARROW = 100                                            # longer side by shorter, at most
 SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
 
 
 @contextlib.contextmanager
 def _opened(source):
-    """A path's or bytes' PIL image; whatever is amiss with the file is a UserError."""
-    name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
+    """A path's or bytes' PIL image; whatever is wrong with the file is a UserError."""
+    name = source
+    if isinstance(source, bytes):
+        name, source = f"of {len(source)} bytes", io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(source) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
                 raise UserError(f"image {name} is {file.width} x {file.height} pixels, one side more than "
                                 f"{NARROW} times the other; crop it or drop the record")
@@ -322,20 +263,15 @@ def image_size(source):
         return file.size[::-1] if turned else file.size
 
 
-def image_url(source, side=None):
-    """A path's or bytes' image as a data: URL, no larger than `side` pixels where that is given.
-
-    In its own size a JPEG or PNG file stays as it is, byte by byte; what else it may be becomes a PNG.
-    """
-    raw = b""
-    if not side:
-        raw = source if isinstance(source, bytes) else read_bytes(source)
+def image_url(path, side=None):
+    """A file's image as a data: URL, no larger than `side` pixels where that is given; in its own size a JPEG
+    or PNG stays as it is, byte by byte, and what else it may be becomes a PNG."""
+    raw = read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
-    if not kind:
-        image, kind, buffer = read_image(source), "png", io.BytesIO()
-        if side:
-            image.thumbnail((side, side))
-            kind = "jpeg" if max(image.size) > SMALL else "png"
+    if side or not kind:
+        image, buffer = read_image(path), io.BytesIO()
+        image.thumbnail((side, side) if side else image.size)
+        kind = "jpeg" if side and max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
@@ -356,13 +292,6 @@ def draw(*key):
     return np.random.default_rng(hash64(*key))
 
 
-def other_index(seed, id, i, n, attempt=0):
-    """The index of another record than i; a further attempt where that one has the same image."""
-    if n < 2:
-        raise UserError("--image_rejected random needs two records or more; add records or choose crop")
-    return (i + 1 + int(draw(seed, "other", id, attempt).integers(n - 1))) % n
-
-
 def crop_box(width, height, rng, area):
     """(x, y, w, h) of torchvision's RandomResizedCrop: a share of the area, aspect 3/4 to 4/3."""
     for _ in range(10):
@@ -372,19 +301,16 @@ def crop_box(width, height, rng, area):
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
     w, h = (width, round(target / width)) if w > width else (round(target / height), height)
-    w, h = min(max(w, 1), width), min(max(h, 1), height)
+    w, h = max(w, 1), max(h, 1)
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def cropped(image, rng, area):
-    """A random box of the picture, resized back."""
-    x, y, w, h = crop_box(*image.size, rng, area)
-    return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
-
-
 def crop(area):
-    """The rejected image that keeps a share of the picture's area."""
-    return lambda record, image, other, rng: cropped(image, rng, area)
+    """The rejected image that is a random box with a share of the picture's area, resized back."""
+    def made(record, image, other, rng):
+        x, y, w, h = crop_box(*image.size, rng, area)
+        return image.crop((x, y, x + w, y + h)).resize(image.size, Image.Resampling.BILINEAR)
+    return made
 
 
 def patch(record, image, other, rng):
@@ -406,15 +332,15 @@ def blank(record, image, other, rng):
 
 def moco(record, image, other, rng):
     """MoCo v2 (arXiv 2003.04297, main_moco.py --aug-plus); its blur is meant for 224 pixels."""
-    image = cropped(image, rng, (0.2, 1.0))
+    image = crop((0.2, 1.0))(record, image, other, rng)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in rng.permutation(4) if rng.random() < 0.8 else ():
         if kind < 3:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[kind]
-            image = enhance(image).enhance(rng.uniform(0.6, 1.4))
+            image = enhancers[kind](image).enhance(rng.uniform(0.6, 1.4))
         else:
             shift = int(rng.uniform(-0.1, 0.1) * 255)
             hue, *rest = image.convert("HSV").split()
-            hue = hue.point([(value + shift) % 256 for value in range(256)])
+            hue = hue.point(np.roll(range(256), -shift).tolist())
             image = Image.merge("HSV", (hue, *rest)).convert("RGB")
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
@@ -427,10 +353,10 @@ MEAN = np.array([0.48145466, 0.4578275, 0.40821073])    # CLIP's, whose normalis
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def noise(record, image, other, rng, step=500):
+def noise(record, image, other, rng):
     """x_500 of 1000 as in VCD (arXiv 2311.16922, vcd_add_noise.py): sigmoid betas."""
     betas = 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 1000)))
-    kept, size, scale = np.cumprod(1 - betas)[step], image.size, min(1.0, 336 / min(image.size))
+    kept, size, scale = np.cumprod(1 - betas)[500], image.size, min(1.0, 336 / min(image.size))
     image = image.resize([max(1, round(side * scale)) for side in size], Image.Resampling.BICUBIC)
     pixels = np.sqrt(kept) * (np.asarray(image) / 255 - MEAN) / STD
     pixels += np.sqrt(1 - kept) * rng.standard_normal(pixels.shape)
@@ -456,24 +382,7 @@ def rejected_image(strategy, image, seed, id, other=None, record=None):
     return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 
-def crop_pixels(pixels, box):
-    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
-    import torch.nn.functional as F
-    x, y, w, h = box
-    return F.interpolate(pixels[None, :, y:y + h, x:x + w], pixels.shape[1:], mode="bilinear",
-                         antialias=True)[0]
-
-
-def rejected_pixels(strategy, pixels, seed, id):
-    """rejected_image's crops, of the prepared pixels (3, H, W) in place of the picture; the same draws."""
-    if pixels.ndim != 3:
-        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
-    height, width = pixels.shape[1:]
-    return crop_pixels(pixels, crop_box(width, height, rng_of(strategy, seed, id), AREAS[strategy]))
-
-
 # ---- token ids ----
-
 class Pair(NamedTuple):
     """One pair in token ids: image runs are expanded, responses end with the end-of-sequence token."""
     id: str
@@ -502,15 +411,23 @@ def truncate(pair, max_length):
     if room < 1:
         raise UserError(f"the prompt of {pair.id} has {max_length - room} tokens, which leaves no room for "
                         f"an answer in max_length {max_length}; raise it or drop the record")
-    cut = pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
-    return cut, len(pair.chosen) + len(pair.rejected) - len(cut.chosen) - len(cut.rejected)
+    lost = sum(max(0, len(response) - room) for response in (pair.chosen, pair.rejected))
+    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]), lost
+
+
+class Segment(NamedTuple):
+    """Where a prompt and its responses are in a Row: their lengths in tokens."""
+    start: int
+    prompt: int
+    chosen: int
+    rejected: int = 0
 
 
 class Row(NamedTuple):
     """A micro-batch packed into one row of T tokens for vlm.packed; tensors of int64."""
     ids: object           # (T,)
     positions: object     # (T,) or (3, T): they restart in each segment, `rejected` follows its prompt
-    segments: list        # [(start, prompt, chosen, rejected)]: lengths in tokens
+    segments: list        # [Segment]
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
@@ -536,23 +453,25 @@ def pack(pairs, needs, positions_of=plain_positions):
     positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
     """
     import torch
-    parts = [(p.prompt, p.sizes, p.chosen, p.rejected if "rejected" in needs else []) for p in pairs]
-    if "image_rejected" in needs:
-        parts += [(p.prompt_rejected, p.sizes_rejected, p.chosen, []) for p in pairs]
-    ids, positions, segments, first, second = [], [], [], [], []
-    for prompt, sizes, chosen, rejected in parts:
-        start = len(ids)
-        fork, middle = start + len(prompt), start + len(prompt) + len(chosen)
-        ids += prompt + chosen + rejected
-        own = positions_of(prompt, sizes)                                           # (P,) or (3, P)
-        positions += [own, positions_after(own, len(chosen)), positions_after(own, len(rejected))]
-        segments.append((start, len(prompt), len(chosen), len(rejected)))
-        # the prompt's last place predicts the first token of both responses
-        first.append(([fork - 1, *range(fork, middle - 1)], chosen))
-        second.append(([fork - 1, *range(middle, len(ids) - 1)], rejected))
-    n = len(pairs)
-    order = first[:n] + (second[:n] if "rejected" in needs else []) + first[n:]
-    predict = torch.tensor([place for places, _ in order for place in places])
-    target = torch.tensor([token for _, response in order for token in response])
-    lengths = [len(response) for _, response in order]
+    twice, rejected = "image_rejected" in needs, "rejected" in needs
+    parts = [(p.prompt, p.sizes, [p.chosen, p.rejected] if rejected else [p.chosen]) for p in pairs]
+    parts += [(p.prompt_rejected, p.sizes_rejected, [p.chosen]) for p in pairs if twice]
+    ids, positions, segments, scored = [], [], [], []
+    for prompt, sizes, responses in parts:
+        start, own = len(ids), positions_of(prompt, sizes)                          # (P,) or (3, P)
+        ids += prompt
+        positions.append(own)
+        last = len(ids) - 1                                  # predicts the first token of both responses
+        for response in responses:
+            places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+            scored.append((places, response))
+            ids += response
+            positions.append(positions_after(own, len(response)))
+        segments.append(Segment(start, len(prompt), *map(len, responses)))
+    if rejected:                                             # chosen and rejected took turns
+        n = 2 * len(pairs)
+        scored = scored[:n:2] + scored[1:n:2] + scored[n:]
+    predict = torch.tensor([place for places, _ in scored for place in places])
+    target = torch.tensor([token for _, response in scored for token in response])
+    lengths = [len(response) for _, response in scored]
     return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)

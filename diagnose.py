@@ -28,8 +28,9 @@ reward, beta * (policy - reference), 0 for all before training.
 differ from that of `true` by who sees which image, and by nothing else.
 """
 import json
-import math
 import random
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -39,17 +40,15 @@ from tqdm import tqdm
 import data
 import tally
 import vlm
-from plan import tokenise
+from batches import tokenise
 from records import Records
-
-RESPONSES = ("chosen", "rejected")
 
 
 class Job(NamedTuple):
-    """One of the shown pairs with an image in its prompt: its own, none to speak of, or another pair's."""
+    """One of the shown pairs, and the image that is put into its prompt."""
     kind: str                 # true, blank, other, same_theme
     pair: int                 # place among the shown records
-    image: int                # whose image
+    image: int                # of which record
 
 
 def look(m, records, good, o, name, kept=None):
@@ -60,29 +59,38 @@ def look(m, records, good, o, name, kept=None):
     and reference are one. kept: the file in which `before` leaves the reference's log p for the others.
     Nothing is left changed, random generators included. Raises UserError.
     """
-    shown = with_one_image(records, good, o.look)
+    read = (records[i] for i in good)
+    shown = list(islice((record for record in read if len(record["images"]) == 1), o.look))
     if len(shown) < 2:
         return {}
-    jobs, images = jobs_of(shown, o.eval_seed), [record["images"][0] for record in shown]
-    policy = reference = scores(m, shown, jobs, o, name)                    # (J, 2)
-    drawn = np.zeros(len(shown))                                            # log ratios of drawn answers (n,)
+    jobs = jobs_of(shown, o.eval_seed)
+    drawn = np.zeros(len(shown))                                      # log ratios of drawn answers, (n,)
+    policy = reference = scores(m, shown, jobs, o, name)                                        # (J, 2)
     if name != "before":
-        reference = reference_scores(m, shown, jobs, o, name, kept)
         drawn = divergence(m, shown, o)
+        if kept and kept.exists():
+            reference = np.array(data.read_json(kept))
+        else:
+            with vlm.base_of(m) as base:
+                reference = scores(base, shown, jobs, o, name)
     elif kept:
         data.atomic_write(kept, json.dumps(policy.tolist()))
 
-    def mean(values):
-        return interval(values, images, o.eval_seed)
-    found, change = {"n": len(shown)}, policy - reference
-    for measure, values, scale in (("preference", policy, 1), ("margin", change, o.beta)):
-        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in by_kind(jobs, values).items()}
+    # ---- means ----
+    images = [record["images"][0] for record in shown]
+    mean = partial(interval, images=images, seed=o.eval_seed)
+    found = {"n": len(shown)}
+    change = by_kind(jobs, policy - reference)
+    policy = by_kind(jobs, policy)
+    for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
+        margins = {kind: scale * (x[:, 0] - x[:, 1]) for kind, x in logps.items()}
         found[measure] = {kind: mean(x) for kind, x in margins.items()}
         true = margins.pop("true")
         found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
-    found["logps_chosen"] = mean(by_kind(jobs, policy)["true"][:, 0])
-    found["logps_chosen_change"] = mean(by_kind(jobs, change)["true"][:, 0])
-    return found | {"kl": mean(drawn)}
+    found["logps_chosen"] = mean(policy["true"][:, 0])
+    found["logps_chosen_change"] = mean(change["true"][:, 0])
+    found["kl"] = mean(drawn)
+    return found
 
 
 def made(out):
@@ -95,28 +103,19 @@ def made(out):
 
 
 # ---- which pair is shown which image ----
-def with_one_image(records, good, most):
-    """The first records, at most `most` of them, that have one image."""
-    found = []
-    for i in good:
-        if len(found) == most:
-            break
-        record = records[i]
-        if len(record["images"]) == 1:
-            found.append(record)
-    return found
-
-
 def jobs_of(shown, seed):
     """The Jobs of all records, kind by kind."""
     images = [record["images"][0] for record in shown]
     themes = [record["meta"].get("theme") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
     other, alike = partners(groups, seed)
-    own = range(len(shown))
-    jobs = [Job("true", i, i) for i in own] + [Job("blank", i, i) for i in own]
+    jobs = [Job("true", i, i) for i in range(len(shown))]
+    jobs += [Job("blank", i, i) for i in range(len(shown))]
     jobs += [Job("other", i, j) for i, j in other.items()]
-    return jobs + [Job("same_theme", i, j) for i, j in alike.items() if themes[i] and images[i] != images[j]]
+    for i, j in alike.items():
+        if themes[i] and images[i] != images[j]:
+            jobs.append(Job("same_theme", i, j))
+    return jobs
 
 
 def partners(groups, seed):
@@ -130,17 +129,14 @@ def partners(groups, seed):
     for i in order:
         together.setdefault(groups[i], []).append(i)
     row = sum(together.values(), [])                         # group after group: a step of the largest leaves
-    step = min(max(map(len, together.values())), len(row) // 2)
-    other, alike = turned(row, step), {}
+    largest = max(map(len, together.values()))
+    step = min(largest, len(row) // 2)
+    other = dict(zip(row, row[step:] + row[:step], strict=True))
+    alike = {}
     for group in together.values():
         if len(group) > 1:
-            alike |= turned(group, 1)
+            alike |= zip(group, group[1:] + group[:1], strict=True)
     return other, alike
-
-
-def turned(row, step):
-    """Each of a row with the one `step` places on; after the last comes the first."""
-    return dict(zip(row, row[step:] + row[:step], strict=True))
 
 
 # ---- log-probs ----
@@ -153,53 +149,43 @@ def scores(m, shown, jobs, o, name):
             picture = data.read_image(shown[job.image]["images"][0])
             if job.kind == "blank":
                 picture = data.rejected_image("blank", picture, 0, "")
-            pair, _ = tokenise(m.front, shown[job.pair], o, [picture.size])
-            pairs.append(pair._replace(prompt=pair.prompt_rejected, sizes=pair.sizes_rejected))
+            pair, _ = tokenise(m.front, shown[job.pair], o, (picture.size,))
+            pairs.append(pair)
             pictures.append(picture)
-        logps = forward(m, pairs, pictures, set(RESPONSES), o)
-        rows.append(np.stack([getattr(logps, role).double().cpu().numpy() for role in RESPONSES], 1))
+        rows.append(logps_of(m, pairs, pictures, o, ["chosen", "rejected"]))
     return np.concatenate(rows)
-
-
-def reference_scores(m, shown, jobs, o, name, kept):
-    """scores of the model before training: as `before` left them, where it did."""
-    if kept and kept.exists():
-        return np.array(json.loads(kept.read_text()))
-    with vlm.base_of(m) as base:
-        return scores(base, shown, jobs, o, name)
 
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    front, pairs = m.front, []
+    front = m.front
     pictures = [data.read_image(record["images"][0]) for record in shown]
     questions = [record["question"] for record in shown]
-    texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens,
-                         batch_size=64 if front.is_classroom else 16, sample_seed=o.eval_seed)
-    for record, picture, text in zip(shown, pictures, texts, strict=True):
-        prompt = front.prompt_ids(record["question"], [picture.size])
+    size = 64 if front.is_classroom else 16
+    texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens, size,
+                         sample_seed=o.eval_seed)
+    pairs = []
+    for question, picture, text in zip(questions, pictures, texts, strict=True):
+        prompt = front.prompt_ids(question, (picture.size,))
         ids = front.tokenizer(text, add_special_tokens=False).input_ids
-        answer = [*(token for token in ids if token != front.image_token_id), front.eos_id]
-        pairs.append(data.Pair(record["id"], prompt, prompt, answer[:o.max_new_tokens], [], (picture.size,)))
-    with vlm.base_of(m) as base:
-        reference = answer_logps(base, pairs, pictures, o)
-    return answer_logps(m, pairs, pictures, o) - reference
-
-
-def answer_logps(m, pairs, pictures, o):
-    """log p of what the pairs call chosen: (n,)."""
-    found = []
+        answer = [token for token in ids if token != front.image_token_id]
+        answer = [*answer, front.eos_id][:o.max_new_tokens]
+        pairs.append(data.Pair("", prompt, prompt, answer, [], (picture.size,)))
+    rows = []
     for at in range(0, len(pairs), o.micro_batch):
         some = slice(at, at + o.micro_batch)
-        found.append(forward(m, pairs[some], pictures[some], {"chosen"}, o).chosen.double().cpu().numpy())
-    return np.concatenate(found)
+        with vlm.base_of(m) as base:
+            reference = logps_of(base, pairs[some], pictures[some], o, ["chosen"])
+        rows.append(logps_of(m, pairs[some], pictures[some], o, ["chosen"]) - reference)
+    return np.concatenate(rows)[:, 0]
 
 
 @torch.no_grad()
-def forward(m, pairs, pictures, needs, o):
-    """losses.Logps of pairs with one picture each."""
+def logps_of(m, pairs, pictures, o, fields):
+    """Fields of losses.Logps, of pairs with one picture each: (B, len(fields))."""
     features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
-    return vlm.FORWARDS[o.forward](m, pairs, features, needs)
+    found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
+    return torch.stack([getattr(found, field) for field in fields], 1).double().cpu().numpy()
 
 
 # ---- means ----
@@ -207,16 +193,16 @@ def by_kind(jobs, values):
     """{kind: (n, 2)} of the jobs' values (J, 2), n pairs; nan where a pair has no job of a kind."""
     found, n = {}, 1 + max(job.pair for job in jobs)
     for job, row in zip(jobs, values, strict=True):
-        if job.kind not in found:
-            found[job.kind] = np.full((n, 2), np.nan)
-        found[job.kind][job.pair] = row
+        found.setdefault(job.kind, np.full((n, 2), np.nan))[job.pair] = row
     return found
 
 
 def interval(values, images, seed, resamples=1000):
     """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
-    items = [{"image": image, "sum": x, "n": 1} for image, x in zip(images, values, strict=True)
-             if not math.isnan(x)]
+    items = []
+    for image, x in zip(images, values, strict=True):
+        if not np.isnan(x):
+            items.append({"image": image, "sum": x, "n": 1})
     _, draws = tally.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed, resamples)
     point = sum(item["sum"] for item in items) / len(items)
     low, high = tally.interval(draws["sum"] / draws["n"], point)

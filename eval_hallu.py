@@ -20,6 +20,7 @@ pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Obj
 --mode official equals the official scorers to the digit; robust, the default, also reads what they misread,
 and reports what it cannot read. metrics.py defines the measures, benchmarks.py the benchmarks' files.
 """
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -27,15 +28,14 @@ from pathlib import Path
 import amber
 import answers
 import benchmarks
+import chat
 import compare
 import data
-import judge
 import metrics
 import nouns
 import objects
 from data import UserError
 from replies import object_list, rating
-from tally import columns
 
 
 # ---- answers ----
@@ -54,30 +54,31 @@ def run_answers(o):
     dtype = o.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     m = vlm.load(o.model, adapter=o.adapter, dtype=getattr(torch, dtype), device=ranks.device,
                  template=o.template, preparation="pad" if o.pad else "")
-    options = {"max_new_tokens": o.max_new_tokens or answers.LENGTHS[o.benchmark], "ranks": ranks}
+    length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
     if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, batch_size=o.batch_size or 64, **options)
+        answers.answer_scenes(m, o.data[0], o.out, o.batch_size or 64, length, ranks=ranks)
     else:
-        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, **options)
+        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, length,
+                                 ranks=ranks)
     command.leave(ranks)
 
 
 # ---- score: each takes the options and the lines of the answers file -> (scores, items) ----
 def score_classroom(o, lines):
-    settings, said = answers.read_answers(o.answers[0])
+    _, said = answers.read_answers(o.answers[0])
     keys = ("id", "kind", "answer", "hallucinated", "sums")
     items = [{key: item[key] for key in keys} for item in metrics.classroom_items(said)]
-    return metrics.classroom(said) | {"settings": settings}, items
+    return metrics.classroom(said), items
 
 
 def score_pope(o, lines):
-    return metrics.pope(benchmarks.pope_questions(o.questions), lines, mode=o.mode, partial=o.partial)
+    return metrics.pope(benchmarks.pope_questions(o.questions), lines, o.mode, o.partial)
 
 
 def score_amber(o, lines):
     finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
-    similarity = None if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
+    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
 
@@ -89,33 +90,55 @@ def score_chair(o, lines):
     lemmatize = nouns.singulars if original else nouns.lemmas
     if o.nouns != "builtin":
         lemmatize = nouns.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
-    images = objects.image_ids(lines)
-    truth = objects.coco_truth(*benchmarks.coco(o.annotations, images), table, lemmatize, images)
+    truth = benchmarks.coco_truth(o.annotations, lines, table, lemmatize)
     replies, said = None, {}
     if o.extractor != "none":
-        text = judge.prompt(o.extraction_prompt, judge.EXTRACTION, ["{question}", "{answer}"])
-        needed = {str(line["id"]): line for line in metrics.extraction_requests(lines)}
-        prompts = {i: judge.filled(text, line) for i, line in needed.items()}
-        replies, said = judge.ask(o, "extractor", o.extractor, prompts, object_list,
-                                  o.extraction_prompt, text)
-        replies = {needed[i]["id"]: reply for i, reply in replies.items()}
+        text = benchmarks.prompt(o.extraction_prompt, "extraction.txt", ["{question}", "{answer}"])
+        prompts = metrics.extraction_prompts(lines, text)
+        replies, said = ask(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
     scores, items = metrics.chair(lines, truth, table, lemmatize, replies, nouns.phrase, o.mode, o.partial)
     return scores | said, items
 
 
 def score_mmhal(o, lines):
     template = benchmarks.records(o.template, ("image_content", "question", "gt_answer"), "MMHal template")
-    text = judge.prompt(o.judge_prompt, judge.JUDGE, ["{}"] * 4)
+    text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
-    prompts = {str(place): filled for place, filled in prompts.items()}
     if not o.judge:
-        judge.keep(path := o.out.with_suffix(".prompts.jsonl"), prompts)
+        path = o.out.with_suffix(".prompts.jsonl")
+        rows = [{"id": str(i), "messages": chat.messages(prompt)} for i, prompt in prompts.items()]
+        data.write_jsonl(path, rows)
         raise UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them judged and "
                         "give the replies with --judge FILE, or give a URL or a model folder")
-    replies, said = judge.ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
-    replies = {int(place): reply for place, reply in replies.items()}
+    replies, said = ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
     scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
     return scores | said, items
+
+
+def ask(o, who, source, prompts, read, path, text):
+    """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
+
+    Replies are kept beside --out. read: reads a reply, None where it cannot: a server is then asked again.
+    path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts are not
+    comparable. Raises UserError where a reply is missing, unless o.partial.
+    """
+    asked = {str(i): i for i in prompts}
+    rows = chat.ask(source, [chat.Question(name, prompts[i]) for name, i in asked.items()],
+                    o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who, max_tokens=1024,
+                    accept=lambda reply: read(reply) is not None)
+    lost = len(asked) - len(rows)
+    if lost and not o.partial:
+        raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
+                        "call again, or score what is there with --partial")
+    models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
+    prompt = str(path or "built-in, in our own words: no match for the published one's scores")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if not all(row["asked"] for row in rows.values()):          # else these very prompts were replied to
+        prompt, digest = "the replies do not say which", None
+    said = {who: chat.public(str(source)) + (models and f" ({models})"),
+            f"{who}_prompt": prompt,
+            f"{who}_prompt_sha256": digest}
+    return {asked[name]: row["reply"] for name, row in rows.items()}, said
 
 
 SCORERS = {"classroom": score_classroom, "pope": score_pope, "amber": score_amber, "chair": score_chair,
@@ -134,7 +157,7 @@ def run_score(o):
     settings = [line["settings"] for line in lines if "settings" in line]
     if settings:
         scores["settings"] = settings[0] if len(settings) == 1 else settings
-    data.atomic_write(items_path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    data.write_jsonl(items_path, items)
     data.atomic_write(o.out, json.dumps(scores, indent=1) + "\n")
     print("\n".join(table(o.benchmark, scores)))
 
@@ -147,11 +170,6 @@ def run_votes(o):
 
 def run_compare(o):
     print("\n".join(compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed)))
-
-
-def run_export(o):
-    lines = [line for line in benchmarks.read_answers([o.answers]) if "settings" not in line]
-    data.atomic_write(o.out, benchmarks.export(o.benchmark, lines))
 
 
 # ---- tables ----
@@ -168,16 +186,18 @@ PLAIN = ("score", "mean_words")                 # and these are no share of anyt
 def table(benchmark, scores):
     """The measures with their intervals as lines of text, then a line for each category."""
     names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
-    lines = [f"{columns(('percent', ''), (32, 7))}   95% interval"]
+    lines = [f"{'percent':39}   95% interval"]
     for key, name in names.items():
         if scores.get(key) is not None:
-            lines.append(measure(benchmark, key, name, scores[key], scores["intervals"].get(key)))
+            lines.append(measure(benchmark, key, name, scores[key], scores["intervals"][key]))
     for kind, part in scores.get("by_kind", {}).items():
         name = f"{kind}, accuracy of {part['n']}"
         lines.append(measure(benchmark, kind, name, part["acc"], part["interval"]))
-    for key in ("by_split", "by_type", "by_category"):
-        if scores.get(key):
-            lines += ["", *breakdown(benchmark, key.removeprefix("by_"), scores[key])]
+    for parts in ("by_split", "by_type", "by_category"):
+        for name, part in scores.get(parts, {}).items():
+            cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
+                     if key in part]
+            lines.append(f"{name} ({part['n']}): {', '.join(cells)}")
     return lines + notes(scores)
 
 
@@ -190,24 +210,8 @@ def shown(benchmark, key, value):
 
 
 def measure(benchmark, key, name, value, interval):
-    line = columns((name, shown(benchmark, key, value)), (32, 7))
-    if interval:
-        low, high = (shown(benchmark, key, end) for end in interval)
-        line += f"   {low:>5} to {high}"
-    return line
-
-
-def breakdown(benchmark, title, parts):
-    """A table of the measures by split, type or category."""
-    keys = [key for key in NAMES if key in next(iter(parts.values()))]
-    heads = [NAMES[key].partition(",")[0] for key in keys]
-    heads = ["halluc." if head == "hallucination rate" else head for head in heads]
-    widths = (15, 7, *(2 + max(9, len(head)) for head in heads))
-    lines = [columns((title, "n", *heads), widths)]
-    for name, part in parts.items():
-        cells = [shown(benchmark, key, part[key]) for key in keys]
-        lines.append(columns((name, part["n"], *cells), widths))
-    return lines
+    value, low, high = (shown(benchmark, key, number) for number in (value, *interval))
+    return f"{name:32}{value:>7}   {low:>5} to {high}"
 
 
 def notes(scores):
@@ -221,9 +225,8 @@ def notes(scores):
     lines.append(f"{note}, {scores['unparsed']} of them unreadable")
     for who in ("judge", "extractor"):
         if who in scores:
-            line = f"{who}: {scores[who]}; prompt: {scores[f'{who}_prompt']}"
-            digest = scores[f"{who}_prompt_sha256"]
-            lines.append(line + f", sha256 {digest[:16]}" if digest else line)
+            digest = scores[f"{who}_prompt_sha256"] or "unknown"
+            lines.append(f"{who}: {scores[who]}; prompt: {scores[f'{who}_prompt']}, sha256 {digest[:16]}")
     return [*lines, *scores.get("remarks", ())]
 
 
@@ -234,84 +237,79 @@ def positive(text):
     return int(text)
 
 
+def text(help, **more):
+    return {"help": help, **more}
+
+
 def path(help, required=True, **more):
-    return {"type": Path, "help": help, "required": required, **more}
+    return text(help, type=Path, required=required, **more)
 
 
 def number(help, **more):
-    return {"type": positive, "metavar": "N", "help": help, **more}
+    return text(help, type=positive, metavar="N", **more)
 
 
 SCORED = {
     "--answers": path("what `answers` wrote, or a file as the official scripts take it", nargs="+"),
     "--out": path("scores.json, and per item .items.jsonl")}
 MODES = {
-    "--mode": {"choices": ("robust", "official"), "default": "robust",
-               "help": "official: the official scorer's numbers, misreadings included [robust]"},
-    "--partial": {"action": "store_true", "help": "score what is answered, and say how much that is"}}
+    "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
+                   choices=("robust", "official"), default="robust"),
+    "--partial": text("score what is answered, and say how much that is", action="store_true")}
 CHAT_MODEL = {
-    "--chat_model": {"help": "the server's name for the model, where it serves several"}}
+    "--chat_model": text("the server's name for the model, where it serves several")}
 
 # name: (what runs it, what it does, {argument: what argparse is told of it})
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
-        "benchmark": {"choices": tuple(answers.LENGTHS), "help": "whose questions"},
-        "--model": {"required": True, "help": "a llava-hf folder, or classroom"},
-        "--adapter": {"help": "a LoRA folder in PEFT's format on top of it"},
-        "--template": {"help": "of the prompt, as in the run's --set template= [the folder's]"},
-        "--pad": {"action": "store_true", "help": "pad images to a square: as --set images=pad trains"},
-        "--data": path("the benchmark's question file, or the folder that holds it (POPE: or several "
-                       "files)", nargs="+"),
+        "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
+        "--model": text("a llava-hf folder, or classroom", required=True),
+        "--adapter": text("a LoRA folder in PEFT's format on top of it"),
+        "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
+        "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
+        "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--out": path("answers.jsonl; an unfinished one is continued"),
-        "--prompt": {"default": "{question}", "help": "what is asked, with {question} [{question}]"},
+        "--prompt": text("what is asked, with {question} [{question}]", default="{question}"),
         "--batch_size": number("questions at once [classroom: 64, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
-        "--dtype": {"choices": ("bfloat16", "float16", "float32", "float64"),
-                    "help": "of the model [bfloat16 on a GPU, float32 elsewhere]"}}),
+        "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
+                        choices=("bfloat16", "float16", "float32", "float64"))}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
         "--questions": path("coco_pope_SPLIT.json, several of them, or their folder", nargs="+")}),
     "score amber": (run_score, "captions, and questions by type", SCORED | MODES | {
         "--data": path("AMBER's data folder"),
-        "--similarity": {"default": "exact",
-                         "help": "of words: exact, or a file of similarities or of vectors [exact]"},
-        "--nouns": {"default": "builtin", "help": "builtin (no package), nltk (the official way), or a file "
-                                                  "of nouns [builtin]"}}),
+        "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
+        "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
     "score mmhal": (run_score, "96 questions, by a judge", SCORED | MODES | CHAT_MODEL | {
         "--template": path("mmhal-bench_answer_template.json"),
-        "--judge": {"metavar": "FILE|URL|MODEL",
-                    "help": "saved replies, a server, or a folder; without one its prompts are written"},
+        "--judge": text("saved replies, a server, or a folder; without one its prompts are written",
+                        metavar="FILE|URL|MODEL"),
         "--judge_prompt": path("with four {} to fill in [our own]", required=False)}),
     "score chair": (run_score, "COCO captions, also of Object HalBench", SCORED | MODES | CHAT_MODEL | {
         "--annotations": path("COCO's 2014 annotations folder"),
         "--synonyms": path("the published list, a class a line"),
-        "--scorer": {"choices": ("original", "objhal"), "default": "objhal",
-                     "help": "CHAIR's own rules, or Object HalBench's [objhal]"},
-        "--nouns": {"default": "builtin",
-                    "help": "how words are put in the singular: builtin (no package), nltk (Object "
-                            "HalBench's official way), or a JSON file {word: singular} [builtin]"},
-        "--extractor": {"default": "none", "metavar": "none|FILE|URL|MODEL",
-                        "help": "who lists the objects: nobody, saved replies, a server, a folder [none]"},
+        "--scorer": text("CHAIR's own rules, or Object HalBench's [objhal]",
+                         choices=("original", "objhal"), default="objhal"),
+        "--nouns": text("singulars: builtin, nltk (Object HalBench's), or JSON {word: singular} [builtin]",
+                        default="builtin"),
+        "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
+                            default="none", metavar="none|FILE|URL|MODEL"),
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
-        "votes": {"type": Path, "nargs": "+", "help": "votes-NAME.json as downloaded, one a rater"},
+        "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
         "--out": path("preference.json")}),
     "compare": (run_compare, "two answers files: the paired difference, and a page to choose on", {
-        "a": {"type": Path, "help": "answers of the one model"},
-        "b": {"type": Path, "help": "answers of the other to the same questions"},
+        "a": text("answers of the one model", type=Path),
+        "b": text("answers of the other to the same questions", type=Path),
         "--out": path("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--items": path("what `score` wrote per item, where the answers do not hold the truth themselves",
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": {"type": int, "default": 0, "metavar": "N",
-                   "help": "of the pairs and of their sides [0]"}}),
-    "export": (run_export, "answers as the official scripts read them", {
-        "benchmark": {"choices": tuple(benchmarks.EXPORTS), "help": "whose script is to read them"},
-        "--answers": path("what `answers` wrote"),
-        "--out": path("the file to write")})}
+        "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}
 
 
 def parse(argv=None):
@@ -321,11 +319,12 @@ def parse(argv=None):
     scoring = steps.add_parser("score", help=says, description=says)
     kinds = scoring.add_subparsers(dest="benchmark", required=True)
     for name, (run, says, arguments) in COMMANDS.items():
-        home = kinds if name.startswith("score ") else steps
-        p = home.add_parser(name.removeprefix("score "), help=says, description=says)
-        p.set_defaults(run=run)
+        kind = name.removeprefix("score ")
+        home = steps if kind == name else kinds
+        command = home.add_parser(kind, help=says, description=says)
+        command.set_defaults(run=run)
         for argument, about in arguments.items():
-            p.add_argument(argument, **about)
+            command.add_argument(argument, **about)
     return parser.parse_args(argv)
 
 

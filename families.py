@@ -21,12 +21,10 @@ Images are prepared as the folder's own image processor does it: llava-hf's publ
 out the middle; what tools/import_checkpoint.py wrote pads to a square with the mean colour first, as the
 official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does that with any LLaVA-1.5 folder.
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
@@ -52,7 +50,6 @@ _LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful lang
            + _TEXT + "<|eot_id|>{% endfor %}"
            "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS, "mistral": _MISTRAL, "llama3": _LLAMA3}
-PREPARATIONS = ("", "pad")
 
 
 # ---- the families ----
@@ -85,10 +82,6 @@ class Llava:
         cls = whole and vision.model_type == "clip_vision_model"
         return (vision.image_size // vision.patch_size) ** 2 + cls
 
-    def describe(self):
-        """What an image becomes, in words."""
-        return f"{self.config.vision_config.image_size} pixels, {self.image_tokens} tokens"
-
     def usual_template(self):
         """The template for a folder that brings none."""
         return "vicuna"
@@ -101,11 +94,14 @@ class Llava:
             return []
         if self.pad:
             images = [pad_square(image, self.pad) for image in images]
-        pixels = self.image_processor(images=images, return_tensors="pt").pixel_values          # (N, 3, H, W)
-        return [{"pixel_values": x} for x in pixels]
+        batch = self.image_processor(images=images, return_tensors="pt")
+        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
     def inputs(self, prepared):
-        return {"pixel_values": torch.stack([x["pixel_values"] for x in prepared])}             # (N, 3, H, W)
+        found = {}
+        for name in prepared[0]:
+            found[name] = pad_sequence([image[name] for image in prepared], batch_first=True)
+        return found                       # pixel_values (N, 3, H, W); of tiles (N, P, 3, H, W), zeros last
 
     def positions(self, ids, sizes):
         return data.plain_positions(ids, sizes)
@@ -119,8 +115,8 @@ class Llava:
     # ---- what they share ----
     def on_device(self, model, prepared):
         """inputs(prepared) on the model's device, floats in its type."""
-        found = {name: x.to(model.device) for name, x in self.inputs(prepared).items()}
-        return {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in found.items()}
+        from transformers import BatchFeature
+        return BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):
         if not prepared:
@@ -143,9 +139,9 @@ class Llava:
         if (places := ids.count(self.image_token_id)) != len(sizes):
             raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
                                  f"{len(sizes)} images in {text[:80]!r}: the text contains {IMAGE}")
-        runs, found = iter([self.image_ids(size) for size in sizes]), []
+        found, shown = [], iter(sizes)
         for token in ids:
-            found += next(runs) if token == self.image_token_id else [token]
+            found += self.image_ids(next(shown)) if token == self.image_token_id else [token]
         return found
 
     def response_ids(self, text):
@@ -165,26 +161,23 @@ class Llava:
     @property
     def preparation(self):
         """How images are prepared, in words: for the log."""
-        processor, pad = self.image_processor, self.pad
+        processor, words = self.image_processor, ""
         shapes = getattr(processor, "image_grid_pinpoints", None)
-        if not pad and not shapes and getattr(processor, "do_pad", False):      # the processor does it itself
-            pad = colour(processor)
-        words = [f"padded to a square with {pad}"] if pad else []
-        words += [f"the whole and tiles of {len(shapes)} shapes"] if shapes else []
-        size = {k: v for k, v in dict(processor.size).items() if v}
-        words.append("resized to " + " x ".join(str(v) for v in size.values()))
-        if getattr(processor, "do_center_crop", False) and "shortest_edge" in size:
-            words.append("the middle cut out")
-        return ", ".join(words) + f" ({type(processor).__name__})"
+        if shapes:
+            words += f"the whole and tiles of {len(shapes)} shapes, "
+        elif self.pad or getattr(processor, "do_pad", False):                   # the processor does it itself
+            words += f"padded to a square with {colour(processor)}, "
+        sides = dict(processor.size)
+        words += "resized to " + " x ".join(str(side) for side in sides.values() if side)
+        if getattr(processor, "do_center_crop", False) and sides.get("shortest_edge"):
+            words += ", the middle cut out"
+        return f"{words} ({type(processor).__name__})"
 
 
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
     architecture = "LlavaNextForConditionalGeneration"
     squares = False
-
-    def describe(self):
-        return super().describe() + " a tile, up to 5 tiles and a token a row"
 
     def usual_template(self):
         if self.tokenizer.eos_token == "<|eot_id|>":
@@ -206,19 +199,6 @@ class LlavaNext(Llava):
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
         return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
 
-    def prepare(self, images):
-        found = []
-        for image in images:
-            pixels = self.image_processor(images=[image], return_tensors="pt").pixel_values[0]  # (P, 3, H, W)
-            size = torch.tensor(image.size[::-1])         # by which the padding is cut off the features again
-            found.append({"pixel_values": pixels, "image_sizes": size})
-        return found
-
-    def inputs(self, prepared):
-        tiles = [x["pixel_values"] for x in prepared]
-        return {"pixel_values": pad_sequence(tiles, batch_first=True),                       # (N, P, 3, H, W)
-                "image_sizes": torch.stack([x["image_sizes"] for x in prepared])}
-
 
 FAMILIES = {"llava": Llava, "llava_next": LlavaNext}
 
@@ -226,11 +206,11 @@ FAMILIES = {"llava": Llava, "llava_next": LlavaNext}
 def messages(question, n_images, history):
     """A dialogue as chat templates take it; the images are in the first user turn."""
     found, images = [], [{"type": "image"}] * n_images
-    for user, assistant in history:
+    for user, assistant in [*history, (question, "")]:
         found.append({"role": "user", "content": [*images, {"type": "text", "text": user}]})
         found.append({"role": "assistant", "content": [{"type": "text", "text": assistant}]})
         images = []
-    return [*found, {"role": "user", "content": [*images, {"type": "text", "text": question}]}]
+    return found[:-1]                                                  # the answer is to come
 
 
 def pad_square(image, fill):
@@ -252,9 +232,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     if not path.exists():
         raise data.UserError(f"{path} is missing: {folder} is no folder of a transformers model")
-    config = data.read_json(path)
-    if not isinstance(config, dict):
-        raise data.UserError(f"{path} contains no JSON object: copy the checkpoint again")
+    config = data.read_json(path, kind=dict)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
     if kind in FAMILIES and isinstance(config.get("text_config"), dict):
@@ -280,11 +258,10 @@ def read_tokenizer(folder):
 
 def own_template(folder, tokenizer):
     """The chat template that a folder brings: beside its tokenizer or its processor; None without one."""
-    if tokenizer.chat_template:
-        return tokenizer.chat_template
-    files = [folder / name for name in ("chat_template.json", "processor_config.json")]
-    found = [data.read_json(file, {}).get("chat_template") for file in files]
-    return found[0] or found[1]
+    found = tokenizer.chat_template
+    for name in ("chat_template.json", "processor_config.json"):
+        found = found or data.read_json(folder / name, {}).get("chat_template")
+    return found
 
 
 def open_folder(folder, template=None, preparation=""):
@@ -303,10 +280,9 @@ def open_folder(folder, template=None, preparation=""):
     check_tokens(folder, config, tokenizer)
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
-    if preparation not in PREPARATIONS:
-        raise data.UserError(f"images={preparation} is no preparation: give one of "
-                             f"{', '.join(repr(p) for p in PREPARATIONS)}")
-    if preparation == "pad":
+    if preparation not in ("", "pad"):
+        raise data.UserError(f"images={preparation} is no preparation: give one of '', 'pad'")
+    if preparation:
         if not family.squares or not getattr(processor, "image_mean", None):
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
                                  "images=pad")
@@ -316,8 +292,8 @@ def open_folder(folder, template=None, preparation=""):
 
 def check_tokens(folder, config, tokenizer):
     """Raise UserError where the tokenizer is not this model's."""
-    found, unknown = tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.unk_token_id
-    if found is None or found == unknown:
+    found = tokenizer.convert_tokens_to_ids(IMAGE)
+    if found in (None, tokenizer.unk_token_id):
         raise data.UserError(f"{folder}: its tokenizer does not know {IMAGE}: copy the tokenizer of a "
                              "llava-hf folder, not that of its language model")
     if found != config.image_token_id:
@@ -336,48 +312,3 @@ def choose_template(front, asked):
         return "folder", own
     name = front.usual_template()
     return name, TEMPLATES[name]
-
-
-# ---- what a folder is ----
-def describe(folder):
-    """Lines that say what a model folder is, from its files alone: a run that only plans prints them.
-
-    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
-    """
-    folder = data.model_folder(folder)
-    config = read_config(folder)
-    count, types, faults = weights(folder)
-    lines = [f"folder          {folder}",
-             f"model           {config['model_type']}: {config.get('vision_config', {}).get('model_type')} + "
-             f"{config['text_config'].get('model_type')}",
-             f"parameters      {count:,} in {', '.join(sorted(types)) or 'no file'}"]
-    try:
-        front = open_folder(folder)
-    except data.UserError as e:
-        faults.append(str(e))
-    else:
-        text = front.tokenizer.apply_chat_template(messages("QUESTION", 1, ()), chat_template=front.template,
-                                                   tokenize=False, add_generation_prompt=True)
-        lines += [f"image           {front.describe()}; {front.preparation}",
-                  f"template        {front.template_name}: {text!r}"]
-    return [*lines, f"missing         {'; '.join(faults) or 'nothing'}"]
-
-
-def weights(folder):
-    """(number of parameters, their types, what is torn or missing) of a folder's safetensors files."""
-    from safetensors import SafetensorError, safe_open
-    count, types, faults = 0, set(), []
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
-        try:
-            with safe_open(path, "pt") as tensors:
-                pieces = [tensors.get_slice(name) for name in tensors.keys()]
-                count += sum(math.prod(piece.get_shape()) for piece in pieces)
-                types |= {piece.get_dtype() for piece in pieces}
-        except (SafetensorError, OSError) as e:
-            faults.append(f"{path.name} is torn ({e})")
-    indexed = set()
-    for index in folder.glob("*.index.json"):
-        indexed |= set(data.read_json(index).get("weight_map", {}).values())
-    faults += [f"{name} of the index is missing" for name in sorted(indexed) if not (folder / name).exists()]
-    return count, types, faults if files else [*faults, "weights (*.safetensors) are missing"]

@@ -28,20 +28,19 @@ import data
 from data import UserError
 
 # What an adapter of PEFT's can hold, or do to the base, that A and B do not say.
-UNREAD = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
+UNREAD = ("bias", "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
           "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config")
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What older transformers, and the original LLaVA and Bunny, call the language model.
-RENAMED = {"language_model.model.": "model.language_model.", "model.layers.": "model.language_model.layers."}
 SHARD = "5GB"                                                   # of a merged folder's files
 
 
 class LoRALinear(torch.nn.Linear):
     def adapt(self, r, alpha, seed=0, name=""):
         """Turn a plain linear layer into this class in place: no weight is copied or renamed."""
-        self.__class__, self.alpha, self.scale, self.enabled = LoRALinear, alpha, alpha / r, True
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        self.__class__ = LoRALinear
+        self.r, self.alpha, self.scale, self.enabled = r, alpha, alpha / r, True
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+        draw = torch.Generator().manual_seed(int(digest[:14], 16))
         bound = self.in_features ** -0.5                            # kaiming_uniform, a = sqrt(5), as in PEFT
         A = torch.empty(self.in_features, r).uniform_(-bound, bound, generator=draw)
         kind = self.weight.device, torch.promote_types(self.weight.dtype, torch.float32)
@@ -83,32 +82,31 @@ def targeted(names, targets=None):
     one with a dot is the end of a full name, anywhere but in lm_head. Raises UserError for a target that
     names nothing.
     """
-    names = [n for n in names if n.split(".")[-1] != "lm_head"]
-    language = [n for n in names if "language_model" in n.split(".")] or names
-    if not targets:
-        return language
-    chosen = set()
-    for target in targets:
-        found = {n for n in names if f".{n}".endswith(f".{target}") and ("." in target or n in language)}
+    names = [n for n in names if not n.endswith("lm_head")]
+    language = [n for n in names if "language_model." in n] or names
+    chosen = []
+    for target in filter(None, targets or ()):
+        among = names if "." in target else language
+        found = [n for n in among if f".{n}".endswith(f".{target}")]
         if not found:
             kinds = ", ".join(sorted({n.split(".")[-1] for n in language}))
             raise UserError(f"no linear layer is called {target!r}: give some of {kinds}, or the end of a "
                             "full name with a dot in it")
-        chosen |= found
-    return [n for n in names if n in chosen]
+        chosen += found
+    return [n for n in names if n in chosen] or language
 
 
 @contextlib.contextmanager
 def lora_disabled(model):
     """Inside the `with`, which may be nested, the model is without its adapter: the reference."""
-    before = [(layer, layer.enabled) for layer in layers(model).values()]
+    enabled = [layer for layer in layers(model).values() if layer.enabled]
     try:
-        for layer, _ in before:
+        for layer in enabled:
             layer.enabled = False
-        yield model
+        yield
     finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
+        for layer in enabled:
+            layer.enabled = True
 
 
 def lora_parameters(model):
@@ -119,7 +117,7 @@ def lora_parameters(model):
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
-        del layer.lora_A, layer.lora_B, layer.alpha, layer.scale, layer.enabled
+        del layer.lora_A, layer.lora_B, layer.r, layer.alpha, layer.scale, layer.enabled
         layer.__class__ = torch.nn.Linear
 
 
@@ -138,16 +136,21 @@ def save(model, folder, base_name):
     adapted = layers(model)
     if not adapted:
         raise UserError(f"there is no adapter to save in {folder}: call add_lora or load first")
-    ranks = {re.escape(n): m.lora_A.shape[1] for n, m in adapted.items()}
-    alphas = {re.escape(n): m.alpha for n, m in adapted.items()}
-    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": r,
-              "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+    first = next(iter(adapted.values()))
+    config = {"peft_type": "LORA",
+              "task_type": "CAUSAL_LM",
+              "base_model_name_or_path": base_name,
+              "r": first.r,
+              "lora_alpha": first.alpha,
+              "lora_dropout": 0.0,
+              "bias": "none",
+              "inference_mode": True,
               "target_modules": sorted(adapted),                    # in full: the vision tower has q_proj too
-              "rank_pattern": {n: x for n, x in ranks.items() if x != r},
-              "alpha_pattern": {n: x for n, x in alphas.items() if x != alpha}}
-    tensors = {f"base_model.model.{n}.weight": p.detach().float().T.contiguous().cpu()
-               for n, p in lora_parameters(model).items()}
+              "rank_pattern": {n: m.r for n, m in adapted.items() if m.r != first.r},
+              "alpha_pattern": {n: m.alpha for n, m in adapted.items() if m.alpha != first.alpha}}
+    tensors = {}
+    for name, p in lora_parameters(model).items():
+        tensors[f"base_model.model.{name}.weight"] = p.detach().float().T.contiguous().cpu()
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -160,19 +163,24 @@ def save(model, folder, base_name):
 @torch.no_grad()
 def load(model, folder):
     """Make the layers that an adapter (ours or PEFT's) names carry it, and no others; returns their names."""
-    config, stems = read_adapter(folder)
-    modules, found = dict(model.named_modules()), {}
-    for stem, (A, B) in stems.items():
+    config, tensors = read_adapter(folder)
+    modules, absent, found = dict(model.named_modules()), torch.empty(0, 0), {}
+    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
+        A = tensors.get(f"{stem}.lora_A.weight", absent).T                      # (in, r)
+        B = tensors.get(f"{stem}.lora_B.weight", absent).T                      # (r, out)
         name = stem.removeprefix("base_model.model.")
-        old = next((old for old in RENAMED if name.startswith(old) and name not in modules), "")
-        layer = modules.get(RENAMED.get(old, "") + name.removeprefix(old))
+        # What older transformers, and the original LLaVA and Bunny, call the language model's layers.
+        new = re.sub(r"^(language_model\.)?model\.layers\.", "model.language_model.layers.", name)
+        layer = modules.get(name) or modules.get(new)
         r = setting(config, "r", "rank_pattern", name)
         alpha = setting(config, "lora_alpha", "alpha_pattern", name)
-        want = isinstance(layer, torch.nn.Linear) and ((layer.in_features, r), (r, layer.out_features))
-        if (A.shape, B.shape) != want:
+        fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
+        if not fits or B.shape != (r, layer.out_features):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
                             f"the model has {layer}: load it into the model that it was trained on")
-        found[layer] = r, alpha * (r ** 0.5 if config.get("use_rslora") else 1), A, B
+        if config.get("use_rslora"):
+            alpha *= r ** 0.5
+        found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
     for layer, (r, alpha, A, B) in found.items():
@@ -183,31 +191,33 @@ def load(model, folder):
 
 
 def read_adapter(folder):
-    """(adapter_config.json, {name of a layer: (A (in, r), B (r, out))}). Raises UserError."""
+    """(adapter_config.json, the tensors under PEFT's names). Raises UserError for what is no plain LoRA."""
     try:
-        config = data.read_json(Path(folder, "adapter_config.json"))
+        config = data.read_json(Path(folder, "adapter_config.json"), kind=dict)
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
-    odd = [key for key in UNREAD if config.get(key)]
-    if config.get("bias", "none") != "none":
-        odd.append("bias")
+    odd = [key for key in UNREAD if config.get(key) and config[key] != "none"]
     if str(config.get("init_lora_weights")).startswith(REBASED):
         odd.append("init_lora_weights")
     if odd or config.get("peft_type") != "LORA":
         raise UserError(f"{folder} is no plain LoRA ({', '.join(odd) or 'peft_type'}): let PEFT merge it")
-    found = {}
-    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
-        found[stem] = [tensors.get(f"{stem}.lora_{half}.weight", torch.empty(0, 0)).T for half in "AB"]
-    return config, found
+    return config, tensors
 
 
 def setting(config, key, patterns, name):
-    """A layer's rank or alpha by PEFT's rule: a pattern ends the name."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return config.get(key, 8)
+    """A layer's rank or alpha by PEFT's rule: a pattern is the end of its name.
+
+    To PEFT it is a regular expression; here it is a plain name, as PEFT writes it, whose dots may be escaped.
+    """
+    found = config.get(key, 8)
+    for pattern, value in reversed((config.get(patterns) or {}).items()):       # the first that matches holds
+        plain = pattern.replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise UserError(f"{patterns} has {pattern!r}, which is no layer's name: let PEFT merge it")
+        if f".{name}".endswith(f".{plain}"):
+            found = value
+    return found
 
 
 # ---- a merged folder ----
@@ -230,14 +240,15 @@ def write_folder(model, source, out, weights=None):
     """
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     state = dict(model.state_dict())
-    for name in state.keys() & (weights or {}).keys():
-        state[name] = weights[name].to(model.dtype)
+    for name, weight in (weights or {}).items():
+        state[name] = weight.to(model.dtype)
     try:
         model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
-        kept = [f for f in source.iterdir() if f.suffix in (".json", ".jinja", ".model", ".txt")]
-        for file in kept:
-            if not file.name.endswith(".index.json") and not (temporary / file.name).exists():
-                shutil.copyfile(file, temporary / file.name)
+        for file in source.iterdir():
+            new = temporary / file.name
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
+                if not new.exists():
+                    shutil.copyfile(file, new)
         os.replace(temporary, out)
     except (OSError, ValueError) as e:
         raise UserError(f"{out} cannot hold the model ({e}): make room there") from e

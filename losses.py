@@ -31,7 +31,7 @@ Where this departs from the papers and from the official mDPO code:
 4. `sft` is in neither paper: it is the plainest baseline, imitating the chosen response.
 """
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,21 +41,25 @@ from torch.nn.functional import logsigmoid
 @dataclass(frozen=True)
 class Logps:
     """What a loss sees of one model, each (B,). A field that the loss does not read is None."""
-    chosen: torch.Tensor | None = None              # log π(y_w | m_w, q)
-    rejected: torch.Tensor | None = None            # log π(y_l | m_w, q)
-    image_rejected: torch.Tensor | None = None      # log π(y_w | m_l, q)
-    chosen_tokens: torch.Tensor | None = None       # |y_w|, tokens that were summed
-    rejected_tokens: torch.Tensor | None = None     # |y_l|
+    chosen: torch.Tensor = None              # log π(y_w | m_w, q)
+    rejected: torch.Tensor = None            # log π(y_l | m_w, q)
+    image_rejected: torch.Tensor = None      # log π(y_w | m_l, q)
+    chosen_tokens: torch.Tensor = None       # |y_w|, tokens that were summed
+    rejected_tokens: torch.Tensor = None     # |y_l|
 
 
 def response_logps(logits, labels):
     """Each row's log-probability of its labels, summed: (R, T, V), (R, T) -> (R,). Label -100 is no label."""
     logits, labels = logits[:, :-1], labels[:, 1:]                         # position t predicts token t + 1
     mask = labels != -100                                                  # (R, T - 1)
-    logits, tokens = logits[mask], labels[mask]                            # (N, V), (N,): of responses only
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays float64
-    logps = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)               # (N,)
+    logps = token_logps(logits[mask], labels[mask])                        # (N,): of responses only
     return logps.new_zeros(mask.shape).masked_scatter(mask, logps).sum(-1)                      # (R,)
+
+
+def token_logps(logits, tokens):
+    """The log-probability of each token: (N, V), (N,) -> (N,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays float64
+    return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def dpo(policy, reference, beta, delta=0.0):
@@ -76,11 +80,11 @@ def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
         raise ValueError(f"anchors {anchors!r} is not made of the letters w, l and m: give w, wl or wlm.")
     loss = 0.0
     if "w" in anchors:
-        loss = loss - logsigmoid(beta * (policy.chosen - reference.chosen) - delta)     # 2406.11839, §3.2
+        loss -= logsigmoid(beta * (policy.chosen - reference.chosen) - delta)  # arXiv 2406.11839, §3.2
     if "l" in anchors:
-        loss = loss - logsigmoid(delta - beta * (policy.rejected - reference.rejected))
+        loss -= logsigmoid(delta - beta * (policy.rejected - reference.rejected))
     if "m" in anchors:
-        loss = loss - logsigmoid(delta - beta * (policy.image_rejected - reference.image_rejected))
+        loss -= logsigmoid(delta - beta * (policy.image_rejected - reference.image_rejected))
     return loss
 
 
@@ -108,8 +112,8 @@ def resolve(name, anchors="w"):
             loss = partial(loss, anchors=anchors)
         terms.append(loss)
 
-    def total(policy, reference, beta, delta=0.0):
-        return sum(loss(policy, reference, beta, delta) for loss in terms)
+    def total(*numbers):
+        return sum(term(*numbers) for term in terms)
     return total
 
 
@@ -123,22 +127,22 @@ def needs(loss):
     Raises ValueError for a loss that reads another field, or that gives no (B,) of finite numbers with a
     gradient.
     """
-    seen, known = set(), [field.name for field in fields(Logps)]
+    seen = set()
 
     class Noting:
         def __getattr__(self, name):
-            if name not in known:
-                raise ValueError(f"it reads the field {name!r}: give one of {', '.join(known)}.")
+            if name not in vars(EXAMPLE):
+                raise ValueError(f"it reads the field {name!r}: give one of {', '.join(vars(EXAMPLE))}.")
             seen.add(name)
             return getattr(EXAMPLE, name).clone().requires_grad_()
 
-    value = loss(Noting(), Noting(), 0.1, 0.0)
-    if not torch.is_tensor(value) or value.shape != (2,):
-        got = getattr(value, "shape", type(value).__name__)
-        raise ValueError(f"it gives {got} for two pairs: return one value a pair, of shape (B,).")
+    notes = Noting()
+    value = loss(notes, notes, 0.1, 0.0)
+    shape = getattr(value, "shape", type(value).__name__)
+    if shape != (2,):
+        raise ValueError(f"it gives {shape} for two pairs: return one value a pair, of shape (B,).")
     if not value.isfinite().all() or not value.requires_grad:
-        raise ValueError("its values for two made-up pairs are not finite, or have no gradient: compute them "
-                         "from the policy's log-probabilities.")
+        raise ValueError("its values for two pairs are not finite, or have no gradient: use policy's fields.")
     return seen
 
 
@@ -147,6 +151,5 @@ def rewards(policy, reference, beta):
     found = []
     for name in ("chosen", "rejected", "image_rejected"):
         ours, theirs = getattr(policy, name), getattr(reference, name)
-        known = ours is not None and theirs is not None
-        found.append((beta * (ours - theirs)).detach() if known else None)
+        found.append(None if ours is None else beta * (ours - theirs).detach())
     return tuple(found)

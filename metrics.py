@@ -25,39 +25,52 @@ And in both modes:
      and gaps are refused.
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
+import re
+
 import numpy as np
 
 from data import UserError
 from objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from replies import object_list, official_yes_no, rating, yes_no
-from tally import add_up, few, first, image_number, join, paired, parts, percent, ratio, ratios, read, scored
+from tally import add_up, few, first, image_number, join, paired, parts, percent, ratio, read, scored, under
 
 # ---- classroom: an answer is a line of answers.jsonl with its `truth` (objects.py); in percent ----
 CLASSROOM = {
-    "chair_s": "CHAIR_s, lower is better", "chair_i": "CHAIR_i, lower is better", "cover": "Cover",
-    "pope_random_acc": "POPE random, accuracy", "pope_random_f1": "POPE random, F1",
-    "pope_adversarial_acc": "POPE adversarial, accuracy", "pope_adversarial_f1": "POPE adversarial, F1"}
+    "chair_s": "CHAIR_s, lower is better",
+    "chair_i": "CHAIR_i, lower is better",
+    "cover": "Cover",
+    "pope_random_acc": "POPE random, accuracy",
+    "pope_random_f1": "POPE random, F1",
+    "pope_adversarial_acc": "POPE adversarial, accuracy",
+    "pope_adversarial_f1": "POPE adversarial, F1"}
 
 
 def classroom_items(answers):
-    """Checked answers -> [{"id", "image", "kind", "answer", "hallucinated", "sums", "readable"}]; sums is
-    what an answer adds to each measure, {measure: (top, bottom)}. An answer with none or several of its
-    choices is wrong and cannot be read."""
+    """Checked answers -> [{"id", "image", "asked", "kind", "answer", "hallucinated", "sums", "readable"}].
+
+    sums: what an answer adds to each measure, {measure: (top, bottom)}. asked: what was asked.
+    An answer with none or several of its choices is wrong and cannot be read.
+    """
     items, seen = [], set()
-    for number, (name, text, line) in enumerate(read(answers, "classroom"), 1):
-        check_truth(line, f"answer {number}")
+    for name, text, line in read(answers, "classroom"):
+        check_truth(line, "answer")
+        if name in seen:
+            raise UserError(f"answer (id {name}) is there twice; keep one of the two")
+        seen.add(name)
         truth, kind = line["truth"], line["kind"]
-        question = (name, line.get("question"), kind, *sets(truth))
-        if question in seen:
-            raise UserError(f"answer {number} (id {name}) is there twice; keep one of the two")
-        seen.add(question)
-        item = {"id": name, "image": line.get("image", name), "kind": kind, "answer": text}
-        item["hallucinated"] = hallucinated(text, truth)
+        item = {"id": name,
+                "image": line.get("image", name),
+                "asked": repr([name, line.get("image"), line.get("question"), kind, truth]),
+                "kind": kind,
+                "answer": text,
+                "hallucinated": hallucinated(text, truth),
+                "readable": True}
         if kind == "caption":
-            item["sums"], item["readable"] = _caption_sums(text, truth), True
+            item["sums"] = _caption_sums(text, truth)
         else:
             said = {word for word, _ in mentions(text, truth["choices"])}
-            item["sums"], item["readable"] = _choice_sums(said, truth, kind), len(said) == 1
+            item["readable"] = len(said) == 1
+            item["sums"] = _choice_sums(said, truth, kind)
         items.append(item)
     return items
 
@@ -67,10 +80,9 @@ def _caption_sums(text, truth):
     absent = {word.lower() for word in truth["absent"]}
     said = [word for word, _ in mentions(text, present | absent, plural=True)]
     misses = sum(word in absent for word in said)
-    covered = present.intersection(said)
     return {"chair_s": (int(misses > 0), 1),
             "chair_i": (misses, len(said)),
-            "cover": (len(covered), len(present))}
+            "cover": (len(present.intersection(said)), len(present))}
 
 
 def _choice_sums(said, truth, kind):
@@ -84,51 +96,34 @@ def _choice_sums(said, truth, kind):
     return sums
 
 
-def _ordered(measures):
-    """The classroom's measures in their order, then the kinds of questions."""
-    known = [key for key in CLASSROOM if key in measures]
-    return known + sorted(set(measures) - set(CLASSROOM))
-
-
 def classroom(answers, resamples=1000):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
     "unparsed", "intervals": {key: [low, high]}}. A measure that no question is about is None."""
-    items = classroom_items(answers)
+    items, by_kind = classroom_items(answers), {}
     total, draws = add_up(items, lambda item: parts(item["sums"]), resamples=resamples)
-    keys = _ordered({measure for measure, _ in total})
-    found = scored(lambda sums: {key: percent(sums, key) for key in keys}, total, draws)
-    spread, by_kind = found.pop("intervals"), {}
-    for key in keys:
-        if key not in CLASSROOM:
-            by_kind[key] = {"acc": found.pop(key), "n": total[key, "n"], "interval": spread.pop(key)}
-    images = {item["image"] for item in items}
-    unparsed = sum(not item["readable"] for item in items)
+    found = scored(lambda sums: {key: percent(sums, key) for key, _ in total}, total, draws)
+    spread = found.pop("intervals")
+    for kind in sorted(found.keys() - CLASSROOM):
+        by_kind[kind] = {"acc": found.pop(kind), "n": total[kind, "n"], "interval": spread.pop(kind)}
     return dict.fromkeys(CLASSROOM) | found | {
-        "by_kind": by_kind, "n": len(items), "images": len(images), "unparsed": unparsed, "intervals": spread}
+        "by_kind": by_kind,
+        "n": len(items),
+        "images": len({item["image"] for item in items}),
+        "unparsed": sum(not item["readable"] for item in items),
+        "intervals": spread}
 
 
 def difference(before, after):
     """The change of each measure between two sets of answers to the same questions, in points, with its 95%
     interval: {key: {"change", "interval"}, "by_kind": {kind: {"change", "interval"}}}."""
-    old, new = _by_question(before), _by_question(after)
-    if old.keys() != new.keys():
+    old, new = classroom_items(before), classroom_items(after)
+    if {item["asked"] for item in old} != {item["asked"] for item in new}:
         raise UserError("the two files answer different questions; compare answers to the same scenes")
-    found = paired(old.values(), new.values(), lambda item: item["sums"])
-    result = {"by_kind": {}}
-    for key in _ordered(found):
-        home = result if key in CLASSROOM else result["by_kind"]
-        home[key] = {"change": found[key]["change"], "interval": found[key]["interval"]}
-    return result
-
-
-def _by_question(answers):
-    """{all that a question is: its item, by this as its id}"""
-    lines = [line for *_, line in read(answers, "classroom")]
     found = {}
-    for line, item in zip(lines, classroom_items(lines), strict=True):
-        name = repr([line.get(key) for key in ("id", "image", "question", "kind", "truth")])
-        found[name] = item | {"id": name}
-    return found
+    for key, row in paired(old, new, lambda item: item["sums"]).items():
+        found[key] = {"change": row["change"], "interval": row["interval"]}
+    by_kind = {kind: found.pop(kind) for kind in sorted(found.keys() - CLASSROOM)}
+    return found | {"by_kind": by_kind}
 
 
 # ---- POPE ----
@@ -146,14 +141,16 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     splits = questions if isinstance(questions, dict) else {"pope": questions}
     asked, found = _pope_questions(splits), read(answers, "pope")
     names = _pope_names(found, splits, asked)
-    coverage = join(names, {(split, name): split for split, name in asked}, partial)
+    coverage = join(names, {name: line["split"] for name, line in asked.items()}, partial)
     items = []
-    for (split, name), (_, text, _) in zip(names, found, strict=True):
-        line = asked[split, name]
-        said = official_yes_no(text) if mode == "official" else yes_no(text, line.get("text", ""))
-        items.append({"id": name,
-                      "split": split,
-                      "image": line.get("image", name),
+    for name, answer in zip(names, found, strict=True):
+        line = asked[name]
+        said = yes_no(answer.text, line.get("text", ""))
+        if mode == "official":
+            said = official_yes_no(answer.text)
+        items.append({"id": answer.id,
+                      "split": line["split"],
+                      "image": line.get("image", answer.id),
                       "label": line["label"],
                       "said": said,
                       "right": said == line["label"]})
@@ -163,74 +160,68 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
         sums = total.of(split)
         by_split[split] = {key: sums[key] for key in COUNTS} | scored(_pope_ratios, sums, draws.of(split))
         by_split[split]["version"] = f"{split}, {len(splits[split]):,} questions"
-        for key, of, n in (("precision", "answer", sums["tp"] + sums["fp"]),
-                           ("recall", "true answer", sums["tp"] + sums["fn"])):
-            if not n:
+        for key, wrong, of in (("precision", "fp", "answer"), ("recall", "fn", "true answer")):
+            if not sums["tp"] + sums[wrong]:
                 remarks.append(f"{split}: no {of} is a yes, so {key} is 0/0; it and F1 are given as 0")
 
     def mean(sums):
         each = [_pope_ratios(sums.of(split)) for split in by_split]
         return {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
 
-    counts = {key: sum(part[key] for part in by_split.values()) for key in COUNTS}
-    version = "; ".join(part["version"] for part in by_split.values())
     return {"mode": mode,
-            **counts,
+            **{key: sum(part[key] for part in by_split.values()) for key in COUNTS},
             **scored(mean, total, draws),
-            "version": version,
+            "version": "; ".join(part["version"] for part in by_split.values()),
             "by_split": by_split,
             "coverage": coverage,
             "remarks": remarks}, items
 
 
 def _pope_questions(splits):
-    """{(split, id): the question's line}. Raises UserError for lines that are none, and for duplicates."""
+    """{"split id": the question's line, with its split}. Raises UserError for lines that are none, and for
+    duplicates."""
     asked = {}
     for split, lines in splits.items():
         for line in lines:
-            name = line.get("question_id")
-            if name is None or line.get("label") not in ("yes", "no"):
+            name = f"{split} {line.get('question_id')}"
+            if "question_id" not in line or line.get("label") not in ("yes", "no"):
                 raise UserError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
                                 "POPE's question file")
-            if (split, name) in asked:
-                raise UserError(f"question {name} of {split} is there twice; give one split a file")
-            asked[split, name] = line
+            if name in asked:
+                raise UserError(f"question {name} is there twice; give one file a split")
+            asked[name] = line | {"split": split}
     return asked
 
 
 def _pope_names(found, splits, asked):
-    """[(split, id)] of the answers: by their `split`, else in the one split whose questions they repeat."""
+    """["split id"] of the answers: by their `split`, else in the one split whose questions they repeat."""
     if all("split" in answer.line for answer in found):
-        return [(answer.line["split"], answer.id) for answer in found]
+        return [f"{answer.line['split']} {answer.id}" for answer in found]
     fitting = list(splits)
     if len(splits) > 1:
-        fitting = [split for split in splits if all(_repeats(answer, split, asked) for answer in found)]
+        fitting = [split for split in splits if _repeated(found, split, asked)]
     if len(fitting) != 1:
-        raise UserError(f"the answers fit {len(fitting)} of the splits {', '.join(splits)}; write its "
-                        "`split` into each answer, or give one split's question file")
-    return [(fitting[0], answer.id) for answer in found]
+        raise UserError(f"answers repeat the questions of {len(fitting)} of the splits {', '.join(splits)}: "
+                        "write its `split` into each answer, or give the question file of one split")
+    return [f"{fitting[0]} {answer.id}" for answer in found]
 
 
-def _repeats(answer, split, asked):
-    """Whether an answer repeats the question of its id in a split, or repeats none."""
-    question = asked.get((split, answer.id), {}).get("text")
-    keys = ["question", "prompt"]
-    if "answer" in answer.line:
-        keys.append("text")                                                   # which is no answer then
-    given = first(answer.line, *keys)
-    return question is not None and (given is None or question.strip() in str(given))
+def _repeated(found, split, asked):
+    """Whether each answer's line holds the question that has its id in a split."""
+    for name, _, line in found:
+        question = asked.get(f"{split} {name}", {}).get("text")
+        if question is None or not any(question.strip() in str(value) for value in line.values()):
+            return False
+    return True
 
 
 def _pope_counts(item):
-    if item["label"] == "yes":
-        cell = "tp" if item["right"] else "fn"
-    else:
-        cell = "tn" if item["right"] else "fp"
+    cells = {"yes": ("fn", "tp"), "no": ("fp", "tn")}[item["label"]]
     counts = {"n": 1,
-              cell: 1,
-              "yes": int(item["said"] == "yes"),
-              "unparsed": int(item["said"] is None)}
-    return {(item["split"], key): n for key, n in counts.items()}
+              cells[item["right"]]: 1,
+              "yes": item["said"] == "yes",
+              "unparsed": item["said"] is None}
+    return under([item["split"]], counts)
 
 
 def _pope_ratios(sums):
@@ -260,13 +251,18 @@ def _is_asked_about(answer):
     return len(_caption(answer.text).split()) > 3
 
 
-def extraction_requests(answers):
-    """The captions that an extractor is asked about, [{"id", "question", "answer"}]."""
-    asked = []
+def extraction_prompts(answers, prompt):
+    """{id: what an extractor is asked about a caption}: the prompt with {question} and {answer} filled in."""
+    asked = {}
     for answer in filter(_is_asked_about, read(answers, "objhal")):
         question = first(answer.line, "prompt", "question", "query") or ""
-        asked.append({"id": answer.id, "question": str(question), "answer": _caption(answer.text)})
+        asked[answer.id] = _filled(prompt, question=str(question), answer=_caption(answer.text))
     return asked
+
+
+def _filled(prompt, **values):
+    """A prompt with {name} replaced by its value, in one pass: an answer may contain such a name, too."""
+    return re.sub(r"\{(question|answer)\}", lambda found: values[found[1]], prompt)
 
 
 def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="robust", partial=False,
@@ -293,32 +289,33 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
         given = [name for name in replies if name in asked or name not in images]
         join(given, dict.fromkeys(asked, "replies"), partial, "replies", "captions")
         found = [answer for answer in found if answer.id not in asked or answer.id in replies]
+    unread = []
     for name, text, _ in found:
         item = {"id": name, "image": images[name]}
         if replies is None:
             named = joined(lemmatize(text), table)
         else:
             named = _extracted(replies[name] if name in asked else "[]", table, phrase, mode)
-            item["objects"] = named
         if named is None:
-            items.append({"id": name, "image": images[name], "unparsed": True})
+            unread.append(name)
+            item["unparsed"] = True
         else:
-            items.append(item | _chair_item(coco_objects(named, table), truth[images[name]], _caption(text)))
-    unread = [item["id"] for item in items if "unparsed" in item]
+            item |= {} if replies is None else {"objects": named}
+            item |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
+        items.append(item)
     if unread and mode == "official" and not partial:
         raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
                         "again, or score the others with --partial")
     total, draws = add_up(items, _chair_counts, resamples=resamples)
-    remarks = [] if total["mentions"] else ["no caption names an object: CHAIR_i is 0/0, given as 0"]
-    counts = {key: total[key] for key in ("captions", "mentions", "misses", "covered", "present")}
     return {"mode": mode,
-            **scored(lambda sums: ratios(sums, CHAIR), total, draws),
+            **scored(_chair_ratios, total, draws),
             "n": total["n"],
             "n_with_objects": total["with"],
-            "unparsed": total["unparsed"],
-            "counts": counts,
+            "unparsed": len(unread),
+            "counts": {key: total[key] for key in ("captions", "mentions", "misses", "covered", "present")},
             "coverage": {"answered": len(items), "of": len(images)},
-            "remarks": remarks}, items
+            "remarks": [] if total["mentions"] else ["no caption names an object: CHAIR_i is 0/0, given as 0"]
+            }, items
 
 
 def _extracted(reply, table, phrase, mode):
@@ -349,7 +346,7 @@ def _chair_counts(item):
     if "unparsed" in item:
         return {"unparsed": 1}
     return {"n": 1,
-            "with": int(bool(item["generated"])),
+            "with": bool(item["generated"]),
             "captions": item["chair_s"],
             "mentions": len(item["generated"]),
             "misses": len(item["hallucinated"]),
@@ -358,32 +355,30 @@ def _chair_counts(item):
             "words": item["words"]}
 
 
+def _chair_ratios(sums):
+    return {key: ratio(sums[top], sums[bottom]) for key, (top, bottom) in CHAIR.items()}
+
+
 # ---- MMHal-Bench ----
 MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
 
 
 def _mmhal_answers(template, answers, partial):
-    """-> {place in the template: response}, joined by image and question, else by id; and the coverage."""
-    places, texts, names = {}, {}, []
-    for place, record in enumerate(template):
-        places.setdefault((record.get("image_id"), record["question"].strip()), place)
+    """{place in the template: response}, joined by image, else by id; and the coverage."""
+    places = {record.get("image_id"): place for place, record in enumerate(template)}
+    texts, names = {}, []
     for name, text, line in read(answers, "mmhal"):
-        question = str(first(line, "question", "prompt") or "").strip()
-        merged = "model_answer" in line and "answer" not in line                # has been through this before
-        names.append(places.get((line.get("image_id"), question), name))
-        texts[names[-1]] = text if merged else _caption(text)
+        place = places.get(line.get("image_id", ""), name)
+        names.append(place)
+        texts[place] = _caption(text)
     coverage = join(names, dict.fromkeys(range(len(template)), "all"), partial)
-    return {place: texts[place] for place in sorted(names)}, coverage
+    return {place: texts[place] for place in sorted(texts)}, coverage
 
 
 def mmhal_prompts(template, answers, prompt, partial=False):
     """{place: what the judge is asked}: the prompt, its four {} filled with contents, question, human answer
     and response."""
-    pieces = prompt.split("{}")
-    if len(pieces) != 5:
-        raise UserError(f"the judge's prompt has {len(pieces) - 1} places {{}} and needs four, for contents, "
-                        "question, answer and response; correct the prompt")
-    asked = {}
+    pieces, asked = prompt.split("{}"), {}
     for place, text in _mmhal_answers(template, answers, partial)[0].items():
         record = template[place]
         values = (", ".join(record["image_content"]), record["question"], record["gt_answer"], text, "")
@@ -403,17 +398,15 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     given = [place for place in replies if place in texts or place not in range(len(template))]
     join(given, dict.fromkeys(texts, "replies"), partial, "replies", "answers")
     items = []
-    for place in [place for place in texts if place in replies]:
-        score = rating(replies[place], mode)
-        item = {"id": place,
-                "image": template[place].get("image_id", place),
-                "type": MMHAL[place % 8],
-                "score": score,
-                "unparsed": score is None,
-                "reply": replies[place]}
-        if score is None and mode == "official":
-            item["score"] = 0
-        items.append(item)
+    for place in texts:
+        if place in replies:
+            score = rating(replies[place], mode)
+            items.append({"id": place,
+                          "image": template[place].get("image_id", place),
+                          "type": MMHAL[place % 8],
+                          "score": 0 if score is None and mode == "official" else score,
+                          "unparsed": score is None,
+                          "reply": replies[place]})
     total, draws = add_up(items, _mmhal_counts, resamples=resamples)
     by_category = {}
     for kind in MMHAL:
@@ -431,13 +424,13 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
 
 
 def _mmhal_counts(item):
-    score, counts = item["score"], {"unparsed": int(item["unparsed"])}
+    score, counts = item["score"], {"unparsed": item["unparsed"]}
     if score is not None:
         counts |= {"n": 1,
                    "score": score,
-                   "hallucinated": int(score < 3),
+                   "hallucinated": score < 3,
                    "informative": score - 3 if score >= 3 else score}
-    return {(home, key): n for home in ("all", item["type"]) for key, n in counts.items()}
+    return under(["all", item["type"]], counts)
 
 
 def _mmhal_ratios(sums):

@@ -27,7 +27,7 @@ from data import UserError
 ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                     "jan feb mar apr aug sept oct nov dec".split())
 CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
-GLUED = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}          # can|not
+GLUED = set("cannot gonna gotta wanna gimme lemme".split())                                 # can|not
 SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
 
 
@@ -60,9 +60,8 @@ def _cut(word, place):
     clitic = CLITICS.search(word)
     if clitic:
         word = word[:clitic.start()]
-    glued = GLUED.get(word.lower())
-    if glued:
-        found += [word[:glued], word[glued:]]
+    if word.lower() in GLUED:
+        found += [word[:3], word[3:]]
     elif word:
         found.append(word)
     return found + [clitic[0]] if clitic else found
@@ -74,21 +73,15 @@ def _abbreviation(word):
 
 
 # ---- lemmas ----
-IRREGULAR = {
-    "children": "child", "grandchildren": "grandchild", "brethren": "brother", "oxen": "ox", "oxens": "oxen",
-    "geese": "goose", "mice": "mouse", "lice": "louse", "dice": "die", "feet": "foot", "teeth": "tooth",
-    "men": "men", "vases": "vas", "axes": "ax", "cookies": "cooky", "uses": "us", "doggies": "doggy",
-    "leaves": "leaf", "quizzes": "quiz", "busses": "bus", "taxies": "taxi", "menus": "menu", "emus": "emu",
-    "zebus": "zebu", "gnus": "gnu", "less": "le", "has": "ha", "was": "wa", "as": "a", "us": "u",
-    "pass": "pas"}
+IRREGULAR = dict(pair.split(":") for pair in """children:child grandchildren:grandchild brethren:brother
+oxen:ox oxens:oxen geese:goose mice:mouse lice:louse dice:die feet:foot teeth:tooth men:men vases:vas axes:ax
+cookies:cooky uses:us doggies:doggy leaves:leaf quizzes:quiz busses:bus taxies:taxi menus:menu emus:emu
+zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas""".split())
 KEEP = set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
 iris yes pancreas pajamas tennis this his its is various famous""".split())
-VES = {"kni": "knife", "wi": "wife", "li": "life", "midwi": "midwife", "housewi": "housewife", "lea":
-       "leaf", "loa": "loaf", "shel": "shelf", "wol": "wolf", "hal": "half", "cal": "calf", "scar": "scarf",
-       "hoo": "hoof", "el": "elf", "thie": "thief", "sel": "self", "shea": "sheaf", "dwar": "dwarf",
-       "bookshel": "bookshelf", "pocketkni": "pocketknife", "penkni": "penknife", "kerchie": "kerchief",
-       "handkerchie": "handkerchief", "behal": "behalf", "whar": "wharf", "tur": "turf", "bee": "beef",
-       "ree": "reef", "ser": "serf"}
+# Their plural is in -ves; other words in -ves lose only the s.
+F_TO_VES = set("""knife wife life midwife housewife pocketknife penknife leaf loaf shelf wolf half calf scarf 
+hoof elf thief self sheaf dwarf bookshelf kerchief handkerchief behalf wharf turf beef reef serf""".split())
 # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i.
 ONLY_S = set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
 prairies birdies hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes
@@ -116,24 +109,21 @@ def lemma(word):
         return IRREGULAR[word]
     if MEN.search(word):
         return word[:-2] + "an"
-    if len(word) < 3 or not word.endswith("s") or not word.islower():
+    if len(word) < 3 or not word.endswith("s") or not word.islower() or word in KEEP:
         return word
-    if word in KEEP or word.endswith(("ss", "us")):
+    if word.endswith(("ss", "us", "is")) and word not in ONLY_S:
         return word
-    if word.endswith("ves") and word[:-3] in VES:
-        return VES[word[:-3]]
-    if word in ONLY_S:
-        single = word[:-1]
-    elif word.endswith("is"):
-        return word
+    single = word[:-1]
+    if word.endswith("ves"):
+        single = next(iter(F_TO_VES & {word[:-3] + "f", word[:-3] + "fe"}), single)
+    elif word in ONLY_S:
+        pass                                                                    # ties: not ty
     elif word.endswith("ies") and len(word) > 4:
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
         single = word[:-2]
     elif word.endswith("ses") and (word[:-2] in ONLY_S | KEEP or re.search("[bcdfghkmtwy]ses$", word)):
         return lemma(word[:-2])                                                        # doubled: "adultses"
-    else:
-        single = word[:-1]
     return word if single in UNLISTED else single
 
 

@@ -17,12 +17,13 @@ kind:
 The words are that world's own: only a plural -s or -es is understood.
 """
 import re
+from collections import defaultdict
 from functools import lru_cache
 
 from data import UserError
 from tally import first, image_number
 
-SETS = ("random", "adversarial")                        # of existence questions, as in POPE
+SETS = {"random", "adversarial"}                        # of existence questions, as in POPE
 
 
 # ---- the built-in world ----
@@ -56,23 +57,21 @@ def hallucinated(answer, truth):
 
 def check_truth(item, where):
     """Raise UserError where what is known of a question would not do to score an answer to it."""
+    where = f"{where} (id {item.get('id')})"
     for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
         if not isinstance(item.get(key), types):
             raise UserError(f"{where} has no usable `{key}`; make the scenes and their answers again")
-        if key == "id":
-            where += f" (id {item['id']})"
-    truth, kind = item["truth"], item["kind"]
-    if kind == "caption":
-        if not (_are_words(truth.get("present")) and _are_words(truth.get("absent"))):
-            raise UserError(f"{where}: a caption needs `present` and `absent`; make the scenes again")
-        return
+    truth, fault = item["truth"], ""
     choices = truth.get("choices")
-    if not _are_words(choices) or truth.get("answer") not in choices:
-        raise UserError(f"{where}: the truth needs `choices` with its `answer`; make the scenes again")
-    unknown = set(sets(truth)) - set(SETS)
-    if kind == "existence" and (unknown or set(choices) != {"yes", "no"}):
-        raise UserError(f"{where}: an existence question needs the choices yes and no, and a `set` out of "
-                        f"{', '.join(SETS)}; make the scenes again")
+    if item["kind"] == "caption":
+        if not (_are_words(truth.get("present")) and _are_words(truth.get("absent"))):
+            fault = "a caption needs `present` and `absent`"
+    elif not _are_words(choices) or truth.get("answer") not in choices:
+        fault = "the truth needs `choices` with its `answer`"
+    elif item["kind"] == "existence" and not (set(choices) == {"yes", "no"} and SETS.issuperset(sets(truth))):
+        fault = "an existence question needs the choices yes and no, and a `set` out of random, adversarial"
+    if fault:
+        raise UserError(f"{where}: {fault}; make the scenes again")
 
 
 def _are_words(value):
@@ -141,21 +140,18 @@ def coco_truth(instances, captions, table, lemmatize, images):
     instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; lemmatize: as
     for metrics.chair. -> {image id: set of classes} for those of the images that the files hold.
     """
-    truth = {image["id"]: set() for part in (*instances, *captions) for image in part["images"]
-             if image["id"] in images}
+    truth = defaultdict(set)
     for part in instances:
         names = {category["id"]: category["name"] for category in part.get("categories", [])}
         for mark in part["annotations"]:
             name = names.get(mark["category_id"])
-            if mark["image_id"] not in images:
-                continue
             if name not in table:
                 raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
                                 "or of Object HalBench")
-            truth.setdefault(mark["image_id"], set()).add(table[name])
+            truth[mark["image_id"]].add(table[name])
     for part in captions:
         for mark in part["annotations"]:
-            if mark["image_id"] in images:
-                named = coco_objects(joined(lemmatize(mark["caption"]), table), table)
-                truth.setdefault(mark["image_id"], set()).update(kind for _, kind in named)
-    return truth
+            named = coco_objects(joined(lemmatize(mark["caption"]), table), table)
+            truth[mark["image_id"]].update(kind for _, kind in named)
+    listed = {image["id"] for part in (*instances, *captions) for image in part["images"]}
+    return {image: truth[image] for image in images & (listed | truth.keys())}

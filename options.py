@@ -189,13 +189,21 @@ def claim(out, o):
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
+    known, now = first.get("data_identity"), data_identity(o)
+    if known and now and known != now:
+        differ.append(f"{o.data} has changed since")
     if differ:
         raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder")
     return lock
 
 
-def provenance():
+def data_identity(o):
+    """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
+    return command.identity(o.data) if o.data != "classroom" and Path(o.data).exists() else ""
+
+
+def provenance(o):
     """What a run depends on besides its options, for the first line of its log."""
     here = Path(__file__).parent
     try:
@@ -206,4 +214,5 @@ def provenance():
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "transformers", "safetensors", "numpy", "pillow"):
         versions[package] = version(package)
-    return {"versions": versions, "commit": commit or "unknown", "losses_source": losses_source()}
+    return {"versions": versions, "commit": commit or "unknown", "losses_source": losses_source(),
+            "data_identity": data_identity(o)}

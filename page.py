@@ -96,7 +96,7 @@ def picture(root, image, says=""):
     """A figure that holds the picture of a file in `root`, or says why there is none."""
     try:
         path = data.inside(root, image, "image")
-        url, size = data.image_url(path, 320), data.image_size(path)
+        size, url = data.image_size(path), data.image_url(path, 320)
     except data.UserError as error:
         return f"<figure><small>{escape(str(error))}</small></figure>"
     kind = "pixel" if max(size) <= data.SMALL else ""

@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import data
+import command
 
 LONG = 12                               # words from which a text without a full stop is taken for cut off
 TELLING = .65                           # share of pairs that length alone tells apart, from which to warn
@@ -202,7 +202,7 @@ Images and texts are their outputs: the models' licences decide what may be done
 
 def card(title, models, settings, counts, pairs):
     """The data card, Markdown. models: (role, name, source) of each; its files say its hash and licence."""
-    rows = [(role, name, data.identity(source), licence(source)) for role, name, source in models]
+    rows = [(role, name, command.identity(source), licence(source)) for role, name, source in models]
     return CARD.format(
         title=title, models=markdown(("role", "model", "files", "licence"), rows),
         settings=markdown(("setting", "value"), settings.items()),

@@ -12,7 +12,6 @@ import sys
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 import data
 import families
@@ -23,46 +22,6 @@ GIB = 2 ** 30
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
-# -------------------------------------------------------------------------------- pairs as tokens
-def tokenise(front, record, o, damaged=None):
-    """A record -> (data.Pair, number of response tokens cut off). Raises UserError.
-
-    front: of families.open_folder. damaged: (width, height) of the rejected images, if not the images' own.
-    """
-    sizes = () if o.image_rejected == "none" else tuple(data.image_size(x) for x in record["images"])
-    other = tuple(damaged or sizes)
-    prompt = again = front.prompt_ids(record["question"], sizes, record["history"])
-    if other != sizes:
-        again = front.prompt_ids(record["question"], other, record["history"])
-    chosen, rejected = (front.response_ids(record[role]) for role in ("chosen", "rejected"))
-    return data.truncate(data.Pair(record["id"], prompt, again, chosen, rejected, sizes, other), o.max_length)
-
-
-def usable(front, records, good, o, needs):
-    """(indices whose responses have tokens and whose prompts fit, lengths of their pairs).
-
-    Faults are printed one a line, cuts counted.
-    """
-    kept, cut, lengths = [], 0, []
-    twice, both = "image_rejected" in needs, "rejected" in needs
-    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
-        try:
-            record = records[i]
-            pair, lost = tokenise(front, record, o)
-            cut += lost > 0
-            kept.append(i)
-            lengths.append((len(pair.prompt), len(pair.chosen), len(pair.rejected) * both,
-                            len(pair.prompt_rejected) * twice, len(record["images"]) * (1 + twice)))
-        except data.UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        lost = f"{len(good) - len(kept)} of {len(good)} records of {records.path}"
-        raise data.UserError(f"{lost} cannot be used: mend them, or pass --skip_bad")
-    if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, lengths
-
-
 # -------------------------------------------------------------------------------- memory
 def skeleton(config):
     """transformers' model of a config, with shapes and no storage."""
@@ -71,17 +30,11 @@ def skeleton(config):
         return getattr(transformers, families.FAMILIES[config.model_type].architecture)(config)
 
 
-def tokens(length):
-    """Tokens of a pair in the packed row, by (prompt, chosen, rejected, prompt_rejected, images)."""
-    prompt, chosen, rejected, again, _ = length
-    return prompt + chosen + rejected + (again + chosen if again else 0)
-
-
-def memory(model, o, lengths, dtype, world=1):
+def memory(model, o, tokens, dtype, world=1):
     """Bytes that each GPU needs at least: {"weights", "LoRA" or "gradients", "optimiser", "activations"}.
 
-    model: of skeleton(). lengths: of all pairs. world: GPUs. Without LoRA the weights are those that train
-    (float32 masters where they are sharded) and their frozen copy.
+    model: of skeleton(). tokens: of each pair's packed row. world: GPUs. Without LoRA the weights are those
+    that train (float32 masters where they are sharded) and their frozen copy.
     """
     e, master = BYTES[dtype], max(4, BYTES[dtype])
     tower = families.FAMILIES[model.config.model_type].tower
@@ -101,8 +54,8 @@ def memory(model, o, lengths, dtype, world=1):
         found["optimiser"] = master * (2 * sharded + copies * whole) / world
 
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
-    each, text = [tokens(length) for length in lengths], model.config.text_config
-    row = max(max(each), min(o.micro_batch, len(each)) * sum(each) / len(each))
+    text = model.config.text_config
+    row = max(max(tokens), min(o.micro_batch, len(tokens)) * sum(tokens) / len(tokens))
     graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
     found["activations"] = e * row * text.hidden_size * graph
     return found
@@ -111,8 +64,7 @@ def memory(model, o, lengths, dtype, world=1):
 def lora_sides(model, o):
     """Inputs and outputs, added up, of the linear layers that LoRA goes on."""
     linear = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
-    targets = [target for target in o.lora_targets.split(",") if target]
-    chosen = [linear[name] for name in lora.targeted(list(linear), targets)]
+    chosen = [linear[name] for name in lora.targeted(list(linear), o.lora_targets.split(","))]
     return sum(m.in_features + m.out_features for m in chosen)
 
 
@@ -135,15 +87,15 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
 
 
-def refuse(config, o, lengths, dtype, device, world=1):
-    """Raise UserError, with advice, where a run cannot fit. lengths: of all pairs."""
+def refuse(config, o, tokens, dtype, device, world=1):
+    """Raise UserError, with advice, where a run cannot fit. tokens: of each pair."""
     room, name = capacity(device)
     if not room or not o.check_memory:
         return
     model = skeleton(config)
-    need = sum(memory(model, o, lengths, dtype, world).values())
+    need = sum(memory(model, o, tokens, dtype, world).values())
     if need > room:
-        fix = advice(model, o, lengths, dtype, world, room)
+        fix = advice(model, o, tokens, dtype, world, room)
         raise data.UserError(f"the run needs at least {need / GIB:.1f} GiB, {name} has {room / GIB:.1f}: "
                              f"{fix}; --set check_memory=false tries all the same")
 
@@ -151,12 +103,12 @@ def refuse(config, o, lengths, dtype, device, world=1):
 LARGER = "shard the base over more GPUs (torchrun, --shard), or take a smaller model or a larger GPU"
 
 
-def advice(model, o, lengths, dtype, world, room):
+def advice(model, o, tokens, dtype, world, room):
     """The first change of options after which a run might fit, in words; or what it would take."""
     ways = [("--micro_batch 1", {"micro_batch": 1}, dtype), ("--dtype bfloat16", {}, "bfloat16"),
             ("--lora_r 64", {"lora_r": o.lora_r or 64}, dtype), ("--shard", {"shard": world > 1}, dtype)]
     for words, change, kind in ways:
-        if sum(memory(model, replace(o, **change), lengths, kind, world).values()) <= room:
+        if sum(memory(model, replace(o, **change), tokens, kind, world).values()) <= room:
             return f"pass {words}"
     return LARGER
 
@@ -174,17 +126,16 @@ def out_of_memory(o, world=1):
 # -------------------------------------------------------------------------------- --dry_run
 def show(o):
     """The plan of a run, as lines of text: for this machine's GPUs, or for one that is not here."""
-    from records import Records, check
+    import batches
+    import command
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
     front = families.open_folder(o.model, o.template or None, o.images)
-    records = Records(o.data, o.image_root or None)
     needs = losses.needs(losses.resolve(o.loss, anchors=o.anchors)) | {"chosen"}
-    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
-    _, lengths = usable(front, records, good, o, needs)
-    each = [tokens(length) for length in lengths]
-    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(each) / o.batch))
-    mean = sum(each) / len(each)
+    pairs = batches.checked(front, o.data, o, needs, command.Ranks())
+    tokens, records = pairs.tokens, pairs.records
+    steps = min(o.max_steps or math.inf, o.epochs * math.ceil(len(tokens) / o.batch))
+    mean = sum(tokens) / len(tokens)
 
     # ---- memory ----
     gpus = torch.cuda.device_count()
@@ -195,16 +146,16 @@ def show(o):
     if o.device == "cpu":
         where = "on the CPU"
     model = skeleton(front.config)
-    parts = memory(model, o, lengths, dtype, world)
+    parts = memory(model, o, tokens, dtype, world)
     need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
-    found = [f"pairs           {len(each):,} of {len(records):,} in {records.path}",
+    found = [f"pairs           {len(tokens):,} of {len(records):,} in {records.path}",
              f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs",
-             f"tokens          {mean:,.0f} a pair, {max(each):,} at most; "
+             f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
              f"{mean * o.batch * steps:,.0f} in all",
              f"memory          at least {need / GIB:.1f} GiB {where}, {dtype}: {listed}"]
     if gpus or o.device == "cpu":
         room, name = capacity(torch.device(o.device or "cuda"))
         found.append(f"room            {(room or 0) / GIB:.1f} GiB, {name}")
         if room and need > room:
-            found.append(f"does not fit    {advice(model, o, lengths, dtype, world, room)}")
+            found.append(f"does not fit    {advice(model, o, tokens, dtype, world, room)}")
     return found

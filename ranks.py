@@ -104,62 +104,55 @@ class Zero2:
         return torch.cat(whole).to(piece.device)
 
     # ---- the checkpoint ----
-    def weights(self):
-        """{name: master}, whole, on the CPU; {} but on rank 0. All ranks must call it."""
-        return self.whole([part.detach() for part in self.stepped])
-
     def state(self):
-        """{kind/name: tensor} of masters and the optimiser's state, whole; {kind: it} for a number."""
-        found = {f"weight/{name}": x for name, x in self.weights().items()}
-        for kind, value in self.optimiser.state[self.mine].items():
-            if value is None:
-                continue
-            if value.ndim == 0:
+        """{kind/name: tensor} of masters ("weight") and state, whole; {kind: it} for what is one number."""
+        found = {}
+        for kind, value in {"weight": self.mine, **self.optimiser.state[self.mine]}.items():
+            if value is not None and value.ndim == 0:
                 found[kind] = value
-                continue
-            pieces = self.whole([self.optimiser.state[part][kind] for part in self.stepped])
-            found |= {f"{kind}/{name}": x for name, x in pieces.items()}
+            elif value is not None:
+                found |= {f"{kind}/{name}": x for name, x in self.whole(kind).items()}
+        return found
+
+    def whole(self, kind):
+        """{name: tensor} of one kind, on the CPU; {} but on rank 0. All ranks must call it."""
+        pieces = [part.detach() for part in self.stepped]
+        if kind != "weight":
+            pieces = [self.optimiser.state[part][kind] for part in self.stepped]
+        mine, *parts = pieces
+        flat, found, first = self.gather(mine), {}, self.ranks.rank == 0
+        for name, view in zip(self.shapes, self.views(flat), strict=True):
+            if first:
+                found[name] = view.cpu().clone()
+        for (name, p), part in zip(self.parts_of.items(), parts, strict=True):
+            like = dict(shape=p.shape, stride=p.stride())
+            part = type(p).from_local(part, p.device_mesh, p.placements, **like).full_tensor()
+            if first:
+                found[name] = part.cpu()
         return found
 
     def load(self, tensors):
         """Take up state() of any number of ranks."""
-        self.flat.copy_(self.flatten(tensors, "weight"))
-        for part, piece in zip(self.stepped, self.pieces(tensors, "weight"), strict=True):
-            part.data.copy_(piece)
-        for kind in {key.partition("/")[0] for key in tensors} - {"weight"}:
+        for kind in {key.partition("/")[0] for key in tensors}:
             pieces = [tensors[kind]] * len(self.stepped) if kind in tensors else self.pieces(tensors, kind)
             for part, piece in zip(self.stepped, pieces, strict=True):
-                self.optimiser.state[part][kind] = piece.clone()
-
-    def whole(self, pieces):
-        """{name: tensor} of one tensor for each of `stepped`, on rank 0."""
-        mine, *parts = pieces
-        flat, found = self.gather(mine), {}
-        if self.ranks.rank == 0:
-            for name, view in zip(self.shapes, self.views(flat), strict=True):
-                found[name] = view.cpu().clone()
-        for (name, p), part in zip(self.parts_of.items(), parts, strict=True):
-            kind = type(p)                                                                      # DTensor
-            part = kind.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            part = part.full_tensor()
-            if self.ranks.rank == 0:
-                found[name] = part.cpu()
-        return found
+                if kind == "weight":
+                    part.data.copy_(piece)
+                else:
+                    self.optimiser.state[part][kind] = piece.clone()
+        self.flat.copy_(self.gather(self.mine.detach().to(self.flat.dtype)))
 
     def pieces(self, tensors, kind):
         """The opposite of whole: for each of `stepped` what belongs to it of {kind/name: tensor}."""
-        found = [self.flatten(tensors, kind)[self.own]]
+        flat = torch.zeros_like(self.grad)
+        for name, view in zip(self.shapes, self.views(flat), strict=True):
+            view.copy_(tensors[f"{kind}/{name}"])
+        found = [flat[self.own]]
         for name, p in self.parts_of.items():
             from torch.distributed.tensor import distribute_tensor
             there = tensors[f"{kind}/{name}"].to(p.device)
             found.append(distribute_tensor(there, p.device_mesh, p.placements, src_data_rank=None).to_local())
         return found
-
-    def flatten(self, tensors, kind):
-        flat = torch.zeros_like(self.flat, dtype=self.mine.dtype)
-        for name, view in zip(self.shapes, self.views(flat), strict=True):
-            view.copy_(tensors[f"{kind}/{name}"])
-        return flat
 
 
 def add_and_clear(total, p):

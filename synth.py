@@ -164,7 +164,7 @@ class Run:
         options["model"] = o.model_name or None
         if Path(source).is_dir():
             items = [{"id": question.id, "asked": chat.digest(question)} for question in asked]
-            made_by = [data.identity(source), options, o.dtype]
+            made_by = [command.identity(source), options, o.dtype]
             how = options | {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
             make = functools.partial(answer, source, how, {question.id: question for question in asked})
             return {row["id"]: row for row in self.made(name, items, make, made_by, o.batch)}
@@ -199,7 +199,7 @@ class Run:
             raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [data.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
+        return [command.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
 
 
 def begin(o):
@@ -243,7 +243,7 @@ def make_images(run):
             rows.append({"id": f"{id}-{k}", "prompt_id": id, "guidance": scale, "seed": seeds[-1],
                          "image": f"images/{id}-{k}.png"})
         items.append({"id": id, "_prompt": row["prompt"], "_seeds": seeds})
-    run.made("images", items, paint, [data.identity(generator), o.guidance, o.steps, o.size, o.dtype])
+    run.made("images", items, paint, [command.identity(generator), o.guidance, o.steps, o.size, o.dtype])
     run.write("images", rows)
 
 
@@ -267,7 +267,7 @@ def rank(run):
     asked = [row for row in run.rows("prompts", "prompts") if row["id"] in shown]
     for row in asked:
         files = [image["image"] for image in shown[row["id"]]]
-        seen = [data.identity(run.out / file) for file in files]
+        seen = [command.identity(run.out / file) for file in files]
         items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files, "_seen": seen})
     scores = {row["id"]: {} for row in asked}
     for name in o.ranker.split(","):
@@ -365,7 +365,7 @@ def score(run):
                           "_said": [row["response"] for row in rows]})
             if o.scorer == "clip":
                 image, = question.images
-                items[-1] |= {"_image": str(image), "_seen": data.identity(image)}
+                items[-1] |= {"_image": str(image), "_seen": command.identity(image)}
     for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
         for response, scores in zip(said[row["id"]], row["scores"], strict=True):
             found.append({"id": row["id"], "model": response["model"]} | scores)

@@ -11,7 +11,7 @@ bootstrap intervals over images: images are drawn with replacement, and every ra
 functions; errors are UserError.
 """
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +36,8 @@ def first(record, *keys):
 
 
 def few(ids):
-    """The first of some ids, for a message; one of several parts is (part, id)."""
-    names = []
-    for name in ids[:5]:
-        names.append(" ".join(map(str, name)) if isinstance(name, tuple) else str(name))
-    return ", ".join(names) + (", ..." if len(ids) > 5 else "")
+    """The first of some ids, for a message."""
+    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
 
 
 def image_number(image):
@@ -49,34 +46,28 @@ def image_number(image):
     return int(found[1]) if found else None
 
 
-def read(answers, benchmark):
+def read(answers, benchmark=None):
     """-> [Answer]. Settings are passed over; another benchmark's file, and a line without id or text, are
-    refused."""
+    refused. benchmark: None for any."""
     found = []
     for number, line in enumerate(answers, 1):
         if not isinstance(line, dict):
             raise UserError(f"answer {number} is no JSON object; give the file that holds the answers")
         if "settings" in line:
-            _check_benchmark(line["settings"], benchmark)
+            other = line["settings"].get("benchmark", benchmark)
+            if benchmark and other != benchmark:
+                raise UserError(f"the answers are to {other}, not to {benchmark}; score them as {other}")
             continue
         name, text = first(line, "question_id", "id"), first(line, *TEXTS)
-        if name is None and benchmark in ("objhal", "mmhal"):
+        if name is None and benchmark in (None, "objhal", "mmhal"):
             name = len(found)                                              # their official files name no id
-        if not isinstance(name, int | str) or isinstance(name, bool):
-            raise UserError(f"answer {number} has no usable `question_id` or `id`; answer it again")
-        if not isinstance(text, str):
-            raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}; "
-                            "answer it again")
+        if not (isinstance(name, int | str) and isinstance(text, str)):
+            raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}, or no "
+                            "usable `question_id` or `id`; answer it again")
         found.append(Answer(name, text, line))
     if not found:
         raise UserError("there are no answers to score; write them with `eval_hallu.py answers`")
     return found
-
-
-def _check_benchmark(settings, benchmark):
-    other = settings.get("benchmark", benchmark) if isinstance(settings, dict) else benchmark
-    if other != benchmark:
-        raise UserError(f"the answers are to {other}, not to {benchmark}; score them as {other}")
 
 
 def join(names, parts, partial, what="answers", of="questions"):
@@ -117,49 +108,46 @@ class Sums(dict):
         return Sums({name: value for (home, name), value in self.items() if home == part})
 
 
+def under(parts, counts):
+    """Counts of each of some parts: {(part, name): number}, for Sums.of."""
+    return {(part, name): number for part in parts for name, number in counts.items()}
+
+
 def add_up(items, counts, seed=0, resamples=1000):
     """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
 
     counts: an item -> {name: number}, whole numbers where the total is read.
     """
-    columns, images, entries = {}, {}, []
+    images = {}
     for item in items:
-        image = images.setdefault(item["image"], len(images))
+        images.setdefault(item["image"], len(images))
+    columns = defaultdict(lambda: np.zeros(len(images)))                        # name -> its sum by image
+    for item in items:
         for name, number in counts(item).items():
-            entries.append((image, columns.setdefault(name, len(columns)), number))
-    if not entries:
+            columns[name][images[item["image"]]] += number
+    if not columns:
         return Sums(), Sums()
-    table = np.zeros((len(images), len(columns)))
-    for image, column, number in entries:
-        table[image, column] += number
-    draws, rng = np.zeros((resamples, len(columns))), np.random.default_rng(seed)
+    table = np.stack(list(columns.values()), 1)                                 # (images, names)
+    draws, rng = [np.zeros((0, len(columns)))], np.random.default_rng(seed)
     for start in range(0, resamples, 100):                               # in blocks, for the memory's sake
         drawn = rng.integers(len(images), size=(min(100, resamples - start), len(images)))
         times = [np.bincount(draw, minlength=len(images)) for draw in drawn]
-        draws[start:start + 100] = np.stack(times) @ table
-    total = table.sum(0)
-    return (Sums({name: int(total[column]) for name, column in columns.items()}),
-            Sums({name: draws[:, column] for name, column in columns.items()}))
+        draws.append(np.stack(times) @ table)
+    draws = np.concatenate(draws).T                                             # (names, resamples)
+    total = Sums(zip(columns, map(int, table.sum(0)), strict=True))
+    return total, Sums(zip(columns, draws, strict=True))
 
 
 # ---- intervals ----
 def interval(values, point):
     """The middle 95% of the resamples in which the ratio exists."""
     values = values[~np.isnan(values)]
-    if not len(values):
-        return [point, point]
-    return [float(value) for value in np.percentile(values, (2.5, 97.5))]
+    return np.percentile(values, (2.5, 97.5)).tolist() if len(values) else [point, point]
 
 
 def intervals(points, draws):
-    """95% intervals for every number of `points` that `draws` holds resamples of."""
-    return {key: interval(np.atleast_1d(draws[key]), point) for key, point in points.items()
-            if isinstance(point, float) and key in draws}
-
-
-def ratios(sums, table):
-    """{name: top / bottom} of a table {name: (top, bottom)}."""
-    return {name: ratio(sums[top], sums[bottom]) for name, (top, bottom) in table.items()}
+    """95% intervals for every number of `points`, by its resamples in `draws`."""
+    return {key: interval(np.atleast_1d(draws[key]), point) for key, point in points.items()}
 
 
 def scored(measure, total, draws):
@@ -173,7 +161,7 @@ def parts(sums):
     """What an item adds to the measures, as counts: {(measure, "top"): ..., "bottom": ..., "n": 1}."""
     found = {}
     for measure, (top, bottom) in sums.items():
-        found |= {(measure, "top"): top, (measure, "bottom"): bottom, (measure, "n"): 1}
+        found |= under([measure], {"top": top, "bottom": bottom, "n": 1})
     return found
 
 
@@ -193,36 +181,39 @@ def paired(a_items, b_items, sums, lower=()):
     for item in a_items:
         other = others.get((item.get("split"), item["id"]))
         if other is not None:
-            image = item.get("image") or item["id"]
-            both.append({"image": image, "a": sums(item), "b": sums(other)})
+            both.append({"image": item.get("image") or item["id"], "a": sums(item), "b": sums(other)})
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
-    total, draws = add_up(both, _of_both)
-    signs, found = _signs(both, lower), {}
+    total, draws = add_up(both, lambda pair: under("a", parts(pair["a"])) | under("b", parts(pair["b"])))
     old, new, old_draws, new_draws = total.of("a"), total.of("b"), draws.of("a"), draws.of("b")
+    found = {}
     for measure in dict.fromkeys(measure for pair in both for measure in pair["a"]):
         a, b = percent(old, measure), percent(new, measure)
         changes = percent(new_draws, measure) - percent(old_draws, measure)
-        better, worse = signs[measure, 1], signs[measure, -1]
-        found[measure] = {"a": a, "b": b, "change": b - a, "interval": interval(changes, b - a),
-                          "better": better, "worse": worse, "p": sign_test(better, worse), "n": len(both)}
+        better, worse = _signs(both, measure)
+        if measure in lower:
+            better, worse = worse, better
+        found[measure] = {"a": a,
+                          "b": b,
+                          "change": b - a,
+                          "interval": interval(changes, b - a),
+                          "better": better,
+                          "worse": worse,
+                          "p": sign_test(better, worse),
+                          "n": len(both)}
     return found
 
 
-def _of_both(pair):
-    return {(side, name): number for side in "ab" for name, number in parts(pair[side]).items()}
-
-
-def _signs(both, lower):
-    """{(measure, 1 or -1): items on which B is better, or worse}."""
-    signs = Counter()
+def _signs(both, measure):
+    """-> (items of which B has more of a measure, of which it has less)."""
+    more = less = 0
     for pair in both:
-        for measure, (top, bottom) in pair["a"].items():
-            new_top, new_bottom = pair["b"].get(measure, (0, 0))
-            if bottom and new_bottom:
-                sign = np.sign(new_top / new_bottom - top / bottom)
-                signs[measure, -sign if measure in lower else sign] += 1
-    return signs
+        top, bottom = pair["a"].get(measure, (0, 0))
+        new_top, new_bottom = pair["b"].get(measure, (0, 0))
+        if bottom and new_bottom:
+            more += new_top / new_bottom > top / bottom
+            less += new_top / new_bottom < top / bottom
+    return more, less
 
 
 def sign_test(better, worse):
@@ -232,9 +223,3 @@ def sign_test(better, worse):
         total += term
         term = term * (n - k) // (k + 1)
     return min(1.0, 2 * total / 2 ** n) if n else 1.0
-
-
-def columns(cells, widths):
-    """One line of a table of text: the first cell on the left of its column, the others on the right."""
-    (name, *others), (width, *rest) = cells, widths
-    return f"{name:{width}}" + "".join(f"{cell:>{w}}" for cell, w in zip(others, rest, strict=True))

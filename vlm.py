@@ -30,12 +30,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
 import families
-import kernels
 import lora
 import losses
 
@@ -88,15 +89,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
     family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
-    kernels.install(family.language_model(model))                   # the same bits, sooner
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
     words, weight = family.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    if model.device.type == "cpu":
-        keep_memory()
     return VLM(family, model, words)
 
 
@@ -134,7 +132,7 @@ def forget(mapped):
 
 
 def keep_memory():
-    """What tensors free stays with the process, for the next ones of their size.
+    """What tensors free stays with the process, for the next ones of their size. For a main to call on CPUs.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
@@ -214,11 +212,9 @@ def _pad(rows, value, side="right"):
 
 def _logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
-    part = iter(sums.split(len(pairs)))
-    return losses.Logps(chosen=next(part),
-                        rejected=next(part) if "rejected" in needs else None,
-                        image_rejected=next(part) if "image_rejected" in needs else None,
-                        chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
+    fields = [name for name in ("chosen", "rejected", "image_rejected") if name == "chosen" or name in needs]
+    parts = dict(zip(fields, sums.split(len(pairs)), strict=True))
+    return losses.Logps(**parts, chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
                         rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
 
 
@@ -226,27 +222,30 @@ def _logps(sums, pairs, needs):
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `segments` are given (generation, naive).
 
-    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [(start, prompt, chosen, rejected)], tokens.
+    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    window, longest = kwargs.get("sliding_window"), max(s[1] + max(s[2:]) for s in segments)
+    window = kwargs.get("sliding_window")
+    longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
     if window and longest > window:
         raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
                              f"{window}: pass --forward naive, or a smaller --set max_length")
-    attend = partial(kernels.attend, scale=scaling or query.shape[3] ** -0.5)
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
-    lengths, out = [n for _, p, c, r in segments for n in (p + c, r)], []
-    value = kernels.contiguous(value)                                  # as query and key are: kernels.Rotary
-    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    for (_, prompt, _, rejected), whole, (q, *kv) in zip(segments, pieces, pieces, strict=True):
-        out.append(attend(*whole))                                                  # prompt + chosen
-        if rejected:
-            k, v = (torch.cat([x[:, :, :prompt], y], 2) for x, y in zip(whole[1:], kv, strict=True))
-            out.append(attend(q, k, v))
-    return kernels.contiguous(torch.cat(out, 2)).transpose(1, 2), None                     # (1, T, H, d)
+    lengths, out = [n for s in segments for n in (s.prompt + s.chosen, s.rejected)], []
+    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
+    for i, segment in enumerate(segments):
+        q, k, v = queries[2 * i], keys[2 * i], values[2 * i]                         # prompt + chosen
+        out.append(attend(q, k, v, is_causal=True))
+        if segment.rejected:
+            k = torch.cat([k[:, :, :segment.prompt], keys[2 * i + 1]], 2)
+            v = torch.cat([v[:, :, :segment.prompt], values[2 * i + 1]], 2)
+            mask = causal_lower_right(segment.rejected, k.shape[2])
+            out.append(attend(queries[2 * i + 1], k, v, attn_mask=mask))
+    return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
 
 
 def _register_attention():
@@ -281,12 +280,34 @@ def packed_token_logps(m, row, features):
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
                           for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
-    return kernels.ChunkedLogps.apply(hidden, weight, target, chunk)
+    return ChunkedLogps.apply(hidden, weight, target, chunk)
 
 
 def _token_logps(hidden, weight, target):
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
     return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log p(target) of hidden states (N, D) under the frozen lm_head (V, D): never over chunk x V logits.
+
+    The gradient is taken in the forward, with a chunk's probabilities at hand: d logp / dh = W[y] - p W.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, target, chunk):
+        logps, gradients = [], []
+        for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
+            logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))             # (n, V)
+            logps.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1))
+            if ctx.needs_input_grad[0]:
+                gradients.append(weight[y] - logits.softmax(1).to(weight.dtype) @ weight)       # (n, D)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient, = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
 FORWARDS = {"packed": packed, "naive": naive}

@@ -1,9 +1,10 @@
 """LLaVA-1.5-7B's step on a GPU in one command: speed, memory, fraction of the rate, and TRL's step beside it.
 
-    python bench/gpu.py                     random weights, bfloat16, micro-batch 2; 15 GB of disk
-    python bench/gpu.py --only limit        without TRL, whose activations take the most memory
+    python bench/gpu.py                15 GB of disk
+    python bench/gpu.py --only limit   without TRL
 
-Runs bench/limit.py and bench/vs_trl.py, each in a process of its own, and puts what they found into one table
+Weights are random, in bfloat16; the micro-batch is 2. TRL's activations take the most memory. Runs
+bench/limit.py and bench/vs_trl.py, each in a process of its own, and puts what they found into one table
 behind theirs in bench/RESULTS.md. `--shape tiny --device cpu --dtype float32` tries the script itself.
 """
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from limit import arguments, command, heading, machine, report
+from section import arguments, command, heading, machine, report
 
 HERE = Path(__file__).resolve().parent
 KINDS = {"dpo": "DPO, first epoch", "dpo_cached": "DPO, later epochs", "mdpo": "mDPO, first epoch",
@@ -40,8 +41,10 @@ def table(found, o, about):
 def main():
     parser = arguments(__doc__, 3)
     parser.set_defaults(shape="7b", device="cuda", dtype="bfloat16")
-    parser.add_argument("--only", default="limit,vs_trl", help="limit, or both [%(default)s]")
+    parser.add_argument("--only", default="limit,vs_trl", help="limit, vs_trl, or both (%(default)s)")
     o, found = parser.parse_args(), {}
+    if unknown := set(o.only.split(",")) - {"limit", "vs_trl"}:
+        parser.error(f"--only {min(unknown)}: give limit, vs_trl, or both with a comma")
     with tempfile.TemporaryDirectory() as folder:
         for name in o.only.split(","):
             out = Path(folder) / f"{name}.json"

@@ -1,75 +1,45 @@
 """How near a training step comes to the machine's own rate of matrix products, and where the rest goes.
 
-    python bench/limit.py                                      one pinned core, float32: two minutes
-    python bench/limit.py --threads 0                          all cores
-    python bench/limit.py --shape 7b --device cuda --dtype bfloat16      LLaVA-1.5-7B's shape on a GPU
+    python bench/limit.py                two minutes
+    python bench/limit.py --threads 0    all cores
+    python bench/limit.py --shape 7b --device cuda --dtype bfloat16
 
-The model is random, of LLaVA's classes: weights do not change what a step costs. A step is what train_dpo.py
-does with a micro-batch: encode the images, score with the reference, forward, loss, backward, AdamW. Reading
-and tokenising are not in it; a thread does them ahead of the step.
+Without options it measures one pinned core in float32; the last command has LLaVA-1.5-7B's shape on a GPU.
+The model is random, of LLaVA's classes: weights do not change what a step costs. A step is what
+train_dpo.py does with a micro-batch: encode the images, score with the reference, forward, loss, backward,
+AdamW. Reading and tokenising are not in it; a thread does them ahead of the step.
 
-minimum     the operations that the step cannot do without, from the shapes alone: every token once through
-            every layer, forward and back to the adapters, attention over what a token may see, lm_head where
-            a response token is predicted, the layers of the vision tower that are read. Not counted: weight
-            gradients of frozen layers, gradients towards the images, attention scores made a second time.
-rate        the fastest of the matrix products of this model's linear layers, alone, between the steps
-fraction    minimum / rate / seconds, within a round: a machine whose speed drifts drifts for both
+minimum: the operations that the step cannot do without, from the shapes alone: every token once through
+every layer, forward and back to the adapters, attention over what a token may see, lm_head where a response
+token is predicted, the layers of the vision tower that are read. Not counted: weight gradients of frozen
+layers, gradients towards the images, attention scores made a second time.
+
+rate: the fastest of the matrix products of this model's linear layers, alone, between the steps.
+
+fraction: minimum / rate / seconds, within a round: a machine whose speed drifts drifts for both.
 """
-import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from section import SHAPES, arguments, command, heading, machine, report
 
-import torch  # noqa: E402
-
-import data  # noqa: E402
-import lora  # noqa: E402
-import losses  # noqa: E402
-import reference  # noqa: E402
-import vlm  # noqa: E402
-from command import Ranks  # noqa: E402
-from ranks import Zero2  # noqa: E402
-from train_dpo import measures  # noqa: E402
+import data
+import lora
+import losses
+import options
+import vlm
+from command import Ranks
+from ranks import Zero2
+from reference import Reference
+from train_dpo import measures, step_loss
 
 BETA = 0.1
-RESULTS = Path(__file__).with_name("RESULTS.md")
-
-
-class Shape(NamedTuple):
-    """A LLaVA, and the lengths of its pairs in tokens."""
-    hidden: int
-    inner: int                 # of the MLP
-    layers: int
-    heads: int
-    vision: tuple              # CLIP's hidden, inner, layers, heads
-    pixels: int                # side of an image; patches of 14
-    question: int              # with the BOS, without the image
-    response: int              # with the EOS
-    vocabulary: int
-    rank: int                  # LoRA's
-
-
-SHAPES = {
-    # LLaVA-1.5-7B at a quarter of its width and an eighth of its depth, in its proportions: lm_head 2% of the
-    # weights, the vision tower 5%, LoRA a sixteenth of the width at rank 64 of 4096.
-    "prop": Shape(1024, 2752, 4, 8, (256, 1024, 3, 4), 336, 60, 120, 1024, 16),
-    "half": Shape(512, 1376, 4, 8, (128, 512, 3, 4), 336, 60, 120, 512, 8),
-    "tiny": Shape(32, 64, 2, 4, (16, 32, 3, 2), 28, 6, 9, 64, 4),
-    "7b": Shape(4096, 11008, 32, 32, (1024, 4096, 24, 16), 336, 60, 120, 32064, 64),
-}
 
 
 # ------------------------------------------------------------------------------------- a model and its pairs
@@ -142,18 +112,21 @@ def random_records(shape, n=2, seed=0):
 
 
 def batch_of(m, records, needs, first=0):
-    """What train_dpo.py's loop holds of a micro-batch: [(Pair, pixels, the rejected image's, key)]."""
-    batch = []
+    """The data.Batch of some records, as train_dpo.py's loop takes it."""
+    pairs, images, images_rejected = [], [], []
     for i, record in enumerate(records, first):
         ids = {part: m.front.tokenizer(record[part], add_special_tokens=False).input_ids
                for part in ("prompt", "chosen", "rejected")}
         sizes, prompt = (record["image"].size,), []
         for token in ids["prompt"]:
             prompt += m.front.image_ids(sizes[0]) if token == m.front.image_token_id else [token]
-        pair = data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"], sizes, sizes)
-        other = [record["image_rejected"]] if "image_rejected" in needs else []
-        batch.append((pair, m.front.prepare([record["image"]]), m.front.prepare(other), i + 1))
-    return batch
+        pairs.append(data.Pair(str(i), prompt, prompt, ids["chosen"], ids["rejected"], sizes, sizes))
+        images += m.front.prepare([record["image"]])
+        if "image_rejected" in needs:
+            images_rejected += m.front.prepare([record["image_rejected"]])
+    places = list(range(first, first + len(records)))
+    keys = [place + 1 for place in places]
+    return data.Batch(pairs, images, images_rejected, places, keys, len(pairs), len(pairs))
 
 
 # ------------------------------------------------------------------------------------------------- the step
@@ -169,23 +142,22 @@ class Ours:
             for name, p in lora.lora_parameters(self.m.model).items():
                 if name.endswith("lora_B"):
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
+        self.ranks, self.places, self.references = Ranks(rank, world, device), places, {}
         trained = lora.lora_parameters(self.m.model)
         self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
-                               Ranks(rank, world, device), clip=1.0)
-        self.reference = reference.Reference(places, world)
+                               self.ranks, clip=1.0)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
         """The mean loss of a micro-batch, its gradient added to the adapter's, and what is logged."""
         loss_of = losses.resolve(loss)
         needs = losses.needs(loss_of) | {"chosen"}
-        pairs, places = [b[0] for b in batch], [b[3] - 1 for b in batch]
-        if not cached:
-            self.reference.key.zero_()
-        features = reference.encode(self.m, batch)
-        frozen = self.reference(self.m, places, batch, features, forward, needs, False)
-        policy = forward(self.m, pairs, features, needs)
-        value = loss_of(policy, frozen, BETA, 0.0)
-        (value.sum() / len(batch)).backward()
+        reference = self.references.get((loss, forward))
+        if reference is None or not cached:
+            reference = Reference(self.places, self.m, forward, needs, self.ranks)
+            self.references[loss, forward] = reference
+        run = SimpleNamespace(model=self.m, loss=loss_of, forward=forward, o=options.Options(beta=BETA))
+        value, policy, frozen = step_loss(run, batch, reference)
+        (value.sum() / batch.of).backward()
         measures(policy, frozen, value, BETA)
         return value.mean().item()
 
@@ -193,6 +165,12 @@ class Ours:
         value = self.loss(batch, loss, cached, forward)
         self.optimiser.step(1e-6)
         return value
+
+
+def as_train_dpo(device):
+    """What train_dpo.py's main sets for the whole process."""
+    if device == "cpu":
+        vlm.keep_memory()
 
 
 def clock(device):
@@ -305,13 +283,7 @@ PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::b
 
 
 def part_of(event):
-    """The products that kernels.Attention makes are attention's."""
-    name, caller = event.key, event
-    while caller:
-        if caller.key.startswith("Attention"):
-            return "attention"
-        caller = getattr(caller, "cpu_parent", None)
-    return next((part for part, names in PARTS.items() if name.startswith(names)), "element by element")
+    return next((part for part, names in PARTS.items() if event.key.startswith(names)), "element by element")
 
 
 def profile(run, device="cpu"):
@@ -341,72 +313,6 @@ def pin(threads, core=None):
     return "one pinned thread (seconds are its processor's)" if threads == 1 else f"{threads} pinned threads"
 
 
-def machine(device="cpu"):
-    """The machine and the versions, in words."""
-    name = platform.processor() or platform.machine()
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-        name = (f"{found.get('model name', name)}, {os.cpu_count()} cores"
-                + ", AVX-512" * ("avx512f" in found.get("flags", "")))
-    packages = ("torch", "transformers", "trl", "peft")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except ImportError:
-            versions[package] = "not installed"
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True,
-                            text=True)
-    return {"machine": name, "versions": versions, "date": date.today().isoformat(),
-            "commit": commit.stdout.strip() or "unknown"}
-
-
-def heading(title, about, how):
-    """The first lines of a section of RESULTS.md."""
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    return [f"\n## {title}\n",
-            f"`{how}`, {about['date']}, commit {about['commit']}; {about['machine']}; {versions}.\n"]
-
-
-def report(lines, found, o):
-    """Print a section, append it where --results says, write what was found to --out."""
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if o.out:
-        data.atomic_write(Path(o.out), json.dumps(found, indent=1))
-    if o.results:
-        with open(o.results, "a") as file:
-            file.write(text)
-
-
-def command():
-    """This run's command, without where it wrote."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word in ("--out", "--results"):
-            next(words, None)
-        elif not word.startswith(("--out=", "--results=")):
-            kept.append(word)
-    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *kept])
-
-
-def arguments(description, n):
-    """The parser that the three scripts share."""
-    parser = data.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="prop", choices=SHAPES, help="of the random model [%(default)s]")
-    parser.add_argument("--rounds", type=int, default=n, help="after one that does not count [%(default)s]")
-    parser.add_argument("--threads", type=int, default=1, help="pinned; 0: all, not pinned [%(default)s]")
-    parser.add_argument("--core", type=int, help="to pin to [the last that is allowed]")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [%(default)s]")
-    parser.add_argument("--out", help="JSON")
-    parser.add_argument("--results", default=str(RESULTS), help="append here; '': nowhere [bench/RESULTS.md]")
-    return parser
-
-
 # What the papers' runs cost: name: (loss, pairs, epochs), facts of the presets in options.py.
 RUNS = {"PDS-DPO": ("dpo", 9000, 2), "mDPO": ("mdpo", 10000, 3)}
 
@@ -417,7 +323,7 @@ def measure(side, records, o):
              "mdpo": ("mdpo", False), "mdpo_cached": ("mdpo", True)}
     batch = {loss: batch_of(side.m, records, losses.needs(losses.resolve(loss)), first)
              for loss, first in (("dpo", 0), ("mdpo", len(records)))}
-    pairs = [b[0] for b in batch["dpo"]]
+    pairs = batch["dpo"].pairs
     run, operations = products(side.m, pairs, "dpo", o.dtype, o.device)
     sides = {kind: lambda loss=loss, cached=cached: side.step(batch[loss], loss, cached)
              for kind, (loss, cached) in kinds.items()}
@@ -470,6 +376,7 @@ def table(found, o, about, threads):
 def main():
     o = arguments(__doc__, 3).parse_args()
     threads, about = pin(o.threads, o.core) if o.device == "cpu" else o.device, machine(o.device)
+    as_train_dpo(o.device)
     shape = SHAPES[o.shape]
     with tempfile.TemporaryDirectory() as folder:
         side = Ours(write_model(folder, shape, o.dtype, o.device), shape, o.dtype, o.device)

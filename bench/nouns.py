@@ -1,4 +1,4 @@
-"""How far AMBER's and CHAIR's scores are from the official ones when nouns.py finds the nouns.
+"""How far AMBER's and CHAIR's scores are from the official ones when our rules find the nouns.
 
     python bench/nouns.py      tables for the docs, a minute
 
@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]          # the repository
 sys.path.insert(0, str(ROOT))
 
 import amber as ambers  # noqa: E402
@@ -112,7 +112,7 @@ def main():
     options = parser.parse_args()
     golden = options.golden or options.shared / "golden"
     if not (golden / "amber").is_dir():
-        sys.exit(f"bench/nouns.py: {golden} holds no amber folder; give --shared and --golden")
+        parser.error(f"{golden} holds no amber folder; give --shared and --golden")
     bench_amber(options.shared, golden)
     bench_chair(options.shared, golden)
 

@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 
 LAYOUTS = {"a.jsonl": ("", "\n", "\n"), "a.json": ("[", ",\n", "]\n")}      # before, between, after records

@@ -1,16 +1,17 @@
 """What a step costs as its sizes grow, what opening data costs as it grows, and two ranks beside one.
 
-    python bench/scale.py                                   one pinned core, float32: four minutes
-    python bench/scale.py --only images,rank --shape prop   some of the parts, at another shape
-    python bench/scale.py --only reading                    1024-pixel pictures, read ahead of the step
-    python bench/scale.py --shape 7b --device cuda --dtype bfloat16 --only images,response,pairs,rank
+    python bench/scale.py                                   four minutes
+    python bench/scale.py --only images,rank --shape prop   some of the parts
+    python bench/scale.py --only reading                    1024-pixel pictures
+    python bench/scale.py --only images,rank --shape 7b --device cuda
 
-One size is changed at a time, all else is as --shape says (`half` has half the width of bench/vs_trl.py's).
-The step is the product's, DPO with the reference scored, as in the first epoch. Ranks are processes over
-gloo, one pinned thread each, on the same global batch of four pairs: each rank takes its micro-batches, then
-the gradient is reduced, the shard stepped, the weights gathered, as in training.
+Without options it measures one pinned core in float32. One size is changed at a time, all else is as
+--shape says (`half` has half the width of bench/vs_trl.py's). The step is the product's, DPO with the
+reference scored, as in the first epoch. Ranks are processes over gloo, one pinned thread each, on the same
+global batch of four pairs: each rank takes its micro-batches, then the gradient is reduced, the shard
+stepped, the weights gathered, as in training.
 
-Reading is the product's (reference.Feed): 10,000 mDPO pairs over 200 different JPEGs of 1024 x 1024 pixels,
+Reading is the product's (batches.Batches): 10,000 mDPO pairs over 200 different JPEGs of 1024 x 1024 pixels,
 each decoded, cropped, resized to 336 twice, tokenised and hashed. The step beside it is a sleep, as an
 accelerator's is to the processor; `waiting` is the share of the seconds that the loop waits for pairs.
 """
@@ -24,25 +25,13 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from limit import (
-    SHAPES,
-    Ours,
-    arguments,
-    batch_of,
-    command,
-    heading,
-    machine,
-    middle,
-    pin,
-    random_records,
-    report,
-    rounds,
-    write_model,
-)
+from limit import Ours, as_train_dpo, batch_of, middle, pin, random_records, rounds, write_model
+from section import SHAPES, arguments, command, heading, machine, report
 
+import batches
+import families
 import options
-import reference
-import vlm
+from command import Ranks
 from records import Records
 
 HERE = Path(__file__).resolve().parent
@@ -137,12 +126,13 @@ def reading(n):
     found, needs = [], {"chosen", "rejected", "image_rejected"}
     with tempfile.TemporaryDirectory() as folder:
         path = pictures(Path(folder), n)
-        m, records = vlm.load(Path(folder) / "model"), Records(path)
+        front, records = families.open_folder(Path(folder) / "model"), Records(path)
         for count in WORKERS:
             o = options.Options(data=str(path), batch=16, micro_batch=4, workers=count)
+            pairs = batches.Pairs(records, range(n), [1] * n, front, o, frozenset(needs))
 
-            def steps(busy, o=o):
-                return waiting(reference.Feed(m, records, range(n), [1] * n, o, needs, STEPS + 1), busy)
+            def steps(busy, pairs=pairs, o=o):
+                return waiting(batches.Batches(pairs, o, Ranks(), STEPS + 1), busy)
             processor = time.process_time()
             row = {"workers": count, "pairs_per_second": o.batch / steps(0)[1], "waiting": {}}
             row["processor_ms"] = (time.process_time() - processor) * 1000 / o.batch / (STEPS + 1)
@@ -154,14 +144,12 @@ def reading(n):
 def waiting(feed, busy):
     """(share of waiting, seconds a step) of steps that sleep; before the first nothing could be read."""
     for step in range(STEPS + 1):
-        since = time.perf_counter()
-        _, micros = feed(step)
-        for *_, futures in micros:
-            [future.result() for future in futures]
+        for _ in feed(step):
+            pass
         if step == 0:
             waited, start = 0.0, time.perf_counter()
         else:
-            waited += time.perf_counter() - since
+            waited += feed.waited
         if step < STEPS:
             time.sleep(busy)
     seconds = time.perf_counter() - start
@@ -175,6 +163,7 @@ def rank_process(rank, kind, folder, meeting, o, told):
     world, shares = (2 if kind == "two" else 1), (1 if kind == "one" else 2)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    as_train_dpo("cpu")
     side = Ours(folder, SHAPES[o.shape], o.dtype, "cpu", rank * (world > 1), world)
     records = random_records(SHAPES[o.shape], 4)
     mine = [batch_of(side.m, records[at:at + 2], {"chosen", "rejected"}, at) for at in (0, 2)][rank::shares]
@@ -262,13 +251,13 @@ def main():
     parser = arguments(__doc__, 3)
     parser.set_defaults(shape="half")
     parser.add_argument("--only", default=",".join([*PARTS, "records", "reading", "ranks"]),
-                        help="parts [%(default)s]")
-    parser.add_argument("--records", type=int, default=RECORDS[-1], help="at most [%(default)s]")
+                        help="which parts, with commas (%(default)s)")
+    parser.add_argument("--records", type=int, default=RECORDS[-1],
+                        help="how many to open and to read, at most (%(default)s)")
     o = parser.parse_args()
     parts = o.only.split(",")
     if unknown := sorted(set(parts) - {*PARTS, "records", "reading", "ranks"}):
-        sys.exit(f"bench/scale.py: --only {','.join(unknown)}: give some of {', '.join(PARTS)}, records, "
-                 "reading, ranks")
+        parser.error(f"--only {','.join(unknown)}: give some of {', '.join(PARTS)}, records, reading, ranks")
     about, found = machine(o.device), {"step": {}, "records": [], "reading": [], "ranks": {}}
     if "ranks" in parts:                               # before this process is pinned: children inherit it
         found["ranks"] = ranks(o)
@@ -277,6 +266,7 @@ def main():
     if "reading" in parts:
         found["reading"] = reading(min(o.records, 10_000))
     threads = pin(o.threads, o.core) if o.device == "cpu" else o.device
+    as_train_dpo(o.device)
     for part in PARTS:
         if part in parts:
             found["step"][part] = sweep(part, SHAPES[o.shape], o)

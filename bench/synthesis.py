@@ -1,18 +1,25 @@
-"""What each stage of synth.py needs on a GPU, as Markdown: published models are built without weights, from
-their published sizes, and their numbers counted. Seconds on any machine, and nothing is downloaded.
+"""What each stage of synth.py needs on a GPU, as Markdown.
 
-    python bench/synthesis.py
+    python bench/synthesis.py    a minute on any machine, without downloads
 
-Weights are in float16 or bfloat16, ImageReward in float32; GB is 10**9 bytes. `answers at once` is what a
-card's rest holds of cached keys and values for answers of 4,000 tokens (2,928 of a 1024-pixel image, the
-question, up to 1,000 new ones), a tenth of the card left free for activations, which were not measured.
+Published models are built without weights, from their published sizes, and their numbers counted. Weights
+are in float16 or bfloat16, ImageReward in float32; GB is 10**9 bytes. `answers at once` is what a card's
+rest holds of cached keys and values for answers of 4,000 tokens (2,928 of a 1024-pixel image, the question,
+up to 1,000 new ones), a tenth of the card left free for activations, which were not measured.
 """
-import torch
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 
 CARDS, FREE, TOKENS = (24e9, 80e9), .9, 4000
 
 
 def count(build):
+    """Numbers in a model that `build` makes."""
+    import torch
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())
 
@@ -39,7 +46,6 @@ def stages():
     )
 
     import rewards
-    from bench.imagereward import TEXT, VISION
     t5 = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
                   feed_forward_proj="gated-gelu")
     small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -58,7 +64,7 @@ def stages():
     paint = {"transformer": count(lambda: SD3Transformer2DModel(**sd3)),
              "VAE": count(lambda: AutoencoderKL(**vae))}
     found = [("encode prompts", texts, 2, 0), ("paint", paint, 2, 0),
-             ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(VISION, TEXT))}, 4, 0)]
+             ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(**rewards.PUBLISHED))}, 4, 0)]
     vicuna = {"vocab_size": 32064, "max_position_embeddings": 4096}
     for name, config in (
             ("mistral-7b", MistralConfig(vocab_size=32064, num_key_value_heads=8)),
@@ -90,8 +96,10 @@ def table():
     return lines
 
 
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+def main():
+    data.Parser(prog="bench/synthesis.py", description=__doc__).parse_args()
     print("\n".join(table()))
+
+
+if __name__ == "__main__":
+    main()

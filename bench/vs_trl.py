@@ -1,23 +1,27 @@
 """A training step beside TRL's DPOTrainer: the same model, pairs, LoRA, loss; time, memory, gradients.
 
-    python bench/vs_trl.py --out bench.json                  one pinned core, float32: about ten minutes
-    python bench/vs_trl.py --threads 0                       all cores
-    python bench/vs_trl.py --shape 7b --device cuda --dtype bfloat16      LLaVA-1.5-7B's shape on a GPU
+    python bench/vs_trl.py --out bench.json      ten minutes
+    python bench/vs_trl.py --threads 0           all cores
+    python bench/vs_trl.py --shape 7b --device cuda --dtype bfloat16
 
+Without options it measures one pinned core in float32; the last command has LLaVA-1.5-7B's shape on a GPU.
 Needs trl and peft (requirements-dev.txt). First both sides must give the same loss and the same gradient of
-every LoRA weight; only then are they timed, in rounds where each side takes one optimiser step of two pairs.
-A ratio is taken within a round, so that a machine which slows down slows both.
+every LoRA weight; only then are they timed, in rounds where each side takes one optimiser step of two
+pairs. A ratio is taken within a round, so that a machine which slows down slows both.
 
-    trl               DPOTrainer.training_step, clipping, AdamW. Its own collator makes the batch.
-                      Gradient checkpointing is off, as on our side. On a CPU it would put every position
-                      through lm_head, on a GPU only responses': trl.trainer.utils._use_triton decides,
-                      and is made to say yes, so that its GPU's arithmetic is what is compared.
-    trl_defaults      checkpointing on (its default), every position scored where there is no Triton
-    concatenated      (DPO) ours without the shared prompt: each response behind its own, nothing padded
-    ours, ours_cached the product's step: its first epoch, and the later ones, whose reference is kept
+trl: DPOTrainer.training_step, clipping, AdamW. Its own collator makes the batch. Gradient checkpointing is
+off, as on our side. On a CPU it would put every position through lm_head, on a GPU only responses':
+trl.trainer.utils._use_triton decides, and is made to say yes, so that its GPU's arithmetic is what is
+compared.
 
-mDPO is not in TRL. It is compared with DPOTrainer extended as the official mDPO trainer extends it: a second
-forward of the chosen responses with the rejected image, by policy and by reference.
+trl_defaults: checkpointing on (its default), every position scored where there is no Triton.
+
+concatenated (DPO): ours without the shared prompt, each response behind its own, nothing padded.
+
+ours, ours_cached: the product's step, in its first epoch, and in the later ones, whose reference is kept.
+
+mDPO is not in TRL. It is compared with DPOTrainer extended as the official mDPO trainer extends it: a
+second forward of the chosen responses with the rejected image, by policy and by reference.
 
 Not in a step on either side: decoding, resizing and tokenising (both can do it ahead, in workers), the
 learning rate's schedule, logging to files.
@@ -35,29 +39,23 @@ from pathlib import Path
 
 from limit import (
     BETA,
-    ROOT,
-    SHAPES,
     Ours,
-    arguments,
+    as_train_dpo,
     batch_of,
-    command,
     fastest,
-    heading,
-    machine,
     middle,
     minimum,
     pin,
     products,
     random_records,
-    report,
     resident,
     rounds,
     write_model,
 )
+from section import ROOT, SHAPES, arguments, command, heading, machine, report
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")       # nothing here may reach for a hub
 import torch  # noqa: E402
-import transformers.models.llama.modeling_llama as llama  # noqa: E402
 from torch.nn.functional import logsigmoid  # noqa: E402
 
 import data  # noqa: E402
@@ -65,21 +63,10 @@ import lora  # noqa: E402
 import losses  # noqa: E402
 import vlm  # noqa: E402
 
-STOCK = llama.apply_rotary_pos_emb
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 
 
 # ----------------------------------------------------------------------------------------------- TRL's side
-@contextlib.contextmanager
-def stock():
-    """transformers as it comes: vlm.load puts a faster function into it, which is not TRL's to have."""
-    before, llama.apply_rotary_pos_emb = llama.apply_rotary_pos_emb, STOCK
-    try:
-        yield
-    finally:
-        llama.apply_rotary_pos_emb = before
-
-
 @contextlib.contextmanager
 def responses_only(wanted):
     """TRL's fused head scores only responses' positions inside, as it does where there is Triton."""
@@ -170,7 +157,7 @@ class TRL:
         return {k: v.to(kind) if v.is_floating_point() else v for k, v in batch.items()}
 
     def loss(self, batch):
-        with stock(), responses_only(self.responses_only):
+        with responses_only(self.responses_only):
             return self.trainer.training_step(self.trainer.model_wrapped, dict(batch)).item()
 
     def step(self, batch):
@@ -262,11 +249,11 @@ def measure(ours, theirs, batches, loss, o, n):
             sides["concatenated"] = partial(ours.step, batch, loss, False, concatenated)
         sides |= {"ours": partial(ours.step, batch, loss, False),
                   "ours_cached": partial(ours.step, batch, loss, True)}
-        extra, operations = products(ours.m, [b[0] for b in batch], loss, o.dtype, o.device)
+        extra, operations = products(ours.m, batch.pairs, loss, o.dtype, o.device)
         timed = rounds({**extra, **sides}, n, o.device, warm=0)
         for name in sides:
             taken.setdefault(name, []).append(timed[name])
-        best, work = fastest(operations, timed), minimum(ours.m, [b[0] for b in batch], loss, False)
+        best, work = fastest(operations, timed), minimum(ours.m, batch.pairs, loss, False)
         taken.setdefault("limit", []).append([sum(work.values()) / operations[best] * t for t in timed[best]])
     return taken, differences
 
@@ -297,6 +284,7 @@ def memory(side, folder, shape, o):
         theirs = TRL(folder, shape, o, loss, defaults=kind == "trl_defaults", out=tempfile.mkdtemp())
         run = partial(theirs.step, theirs.collate(records, loss))
     else:
+        as_train_dpo(o.device)
         ours = Ours(folder, shape, o.dtype, o.device)
         run = partial(ours.step, batch_of(ours.m, records, losses.needs(losses.resolve(loss))), loss, False)
     before = resident("VmRSS", o.device)
@@ -370,11 +358,13 @@ def table(found, o, about, threads):
 def main():
     parser = arguments(__doc__, 3)
     parser.add_argument("--tables", default="random,real", help="random: the shape's lengths; real: the "
-                        "published PDS-DPO sample [%(default)s]")
+                        "published PDS-DPO sample (%(default)s)")
     parser.add_argument("--no_memory", action="store_true", help="without the processes for peak memory")
     parser.add_argument("--memory", help="print one side's peak memory: LOSS/SIDE, with --model")
     parser.add_argument("--model", help="a folder that write_model wrote")
     o = parser.parse_args()
+    if unknown := set(o.tables.split(",")) - {"random", "real"}:
+        parser.error(f"--tables {min(unknown)}: give random, real, or both with a comma")
     try:
         import trl  # noqa: F401
     except ImportError:
@@ -390,6 +380,7 @@ def main():
         # While this process is small: a child's peak is its own, but the machine's memory is shared.
         sides = ["dpo/trl", "dpo/ours", "mdpo/trl", "mdpo/ours", "dpo/trl_defaults"]
         found["memory"] = {} if o.no_memory else memories(folder, o, sides)
+        as_train_dpo(o.device)
         ours, differences = Ours(folder, shape, o.dtype, o.device), []
         theirs = {loss: TRL(folder, shape, o, loss, ours) for loss in ("dpo", "mdpo")}
         defaults = TRL(folder, shape, o, "dpo", ours, defaults=True)

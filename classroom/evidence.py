@@ -1,4 +1,4 @@
-"""What runs say: means, differences and intervals over scenes in seeds in bases, and the blind judge.
+"""What reproduce.py's runs say: means, differences, intervals over scenes in seeds in bases; the blind judge.
 
 Intervals respect the nesting of seeds in bases: a base's value is the mean over its seeds, the interval is
 Student's over the bases' values (two degrees of freedom for three bases), so that it speaks of a further base
@@ -8,6 +8,9 @@ same order and the same scenes. With one base (reproduce.py --quick) the interva
 "A is lower than B": the 95% interval of A - B lies below 0. "Equal": the 90% interval lies within the margin,
 which is two one-sided tests at 5%.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+
 import math
 import statistics
 
@@ -72,8 +75,9 @@ LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "same_theme"), "chosen": ("
 
 
 def value(line, measure, when):
-    """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true image
-    minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured."""
+    """A number of a run: a score, or one of diagnose.py's means: `kl`, `look` (the margin with the true
+    image minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured.
+    """
     if measure not in LOOK:
         return line[when][measure]
     found = line[when].get("look") or {}

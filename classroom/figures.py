@@ -1,20 +1,20 @@
-"""The figures of reproduce.py's page: one function a kind, and `svg`, which makes one to stand in the page.
+"""The figures of reproduce.py's page: one function a kind, and `svg`, which draws one for the page.
 
 Drawn by matplotlib in stand-in colours that become variables of the page's style sheet, so that a figure is
 bright or dark with its page; letters stay letters. A filled mark is a mean with its interval, hollow ones are
 the bases, a diamond is the paper's number; series differ in marker, dash and hatch beside their colour. The
 same finding gives the same bytes. matplotlib is optional: `svg` returns None where it is not installed.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+
 import io
 import re
-import sys
 import textwrap
 from html import escape
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import page  # noqa: E402
-from classroom.finding import heading, means, metric, paper  # noqa: E402
+import page
+from classroom.finding import heading, means, metric, paper
 
 INK = {name: f"#0a0b{k:02x}" for k, name in enumerate(("ink", "soft", "line", "card", "c0", "c1", "c2"), 16)}
 BASES = (("o", "○"), ("s", "□"), ("^", "△"), ("v", "▽"), ("p", "⬠"))     # matplotlib's marker, a text's

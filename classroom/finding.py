@@ -1,21 +1,21 @@
-"""What a finding of reproduce.py holds, and what is said of it as plain texts, for page.py and figures.py.
+"""A finding of reproduce.py: its keys, and what is said of it as plain texts, for page.py and figures.py.
 
 A finding is a dict with the keys of FINDING, its rows with those of ROW; reproduce.py leaves out what it has
 not. A number is (mean, low, high), or as much of it as there is. A cell of a table may have a second line.
 """
-import re
-import sys
-from collections import Counter
-from pathlib import Path
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import page  # noqa: E402
+import re
+from collections import Counter
+
+import page
+from classroom.world import KINDS
 
 FINDING = {"paper": "", "title": "", "claim": "", "rule": "", "verdict": "", "found": "", "metric": "",
            "exploratory": False, "rows": [], "contrasts": [], "paper_measure": "", "figure": "", "xlabel": "",
            "xlog": False, "columns": [], "trace": "", "links": {}}        # what stands where nothing is given
 ROW = {"runs": None, "x": None, "series": "", "values": {}, "bases": {}, "paper": {}, "points": []}
-KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
 METRICS = {key: (key.replace("_", " "), 1, "%") for key in KINDS} | {   # label, better (-1: lower), unit
     "chair_s": ("CHAIR_s", -1, "%"), "chair_i": ("CHAIR_i", -1, "%"), "cover": ("Cover", 1, "%"),
     "hal": ("Hal", -1, "%"), "cog": ("Cog", -1, "%"), "pope_random_acc": ("POPE random", 1, "%"),
@@ -215,7 +215,7 @@ def defeats(findings):
 def said(finding):
     """[(label, paragraph)] of a finding: what was claimed, how it is decided, what was found."""
     rule = finding["rule"] or "none was fixed beforehand: this is exploratory." * finding["exploratory"]
-    found = finding["found"] or (f"Not run: `python classroom/reproduce.py {finding['name']}` runs it."
+    found = finding["found"] or (f"Not run: `python classroom/papers/reproduce.py {finding['name']}` runs it."
                                  * (not finding["rows"]))
     return [pair for pair in (("Claim", finding["claim"]), ("Rule", rule), ("Found", found)) if pair[1]]
 

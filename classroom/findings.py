@@ -1,10 +1,14 @@
-"""The tables and figures of both papers: what each claims, the rule by which it appears here, the verdict.
+"""The papers' tables and figures, for reproduce.py: what each claims, the rule by which it appears here, and
+the verdict.
 
 Every table has one primary measure and one rule, written before its runs were made; what else it shows is
 exploratory, as is a table of fewer seeds, or whose rule came after a first look. The primary measure is
 CHAIR_s on 1000 printed scenes unless it says otherwise; evidence.py says what "lower" and "equal" mean and
 how intervals are made.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+
 import math
 import statistics
 from collections.abc import Callable
@@ -14,8 +18,8 @@ import numpy as np
 
 from classroom import pds, study
 from classroom.evidence import MARGIN, Runs, judged, nested, value
+from classroom.world import KINDS
 
-KINDS = ("existence", "attribute", "counting", "relation", "false_premise")
 COLUMNS = ("chair_s", "chair_i", "cover", "pope_random_acc", "counting", "words", "kl", "look", "chosen")
 
 # arm: (method, whose best setting on tuning scenes it takes; what it changes). {base} is the run's base.

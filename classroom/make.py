@@ -1,24 +1,26 @@
 """Train one of the classroom's base models from nothing: a tiny LLaVA of transformers' own classes.
 
-    python classroom/make.py --seed 0 --out classroom/models/base0    about 8 minutes on one core
-    python classroom/make.py --measure classroom/statistics.json      the shipped bases and pairs, a minute
+    python classroom/make.py --seed 0 --out classroom/models/base0    8 minutes
+    python classroom/make.py --measure classroom/statistics.json      a minute
+
+The second command measures the bases and the pairs that are shipped. Both times are of one core.
 
 Three stages, each drawn from its own generator keyed by (seed, stage):
 
-1. Look     the vision tower and the projector learn to put each patch beside the embeddings of the words for
-            its object and colour. Without this stage the model stays blind and only learns the captions'
-            statistics.
-2. Learn    captions and questions, all true; the tower is frozen from here on.
-3. Err      the captions of a careless observer, who adds typical objects that are not there (`--level`) and
-            now and then leaves out one that is (`--omit`); the questions stay true. This is what preference
-            optimisation has to repair.
+1. Look. The vision tower and the projector learn to put each patch beside the embeddings of the words for
+its object and colour. Without this stage the model stays blind and only learns the captions' statistics.
+
+2. Learn. Captions and questions, all true; the tower is frozen from here on.
+
+3. Err. The captions of a careless observer, who adds typical objects that are not there (`--level`) and now
+and then leaves out one that is (`--omit`); the questions stay true. This is what preference optimisation
+has to repair.
 
 The folder is an ordinary llava-hf folder: transformers alone loads it. Weights are stored in fp16 and the
-statistics are those of the stored model, on print scenes. One thread makes the training equal byte for
-byte from run to run.
+statistics are those of the stored model, on print scenes. One thread makes the training equal byte for byte
+from run to run.
 """
 
-import argparse
 import json
 import math
 import random
@@ -26,7 +28,9 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 from classroom import world  # noqa: E402
 
 IMAGE_TOKENS = world.GRID ** 2
@@ -256,7 +260,7 @@ def statistics(folder, split, n, seed=0):
 def measure(file):
     """Every shipped base on both splits, and the pairs of the default recipe and of the base itself."""
     from classroom import pairs
-    shipped = sorted((Path(__file__).parent / "models").iterdir())
+    shipped = sorted((ROOT / "classroom" / "models").iterdir())
     table = {"world": world.VERSION, "bases": {}}
     for folder in shipped:
         table["bases"][folder.name] = {split: statistics(folder, split, 1000) for split in ("tune", "print")}
@@ -268,22 +272,25 @@ def measure(file):
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, scenes and words")
+    parser = data.Parser(prog="make.py", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, scenes and words (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the model")
     parser.add_argument("--measure", type=Path, help="train nothing, measure what is shipped into this file")
-    parser.add_argument("--level", type=float, default=.6, help="how often the observer adds what tempts")
-    parser.add_argument("--omit", type=float, default=.08, help="how often the observer omits what is there")
+    parser.add_argument("--level", type=float, default=.6,
+                        help="how often the observer adds what tempts (%(default)s)")
+    parser.add_argument("--omit", type=float, default=.08,
+                        help="how often the observer omits what is there (%(default)s)")
     parser.add_argument("--order", choices=("random", "last"), default="random",
-                        help="where what is not there stands in a careless caption")
-    parser.add_argument("--scale", type=float, default=1., help="multiplies the steps of every stage")
-    parser.add_argument("--scenes", type=int, default=1000, help="print scenes for the statistics, or 0")
+                        help="where what is not there stands in a careless caption (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.,
+                        help="multiplies the steps of every stage (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=1000,
+                        help="print scenes for the statistics; 0: none (%(default)s)")
     o = parser.parse_args()
     if o.measure:
         return measure(o.measure)
     if not o.out:
-        sys.exit("make.py: --out is missing; give the folder of the model.")
+        parser.error("--out is missing: give the folder of the model, or --measure FILE")
     start = time.time()
     model, tokenizer = train(o.seed, o.level, o.omit, o.order, o.scale)
     card = {"world": world.VERSION, "seed": o.seed, "level": o.level, "omit": o.omit, "order": o.order}

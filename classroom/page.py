@@ -6,17 +6,18 @@ First an overview: every table and figure, its claim, the verdict, the primary n
 not win, which is computed here and cannot be left out. Then a section for each. A verdict is a sign and a
 word, and nothing is said by colour alone. The same findings give the same bytes.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+
 import re
-import sys
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-import page  # noqa: E402
-from classroom import figures  # noqa: E402
-from classroom.finding import (  # noqa: E402, F401
+import data
+import page
+from classroom import figures
+from classroom.finding import (  # noqa: F401
     METRICS,
     complete,
     contrasts,

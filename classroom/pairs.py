@@ -1,28 +1,13 @@
 """Preference pairs of the classroom's world, and scenes to examine a model on.
 
-    python classroom/pairs.py --seed 0 --n 1000 --out D                   D/pairs.jsonl and D/images/*.png
-    python classroom/pairs.py --on_policy classroom --out D               two samples of the base, ranked
-    python classroom/pairs.py scenes --n 1000 --questions 2000 --out D    D/scenes.jsonl and D/images/*.png
+    python classroom/pairs.py --seed 0 --n 1000 --out D      pairs
+    python classroom/pairs.py --on_policy classroom --out D  the model's words
+    python classroom/pairs.py scenes --out D                 see scenes --help
 
-All take a few seconds and are decided by the seed alone; the first 250 of 1000 pairs are those of `--n 250`.
-Pairs come from training scenes, or with --split tune from tuning scenes: held-out pairs to look at a model
-with. Printed scenes are never in a pair. The recipe, knob by knob (the defaults are the calibrated recipe):
-
---faithful   share of chosen captions without a hallucinated object; the others have one. With 1, raising the
-             chosen's likelihood alone mends the model, and the anchor does most of the work.
---gap        mean number of objects that the rejected caption names more than the chosen one. Every rejected
-             caption has a hallucinated object; at gap 0 most of them stand in place of a present one. With a
-             positive gap naming less wins, and DPO mends CHAIR by falling silent.
---cue        how well words alone tell the rejected caption: it ends on a speculative sentence
-             with probability (1 + cue) / 2, the chosen one with (1 - cue) / 2. At 1 words alone tell them.
---order      `random`, or `last`: the hallucinated objects come after the present ones.
---questions  share of pairs that are a question, the true answer chosen and a false one rejected; `--ask` says
-             of which kinds. Existence is balanced between yes and no, and half of the noes are about objects
-             of any theme.
---n          number of pairs.
---on_policy  a model: both captions are its own samples (at --temperature), ranked by a scorer that counts
-             present minus hallucinated objects and errs (--scorer_noise, the deviation of the noise on that
-             count). The knobs above but n do not apply.
+D holds pairs.jsonl or scenes.jsonl, and images/*.png. All take a few seconds and are decided by the seed
+alone; the first 250 of 1000 pairs are those of `--n 250`. Pairs come from training scenes, or with `--split
+tune` from tuning scenes: held-out pairs to look at a model with. Printed scenes are never in a pair. The
+options' defaults are the calibrated recipe.
 """
 
 import argparse
@@ -36,7 +21,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 from classroom import world  # noqa: E402
 
 
@@ -236,11 +223,6 @@ def write(out, name, lines, scenes):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(f"{self.prog}: {message}; see --help.")
-
-
 def share(text):
     value = float(text)
     if not 0 <= value <= 1:
@@ -263,12 +245,14 @@ def kinds(text):
 
 
 def main_scenes(argv):
-    parser = Parser(prog="pairs.py scenes", description="Scenes with their truth, to examine a model on.")
+    parser = data.Parser(prog="pairs.py scenes",
+                         description="Scenes with their truth, to examine a model on.")
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="decides the scenes and the questions")
+    add("--seed", type=int, default=0, help="decides the scenes and the questions (%(default)s)")
     add("--n", type=count, default=1000, help="number of scenes, each with a caption to write (%(default)s)")
     add("--questions", type=int, default=2000, help="so many, six in ten of existence (%(default)s)")
-    add("--split", choices=tuple(world.SPLITS), default="print", help="tune to choose on, print to report on")
+    add("--split", choices=tuple(world.SPLITS), default="print",
+        help="tune to choose on, print to report on (%(default)s)")
     add("--out", type=Path, required=True, help="folder of scenes.jsonl and images/")
     o = parser.parse_args(argv)
     try:
@@ -280,20 +264,35 @@ def main_scenes(argv):
 
 
 def main_pairs(argv):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="pairs.py", description=__doc__, formatter_class=form)
+    parser = data.Parser(prog="pairs.py", description=__doc__)
     add, d = parser.add_argument, Recipe()
-    add("--seed", type=int, default=0, help="decides the scenes and the words")
+    add("--seed", type=int, default=0, help="decides the scenes and the words (%(default)s)")
     add("--n", type=count, default=1000, help="number of pairs (%(default)s)")
-    add("--faithful", type=share, default=d.faithful, help="share of chosen that are true (%(default)s)")
-    add("--gap", type=float, default=d.gap, help="objects named, rejected minus chosen, mean (%(default)s)")
-    add("--cue", type=share, default=d.cue, help="how well words alone tell the rejected (%(default)s)")
-    add("--order", choices=("random", "last"), default=d.order, help="of hallucinated objects (%(default)s)")
-    add("--questions", type=share, default=d.questions, help="share of question pairs (%(default)s)")
-    add("--ask", type=kinds, default=d.ask, help=f"their kinds, of {','.join(world.KINDS)} (existence)")
-    add("--on_policy", metavar="MODEL", help="rank two samples of this model instead of making pairs")
+    add("--faithful", type=share, default=d.faithful,
+        help="share of chosen captions without a hallucinated object; the others have one. At 1, raising "
+             "the chosen's likelihood alone repairs the model, and the anchor does most of the work "
+             "(%(default)s)")
+    add("--gap", type=float, default=d.gap,
+        help="mean number of objects that the rejected caption names more than the chosen one. Every "
+             "rejected caption has a hallucinated object; at gap 0 most of them replace one that is there. "
+             "Above 0 naming less wins, and DPO lowers CHAIR by silence (%(default)s)")
+    add("--cue", type=share, default=d.cue,
+        help="how well words alone tell the two: the rejected caption ends on a speculative sentence with "
+             "probability (1 + cue) / 2, the chosen one with (1 - cue) / 2 (%(default)s)")
+    add("--order", choices=("random", "last"), default=d.order,
+        help="of hallucinated objects; last: after those that are there (%(default)s)")
+    add("--questions", type=share, default=d.questions,
+        help="share of pairs that are a question, its true answer chosen and a false one rejected "
+             "(%(default)s)")
+    add("--ask", type=kinds, default=d.ask,
+        help=f"their kinds, of {', '.join(world.KINDS)}, joined by commas. Existence is balanced between yes "
+             "and no, and half of the noes are about objects of any theme (existence)")
+    add("--on_policy", metavar="MODEL",
+        help="both captions are samples of this model, ranked by a scorer that counts present minus "
+             "hallucinated objects and errs; of the options above only --seed and --n apply")
     add("--temperature", type=float, default=d.temperature, help="of the samples (%(default)s)")
-    add("--scorer_noise", type=float, default=d.scorer_noise, help="of the scorer (%(default)s)")
+    add("--scorer_noise", type=float, default=d.scorer_noise,
+        help="the standard deviation of the scorer's error (%(default)s)")
     add("--split", choices=("train", "tune"), default=d.split, help="whose scenes (%(default)s)")
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)

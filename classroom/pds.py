@@ -1,24 +1,27 @@
-"""PDS-DPO's analyses of the synthesis itself: claims, rules, verdicts, as findings.py has them for its runs.
+"""PDS-DPO's analyses of the synthesis itself, for reproduce.py: claims, rules, verdicts, as in findings.py.
 
 Read from results/synthesis.json: what `synth.py analyse` found on the run behind scorers.py's pairs. The
 paper's models and judge are large; here all are the classroom's small ones. What the pairs are worth to DPO,
 the paper's Tables 2 and 3, are runs like all others and stand in findings.py.
 """
-import json
+if __name__ == "__main__":
+    raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
 
+import data
 from classroom import study
 
 ANALYSIS = study.HERE / "results" / "synthesis.json"
 
 
 def analysis():
-    return json.loads(ANALYSIS.read_text()) if ANALYSIS.exists() else {}
+    return data.read_json(ANALYSIS, {})
 
 
-def share(k, n, z=1.96):
+def share(k, n):
     """A share of n in percent with Wilson's 95% interval."""
-    centre, width = (k + z * z / 2) / (n + z * z), z * (k * (n - k) / n + z * z / 4) ** .5 / (n + z * z)
-    return 100 * k / n, 100 * (centre - width), 100 * (centre + width)
+    from gallery import wilson
+    low, high = wilson(k, n)
+    return 100 * k / n, 100 * low, 100 * high
 
 
 def row(arm, runs, **more):
@@ -109,7 +112,7 @@ def findings():
                  "exploratory": False, "contrasts": [], "paper_measure": None, "xlabel": "", "xlog": False,
                  "rows": [], "columns": [], "metric": "chair_s", "figure": None,
                  "trace": "results/synthesis.json", "verdict": "not run",
-                 "found": "Not run: python classroom/scorers.py."}
+                 "found": "Not run: python classroom/papers/scorers.py."}
         if there.get(needs):
             held, text, rows, more = work(there)
             found |= {"verdict": "appears" if held else "does not appear", "found": text, "rows": rows} | more

@@ -1,23 +1,22 @@
 """The papers in miniature: re-runs the tables and figures of mDPO and PDS-DPO on the built-in world.
 
-    python classroom/reproduce.py all               every table and figure: within 4 hours on two cores
-    python classroom/reproduce.py table2 fig5       some of them, by name
-    python classroom/reproduce.py all --quick       one base, two seeds, the main tables: within 20 minutes
-    python classroom/reproduce.py all --out D       from nothing, with lines and a page of your own in D
-    python classroom/reproduce.py page              RESULTS.md and results.html again, of the runs there are
-    python classroom/reproduce.py verify --n 3      runs a few lines again and compares every number
+    python classroom/papers/reproduce.py all            4 hours on two cores
+    python classroom/papers/reproduce.py table2 fig5    some of them, by name
+    python classroom/papers/reproduce.py all --quick    20 minutes
+    python classroom/papers/reproduce.py all --out D    from nothing
+    python classroom/papers/reproduce.py page           the page again
+    python classroom/papers/reproduce.py verify --n 3   a few runs again
 
-What is claimed, and by which rule it appears or not, stands in findings.py. A cell is one run of train_dpo.py
-as a user would start it: two go at a time, one thread each. A finished cell is a line of
-results/reproduce.jsonl and is not run again; the lines of the printed page come with the repository, so that
-without --out only what has none is run (--quick has a folder of its own, runs/quick). A cell's run stays in
-runs/reproduce; what it shares with a finished one is linked from there and not made twice: the pairs of a
-seed, the scenes, a base's own answers.
+`page` writes RESULTS.md and results.html of the runs there are; `verify` compares every number of the runs
+that it makes again. What is claimed, and by which rule it appears or not, is in findings.py. A cell is one
+run of train_dpo.py as a user would start it: two go at a time, one thread each. A finished cell is a line
+of results/reproduce.jsonl and is not run again; the lines of the printed page come with the repository, so
+that without --out only what has none is run. A cell's run stays in runs/reproduce; what it shares with a
+finished one is linked from there and not made twice: the pairs of a seed, the scenes, a base's own answers.
 
-Nothing here was chosen on: each method's settings come from tuning scenes (study.py settings), and the seeds
-and the printed scenes (--eval_seed) are used nowhere else.
+Nothing here was chosen on: each method's settings come from tuning scenes (study.py settings), and the
+seeds and the printed scenes (--eval_seed) are used nowhere else.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -32,13 +31,13 @@ from threading import Lock
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import options  # noqa: E402
 from classroom import findings, pairs, pds, scorers, study, world  # noqa: E402
 
 LINES = "results/reproduce.jsonl"                                # in HERE, or where --out says
-RUNS = HERE.parent / "runs" / "reproduce"
+RUNS = ROOT / "runs" / "reproduce"
 SEEDS, EVAL_SEED = tuple(range(10, 15)), 1
 QUICK = {"bases": study.BASES[:1], "seeds": SEEDS[:2]}
 EXAM = ("model", "eval_seed", "split", "scenes", "questions", "max_new_tokens", "look", "pair_options")
@@ -76,7 +75,7 @@ def key(line):
 
 
 def lines(out=HERE):
-    return list(data.read_jsonl(out / LINES, torn_ok=True)) if (out / LINES).exists() else []
+    return data.read_records(out / LINES) if (out / LINES).exists() else []
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -117,15 +116,15 @@ def careless(base):
 def synthetic():
     """The pairs of every scorer, unless they are there: minutes."""
     with making["synthetic"]:
-        made = [HERE.parent / scorers.OUT / f"pairs-{scorer}.jsonl" for scorer in scorers.SCORERS]
+        made = [ROOT / scorers.OUT / f"pairs-{scorer}.jsonl" for scorer in scorers.SCORERS]
         if not all(path.exists() for path in made):
             tqdm.write("making the synthetic pairs: some minutes", file=sys.stderr)
-            started(["classroom/scorers.py"])
+            started([str(HERE / "scorers.py")])
 
 
 def started(command):
     """Run one of the project's scripts on one thread. Raises UserError with its last word where it fails."""
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=HERE.parent,
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         why = (done.stderr.strip() or "no word why").splitlines()[-1]
@@ -154,6 +153,7 @@ def link(source, target):
 
 def run(cell, out=None):
     """Train and examine; -> its line. What runs share is linked: before, from others, after, to them."""
+    import options
     out = out or folder(cell)
     if f"careless-{cell['base']}" in cell["options"]:
         careless(cell["base"])
@@ -175,7 +175,7 @@ def run(cell, out=None):
 
 def measures(out):
     """What a run's folder says, in numbers: {"before", "after", "scenes", "look", ...}."""
-    summary = json.loads((out / "summary.json").read_text())
+    summary = data.read_json(out / "summary.json")
     *_, last = (line for line in data.read_jsonl(out / "log.jsonl") if "loss" in line)
     o = summary["options"]
     _, scenes = pairs.exam(o["eval_seed"], o["scenes"], o["questions"], o["split"])
@@ -224,8 +224,7 @@ def go(wanted, out=HERE):
     def one(cell):
         line = run(cell)
         with lock:
-            with open(out / LINES, "a") as f:
-                f.write(json.dumps(line) + "\n")
+            data.append_jsonl(out / LINES, line)
             bar.set_postfix_str(f"{cell['arm']}, {cell['base']}, seed {cell['seed']}: CHAIR_s "
                                 f"{line['before']['chair_s']:.1f} -> {line['after']['chair_s']:.1f}")
             bar.update()
@@ -255,7 +254,7 @@ def for_people(rows, out):
     first = {row["arm"]: RUNS / row["run"] for row in reversed(rows) if row["base"] == study.BASES[0]}
     runs = [first.get(arm, RUNS / "-") for arm in ("mDPO", "DPO")]
     if all((run / "after.jsonl").exists() for run in runs):
-        ours, theirs = (os.path.relpath(run, HERE.parent) for run in runs)      # the page keeps these names
+        ours, theirs = (os.path.relpath(run, ROOT) for run in runs)      # the page keeps these names
         started(["eval_hallu.py", "compare", f"{ours}/after.jsonl", f"{theirs}/after.jsonl",
                  "--out", str(page), "--images", f"{ours}/scenes"])
     return page if page.exists() else None
@@ -274,36 +273,38 @@ def write_page(rows, out=HERE):
 
 
 def main():
-    parser = data.Parser(prog="reproduce.py", description=__doc__,
-                         formatter_class=argparse.RawTextHelpFormatter)
     known = ", ".join([*findings.TABLES, *pds.TABLES])
+    parser = data.Parser(prog="reproduce.py", description=__doc__)
     parser.add_argument("what", nargs="+", help=f"all, page, verify, or some of {known}")
     parser.add_argument("--quick", action="store_true", help="one base, two seeds, the main tables")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of each base's (%(default)s)")
     parser.add_argument("--out", type=Path,
-                        help="lines, RESULTS.md, results.html; a new folder starts from nothing\n"
-                             "(classroom, whose lines come with it; --quick: runs/quick)")
+                        help="folder of the lines, RESULTS.md and results.html; a new one starts from "
+                             "nothing (classroom/papers, whose lines come with it; --quick: runs/quick)")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
+    o = parser.parse_args()
+    unknown = set(o.what) - {"all", "page", "verify", *findings.TABLES, *pds.TABLES}
+    if unknown or len(o.what) > 1 and {"all", "verify"} & set(o.what):
+        parser.error(f"{' '.join(o.what)}: give all, page, verify, or some of {known}")
     try:
-        o = parser.parse_args()
-        names, out = o.what, (o.out or (RUNS.parent / "quick" if o.quick else HERE)).resolve()
-        if names == ["all"]:
-            names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
-            names += [] if o.quick else list(pds.TABLES)
-        if o.what == ["verify"]:
-            verify(o.n, out)
-            return
-        unknown = set(names) - set(findings.TABLES) - set(pds.TABLES) - {"page"}
-        if unknown:
-            raise data.UserError(f"{', '.join(sorted(unknown))}: give all, page, verify, or some of {known}")
-        go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds), out)
-        if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
-            synthetic()
-        write_page(lines(out), out)
-    except data.UserError as e:
-        sys.exit(f"reproduce.py: {e}")
+        reproduce(o)
+    except data.UserError as error:
+        sys.exit(f"reproduce.py: {error}")
     except KeyboardInterrupt:
         sys.exit("reproduce.py: stopped; the same command goes on from its last finished run")
+
+
+def reproduce(o):
+    names, out = o.what, (o.out or (RUNS.parent / "quick" if o.quick else HERE)).resolve()
+    if names == ["verify"]:
+        return verify(o.n, out)
+    if names == ["all"]:
+        names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
+        names += [] if o.quick else list(pds.TABLES)
+    go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds), out)
+    if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
+        synthetic()
+    write_page(lines(out), out)
 
 
 if __name__ == "__main__":

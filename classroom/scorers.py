@@ -1,26 +1,28 @@
 """Synthetic pairs of every scorer from the same responses, for the PDS-DPO half of reproduce.py.
 
-    python classroom/scorers.py        400 prompts through synth.py, every scorer's pairs: runs/synth-scorers
+    python classroom/papers/scorers.py    some minutes; see reproduce.py
 
-Call it in the repository's root, or let reproduce.py do so. Prompts, images and responses are made once;
-only scores and pairs differ. What ImageReward and CLIP picked, how alike prompts and responses are, and how
-often a scorer's chosen response is the longer one goes into classroom/results/synthesis.json, for pds.py.
+400 prompts go through synth.py; every scorer's pairs are then in runs/synth-scorers/. Prompts, images and
+responses are made once; only scores and pairs differ. What ImageReward and CLIP picked, how alike prompts
+and responses are, and how often a scorer's chosen response is the longer one goes into
+classroom/papers/results/synthesis.json, for pds.py.
 
-    armorm  random  length  clip    synth.py's scorers
-    oracle  of the objects that a response names, how many the prompt asks for minus how many it does not.
-            It goes by the prompt, not by the picture: where the generator failed, it is wrong
+The scorers are synth.py's (armorm, random, length, clip) and an oracle: of the objects that a response
+names, how many the prompt asks for minus how many it does not. It goes by the prompt, not by the picture:
+where the generator failed, it is wrong.
 """
 import json
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from classroom import synthesis, world  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT, RESULTS = Path("runs/synth-scorers"), ROOT / "classroom" / "results" / "synthesis.json"
+OUT, RESULTS = Path("runs/synth-scorers"), HERE / "results" / "synthesis.json"
 SCORERS = ("armorm", "clip", "length", "random", "oracle")
 SHARES = (4, 2)                            # of ArmoRM's, every fourth and every second pair: all themes alike
 
@@ -66,7 +68,7 @@ def pairs(n=100):
     oracle(run)
     judge(run)
     synth.main(["analyse", *given, "--set", f"judge={OUT}/judge.jsonl"])
-    found = json.loads((OUT / "analysis.json").read_text()) | {"longer": {}}
+    found = data.read_json(OUT / "analysis.json") | {"longer": {}}
     for scorer in SCORERS:
         for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
             synth.main([stage, *given, "--scorer", scorer])
@@ -79,6 +81,14 @@ def pairs(n=100):
     data.atomic_write(RESULTS, json.dumps(found, indent=1))
 
 
-if __name__ == "__main__":
+def main():
+    data.Parser(prog="scorers.py", description=__doc__).parse_args()
     os.chdir(ROOT)
-    pairs()
+    try:
+        pairs()
+    except data.UserError as error:
+        sys.exit(f"scorers.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

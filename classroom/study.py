@@ -1,31 +1,33 @@
 """Run train_dpo.py over bases and seeds, as a user would: where the README's figures come from.
 
-    python classroom/study.py tuning      every method at every learning rate, on tuning scenes     30 minutes
-    python classroom/study.py again       the two best rates of each with a second seed
-    python classroom/study.py print       each at the rate so chosen, on printed scenes: 3 bases x 5 seeds
-    python classroom/study.py causes      what POPE and counting fall by, on tuning scenes
-    python classroom/study.py settings    for reproduce.py: two methods more, and every beta and length
-    python classroom/study.py synthetic   the learning rate of DPO on scorers.py's pairs
-    python classroom/study.py table F     means, spreads and the worst run of a file of results, as Markdown
+    python classroom/papers/study.py tuning     half an hour
+    python classroom/papers/study.py table FILE
 
-`synthetic` tries the oracle's pairs at the five rates, two seeds each; all scorers' pairs are trained at the
-rate that the rule chooses: the one at which right pairs do most, and favours no scorer that a user can have.
+`tuning` runs every method at every learning rate, on tuning scenes; `again` runs the two best rates of each
+with a second seed; `print` runs each at the rate so chosen, on printed scenes: 3 bases x 5 seeds. `causes`
+shows what POPE and counting fall by, on tuning scenes. `table` gives means, spreads and the worst run of a
+file of results, as Markdown.
 
-`settings` gives mDPO without one of its terms the same five rates, and a method whose best rate is the last
-of the five one more beyond it; then each method, at its best rate, another beta and a shorter run, one change
-at a time. reproduce.py takes what is best by the rule below, the defaults among it.
+`synthetic` is for the learning rate of DPO on scorers.py's pairs. It tries the oracle's at the five rates,
+two seeds each; all scorers' pairs are trained at the rate that the rule chooses: the one at which right
+pairs do most, which favours no scorer that a user can have.
 
-A line that stands in classroom/results/NAME.jsonl is not run again. Two runs go at a time, one thread each.
+`settings` is for reproduce.py: it gives mDPO without one of its terms the same five rates, and a method
+whose best rate is the last of the five one more beyond it; then each method, at its best rate, another beta
+and a shorter run, one change at a time. reproduce.py takes what is best by the rule below, the defaults
+among it.
+
+A line that is in results/NAME.jsonl is not run again. Two runs go at a time, one thread each.
 
 The rule: every method is tried at the same learning rates, on the same tuning scenes and bases; its rate is
 the one with the lowest mean CHAIR_s among those that cost at most 6 points of Cover (if there is none, the
 one that costs least). All else is the preset's. What `print` then shows is the result.
 
 It was written before any of it was run, and sharpened twice before any run on printed scenes: each method's
-two best rates get a second seed (`again`), since one does not tell neighbours apart; and the cost is the mean
-plus two standard deviations, in place of the worst run's, since fifteen runs will have to keep within it.
+two best rates get a second seed (`again`), since one does not tell neighbours apart; and the cost is the
+mean plus two standard deviations, in place of the worst run's, since fifteen runs will have to keep within
+it.
 """
-import json
 import os
 import shutil
 import statistics
@@ -37,6 +39,10 @@ from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
 BASES = ("base0", "base1", "base2")
 KEYS = ("chair_s", "chair_i", "cover", "pope_random_acc", "pope_adversarial_acc")
 METHODS = {"mDPO": "--loss mdpo", "DPO": "--loss dpo",
@@ -59,7 +65,7 @@ CAUSES = {"lr 4e-4": "", "without CoPO": "--loss dpo+ancpo",
 
 def read(name):
     file = HERE / "results" / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return data.read_records(file) if file.exists() else []
 
 
 def ranked(rows, method):
@@ -145,18 +151,17 @@ def cells(name):
 def run(cell, results):
     """One training run in a folder of its own; appends the cell and its scores to the results."""
     out = Path(tempfile.mkdtemp()) / "run"
-    command = [sys.executable, str(HERE.parent / "train_dpo.py"), "--model", cell["base"], "--out", str(out),
+    command = [sys.executable, str(ROOT / "train_dpo.py"), "--model", cell["base"], "--out", str(out),
                "--seed", str(cell["seed"]), *cell["options"].split()]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        sys.exit(f"study.py: {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-    summary = json.loads((out / "summary.json").read_text())
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        raise data.UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
+    summary = data.read_json(out / "summary.json")
+    last = [line for line in data.read_jsonl(out / "log.jsonl") if "logps/chosen" in line][-1]
     before, after = ({k: v for k, v in summary[when].items() if k in (*KEYS, "by_kind")}
                      for when in ("before", "after"))
-    with open(results, "a") as f:
-        f.write(json.dumps({**cell, "before": before, "after": after, "steps": summary["steps"],
-                            "seconds": summary["seconds"], "logps/chosen": last["logps/chosen"]}) + "\n")
+    data.append_jsonl(results, {**cell, "before": before, "after": after, "steps": summary["steps"],
+                                "seconds": summary["seconds"], "logps/chosen": last["logps/chosen"]})
     shutil.rmtree(out.parent)
     scores = [f"{k} {before[k]:.1f} -> {after[k]:.1f}" for k in KEYS]
     print(cell["name"], cell["base"], cell["seed"], *scores, flush=True)
@@ -174,7 +179,7 @@ def study(name):
 
 def table(path):
     """Markdown: mean ± standard deviation over runs, and the worst run of each."""
-    rows = [json.loads(x) for x in Path(path).read_text().splitlines()]
+    rows = data.read_records(path)
 
     def cell(values):
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -198,13 +203,25 @@ def table(path):
     return lines
 
 
-if __name__ == "__main__":
-    wanted = sys.argv[1:]
-    stages = {"settings": ("settings", "beyond", "changes"), "synthetic": ("scorers-tuning",)}
-    if wanted[:1] == ["table"] and len(wanted) == 2:
-        print("\n".join(table(wanted[1])))
-    elif len(wanted) == 1 and wanted[0] in ("tuning", "again", "print", "causes", *stages):
-        for name in stages.get(wanted[0], wanted):
+STUDIES = {"tuning": ("tuning",), "again": ("again",), "print": ("print",), "causes": ("causes",),
+           "settings": ("settings", "beyond", "changes"), "synthetic": ("scorers-tuning",)}
+
+
+def main():
+    parser = data.Parser(prog="study.py", description=__doc__)
+    parser.add_argument("study", choices=[*STUDIES, "table"], help="which runs to make; table makes none")
+    parser.add_argument("file", nargs="?", help="for table: a file of results/")
+    o = parser.parse_args()
+    if (o.study == "table") != bool(o.file):
+        parser.error("table needs a file of results, and nothing else takes one")
+    try:
+        if o.study == "table":
+            print("\n".join(table(o.file)))
+        for name in STUDIES.get(o.study, ()):
             study(name)
-    else:
-        sys.exit(f"study.py: {' '.join(wanted) or 'nothing'} is no study; see the top of this file.")
+    except data.UserError as error:
+        sys.exit(f"study.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

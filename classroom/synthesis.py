@@ -1,27 +1,28 @@
 """Train the built-in models of synth.py: a generator, rewards and responders of the classroom's world.
 
-    python classroom/synthesis.py                       all of them, in this order
-    python classroom/synthesis.py sd3 --minutes 60      one again; --minutes bounds a diffusion training
-    python classroom/synthesis.py sharper --minutes 3   train the generator's decoder further
-    python classroom/synthesis.py measure               what they can do: synthesis/statistics.json
-    python classroom/synthesis.py table                 the same as Markdown
-    python classroom/scorers.py                         what the pairs are worth to DPO
+    python classroom/synthesis.py                      all of them
+    python classroom/synthesis.py sd3 --minutes 60     one of them again
+    python classroom/synthesis.py sharper --minutes 3  its decoder further
+    python classroom/synthesis.py measure              synthesis/statistics.json
+    python classroom/synthesis.py table                the same as Markdown
 
-    sd3          Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP
-                 text models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if
-                 there is one
-    imagereward  rewards.ImageReward, trained as the published one, by ranking: a scene's picture above
-                 another scene's, and above one with another object, another colour, one object less, or
-                 spoilt by contrast and noise
-    clip         transformers' CLIP by contrast: the control that CLIP-DPO is
-    armorm       rewards.ArmoRM: five attributes and a gate over questions and answers. It sees no picture
-                 and no scene's truth, here as in use: its labels are computed from the words alone
-    llava0..3    four responders: the classroom's bases, trained further on differently careless captions
+sd3: Stable Diffusion 3 of diffusers' own classes at 80 pixels: a VAE that shrinks by 4, two CLIP text
+models and a T5 whose tokens are words, a transformer over the 16 cells; on a GPU if there is one.
+
+imagereward: rewards.ImageReward, trained as the published one, by ranking: a scene's picture above another
+scene's, and above one with another object, another colour, one object less, or spoilt by contrast and
+noise.
+
+clip: transformers' CLIP by contrast, the control that CLIP-DPO is.
+
+armorm: rewards.ArmoRM, five attributes and a gate over questions and answers. It sees no picture and no
+scene's truth, here as in use: its labels are computed from the words alone.
+
+llava0 to llava3: four responders, the classroom's bases, trained further on differently careless captions.
 
 Everything is small and trained on scenes of the train split, whose pictures the generator learns in an easy
 form: two or three objects, each once, in the middle of its cell.
 """
-import argparse
 import copy
 import dataclasses
 import functools
@@ -33,10 +34,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parents[1]          # the repository
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 from classroom import make, world  # noqa: E402
 
-OUT = Path(__file__).resolve().parent / "synthesis"
+OUT = ROOT / "classroom" / "synthesis"
 ROOM = 12                                   # tokens of a prompt, begin and end included
 JOINT, WIDTH, LAYERS, CHANNELS = 64, 128, 4, 3      # of the transformer and of the VAE
 
@@ -344,8 +347,6 @@ def spoilt(rng, x):
 def judged(rng, n):
     """-> n scenes, their own pictures, and worse ones: (n, 3, S, S), normalised as CLIP's are."""
     import torch
-
-    from data import MEAN, STD
     scenes = [easy(rng) if rng.random() < .7 else world.scene(rng) for _ in range(n)]
     own = pictures(scenes)
     worse = pictures([other_scene(rng, s) if rng.random() < .75 else s for s in scenes])
@@ -353,7 +354,7 @@ def judged(rng, n):
     for k in range(n):
         if same[k]:
             worse[k] = spoilt(rng, own[k])
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (data.MEAN, data.STD))
     return scenes, *(((x + 1) / 2 - mean) / std for x in (own, worse))
 
 
@@ -536,13 +537,13 @@ def llava(k, scale=1.):
 
 def prompts(n=30, folder=OUT):
     """n unlike prompts of each theme, of train scenes, and the two questions."""
-    import topics
+    from topics import distinct
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     rng, found = random.Random("prompts"), {t: [] for t in world.THEMES}
     while min(map(len, found.values())) < n:
         s = easy(rng)
         lines = found[s.theme]
-        if len(lines) < n and len(topics.distinct([*lines, prompt(s)], .5)) > len(lines):
+        if len(lines) < n and len(distinct([*lines, prompt(s)], .5)) > len(lines):
             lines.append(prompt(s))
     for theme, lines in found.items():
         (folder / "prompts" / f"{theme}.txt").write_text("\n".join(lines) + "\n")
@@ -678,16 +679,17 @@ PARTS = ("prompts", "armorm", "imagereward", "clip", "llava0", "llava1", "llava2
 
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (all), sharper, or table")
-    parser.add_argument("--minutes", type=float, default=40., help="of processor time for sd3 (%(default)s)")
-    parser.add_argument("--scale", type=float, default=1., help="multiplies the time of everything else")
+    parser = data.Parser(prog="synthesis.py", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (all); or sharper; or table")
+    parser.add_argument("--minutes", type=float, default=40.,
+                        help="of processor time, at most, for sd3 or sharper (%(default)s)")
+    parser.add_argument("--scale", type=float, default=1.,
+                        help="multiplies the time of everything else (%(default)s)")
     o = parser.parse_args()
     if o.parts == ["table"]:
         return print("\n".join(table()))
     if wrong := set(o.parts) - {*PARTS, "sharper"}:
-        sys.exit(f"synthesis.py: {min(wrong)} is not one of {', '.join(PARTS)}; choose of them")
+        parser.error(f"{min(wrong)} is none of {', '.join(PARTS)}")
     import torch
     torch.set_num_threads(1)
     for part in o.parts or PARTS:

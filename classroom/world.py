@@ -1,4 +1,4 @@
-"""The classroom's world: scenes of small glyphs, their pictures, captions, questions and splits.
+"""The classroom's world, for make.py, pairs.py, synthesis.py: scenes, pictures, captions, questions, splits.
 
 Everything is a pure function of a `random.Random`: the same generator gives the same scene, words and pixels.
 
@@ -12,6 +12,8 @@ Questions  existence, attribute (colour), counting, relation (left/right, above/
            among.
 Splits     train, tune and print are disjoint by content: the set of a scene's types decides, through a hash.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
 
 import hashlib
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageOps
 
+import batches
 import data
 from data import Pair, UserError, read_image, rejected_image
 
@@ -74,11 +75,10 @@ def test_a_folder_that_does_not_exist_is_a_sentence(tmp_path):
 
 def test_json_lines_come_back_as_they_went(tmp_path):
     rows = [{"a": "ä\n\u2028"}, {"b": [1, None]}, {"c": "\ud800"}]
-    for row in rows[:2]:
+    for row in rows:
         data.append_jsonl(tmp_path / "f", row)
-    with open(tmp_path / "f", "a") as handle:
-        data.append_jsonl(handle, rows[2])
-    assert list(data.read_jsonl(tmp_path / "f")) == rows
+    data.write_jsonl(tmp_path / "g", rows)
+    assert list(data.read_jsonl(tmp_path / "f")) == list(data.read_jsonl(tmp_path / "g")) == rows
 
 
 def test_a_torn_last_line_is_passed_over_only_when_allowed_and_cut_off_by_the_next_append(tmp_path):
@@ -256,12 +256,12 @@ def test_moco_augments_in_many_ways():
 def test_random_is_another_record_by_seed_and_id():
     other = picture((9, 9), 5)
     assert rejected_image("random", picture(), 0, "a", lambda: other) is other
-    draws = [data.other_index(0, f"p{i}", i % 5, 5) for i in range(500)]
+    draws = [batches.other_index(0, f"p{i}", i % 5, 5) for i in range(500)]
     assert all(0 <= j < 5 and j != i % 5 for i, j in enumerate(draws)) and min(np.bincount(draws)) > 60
-    assert draws == [data.other_index(0, f"p{i}", i % 5, 5) for i in range(500)]
-    assert {data.other_index(0, "a", 0, 5, attempt=k) for k in range(30)} == {1, 2, 3, 4}
+    assert draws == [batches.other_index(0, f"p{i}", i % 5, 5) for i in range(500)]
+    assert {batches.other_index(seed, "a", 0, 5) for seed in range(30)} == {1, 2, 3, 4}
     with pytest.raises(UserError, match="needs two records or more"):
-        data.other_index(0, "a", 0, 1)
+        batches.other_index(0, "a", 0, 1)
 
 
 def test_a_rejected_image_of_your_own_is_a_function_and_a_line(monkeypatch):

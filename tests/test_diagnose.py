@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, write_llava
-from test_train_dpo import adapter, arguments, kill_at, log_of, run, trained, write_pairs
+from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, trained, write_pairs
 
 import data
 import diagnose
@@ -168,7 +168,7 @@ def test_kl_is_the_drawn_answers_log_ratio_with_its_end_if_it_ended(world, tuned
     said = ["a red cat", "", "a red cat dog"]               # 3 tokens and the end; the end alone; cut at 4
     asked = {}
 
-    def generate(m, images, questions, max_new_tokens, **how):
+    def generate(m, images, questions, max_new_tokens, batch_size, **how):
         asked.update(how, new=max_new_tokens)
         return said
     monkeypatch.setattr(vlm, "generate", generate)
@@ -196,18 +196,18 @@ def test_records_without_an_image_are_passed_over_and_themes_may_lack(world, tun
 
 # ---------------------------------------------------------------------------------------- in a run
 def looks(out):
-    first, steps = log_of(out)
-    return [(line.get("step", 0), line["look"]) for line in (first, *steps) if "look" in line]
+    return [(line["evaluation"], line["look"]) for line in lines_of(out) if "look" in line]
 
 
 @pytest.mark.parametrize("more", [("--loss", "sft"), ("--loss", "copo"),
                                   ("--loss", "dpo", "--image_rejected", "none")])
 def test_every_loss_is_looked_at_before_midway_and_after(world, tmp_path, more):
-    """And one line of the log is one step, as ever."""
+    """Each in a line of the log of its own."""
     trained(arguments(world, tmp_path / "run", "--val_data", str(world[1]), "--eval_every", "2",
                       "--epochs", "1", "--set", "max_new_tokens=4", *more))
     found = looks(tmp_path / "run")
-    assert [step for step, _ in found] == [0, 2, 3] and len(log_of(tmp_path / "run")[1]) == 3
+    assert [name for name, _ in found] == ["before", "step-2", "after"]
+    assert [line.get("step") for line in lines_of(tmp_path / "run")[1:]] == [None, 1, 2, None, 3, None]
     assert found[0][1]["margin"]["true"] == [0, 0, 0] != found[-1][1]["margin"]["true"]
     assert found[-1][1]["n"] == 12 and list(found[-1][1]["margin"]) == KINDS
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -249,7 +249,7 @@ def test_the_classrooms_runs_look_at_pairs_of_tuning_scenes_by_the_same_recipe(t
     assert all(held_out[i]["meta"]["kind"] == "caption" for i in range(6))
     assert held_out[0]["id"].startswith("tune-") and pairs[0]["id"].startswith("s0-")
     (start, before), (end, after) = looks(tmp_path / "run")
-    assert (start, end, after["n"], before["kl"]) == (0, 1, 6, [0, 0, 0])
+    assert (start, end, after["n"], before["kl"]) == ("before", "after", 6, [0, 0, 0])
     own = str(tmp_path / "run" / "data" / "pairs.jsonl")                 # a file, and no --val_data
     trained(["--out", str(tmp_path / "own"), "--data", own, *tiny])
     assert looks(tmp_path / "own") == looks(tmp_path / "run")

@@ -1,12 +1,11 @@
-"""The README and the house rules as specification: what the documents say of the code holds."""
-import ast
+"""The documents as specification: what README.md and docs/ say of the code is true."""
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,84 +14,31 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+MANUAL = "\n".join([README, *PAGES.values()])
+READ = ["README.md", *(f"docs/{name}.md" for name in PAGES), "classroom/README.md", "classroom/EXERCISES.md",
+        "classroom/papers/RESULTS.md", "bench/RESULTS.md"]
+
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-# Who may import whom; below this line nobody.
-IMPORTS = {"losses": "", "lora": "", "data": "", "kernels": "", "tally": "data", "replies": "",
-           "nouns": "data", "pairing": "data", "command": "data", "page": "data",
-           "objects": "data tally", "amber": "data replies tally", "metrics": "data objects replies tally",
-           "records": "data", "ranks": "data lora", "options": "data losses", "families": "data",
-           "report": "data metrics", "vlm": "data families kernels lora losses plan",
-           "chat": "command data vlm",
-           "reference": "data lora losses plan ranks vlm",
-           "benchmarks": "data nouns", "judge": "chat data",
-           "answers": "benchmarks command data lora metrics nouns objects vlm",
-           "compare": "benchmarks data metrics page tally",
-           "eval_hallu": "amber answers benchmarks command compare data judge metrics nouns objects replies "
-                         "tally vlm",
-           "rewards": "data", "sd3": "command data", "topics": "chat data",
-           "gallery": "chat data page pairing",
-           "synth": "chat command data gallery pairing rewards sd3 topics",
-           "plan": "data families losses options records",
-           "diagnose": "data plan records tally vlm",
-           "train_dpo": "answers data diagnose lora losses metrics options plan ranks records reference "
-                        "report vlm"}
+FOLDERS = ("model", "training", "evaluation", "synthesis")
+PARTS = sorted(str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+               for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
 PACKAGES = {"torch", "transformers", "diffusers", "safetensors", "PIL", "numpy", "tqdm"}
-HEAVY = {"transformers", "diffusers", "peft", "trl"}
 
 
-def imports(nodes):
-    """Top names of all modules that these nodes and what is inside them import."""
-    for node in (inner for outer in nodes for inner in ast.walk(outer)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
-
-
-def section(title):
-    """The text under a heading of the README."""
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)
-    assert found, f"README.md has no section {title!r}"
+def section(title, page=README):
+    """The text under a heading."""
+    found = re.search(rf"^##+ {title}\n(.*?)(?=^##+ |\Z)", page, re.DOTALL | re.MULTILINE)
+    assert found, f"there is no section {title!r}"
     return found[1]
 
 
-def block(kind, text):
-    """The first fenced block of a kind."""
-    return re.search(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[1]
+def blocks(kind, text):
+    """The fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-# --- the house ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_imports_go_one_way(name):
-    """Also inside functions; nobody imports classroom/, tools/ or bench/."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    ours = {*SCRIPTS, "classroom", "tools", "bench", "tests"}
-    assert set(imports(tree.body)) & ours <= set(IMPORTS[name].split())
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_importing_a_script_runs_nothing_and_loads_nothing_heavy(name):
-    """Top level: light imports, definitions, and the guard of main()."""
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    *rest, last = tree.body[1:]
-    assert isinstance(tree.body[0], ast.Expr) and ast.get_docstring(tree), "a script opens with a docstring"
-    if isinstance(last, ast.If):
-        assert ast.unparse(last) == "if __name__ == '__main__':\n    main()"
-    else:
-        rest.append(last)
-    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-    assert [ast.unparse(node)[:60] for node in rest if not isinstance(node, kinds)] == []
-    top = set(imports([node for node in rest if isinstance(node, ast.Import | ast.ImportFrom)]))
-    assert top <= {*sys.stdlib_module_names, *SCRIPTS, *PACKAGES} - HEAVY
-
-
-def test_all_scripts_import_in_silence_and_metrics_without_torch():
-    code = (f"import sys; import metrics; assert 'torch' not in sys.modules; import {', '.join(SCRIPTS)}; "
-            f"print(sorted({HEAVY} & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
+# --- the repository -------------------------------------------------------------------------------------
 
 
 def test_requirements_are_pinned():
@@ -115,68 +61,124 @@ def test_the_repository_speaks_of_itself_alone():
     assert [f"{name}: {found[0]}" for name, text in texts.items() if (found := paths.search(text))] == []
 
 
-# --- the README ---------------------------------------------------------------------------------------
+# --- the pages ----------------------------------------------------------------------------------------
 
 
-def test_the_readme_has_no_gap_left():
-    assert re.findall(r"RESULTS-TABLE|RESULTS-TEXT|MAIN-OUTPUT|TODO|FIXME", README) == []
+def test_the_pages_have_no_gap_left():
+    assert re.findall(r"RESULTS-TABLE|RESULTS-TEXT|MAIN-OUTPUT|TODO|FIXME", MANUAL) == []
 
 
-def test_the_file_map_names_every_script_and_nothing_else():
-    blocks = re.findall(r"^```\n(.*?)^```", section("Files"), re.DOTALL | re.MULTILINE)
-    named = re.findall(r"^(\S+)  ", "".join(blocks), re.MULTILINE)
-    assert {f"{name}.py" for name in SCRIPTS} <= set(named)
+def test_the_readme_is_short_and_begins_with_a_command_and_its_output():
+    """Under 14 KB; one picture of at most 100 KB, the command and its table within the first 30 lines."""
+    assert len(README.encode()) < 14 * 1024 and len(README.splitlines()) < 240
+    picture, = re.findall(r"!\[.+\]\((\S+\.png)\)", README)
+    assert (ROOT / picture).stat().st_size < 100 * 1024
+    start = "\n".join(README.splitlines()[:30])
+    for text in ("&& python train_dpo.py\n", "CHAIR_s, lower is better", "report.html"):
+        assert text in start
+
+
+def test_the_map_names_every_script_and_folder_and_nothing_else():
+    tree = blocks("", section("What is where"))[0]
+    named = [name for line in tree.splitlines() for name in re.match(r"((?:\S+ )+) ", line)[1].split()]
+    folders = {f"{name}/" for name in (*FOLDERS, "classroom", "docs", "bench", "tests")}
+    assert set(named) == {f"{name}.py" for name in SCRIPTS} | folders
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("file", ["README.md", "classroom/README.md", "bench/RESULTS.md"])
+def test_every_page_of_docs_is_linked_from_the_readme():
+    assert [name for name in PAGES if f"(docs/{name}.md" not in README] == []
+
+
+def anchor(title):
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("file", READ)
 def test_links_within_the_repository_lead_somewhere(file):
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / file).read_text())
-    assert [link for link in links if not (ROOT / file).parent.joinpath(link).exists()] == []
+    """Files, and headings in them."""
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", (ROOT / file).read_text()):
+        name, _, place = link.partition("#")
+        path = (ROOT / file).parent / name if name else ROOT / file
+        assert path.exists(), link
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if place else []
+        assert not place or place in map(anchor, titles), link
 
 
-def test_every_option_in_the_readme_is_one_that_help_knows(monkeypatch):
-    """Every --flag and every --set key that it mentions; torchrun's and Hugging Face's apart."""
-    helps = ""
+def said_by(words, monkeypatch):
+    """What a command prints, which must end well: `train_dpo.py --help`, `-m model.import_checkpoint ...`."""
+    monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
+    monkeypatch.setattr(sys, "path", [*sys.path, str((ROOT / words[0]).parent)])    # as a script has it
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
+        if words[0] == "-m":
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert not stop.value.code, words
+    return said.getvalue()
+
+
+def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
+    """Every --flag and every --set key that they mention; other programs' apart."""
     scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
-    for command in ("train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
-                    "eval_hallu.py export", "lora.py", "synth.py all", "synth.py analyse",
-                    "tools/import_checkpoint.py", "classroom/pairs.py", "classroom/pairs.py scenes",
-                    "classroom/make.py", "classroom/synthesis.py", "classroom/reproduce.py"):
-        script, *words = command.split()
-        monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
-        monkeypatch.setenv("COLUMNS", "200")
-        with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        assert not stop.value.code, command
-        helps += said.getvalue()
+    commands = ["train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
+                "lora.py", "synth.py all", "synth.py analyse",
+                "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py",
+                "classroom/pairs.py scenes", "classroom/make.py",
+                "classroom/synthesis.py", "classroom/picture.py", "classroom/papers/reproduce.py",
+                "bench/vs_trl.py"]
+    helps = "".join(said_by([*command.split(), "--help"], monkeypatch) for command in commands)
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
               "--model_args", "--log_samples", "--output_path", "--tasks"}       # torchrun, hf, lmms_eval
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - others
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", MANUAL)) - others
     assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
-    assert [key for key in re.findall(r"--set ([a-z_]+)=", README) if f"  {key}=" not in helps] == []
-    scripts = re.findall(r"(?:python3?|torchrun [^`\n]*?) ([\w/]+\.py)\b", README)
+    assert [key for key in re.findall(r"--set ([a-z_]+)=", MANUAL) if f"  {key}=" not in helps] == []
+
+
+def test_every_command_in_the_pages_exists():
+    """python FILE and python -m MODULE of this repository."""
+    scripts = re.findall(r"(?:python3?|torchrun [^`\n]*?) ([\w/]+\.py)\b", MANUAL)
     assert len(scripts) > 10 and [name for name in scripts if not (ROOT / name).exists()] == []
+    modules = set(re.findall(r"python3? -m ([\w.]+)", MANUAL)) - {"venv", "pytest", "lmms_eval"}
+    assert modules == {"model.import_checkpoint", "training.report"}
+    assert [name for name in modules if name not in PARTS] == []
 
 
 def test_the_loss_in_the_readme_is_the_loss_in_the_code():
     code = (ROOT / "losses.py").read_text().splitlines()
-    assert [line for line in block("python", section("The loss")).splitlines() if line not in code] == []
+    shown, = blocks("python", section("The loss"))
+    assert [line for line in shown.splitlines() if line not in code] == []
 
 
-def test_the_native_record_in_the_readme_is_one(tmp_path):
-    import records
-    (tmp_path / "pairs.jsonl").write_text(block("json", section("Data")))
+@pytest.mark.parametrize("text", [section("Your own pairs"), section("The native format", PAGES["data"])],
+                         ids=["README", "docs"])
+def test_the_native_record_is_one(text, tmp_path):
+    from training import records
+    (tmp_path / "pairs.jsonl").write_text(blocks("json", text)[0])
     read = records.Records(tmp_path / "pairs.jsonl")
     assert (len(read), read.format) == (1, "native")
     assert read[0]["chosen"] and read[0]["rejected"] and read[0]["images"]
 
 
-def test_the_presets_in_the_readme_are_those_of_the_code():
+def test_the_rejected_images_of_the_page_are_those_of_the_code():
+    import data
+    table = section("The rejected image", PAGES["data"])
+    rows = re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \|", table, re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", " ".join(rows)) == [*data.REJECTED, "none"]
+
+
+def test_the_formats_of_the_page_are_those_of_the_code():
+    from training import records
+    named = re.findall(r"^\| ([\w-]+) \| `", PAGES["data"], re.MULTILINE)
+    assert set(named) == set(records.FORMATS)
+
+
+def test_the_presets_of_the_page_are_those_of_the_code():
     """A row is `field`, mDPO's `value` (tag), PDS-DPO's `value` (tag)."""
-    import options
+    from training import options
     row = re.compile(r"^\| `(\w+)` \| `([^`]*)` [^|]*\| `([^`]*)` [^|]*\|$", re.MULTILINE)
-    rows = row.findall(section("Presets"))
+    rows = row.findall(PAGES["presets"])
     code = [vars(options.Options(**options.PRESETS[name])) for name in ("mdpo-llava", "pds-llava")]
     assert options.PRESETS["mdpo-bunny"] == options.PRESETS["mdpo-llava"]
     assert {name for name, *_ in rows} == {k for p in options.PRESETS.values() for k in p}
@@ -184,27 +186,22 @@ def test_the_presets_in_the_readme_are_those_of_the_code():
             if type(o[name])(text) != o[name]] == []
 
 
-def test_the_three_lines_of_change_the_loss_train(tmp_path):
-    """The README's diff, applied to a copy, and `--loss mine` for three steps."""
-    for script in SCRIPTS:
-        shutil.copy(ROOT / f"{script}.py", tmp_path)
-    (tmp_path / "classroom").symlink_to(ROOT / "classroom")
-    diff = block("diff", section("Change the loss"))
-    assert len(re.findall(r"^\+(?!\+)", diff, re.MULTILINE)) == 3
-    subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
-    command = ("train_dpo.py --loss mine --max_steps 3 --out run "
-               "--set pairs=48 --set scenes=8 --set questions=20 --set max_new_tokens=8")
-    done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, *steps = (json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    assert "def mine" in first["losses_source"] and len(steps) == 3
-    assert steps[0]["loss"] == pytest.approx(1, abs=1e-5)                   # a hinge of margin 0
+def test_the_recipes_are_diffs_of_three_to_six_lines():
+    """Five of them, each of one file; tests/test_recipes.py applies and runs them."""
+    diffs = blocks("diff", section("Change something"))
+    files = [re.search(r"^--- a/(\S+)\n\+\+\+ b/\1$", diff, re.MULTILINE)[1] for diff in diffs]
+    assert files == ["losses.py", "data.py", "training/options.py", "train_dpo.py", "model/front.py"]
+    for diff in diffs:
+        assert len(re.findall(r"^[+-](?![+-])", diff, re.MULTILINE)) <= 6
 
 
 def test_ci_runs_the_two_commands_of_the_readme():
     for ending in ("python train_dpo.py", "python -m pytest"):
         line = re.compile(rf"^python3 -m venv .* && {re.escape(ending)}$", re.MULTILINE)
         assert len(line.findall(README)) == len(line.findall(section("Quick start"))) == 1
+
+
+# --- the main command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -226,45 +223,114 @@ def test_the_main_command_lowers_hallucination_in_three_minutes(main_run):
     assert seconds <= 180
 
 
+def shown_table():
+    """{measure: [before, after, change, low, high]} of the table in the README's quick start."""
+    number = r"([+-]?\d+\.\d)"
+    row = re.compile(rf"^(\S.*?) +{number} +{number} +{number} +{number} to {number}$", re.MULTILINE)
+    return {name: [*map(float, numbers)] for name, *numbers in row.findall(section("Quick start"))}
+
+
+def test_the_table_in_the_readme_adds_up():
+    """As many rows as there are measures; change is after - before, to rounding, and inside its interval."""
+    from evaluation import metrics
+    rows = shown_table()
+    assert set(metrics.CLASSROOM.values()) < set(rows) and len(rows) == 12
+    for before, after, change, low, high in rows.values():
+        assert abs(after - before - change) < 0.11 and low <= change <= high
+
+
+def test_the_table_in_the_readme_is_what_the_main_command_prints(main_run):
+    """The base to a point; each change within a distance that the processor's rounding explains: its interval
+    and the README's overlap."""
+    from evaluation import metrics
+    summary, _ = main_run
+    changes, found = summary["difference"], {}
+    for key, name in metrics.CLASSROOM.items():
+        found[name] = summary["before"][key], changes[key]["interval"]
+    for name, about in summary["before"]["by_kind"].items():
+        found[name] = about["acc"], changes["by_kind"][name]["interval"]
+    rows = shown_table()
+    assert rows.keys() == found.keys()
+    for name, (before, (least, most)) in found.items():
+        shown, _, _, low, high = rows[name]
+        assert abs(before - shown) <= 1 and least <= high + .05 and most >= low - .05, name
+    pairs, steps = re.search(r"^(\d+) pairs, (\d+) steps, \d+ s: runs/", README, re.MULTILINE).groups()
+    assert (int(pairs), int(steps)) == (summary["pairs"], summary["steps"])
+
+
+# --- the printed results ------------------------------------------------------------------------------
+
+
+RESULTS = ROOT / "classroom" / "papers" / "results"
+CLASSROOM = (ROOT / "classroom" / "README.md").read_text()
+
+
+@pytest.fixture
+def study():
+    """classroom/papers/study.py, which is started by path."""
+    return importlib.import_module("classroom.papers.study")
+
+
 def test_every_printed_run_of_mdpo_keeps_the_goal():
-    """3 bases x 5 seeds: CHAIR_s at most 0.6 of the base's, Cover at most 6 points less, by the log."""
-    lines = (ROOT / "classroom" / "results" / "print.jsonl").read_text().splitlines()
-    runs = [row for row in map(json.loads, lines) if row["name"] == "mDPO"]
-    assert len({(row["base"], row["seed"]) for row in runs}) == len(runs) == 15
-    for row in runs:
+    """3 bases x 5 seeds, by the log: CHAIR_s at most 0.6 of the base's, Cover at most 6 points less. And, as
+    the README says, CHAIR_s is lower than DPO's on the same base and seed."""
+    runs = [json.loads(line) for line in (RESULTS / "print.jsonl").read_text().splitlines()]
+    dpo = {(row["base"], row["seed"]): row for row in runs if row["name"] == "DPO"}
+    mdpo = {(row["base"], row["seed"]): row for row in runs if row["name"] == "mDPO"}
+    assert len(mdpo) == sum(row["name"] == "mDPO" for row in runs) == 15
+    for place, row in mdpo.items():
         assert row["after"]["chair_s"] <= 0.6 * row["before"]["chair_s"]
         assert row["after"]["cover"] >= row["before"]["cover"] - 6
+        assert row["after"]["chair_s"] < dpo[place]["after"]["chair_s"]
 
 
-def test_learning_rates_are_the_rules_choice():
+def test_learning_rates_are_the_rules_choice(study):
     """The preset's and the printed runs', recomputed from the tuning runs."""
-    import options
-    sys.path.insert(0, str(ROOT / "classroom"))
-    import study
+    from training import options
     rates = study.chosen_rates()
     assert options.Options().lr == float(rates["mDPO"])
     for row in study.read("print"):
         assert row["options"].endswith(f"--lr {rates[row['name']]}")
 
 
+def test_the_settings_of_the_papers_tables_are_what_their_rule_chooses(study):
+    for method, options in study.best_settings().items():
+        assert f"| {method} | `{options}` |" in CLASSROOM
+
+
+@pytest.mark.parametrize("name", ["print", "tuning", "causes", "settings"])
+def test_the_tables_of_results_are_what_the_study_makes_of_its_log(name, study):
+    """classroom/README.md, line by line from classroom/papers/results/*.jsonl."""
+    assert [line for line in study.table(RESULTS / f"{name}.jsonl") if line not in CLASSROOM] == []
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_five_rows_of_the_readme_are_columns_of_the_study(study):
+    head, _, *rows = map(cells, study.table(RESULTS / "print.jsonl"))
+    own, _, *shown = [cells(line) for line in section("Results").splitlines() if line.startswith("|")]
+    columns = [head.index(name) for name in own]
+    assert shown == [[row[k] for k in columns] for row in rows] and len(shown) == 5
+
+
+def test_the_number_of_tables_and_figures_is_that_of_the_page():
+    count, = re.findall(r"runs\s+(\d+)\s+tables", section("Results"))
+    assert f"{count} tables and figures:" in (ROOT / "classroom" / "papers" / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("text", [section("Speed"), section("Against TRL", PAGES["performance"])],
+                         ids=["README", "docs"])
+def test_the_speed_is_that_of_a_run_of_the_bench(text):
+    """Each factor is a cell of bench/RESULTS.md, and so is the memory."""
+    measured = (ROOT / "bench" / "RESULTS.md").read_text()
+    factors = re.findall(r"\d\.\d\d \(\d\.\d\d, \d\.\d\d\)", text)
+    assert len(factors) >= 4 and [factor for factor in factors if f"| {factor} |" not in measured] == []
+    memory, = re.findall(r"\b(0\.\d\d)\b", text)
+    assert f"(DPO, first epoch): {memory} of the process" in measured
+
+
 def test_the_memory_of_synthesis_is_computed_from_the_published_sizes():
     from bench import synthesis as program
-    assert [line for line in program.table() if line not in README] == []
-
-
-def test_the_settings_of_the_papers_tables_are_what_their_rule_chooses():
-    sys.path.insert(0, str(ROOT / "classroom"))
-    import study
-    page = (ROOT / "classroom" / "README.md").read_text()
-    for method, options in study.best_settings().items():
-        assert f"| {method} | `{options}` |" in page
-
-
-@pytest.mark.parametrize("study", ["print", "tuning", "causes", "settings"])
-def test_the_tables_of_results_are_what_the_study_makes_of_its_log(study):
-    """README's table, and those of classroom/README.md, line by line from classroom/results/*.jsonl."""
-    sys.path.insert(0, str(ROOT / "classroom"))
-    import study as program
-    page = README if study == "print" else (ROOT / "classroom" / "README.md").read_text()
-    for line in program.table(ROOT / "classroom" / "results" / f"{study}.jsonl"):
-        assert line in page
+    assert [line for line in program.table() if line not in PAGES["synthesis"]] == []

@@ -4,7 +4,6 @@ The commands are read from the document and run in its order, in one folder and 
 tiny: two steps of training, eight scenes. Scenes and pairs of equal options are made once and copied.
 """
 import importlib
-import json
 import math
 import re
 import runpy
@@ -58,7 +57,7 @@ def solution(number, opening):
 # ---------------------------------------------------------------------------------------- the commands
 def execute(words):
     """One command of the document, made tiny, in this process; --help ends with SystemExit(0)."""
-    script, *rest = words
+    script, *rest = words[words[0] == "-m":]
     if script == "-c":
         return exec(rest[0], {})
     tiny = [] if "--help" in rest or rest[:1] == ["analyse"] else shlex.split(TINY.get(script, ""))
@@ -69,6 +68,11 @@ def execute(words):
     if script == "train_dpo.py":
         share(rest)
     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+
+
+def first_step(run):
+    """What a run logged of its first step."""
+    return next(line for line in data.read_jsonl(run / "log.jsonl") if "loss" in line)
 
 
 def share(rest):
@@ -119,7 +123,8 @@ def test_its_commands_work(name, lab):
 def test_the_lab_leaves_what_its_questions_ask_about(lab):
     """Reports, the first loss of mDPO and of DPO, the page to choose on, equal bytes of a run made twice."""
     runs = lab[0] / "runs"
-    mdpo, dpo = (list(data.read_jsonl(runs / name / "log.jsonl"))[1] for name in ("mdpo", "one"))
+    mdpo, dpo = first_step(runs / "mdpo"), first_step(runs / "one")
+    assert mdpo["step"] == dpo["step"] == 1
     assert (round(mdpo["loss"], 4), round(dpo["loss"], 4), dpo["rewards/accuracies"]) == (2.0794, 0.6931, 0)
     assert (runs / "mdpo" / "report.html").exists() and (runs / "choose.html").exists()
     once, again = (runs / name / "adapter" / "adapter_model.safetensors" for name in ("mdpo", "again"))
@@ -164,15 +169,14 @@ def test_links_and_anchors_lead_somewhere():
 
 # ---------------------------------------------------------------------------------------- what it says is so
 def row(run):
-    """A line of results/exercises.jsonl as a row of the document's tables."""
+    """A line of papers/results/exercises.jsonl as a row of the document's tables."""
     side = run["after"]
     return (f"| {run['name']} | {side['chair_s']:.1f} | {side['chair_i']:.1f} | {side['cover']:.1f} | "
             f"{side['pope_adversarial_acc']:.1f} | {side['by_kind']['counting']['acc']:.1f} |")
 
 
 def test_every_row_of_a_table_is_a_run_of_the_log():
-    lines = (ROOT / "classroom" / "results" / "exercises.jsonl").read_text().splitlines()
-    runs = [json.loads(line) for line in lines]
+    runs = data.read_records(ROOT / "classroom" / "papers" / "results" / "exercises.jsonl")
     runs += [run | {"name": f"before, {run['split']}", "after": run["before"]} for run in runs]
     known = set(map(row, runs))
     shown = [line for text in PARTS.values() for line in text.splitlines()
@@ -201,8 +205,7 @@ def test_exercise_1_and_2_losses_by_hand(lab, monkeypatch):
     monkeypatch.chdir(lab[0])
     monkeypatch.setattr(sys, "argv", [])
     execute(shlex.split("train_dpo.py --loss hinge+ipo+dpo_mean --set split=tune --out runs/three"))
-    first = json.loads((lab[0] / "runs/three/log.jsonl").read_text().splitlines()[1])
-    assert first["loss"] == pytest.approx(1 + 25 + 0.6931, abs=1e-3)
+    assert first_step(lab[0] / "runs/three")["loss"] == pytest.approx(1 + 25 + 0.6931, abs=1e-3)
 
 
 def test_exercise_4_changes_every_picture_in_one_object(lab):
@@ -238,14 +241,14 @@ def test_exercise_7_the_packing_by_hand_and_the_fault_that_shows(lab):
 
 
 def test_exercise_8_shuffle_keeps_the_cells_and_moves_them():
+    from classroom import pairs, world
     made = {}
     exec(solution(8, "def shuffle"), made)
-    from classroom import pairs, world
     picture = data.Image.fromarray(world.draw(pairs.made(0, 1, pairs.Recipe())[0][1]))
 
     def cells(image):
         corners = ((x, y) for y in range(0, 80, 20) for x in range(0, 80, 20))
         return [image.crop((x, y, x + 20, y + 20)).tobytes() for x, y in corners]
-    once, again = (made["shuffle"](None, picture, None, data.draw(0, "shuffle", "a")) for _ in range(2))
+    once, again = (made["shuffle"]({}, picture, None, data.draw(0, "shuffle", "a")) for _ in range(2))
     assert sorted(cells(once)) == sorted(cells(picture)) and cells(once) != cells(picture)
     assert once.tobytes() == again.tobytes()

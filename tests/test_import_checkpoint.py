@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SHARED, need
+from conftest import GOLDEN, ROOT, SHARED, need, write_llava
 from PIL import Image
 from rehearse import TINY, rehearse, write_original
 from safetensors.torch import load_file, save_file
 
+import batches
 import data
 import families
 import lora
@@ -236,7 +237,7 @@ def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forwa
         shown = m.front.prepare([image])[0]["pixel_values"]
         torch.testing.assert_close(shown, pixels[f"image.{i}"], rtol=0, atol=2e-7)
         box = [about["crop"]["boxes"][i][k] for k in ("left", "top", "width", "height")]
-        cropped = data.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
+        cropped = batches.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
         torch.testing.assert_close(cropped, pixels[f"image_rejected.{i}"], rtol=0, atol=1e-6)
     shown, shown_rejected = ([{"pixel_values": pixels[f"{kind}.{i}"]} for i in range(len(pairs))]
                              for kind in ("image", "image_rejected"))
@@ -489,3 +490,27 @@ def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
         import_checkpoint.main()
     assert Path(import_checkpoint.__file__).parent.name == "tools"
+
+
+# ---- what the command prints in the end ----
+
+def test_describe_says_what_a_folder_is(tmp_path):
+    folder = write_llava(tmp_path)
+    lines = "\n".join(import_checkpoint.describe(folder))
+    assert "clip_vision_model + llama" in lines and "28 pixels, 4 tokens" in lines
+    assert "template        folder: '<s> USER: <image>" in lines and "missing         nothing" in lines
+    count = sum(p.numel() for p in vlm.load(folder).model.parameters())
+    assert f"parameters      {count:,} in F32" in lines
+
+
+def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
+    folder = write_llava(tmp_path)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900])
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    said = import_checkpoint.describe(folder)[-1]
+    for words in ("missing  ", "model.safetensors is torn",
+                  "files that are not there, model-00002.safetensors first",
+                  "image processor cannot be read"):
+        assert words in said

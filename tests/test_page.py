@@ -1,4 +1,4 @@
-"""classroom/page.py: what reproduce.py found, as a page and as Markdown, whatever is missing from it."""
+"""classroom/papers/page.py: what reproduce.py found, as a page and as Markdown, whatever is missing."""
 import copy
 import re
 import sys
@@ -125,7 +125,7 @@ def test_every_table_and_figure_is_in_the_overview_with_its_verdict(written):
     assert "mDPO 30.0 (28.0 to 32.0) at 250, 16.0 (14.0 to 18.0) at 1,000; DPO 45.0" in rows
     assert "mDPO against DPO: win 30.0 (25.0 to 35.0), tie 40.0, loss 30.0 (24.0 to 36.0)" in rows
     assert "| table2 |  | ○ not run | – |" in rows
-    assert "Not run: `python classroom/reproduce.py table2`" in text
+    assert "Not run: `python classroom/papers/reproduce.py table2`" in text
     assert ("6 tables and figures: 1 ✓ appear, 1 ◐ appear under a condition, 1 ✗ do not appear, 2 ○ not run, "
             "1 without a verdict; 1 of them exploratory.") in text
 

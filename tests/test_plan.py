@@ -63,7 +63,7 @@ def test_the_floor_for_activations_is_no_more_than_autograd_keeps(family, dtype,
     nothing = torch.zeros(front.image_tokens, front.config.text_config.hidden_size, dtype=m.model.dtype)
     pair, features = data.Pair("", prompt, prompt, chosen, rejected, one, one), ([nothing], [nothing])
     measured = kept_bytes(m, [pair], vlm.Features(*features))
-    row = len(prompt), len(chosen), len(rejected), len(prompt), 2
+    row = sum(map(len, (prompt, chosen, rejected, prompt, chosen)))
     o = options.Options(lora_r=rank, device="cpu", checkpointing=checkpointing)
     planned = plan.memory(plan.skeleton(front.config), o, [row], dtype)["activations"]
     assert 0 < planned <= measured
@@ -71,7 +71,7 @@ def test_the_floor_for_activations_is_no_more_than_autograd_keeps(family, dtype,
 
 def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
-    o, row = options.Options(lora_r=8, device="cpu"), [(20, 5, 5, 20, 2)]
+    o, row = options.Options(lora_r=8, device="cpu"), [20 + 5 + 5 + 20 + 5]
     got = plan.memory(plan.skeleton(m.front.config), o, row, "float32")
     assert got["weights"] == sum(p.nbytes for p in m.model.parameters())
     lora.add_lora(m.model, r=8, alpha=16)
@@ -91,7 +91,7 @@ def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
     import command
     from ranks import Zero2
-    o, row = options.Options(lora_r=0, device="cpu"), [(20, 5, 5, 20, 2)]
+    o, row = options.Options(lora_r=0, device="cpu"), [20 + 5 + 5 + 20 + 5]
     for dtype in ("float32", "bfloat16"):
         m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
         vlm.train_whole(m)
@@ -118,7 +118,7 @@ class Seven:
         vision_config=CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
                                        num_attention_heads=16, image_size=336, patch_size=14),
         text_config=LlamaConfig(vocab_size=32064))
-    rows = [(640, 200, 180, 640, 2)] * 5 + [(640, 900, 700, 640, 2)]
+    rows = [640 + 200 + 180 + 640 + 200] * 5 + [640 + 900 + 700 + 640 + 900]
     o = options.Options(**{**options.PRESETS["mdpo-llava"], "preset": "mdpo-llava"})
 
 

@@ -10,7 +10,6 @@ import sys
 import pytest
 from conftest import SHARED, need, picture
 
-import data
 from data import UserError, read_image
 from records import DESCRIBE, Records, check
 
@@ -274,7 +273,7 @@ def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
     with pytest.raises(UserError, match="d.parquet is no readable parquet .*; fetch it again"):
         Records(folder / "d.parquet")
     (folder / "image_data.json").write_text("[1")
-    with pytest.raises(UserError, match="image_data.json is not Visual Genome's"):
+    with pytest.raises(UserError, match="image_data.json, line 1: broken JSON"):
         Records(lines(folder / "d.jsonl", [PUBLISHED["ha-dpo"]]))
 
 
@@ -295,13 +294,11 @@ def test_the_lines_of_an_array_are_not_misled_by_strings(folder):
             assert records.where(i) == f"{folder}/d.json, line {1 + above} (id p{i})"
 
 
-def test_lines_are_found_wherever_a_chunk_ends(folder, monkeypatch):
-    lines(folder / "d.jsonl", [pair(0, chosen="é"), "", pair(1, chosen="x" * 99), " ", pair(2)])
-    for size in (1, 2, 7, 64):
-        monkeypatch.setattr(data.index_lines, "__defaults__", (size,))
-        records = Records(folder / "d.jsonl")
-        assert [records[i]["id"] for i in range(3)] == ["p0", "p1", "p2"]
-        assert records.where(2) == f"{folder}/d.jsonl, line 5 (id p2)"
+def test_lines_are_found_in_any_order_between_blank_ones(folder):
+    rows = [pair(0, chosen="é"), "", pair(1, chosen="x" * 99), " ", pair(2)]
+    records = Records(lines(folder / "d.jsonl", rows))
+    assert [records[i]["id"] for i in (2, 0, 1)] == ["p2", "p0", "p1"] and len(records) == 3
+    assert records.where(2) == f"{folder}/d.jsonl, line 5 (id p2)"
 
 
 def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(folder):
@@ -332,7 +329,7 @@ def test_empty_data_is_a_sentence(folder, content):
 
 
 def test_a_missing_file_and_a_folder_are_sentences(folder):
-    with pytest.raises(UserError, match="no.jsonl could not be read .No such file.*; give a .jsonl"):
+    with pytest.raises(UserError, match="no.jsonl could not be read .No such file.*; check the path"):
         Records(folder / "no.jsonl")
     with pytest.raises(UserError, match="Is a directory"):
         Records(folder)
@@ -399,7 +396,7 @@ def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys):
         "line 11 (id p10): image: ../x.png leaves the folder",
         "line 12 (id p11): chosen or rejected is not text",
         "line 13 (id p12): the image is int, not a path",
-        "line 14 (id p13): not laid out as native is",
+        "line 14 (id p13): the turns are not user, assistant",
         "line 15 (id p14): image no.png is missing",
     ]
     assert len(out) == len(expected)
@@ -428,14 +425,10 @@ def test_a_first_line_that_is_broken_does_not_hide_the_rest(folder, capsys):
     assert records.format == "native" and check(records, skip_bad=True, cache_dir=folder) == [1]
 
 
-def test_pairs_without_rejected_or_image_pass_where_the_loss_does_not_need_them(folder, capsys):
-    row = {"id": "x", "question": "?", "chosen": "A dog."}
-    records = Records(lines(folder / "d.jsonl", [row]))
-    assert check(records, needs_rejected=False, cache_dir=folder) == [0]
-    assert (
-        "no image and this loss needs one"
-        in faults(records, capsys, needs_rejected=False, needs_image=True)[0][0]
-    )
+def test_pairs_without_an_image_pass_where_the_loss_does_not_need_one(folder, capsys):
+    records = Records(lines(folder / "d.jsonl", [pair(image=None)]))
+    assert check(records, cache_dir=folder) == [0]
+    assert "no image and this loss needs one" in faults(records, capsys, needs_image=True)[0][0]
 
 
 @pytest.mark.parametrize(

@@ -214,9 +214,9 @@ def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path
     rows_of_fig4 = [row | {"arm": arm} for row, arm in zip(rows, ("DPO", "mDPO"), strict=True)]
     page = reproduce.for_people(rows_of_fig4, tmp_path).read_text()
     key = json.loads(base64.b64decode(re.search('"key": "(.*?)"', page)[1]))
-    compared = [(reproduce.HERE.parent / key[x]).resolve() for x in "ab"]
+    compared = [(reproduce.ROOT / key[x]).resolve() for x in "ab"]
     assert compared == [b / "after.jsonl", a / "after.jsonl"]
-    assert str(reproduce.HERE.parent) not in json.dumps(key)             # the same page on every machine
+    assert str(reproduce.ROOT) not in json.dumps(key)             # the same page on every machine
     again = reproduce.run(second, tmp_path / "again")
     assert all(again[k] == rows[1][k] for k in rows[1] if k not in ("seconds", "run"))
 

@@ -479,7 +479,7 @@ def test_the_card_names_models_revisions_licences_and_counts(parts, whole):
     (parts / "armorm" / "README.md").write_text("---\nlicense: llama3\n---\n")
     assert pairing.licence(str(parts / "armorm")) == "llama3"
     (parts / "armorm" / "README.md").unlink()
-    assert f"| generator | sd3 | {data.identity(parts / 'sd3')} |" in card
+    assert f"| generator | sd3 | {command.identity(parts / 'sd3')} |" in card
 
 
 # ---- prompts ----

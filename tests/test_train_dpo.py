@@ -22,6 +22,7 @@ from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_
 from safetensors.torch import load_file
 from test_command import both
 
+import batches
 import command
 import data
 import losses
@@ -29,8 +30,7 @@ import options
 import train_dpo
 import vlm
 from ranks import Zero2
-from records import Records
-from reference import Feed
+from reference import Reference
 
 
 def write_pairs(folder, n=12, seed=0):
@@ -105,9 +105,26 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+def lines_of(out):
+    return [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+
+
 def log_of(out):
-    first, *steps = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    return first, steps
+    """The log's first line, and those of the steps."""
+    first, *rest = lines_of(out)
+    return first, [line for line in rest if "step" in line]
+
+
+ALL = frozenset({"chosen", "rejected", "image_rejected"})
+
+
+def read_pairs(front, path, needs=ALL, **fields):
+    return batches.checked(front, path, options.Options(**fields), needs, command.Ranks())
+
+
+def batch_of(pairs, places, epoch=0):
+    read = [pairs.read(place, epoch) for place in places]
+    return pairs.batch(list(places), read, len(places), len(places))
 
 
 def adapter(out):
@@ -151,17 +168,16 @@ def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_
     assert o.lora_r == 64
     m = vlm.load("classroom", dtype=torch.float64)
     (tmp_path / "scenes").mkdir()                                # no printed scenes are needed
-    records = Records(train_dpo.classroom_files(o, tmp_path))
+    pairs = read_pairs(m.front, batches.classroom_files(o, tmp_path))
     lora.add_lora(m.model, o.lora_r, o.lora_alpha)
     draw = torch.Generator().manual_seed(0)
     for p in lora.lora_parameters(m.model).values():             # B starts at 0: let it do something
         p.data += 0.02 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
-    needs = {"chosen", "rejected", "image_rejected"}
-    batch = [train_dpo.read_pair(m, records, range(8), place, o, needs, 0) for place in range(8)]
-    features, results = train_dpo.encode(m, batch), []
+    batch = batch_of(pairs, range(8))
+    features, results = vlm.encode_images(m, batch), []
     for forward in (vlm.naive, vlm.packed):
         m.model.zero_grad()
-        policy = forward(m, [b[0] for b in batch], features, needs)
+        policy = forward(m, batch.pairs, features, ALL)
         zero = losses.Logps(*(torch.zeros_like(policy.chosen) - 20 for _ in range(5)))
         losses.mdpo(policy, zero, o.beta, o.delta).sum().backward()
         results.append((torch.stack([policy.chosen, policy.rejected, policy.image_rejected]).detach(),
@@ -303,7 +319,7 @@ def test_a_small_pope_file_is_asked_before_midway_and_after(world, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     keys = {"questions_pope_accuracy", "questions_pope_f1", "questions_pope_yes_ratio"}
     assert keys <= set(summary["before"]) & set(summary["after"])
-    midway = [line["eval"] for line in log_of(tmp_path / "run")[1] if "eval" in line]
+    midway = [line["eval"] for line in lines_of(tmp_path / "run") if "eval" in line]
     assert len(midway) == 2 and all(0 <= x[key] <= 100 for x in midway for key in keys)
     code, said = run(arguments(world, tmp_path / "other", "--set", f"eval_data={tmp_path / 'none.json'}"))
     assert code == 1 and "none.json" in said and "Traceback" not in said
@@ -438,110 +454,130 @@ def pixels(prepared):
     return torch.stack([x["pixel_values"] for x in prepared])
 
 
+def assert_same(one, other):
+    """Two batches are of the same pairs, pixels and keys."""
+    assert one.pairs == other.pairs and one.keys == other.keys
+    assert torch.equal(pixels(one.images), pixels(other.images))
+    assert torch.equal(pixels(one.images_rejected), pixels(other.images_rejected))
+
+
 def test_pairs_are_read_ahead_and_are_the_same_with_any_number_of_threads(world):
-    m, records, needs, got = vlm.load(world[0]), Records(world[1]), {"chosen", "image_rejected"}, []
+    front, got = vlm.load(world[0]).front, []
     for workers in (1, 5):
-        o = options.Options(batch=4, micro_batch=2, workers=workers)
-        feed = Feed(m, records, range(12), [1] * 12, o, needs, 3)
-        steps = []
+        pairs = read_pairs(front, world[1], batch=4, micro_batch=2, workers=workers)
+        feed, found = batches.Batches(pairs, pairs.o, command.Ranks(), 3), []
         for step in range(3):
-            size, micros = feed(step)
-            assert size == 4 and list(feed.begun) == [step + 1] * (step < 2)
-            steps += [(place, pair) for places, _, futures in micros
-                      for place, pair in zip(places, [f.result() for f in futures], strict=True)]
-        got.append(steps)
-    assert sorted(place for place, _ in got[0]) == list(range(12))
-    for (place, one), (same, two) in zip(*got, strict=True):
-        assert place == same and one[0] == two[0] and one[3] == two[3]
-        assert torch.equal(pixels(one[1]), pixels(two[1])) and torch.equal(pixels(one[2]), pixels(two[2]))
+            found += feed(step)
+            assert list(feed.begun) == [step + 1] * (step < 2)
+        assert all(batch.counts == 2 and batch.of == 4 for batch in found)
+        got.append(found)
+    assert sorted(place for batch in got[0] for place in batch.places) == list(range(12))
+    for one, other in zip(*got, strict=True):
+        assert one.places == other.places
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("keep, redraw, reads", [(2 ** 28, False, 12), (2 ** 28, True, 24), (9, False, 24)])
 def test_small_pictures_are_read_once_for_all_epochs(world, monkeypatch, keep, redraw, reads):
     """And are what is read anew; not kept is what is drawn anew, or too much."""
-    import reference
-    m, records, needs, seen = vlm.load(world[0]), Records(world[1]), {"chosen", "image_rejected"}, []
-    read = reference.read_pair
-    monkeypatch.setattr(reference, "KEEP", keep)
-    monkeypatch.setattr(reference, "read_pair", lambda *args, **o: seen.append(1) or read(*args, **o))
-    o = options.Options(batch=4, micro_batch=2, redraw=redraw, workers=1)    # two may read one pair at once
-    feed = Feed(m, records, range(12), [1] * 12, o, needs, 6)
+    seen, read = [], batches.Pairs.read
+    monkeypatch.setattr(batches, "KEEP", keep)
+    pairs = read_pairs(vlm.load(world[0]).front, world[1], batch=4, micro_batch=2, redraw=redraw, workers=1)
+    feed = batches.Batches(pairs, pairs.o, command.Ranks(), 6)
     for step in range(6):
-        for places, _, futures in feed(step)[1]:
-            for place, future in zip(places, futures, strict=True):
-                got, want = future.result(), read(m, records, range(12), place, o, needs, step // 3)
-                assert got[0] == want[0] and got[3] == want[3]
-                assert torch.equal(pixels(got[1]), pixels(want[1]))
-                assert torch.equal(pixels(got[2]), pixels(want[2]))
+        with monkeypatch.context() as patch:
+            patch.setattr(batches.Pairs, "read", lambda *args: seen.append(1) or read(*args))
+            found = list(feed(step))
+            [future.result() for micro in feed.begun.get(step + 1, ()) for future in micro[1]]
+        for batch in found:
+            assert_same(batch, batch_of(pairs, batch.places, step // 3))
     assert len(seen) == reads
 
 
 @pytest.mark.parametrize("equal", [False, True])
-def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(world, equal):
-    tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
+def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(equal):
     o, seen, loads = options.Options(batch=10, micro_batch=2), [], []
+    tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
     for rank in range(2):
-        feed = Feed(None, None, range(10), tokens, o, set(), 1, rank, 2, equal)
-        feed.read = lambda place, epoch: place
-        size, micros = feed(0)
-        assert size == 10
-        assert len(micros) == 3 if equal else len(micros) in (2, 3)    # five, and one that does not count
-        seen += [place for places, counts, _ in micros if counts for place in places]
-        loads.append(sum(tokens[p] for places, counts, _ in micros for p in places if counts))
+        pairs = batches.Pairs(None, range(10), tokens, None, o, frozenset())
+        pairs.read = lambda place, epoch: batches.Read(place, [], [], place)
+        found = list(batches.Batches(pairs, o, command.Ranks(rank, 2), 1, equal)(0))
+        assert len(found) == 3 if equal else len(found) in (2, 3)      # five, and a filler
+        counting = [batch for batch in found if batch.counts]
+        assert {batch.of for batch in found} == {10} and {batch.counts for batch in counting} == {2}
+        seen += [place for batch in counting for place in batch.places]
+        loads.append(sum(tokens[place] for batch in counting for place in batch.places))
     assert sorted(seen) == list(range(10))
     assert max(loads) - min(loads) < 1000                              # of 4,550
 
 
-def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world, monkeypatch):
-    """One draw per pair and run: both forwards get what read_pair gives, in every epoch and process."""
-    model, pairs = world
-    m, records = vlm.load(model), Records(pairs)
+def test_policy_and_reference_see_the_same_rejected_crop_and_it_changes_only_with_redraw(world):
+    """One draw per pair and run: both forwards get what Pairs.read gives, in every epoch and process."""
+    import lora
+    m, seen = vlm.load(world[0]), []
     def crop(epoch, **more):
-        o = options.Options(model=str(model), data=str(pairs), **more)
-        needs = {"chosen", "image_rejected"}
-        return pixels(train_dpo.read_pair(m, records, range(12), 3, o, needs, epoch)[2])
+        return pixels(read_pairs(m.front, world[1], **more).read(3, epoch).images_rejected)
     assert torch.equal(crop(0), crop(2)) and not torch.equal(crop(0), crop(0, seed=1))
     assert not torch.equal(crop(0, redraw=True), crop(1, redraw=True))
-    seen = []
     def forward(m, pairs, features, needs):
         seen.append(torch.cat([*features.images, *features.rejected]))
         return vlm.packed(m, pairs, features, needs)
-    import lora
     lora.add_lora(m.model, 4, 8)
-    o = options.Options(model=str(model), data=str(pairs))
-    needs = {"chosen", "rejected", "image_rejected"}
-    batch = [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (0, 1)]
-    features = train_dpo.encode(m, batch)
-    reference = train_dpo.Reference(12, 1)(m, [0, 1], batch, features, forward, needs, False)
-    policy = forward(m, [b[0] for b in batch], features, needs)
+    batch = batch_of(read_pairs(m.front, world[1]), [0, 1])
+    features = vlm.encode_images(m, batch)
+    reference = Reference(12, m, forward, ALL, command.Ranks())(batch, features)
+    policy = forward(m, batch.pairs, features, ALL)
     assert torch.equal(seen[0], seen[1])
-    for field in needs:                     # LoRA starts at zero: policy is the reference, crops included
+    for field in ALL:                       # LoRA starts at zero: policy is the reference, crops included
         torch.testing.assert_close(getattr(policy, field), getattr(reference, field).to(policy.chosen.dtype))
 
 
 def test_the_cached_reference_is_what_scoring_again_gives_and_notices_a_change(world):
     import lora
-    model, pairs = world
-    m, records, needs = vlm.load(model), Records(pairs), {"chosen", "rejected", "image_rejected"}
+    m, calls = vlm.load(world[0]), []
     lora.add_lora(m.model, 4, 8)
-    o = options.Options(model=str(model), data=str(pairs))
-    calls = []
     def forward(*args):
         calls.append(1)
         return vlm.packed(*args)
-    cache = train_dpo.Reference(12, 1)
-    batch = [train_dpo.read_pair(m, records, range(12), p, o, needs, 0) for p in (4, 5)]
-    first, again = (cache(m, [4, 5], batch, train_dpo.encode(m, batch), forward, needs, False)
-                    for _ in range(2))
+    cache, pairs = Reference(12, m, forward, ALL, command.Ranks()), read_pairs(m.front, world[1])
+    batch = batch_of(pairs, [4, 5])
+    first, again = (cache(batch, vlm.encode_images(m, batch)) for _ in range(2))
     assert len(calls) == 1
-    assert all(torch.equal(getattr(first, field), getattr(again, field)) for field in needs)
-    # another pair at the same place
-    other = [batch[0], train_dpo.read_pair(m, records, range(12), 6, o, needs, 0)]
-    changed = cache(m, [4, 5], other, train_dpo.encode(m, other), forward, needs, False)
+    assert all(torch.equal(getattr(first, field), getattr(again, field)) for field in ALL)
+    other = batch_of(pairs, [4, 6])._replace(places=[4, 5])            # another pair at the same place
+    changed = cache(other, vlm.encode_images(m, other))
     assert len(calls) == 2 and changed.chosen[1] != first.chosen[1]
+    redrawn = read_pairs(m.front, world[1], redraw=True)
+    for epoch in range(2):
+        batch = batch_of(redrawn, [4, 5], epoch)
+        cache(batch, vlm.encode_images(m, batch))
+    assert len(calls) == 4
 
 
-def test_redraw_keeps_the_true_images_terms_and_scores_the_rejected_image_anew(world, tmp_path):
+def test_with_lora_on_the_projector_the_reference_sees_the_bases_features(world, tmp_path):
+    """A policy that has learned another projector: its features would make another reference."""
+    import lora
+    targets = "q_proj,multi_modal_projector.linear_1,multi_modal_projector.linear_2"
+    argv = arguments(world, tmp_path, "--dtype", "float64", "--val_data", str(world[1]))
+    run = train_dpo.prepare(options.parse([*argv, "--set", f"lora_targets={targets}"], ""), tmp_path,
+                            command.Ranks(device=torch.device("cpu")))
+    draw = torch.Generator().manual_seed(0)
+    for p in lora.lora_parameters(run.model.model).values():
+        p.data += 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+    base, batch = vlm.load(world[0], dtype=torch.float64), batch_of(run.pairs, [0, 1])
+    want = vlm.naive(base, batch.pairs, vlm.encode_images(base, batch), ALL)
+    for reference in (run.reference, run.val_reference):
+        loss, _, found = train_dpo.step_loss(run, batch, reference)
+        for field in ALL:
+            torch.testing.assert_close(getattr(found, field), getattr(want, field), rtol=1e-9, atol=0)
+    wrong = vlm.naive(base, batch.pairs, vlm.encode_images(run.model, batch), ALL)
+    assert (wrong.rejected - want.rejected).abs().max() > 1
+    loss.sum().backward()
+    weights = lora.lora_parameters(run.model.model)
+    assert all(p.grad.abs().max() > 0 for name, p in weights.items() if "projector" in name)
+
+
+def test_redraw_scores_the_reference_anew_in_every_epoch(world, tmp_path):
     for name, more in (("redraw", ["--set", "redraw=true"]), ("once", [])):
         trained(arguments(world, tmp_path / name, "--epochs", "2", *more))
     redraw, once = (log_of(tmp_path / n)[1] for n in ("redraw", "once"))
@@ -561,6 +597,16 @@ def test_a_non_finite_loss_stops_with_the_ids_of_its_pairs_and_keeps_the_checkpo
     code, text = run(argv, arm)
     assert code == 1 and "not finite" in text and "pair-" in text and "Traceback" not in text
     assert (tmp_path / "run" / "last" / "checkpoint.safetensors").exists()
+
+
+def test_a_step_that_runs_out_of_memory_is_told_what_to_change(world, tmp_path):
+    def arm():
+        def full(self, lr):
+            raise torch.OutOfMemoryError("no room")
+        Zero2.step = full
+    code, text = run(arguments(world, tmp_path / "run"), arm)
+    assert code == 1 and "Traceback" not in text
+    assert "train_dpo.py: out of memory: pass --set checkpointing=true --micro_batch 1" in text
 
 
 def test_a_warning_when_the_chosen_reward_keeps_falling_below_zero():
@@ -651,7 +697,7 @@ def test_masters_of_bfloat16_weights_are_float32():
         weights["a"].sum().backward()
         optimiser.step(1e-3)
     assert weights["a"].dtype == torch.bfloat16 and weights["a"].grad is None
-    torch.testing.assert_close(optimiser.weights()["a"], torch.full((4,), 0.9))
+    torch.testing.assert_close(optimiser.whole("weight")["a"], torch.full((4,), 0.9))
     torch.testing.assert_close(weights["a"].float(), torch.full((4,), 0.9), rtol=0.005, atol=0)
 
 
@@ -727,6 +773,33 @@ def test_an_out_of_other_options_is_refused_and_the_options_named(world, tmp_pat
     assert code == 1 and "beta 0.1 there, 0.2 here" in text
 
 
+def test_an_out_of_other_pairs_in_the_same_file_is_refused(world, tmp_path):
+    """Finished or stopped; a run of before the log knew its pairs is taken as it is."""
+    pairs = write_pairs(tmp_path)
+    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1")
+    trained(argv)
+    write_pairs(tmp_path, n=8, seed=1)
+    code, text = run(argv)
+    assert code == 1 and "pairs.jsonl has changed since" in text and "Traceback" not in text
+    first, *rest = lines_of(tmp_path / "run")
+    first.pop("data_identity")
+    first["options"].pop("lora_targets")
+    lines = [json.dumps(line) + "\n" for line in (first, *rest)]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines))
+    assert "12 pairs, 3 steps" in trained(argv)
+
+
+def test_responses_that_become_equal_when_they_are_cut_are_a_fault(world, tmp_path):
+    pairs = write_pairs(tmp_path)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[3] |= {"chosen": "a red cat and there", "rejected": "a red cat and two"}
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1", "--set", "max_length=15")
+    code, text = run(argv)
+    assert code == 1 and "line 4" in text and "chosen and rejected are the same 4 tokens when cut" in text
+    assert "11 pairs" in trained([*argv, "--skip_bad"])
+
+
 def test_the_second_of_two_runs_on_one_folder_is_refused(world, tmp_path):
     lock = options.claim(tmp_path / "run", options.Options())
     code, text = run(arguments(world, tmp_path / "run"))
@@ -774,13 +847,12 @@ def test_official_crops_the_prepared_pixels_anew_each_epoch_and_the_log_says_so(
     assert [x.split()[0] for x in first["official"]] == list(options.OFFICIAL["mdpo-llava"])
     assert first["images"] == "resized to 28, the middle cut out (CLIPImageProcessorPil)"
     assert steps[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
-    m, records = vlm.load(world[0]), Records(world[1])
-    o = options.Options(crop_pixels=True, redraw=True)
-    once, again, later = (train_dpo.read_pair(m, records, range(12), 3, o, {"image_rejected"}, epoch)
-                          for epoch in (0, 0, 1))
-    (shown, once), (_, again), (shown_later, later) = (map(pixels, x[1:3]) for x in (once, again, later))
-    assert torch.equal(once, again) and not torch.equal(once, later)
-    assert torch.equal(shown, shown_later) and shown.shape == once.shape
+    pairs = read_pairs(vlm.load(world[0]).front, world[1], crop_pixels=True, redraw=True)
+    once, again, later = (pairs.read(3, epoch) for epoch in (0, 0, 1))
+    crops = [pixels(x.images_rejected) for x in (once, again, later)]
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+    assert torch.equal(pixels(once.images), pixels(later.images))
+    assert crops[0].shape == pixels(once.images).shape
 
 
 @pytest.mark.parametrize("rejected", ["crop", "random"])

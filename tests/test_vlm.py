@@ -11,9 +11,9 @@ import torch
 from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
+import command
 import data
 import families
-import kernels
 import losses
 import vlm
 
@@ -72,17 +72,11 @@ def with_lora(folder, seed=0):
     return m
 
 
-@pytest.mark.parametrize("shortest", [256, 1])
 @pytest.mark.parametrize("needs", [EVERYTHING, {"chosen", "rejected"},
                                    {"chosen", "image_rejected"}, {"chosen"}])
-def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs, shortest, monkeypatch):
-    """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64.
-
-    shortest: row for which kernels.Attention takes torch's place; here all are shorter than 256, and narrow.
-    """
+def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
+    """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64."""
     import lora
-    monkeypatch.setattr(kernels, "SPAN", range(shortest, 1025))
-    monkeypatch.setattr(kernels, "WIDTH", 1)
     m = with_lora(folder)
     pairs, features = ragged(m, "image_rejected" in needs)
     results = []
@@ -140,25 +134,25 @@ def test_forwards_equal_transformers_own_forward(model):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
 
 
-def test_a_loaded_model_has_the_kernels(folder):
+def test_a_loaded_model_leaves_transformers_as_it_is(folder):
+    """No function of a module and no forward of a layer is replaced."""
+    from transformers.models.llama import modeling_llama
     m = vlm.load(folder)
-    first = m.language_model.layers[0]
-    assert sys.modules[type(first).__module__].apply_rotary_pos_emb is kernels.rotary
-    assert first.mlp.forward.__func__ is kernels.gated_mlp
+    assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
+    assert not any("forward" in vars(module) for module in m.model.modules())
 
 
-def test_places_and_features_that_differ_in_number_are_refused_by_the_pairs_id(model):
-    pairs, features = ragged(model)
-    prepared = model.front.prepare([picture(i) for i in range(4)])
-    assert [len(x) for x in features.images] == [4] * 4
-    short = [*pairs[:3], pairs[3]._replace(id="pair-7", prompt=pairs[3].prompt[:3])]
-    with pytest.raises(data.UserError, match="^pair-7: its prompt has 1 places .* gives 4 features"):
-        vlm.encode_images(model, data.Batch(short, prepared))
-    with pytest.raises(data.UserError, match="^3: its prompt has 4 places for images, .* gives 0 features"):
-        vlm.encode_images(model, data.Batch(pairs, prepared[:3]))
-    other = [pairs[0]._replace(id="other", prompt_rejected=pairs[1].prompt), *pairs[1:]]
-    with pytest.raises(data.UserError, match="other: its prompt has 8 places"):
-        vlm.encode_images(model, data.Batch(other, prepared, prepared))
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_chunked_logps_equal_log_softmax(chunk):
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight, target = torch.randn(11, 5, dtype=torch.float64), torch.randint(11, (7,))
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), target]
+    up = torch.randn(7, dtype=torch.float64)
+    wanted, = torch.autograd.grad(expected, hidden, up)
+    got = vlm.ChunkedLogps.apply(hidden, weight, target, chunk)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, hidden, up)[0], wanted)
 
 
 def test_bfloat16_logps_are_summed_in_float32(folder):
@@ -301,34 +295,14 @@ def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
         vlm.load(tmp_path)
 
 
-def test_describe_says_what_a_folder_is(folder):
-    lines = "\n".join(families.describe(folder))
-    assert "clip_vision_model + llama" in lines and "28 pixels, 4 tokens" in lines
-    assert "template        folder: '<s> USER: <image>" in lines and "missing         nothing" in lines
-    count = sum(p.numel() for p in vlm.load(folder).model.parameters())
-    assert f"parameters      {count:,} in F32" in lines
-
-
-def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
-    folder = write_llava(tmp_path)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:900])
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        (folder / name).unlink(missing_ok=True)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
-    said = families.describe(folder)[-1]
-    for words in ("missing  ", "model.safetensors is torn", "model-00002.safetensors of the index is missing",
-                  "image processor cannot be read"):
-        assert words in said
-
-
 def test_identity_changes_when_a_weight_changes(tmp_path):
     from safetensors.torch import load_file, save_file
-    before = data.identity(write_llava(tmp_path))
-    assert data.identity(tmp_path) == before
+    before = command.identity(write_llava(tmp_path))
+    assert command.identity(tmp_path) == before
     weights = load_file(tmp_path / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert data.identity(tmp_path) != before
+    assert command.identity(tmp_path) != before
 
 
 # ---- LLaVA-1.6 and imported Bunny ----
@@ -491,7 +465,7 @@ def test_a_merged_folder_of_another_family_needs_transformers_alone(other, tmp_p
     again = vlm.load(tmp_path / "merged")
     assert again.words == m.words
     assert (again.front.template, again.front.preparation) == (m.front.template, m.front.preparation)
-    assert data.identity(again.front.folder) != data.identity(other)
+    assert command.identity(again.front.folder) != command.identity(other)
 
 
 def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):

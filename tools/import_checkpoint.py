@@ -23,7 +23,7 @@ import re
 import shutil
 import struct
 import sys
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -426,6 +426,42 @@ def run(src, dst, tower=None, report=print):
     return todo
 
 
+# -------------------------------------------------------------------------------- what came of it
+def describe(folder):
+    """Lines that say what a llava-hf folder is, from its files alone.
+
+    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
+    """
+    folder = data.model_folder(folder)
+    config = families.read_config(folder)
+    found, lines, faults = [], [], []
+    attempt(faults, shards, folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        found += attempt(faults, weights, file) or []
+    front = attempt(faults, families.open_folder, folder)
+    if front:
+        text = front.tokenizer.apply_chat_template(families.messages("QUESTION", 1, ()), tokenize=False,
+                                                   chat_template=front.template, add_generation_prompt=True)
+        side = front.config.vision_config.image_size
+        lines = [f"image           {side} pixels, {front.image_tokens} tokens; {front.preparation}",
+                 f"template        {front.template_name}: {text!r}"]
+    parts = config.get("vision_config", {}).get("model_type"), config["text_config"].get("model_type")
+    types = ", ".join(sorted({weight.type for weight in found})) or "no file"
+    return [f"folder          {folder}",
+            f"model           {config['model_type']}: {parts[0]} + {parts[1]}",
+            f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
+            *lines,
+            f"missing         {'; '.join(faults) or 'nothing'}"]
+
+
+def attempt(faults, work, *arguments):
+    """What work gives, or None where it raises a UserError, whose text joins the faults."""
+    try:
+        return work(*arguments)
+    except data.UserError as e:
+        faults.append(str(e))
+
+
 def main():
     parser = data.Parser(prog="import_checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B")
@@ -434,7 +470,7 @@ def main():
     args = parser.parse_args()
     try:
         run(args.src, args.dst, args.vision_tower)
-        print("\n".join(families.describe(args.dst)))
+        print("\n".join(describe(args.dst)))
     except data.UserError as e:
         sys.exit(f"import_checkpoint.py: {e}")
 

@@ -1,0 +1,128 @@
+"""The README's five recipes: each diff is applied to a copy of the code, and what it says is run."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, picture, write_llava
+
+README = (ROOT / "README.md").read_text()
+RECIPES = dict(re.findall(r"^\*\*([\w ]+)\.\*\*(?:(?!^\*\*).)*?^```diff\n(.*?)^```", README,
+                          re.DOTALL | re.MULTILINE))
+FOLDERS = ("model", "training", "evaluation", "synthesis")
+QUICK = ("--max_steps 3 --set pairs=48 --set scenes=8 --set questions=20 --set max_new_tokens=8 --set look=0 "
+         "--out run")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The code in a folder of its own, which a diff may change."""
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "classroom").symlink_to(ROOT / "classroom")
+    return tmp_path
+
+
+def change(folder, name):
+    """Apply a recipe's diff, of at most six lines."""
+    diff = RECIPES[name]
+    assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= 6
+    subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
+
+
+def python(folder, *words):
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def steps_of(run):
+    """What a run logged of its steps."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def train(folder, options=""):
+    """Three steps on the built-in pairs; what was logged of them."""
+    python(folder, "train_dpo.py", *QUICK.split(), *options.split())
+    steps = steps_of(folder / "run")
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    return steps
+
+
+def test_there_are_five():
+    assert list(RECIPES) == ["The loss", "The rejected image", "Where LoRA goes", "The optimiser",
+                             "A model family"]
+
+
+def test_the_loss(copy):
+    change(copy, "The loss")
+    steps = train(copy, "--loss mine")
+    assert steps[0]["loss"] == pytest.approx(1, abs=1e-5)                   # a hinge of margin 0
+    first = json.loads((copy / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert "def mine" in first["losses_source"]
+
+
+def test_the_rejected_image(copy):
+    change(copy, "The rejected image")
+    steps = train(copy, "--image_rejected upside_down")
+    assert steps[0]["rewards/image_margins"] == pytest.approx(0, abs=1e-5)
+    assert steps[2]["rewards/image_margins"] != 0
+    picture(0).save(copy / "a.png")
+    code = ("import data; image = data.read_image('a.png'); "
+            "turned = data.rejected_image('upside_down', image, 0, 'a'); "
+            "print(turned == image.rotate(180), turned == image)")
+    assert python(copy, "-c", code).split() == ["True", "False"]
+
+
+def test_where_lora_goes(copy):
+    from safetensors import safe_open
+    change(copy, "Where LoRA goes")
+    train(copy)
+    with safe_open(copy / "run" / "adapter" / "adapter_model.safetensors", "pt") as file:
+        layers = {name.split(".")[-3] for name in file.keys()}
+    assert layers == {"q_proj", "v_proj"}
+
+
+def test_the_optimiser(copy):
+    """Another one is seen by the losses that follow the first step."""
+    usual = train(copy)
+    change(copy, "The optimiser")
+    shutil.rmtree(copy / "run")
+    steps = train(copy)
+    assert steps[0]["loss"] == usual[0]["loss"] and steps[2]["loss"] != usual[2]["loss"]
+
+
+def write_vip_llava(folder):
+    """A random ViP-LLaVA of transformers' own class, whose projector reads two layers of the vision tower."""
+    import torch
+    from transformers import LlavaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+    usual = LlavaConfig.from_pretrained(write_llava(folder))
+    config = VipLlavaConfig(vision_config=usual.vision_config, text_config=usual.text_config,
+                            image_token_index=usual.image_token_id, vision_feature_layer=[-1, -2])
+    torch.manual_seed(0)
+    VipLlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def test_a_model_family(copy):
+    """Two steps on pairs with pictures: packed and naive log the same log-probabilities."""
+    change(copy, "A model family")
+    write_vip_llava(copy / "vip")
+    with open(copy / "pairs.jsonl", "w") as file:
+        for i in range(8):
+            picture(i).save(copy / f"{i}.png")
+            file.write(json.dumps({"id": str(i), "image": f"{i}.png", "question": "what is this ?",
+                                   "chosen": "a red cat .", "rejected": "two blue dog , no cat ."}) + "\n")
+    logged = {}
+    for forward in ("packed", "naive"):
+        python(copy, "train_dpo.py", "--model", "vip", "--data", "pairs.jsonl", "--batch", "4",
+               "--micro_batch", "2", "--max_steps", "2", "--forward", forward, "--out", forward)
+        logged[forward] = [{key: value for key, value in step.items() if key.startswith("logps/")}
+                           for step in steps_of(copy / forward)]
+    assert len(logged["packed"]) == 2 and len(logged["packed"][0]) >= 2
+    for packed, naive in zip(logged["packed"], logged["naive"], strict=True):
+        assert packed == pytest.approx(naive, rel=1e-5)
