@@ -27,7 +27,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,6 @@ BACKOFF = 0.5           # seconds before the second attempt; doubled before each
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
 LARGEST = 1 << 24       # bytes of a reply
-BATCH = 8               # questions at once in a model folder
 SERVE = "or serve it, with vLLM for example, and give its URL"
 
 
@@ -67,27 +65,31 @@ def ask(source, questions, out=None, *, description="asking", **options):
     if repeated := len(questions) - len(asked):
         raise UserError(f"{description}: {repeated} of {len(questions)} requests repeat an id; give each an "
                         "id of its own")
-    model = connect(source, **options)
+    model, rows = connect(source, **options), {}
     made = {i: {"id": i, "hash": _hash([key, model.settings]), "asked": key} for i, key in asked.items()}
-    store = command.Store(out, in_order=False) if out and not isinstance(model, File) else None
-    rows = store.kept(list(made.values())) if store else {}
+    if isinstance(model, File):
+        out = None
+    if out:
+        rows = command.Store(out).kept(made.values())
     done = {i for i, row in rows.items() if model.accept(row["reply"])}
-    bar = tqdm(total=len(asked), initial=len(done), desc=description, unit="reply",
-               disable=None if store else True)
-    with contextlib.closing(model.ask(questions, done)) as found, bar:
-        for i, row in found:
+    with contextlib.closing(model.ask(questions, done)) as found:
+        for i, row in tqdm(found, description, len(asked), initial=len(done), unit="reply",
+                           disable=None if out else True):
             rows[i] = made[i] | row
-            if store:
-                store.add([rows[i]])
-            bar.update()
-    if lost := sum(i not in rows for i in asked):
-        again = "; the same command asks only for them" if store else ""
+            if out:
+                data.append_jsonl(out, rows[i])
+    if lost := len(asked) - len(rows):
+        again = "; the same command asks only for them" if out else ""
         print(f"{description}: {lost} of {len(asked)} requests got no reply (last: {model.reason}){again}",
               file=sys.stderr)
     return {i: rows[i] for i in asked if i in rows}
 
 
-def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=None, timeout=60,
+def anything(reply):
+    return True
+
+
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=anything, timeout=60,
             attempts=4, workers=8, **loading):
     """-> a Server, File or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
@@ -101,14 +103,10 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     source = str(source)
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
-        return Server(source, settings, timeout, attempts, workers, accept or anything)
+        return Server(source, settings, timeout, attempts, workers, accept)
     if source.endswith((".jsonl", ".json")) or Path(source).is_file():
         return File(source)
     return Folder(source, settings, **loading)
-
-
-def anything(reply):
-    return True
 
 
 def is_url(source):
@@ -160,24 +158,22 @@ class File:
 
     def ask(self, questions, done=()):
         """Yield (id, {..., "reply", "asked": None where the file does not say it}). Raises UserError."""
-        asked = {q.id: digest(q) for q in questions}
+        asked, rows, other = {q.id: digest(q) for q in questions}, {}, set()
         lines = [line for line in data.read_records(self.path) if not line.get("error")]
-        rows, other = {}, set()
         for number, line in enumerate(lines):
             name, reply = self.pair(line)
-            if not isinstance(reply, str):
-                raise UserError(f"{self.path}: record {number + 1} has no reply; each needs `reply`, "
-                                "`judge_reply` or `choices`")
-            if name is None and len(lines) != len(asked):
-                raise UserError(f"{self.path} has {len(lines)} replies without ids to {len(asked)} requests; "
-                                "they cannot be told apart, so add an `id` to each")
-            name = str(questions[number].id if name is None else name)
-            if "asked" in line and line["asked"] != asked.get(name):
+            if name is None and len(lines) == len(asked):
+                name = questions[number].id
+            if name is None or not isinstance(reply, str):
+                raise UserError(f"{self.path}: record {number + 1} of {len(lines)} has no id or no reply "
+                                f"(`reply`, `judge_reply`, `choices`); only {len(asked)} can do without ids")
+            name, row = str(name), {"asked": None} | line | {"reply": reply}
+            if row["asked"] not in (None, asked.get(name)):
                 other.add(name)                         # perhaps an older line, which a later one replaces
-            elif "asked" not in line and name in rows and rows[name]["reply"] != reply:
+                continue
+            if row["asked"] is None and rows.get(name, row)["reply"] != reply:
                 raise UserError(f"{self.path}: id {name} has two different replies; keep one of them")
-            else:
-                rows[name] = {"asked": None} | line | {"reply": reply}
+            rows[name] = row
         if wrong := sorted(other & asked.keys() - rows.keys()):
             raise UserError(f"{self.path} replies to other requests ({len(wrong)} ids, first {wrong[0]}): "
                             "the answers or the prompt have changed since; ask again")
@@ -197,8 +193,8 @@ class File:
 class Server:
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself.
 
-    The key in OPENAI_API_KEY goes to this host only: no redirect is followed. Neither the key nor the URL's
-    query is ever shown. https goes through the environment's proxy, http to the host itself.
+    The key in OPENAI_API_KEY goes to this host only: no redirect is followed, no proxy is asked. Neither the
+    key nor the URL's query is ever shown.
     """
     url: str
     settings: dict
@@ -208,46 +204,35 @@ class Server:
     accept: object                  # reply -> whether it will do
 
     def __post_init__(self):
-        self.reason, self.failed = "", 0                # of the last failure; failures in a row
-        self.stop = threading.Event()
+        self.reason, self.stop, valid = "", threading.Event(), False        # reason: of the last failure
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        secure = self.url.startswith("https")
-        self.kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        try:
+        with contextlib.suppress(ValueError):           # of a bracket, or of a port that is no number
             parts = urllib.parse.urlsplit(self.url)
-            self.host, self.query = parts.netloc, parts.query
-            valid = parts.hostname and "@" not in self.host and self.kind(self.host)
-        except (ValueError, http.client.InvalidURL):
-            valid = False
+            valid = parts.hostname and "@" not in parts.netloc and parts.port != 0
         if not valid:
             raise UserError(f"{public(self.url)}: give a server's URL, without user and password; a key "
                             "belongs in the variable OPENAI_API_KEY")
+        self.host, self.query = parts.netloc, parts.query
         self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
         self.base = f"{parts.scheme}://{self.host}{self.path}"
-        self.proxy = ""
-        if secure and not urllib.request.proxy_bypass(parts.hostname):
-            self.proxy = urllib.request.getproxies().get("https", "").rpartition("//")[2].rstrip("/")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; what fails is passed over."""
-        if self.failed >= GIVE_UP:
-            return
         body = self.settings | {"model": self.model}
         body = {name: value for name, value in body.items() if value is not None}
         self.stop.clear()
-        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
+        pool, failed = concurrent.futures.ThreadPoolExecutor(self.workers), 0
         try:
             futures = {pool.submit(self.one, q, body): q.id for q in questions if q.id not in done}
             for future in concurrent.futures.as_completed(futures):
                 row, reason = future.result()
                 if row:
-                    self.failed = 0
+                    failed = 0
                     yield futures[future], row
                     continue
-                self.reason, self.failed = reason, self.failed + 1
-                if self.failed >= GIVE_UP:
-                    self.reason = (f"{self.failed} requests in a row failed and the rest was not asked; "
-                                   f"{reason}")
+                self.reason, failed = reason, failed + 1
+                if failed == GIVE_UP:
+                    self.reason = f"{failed} requests in a row failed and the rest was not asked; {reason}"
                     return
         finally:
             self.stop.set()
@@ -259,7 +244,7 @@ class Server:
         if self.settings["model"]:
             return self.settings["model"]
         try:
-            answer, _, _ = self.request("/models", None, min(self.timeout, 10))
+            answer, _, _ = self.request("/models")
             names = [str(entry["id"]) for entry in answer["data"]]
         except (UserError, TypeError, KeyError):
             return None
@@ -270,26 +255,24 @@ class Server:
 
     def one(self, question, body):
         """-> (row, "") or (None, why the last of `attempts` attempts failed)."""
-        urls = [{"url": data.image_url(path)} for path in question.images]
-        images = [{"type": "image_url", "image_url": url} for url in urls]
+        images, reason = [], "not asked"
+        for path in question.images:
+            images.append({"type": "image_url", "image_url": {"url": data.image_url(path)}})
         body = {"messages": messages(question.text, images)} | body
-        reason = "not asked"
         for attempt in range(1, self.attempts + 1):
             if self.stop.is_set():
                 break
-            answer, why, wait = self.request("/chat/completions", body, self.timeout)
+            answer, why, wait = self.request("/chat/completions", body)
             text, last = reply_of(answer), attempt == self.attempts or wait == math.inf
             if text is not None and (last or self.accept(text)):
-                row = {"reply": text, "model": answer.get("model", body.get("model")),
-                       "finish": answer["choices"][0].get("finish_reason")}
-                return {name: value for name, value in row.items() if isinstance(value, str)}, ""
-            why = why or self.hide(f"no text in the answer {json.dumps(answer)}")[:120]
+                finish = answer["choices"][0].get("finish_reason")
+                return {"reply": text, "model": answer.get("model"), "finish": finish}, ""
             reason = f"{why}, attempt {attempt} of {self.attempts}"
             if last or self.stop.wait(BACKOFF * 2 ** (attempt - 1) if wait is None else wait):
                 break
         return None, reason
 
-    def request(self, path, body, timeout):
+    def request(self, path, body=None):
         """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
 
         Seconds: None where the server does not say, inf where another attempt would not help. Raises
@@ -297,22 +280,18 @@ class Server:
         """
         start, answer = time.monotonic(), None
         try:
-            status, headers, raw = self.exchange(path, body, timeout)
+            status, headers, raw = self.exchange(path, body)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            status, headers, raw = 0, {}, str(error or type(error).__name__).encode()
-        if time.monotonic() - start >= timeout:
-            return None, f"no answer within {timeout:g} seconds", None
+            status, headers, raw = 0, {}, f"{self.base}: {error or type(error).__name__}".encode()
+        if time.monotonic() - start >= self.timeout:
+            return None, f"no answer within {self.timeout:g} seconds", None
         if len(raw) > LARGEST:
             return None, f"an answer of more than {LARGEST >> 20} MiB", math.inf
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(raw)
         said = self.hide(" ".join(raw.decode("utf-8", "replace").split()))[:200]
-        if not status:
-            return None, f"{self.base}: {said}", None
         if status < 300:
-            if isinstance(answer, dict):
-                return answer, "", None
-            return None, f"the answer is no JSON object but {said[:80]!r}", None
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(raw)
+            return answer, f"no reply in {said!r}" if status else said, None
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may do
             return None, reason, math.inf
@@ -323,22 +302,25 @@ class Server:
         raise UserError(f"{self.base}{path}: {reason}; check the URL, the model's name and the key in "
                         "OPENAI_API_KEY")
 
-    def exchange(self, path, body, timeout):
-        """-> (status, headers, body). Whatever the server sends ends, or fails, within `timeout` seconds."""
-        end = time.monotonic() + timeout
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    def exchange(self, path, body):
+        """-> (status, headers, body). Whatever the server sends ends, or fails, within the timeout."""
+        end, headers = time.monotonic() + self.timeout, {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        target = self.path + path + (f"?{self.query}" if self.query else "")
-        connection = self.kind(self.proxy or self.host, timeout=timeout)
-        if self.proxy:
-            connection.set_tunnel(self.host)
-        with contextlib.closing(connection):
+        target = f"{self.path}{path}?{self.query}".rstrip("?")
+        secure = self.base.startswith("https")
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        with contextlib.closing(kind(self.host, timeout=self.timeout)) as connection:
             connection.connect()
-            with _shut_after(end - time.monotonic(), connection.sock):
+            # the socket's own timeout starts anew with each byte
+            timer = threading.Timer(end - time.monotonic(), _shut, [connection.sock])
+            timer.start()
+            try:
                 connection.request("POST" if body else "GET", target, body and json.dumps(body), headers)
                 response = connection.getresponse()
                 return response.status, response.headers, response.read(LARGEST + 1)
+            finally:
+                timer.cancel()
 
     def hide(self, text):
         """A text for the screen: some servers repeat the key and the query that they were given."""
@@ -347,18 +329,9 @@ class Server:
         return text
 
 
-@contextlib.contextmanager
-def _shut_after(seconds, sock):
-    """Inside the `with` nobody waits longer for the socket, whose own timeout starts anew with each byte."""
-    def shut():
-        with contextlib.suppress(OSError):              # the other end has shut it
-            sock.shutdown(socket.SHUT_RDWR)
-    timer = threading.Timer(seconds, shut)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _shut(sock):
+    with contextlib.suppress(OSError):                  # the other end has shut it
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 # ---- a folder ----
@@ -371,7 +344,7 @@ class Folder:
     """
     source: str
     settings: dict
-    batch: int = BATCH
+    batch: int = 8
     device: str = ""
     dtype: object = None
     template: str | None = None
@@ -384,6 +357,7 @@ class Folder:
                             "these")
         self.folder = data.model_folder(self.source)
         self.settings = self.settings | {"model": command.identity(self.folder)}
+        self.sees = "vision_config" in data.read_json(self.folder / "config.json", {})
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "finish"}).
@@ -392,68 +366,65 @@ class Folder:
         a batch that lacks a reply is computed again as a whole.
         """
         for at in range(0, len(questions), self.batch):
-            batch = questions[at:at + self.batch]
+            batch, seed = questions[at:at + self.batch], None
             if all(q.id in done for q in batch):
                 continue
-            seed = data.hash64(self.settings["seed"], at) >> 1 if self.settings["temperature"] else None
-            for question, (text, ended) in zip(batch, self.generate(batch, seed), strict=True):
+            if self.settings["temperature"]:
+                seed = data.hash64(self.settings["seed"], at) >> 1
+            found = self.see(batch, seed) if self.sees else self.write(batch, seed)
+            for question, (text, ended) in zip(batch, found, strict=True):
                 if question.id not in done:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}
 
     @functools.cached_property
-    def generate(self):
-        """f(questions, a seed to sample with or None) -> [(reply, whether the model ended it by itself)]."""
+    def model(self):
+        """vlm.load's of a vision-language model, else (tokenizer, model)."""
         import torch
         device = command.place(self.device)
         dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        if "vision_config" in data.read_json(self.folder / "config.json", {}):
-            return self.seeing(device, dtype)
-        return self.writing(device, dtype)
-
-    def seeing(self, device, dtype):
-        """`generate` of a vision-language model."""
+        if not self.sees:
+            return self.writer(device, dtype)
         import vlm
         try:
-            m = vlm.load(self.folder, dtype=dtype, device=device, template=self.template)
+            return vlm.load(self.folder, dtype=dtype, device=device, template=self.template)
         except UserError as error:
             raise UserError(f"{error}; {SERVE}") from None
-        limit, temperature = self.settings["max_tokens"], self.settings["temperature"]
 
-        def generate(questions, seed):
-            images = [[data.read_image(path) for path in q.images] for q in questions]
-            asked = [q.text for q in questions]
-            return vlm.complete(m, images, asked, limit, len(asked), seed, temperature)
-        return generate
-
-    def writing(self, device, dtype):
-        """`generate` of a language model."""
-        import torch
+    def writer(self, device, dtype):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         fix = f"check it, {SERVE}"
         tokenizer = data.from_folder(AutoTokenizer, self.folder, "tokenizer", fix, padding_side="left")
-        model = data.from_folder(AutoModelForCausalLM, self.folder, "chat model", fix, dtype=dtype)
         if not tokenizer.chat_template:
             raise UserError(f"{self.folder} has no chat template; give a model that was trained to chat")
-        model.to(device).eval()
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        options = {"do_sample": False, "max_new_tokens": self.settings["max_tokens"],
-                   "pad_token_id": tokenizer.pad_token_id}
-        if temperature := self.settings["temperature"]:
-            options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        model = data.from_folder(AutoModelForCausalLM, self.folder, "chat model", fix, dtype=dtype)
+        model.generation_config.do_sample = False       # unless a temperature is given
+        return tokenizer, model.to(device).eval()
 
-        @torch.no_grad()
-        def generate(questions, seed):
-            if any(q.images for q in questions):
-                raise UserError(f"{self.folder} is a model for text and was asked about an image; give a "
-                                "LLaVA folder or a server")
-            turns = [messages(q.text) for q in questions]
-            inputs = tokenizer.apply_chat_template(turns, padding=True, add_generation_prompt=True,
-                                                   return_dict=True, return_tensors="pt").to(device)
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed or 0)
-                out = model.generate(**inputs, **options)
-            new = out[:, inputs["input_ids"].shape[1]:].tolist()                          # (R, new tokens)
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-            ended = [tokenizer.eos_token_id in ids for ids in new]
-            return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
-        return generate
+    def see(self, questions, seed):
+        """[(reply, whether the model ended it by itself)] of a vision-language model; seed: to draw with."""
+        import vlm
+        images = [[data.read_image(path) for path in q.images] for q in questions]
+        return vlm.complete(self.model, images, [q.text for q in questions], self.settings["max_tokens"],
+                            self.batch, seed, self.settings["temperature"])
+
+    def write(self, questions, seed):
+        """`see`, of a language model."""
+        import torch
+        if any(q.images for q in questions):
+            raise UserError(f"{self.folder} is a model for text and was asked about an image; give a LLaVA "
+                            "folder or a server")
+        tokenizer, model = self.model
+        inputs = tokenizer.apply_chat_template(
+            [messages(q.text) for q in questions], padding=True, add_generation_prompt=True, return_dict=True,
+            return_tensors="pt").to(model.device)
+        sampling, temperature = {}, self.settings["temperature"]
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed or 0)
+            out = model.generate(**inputs, **sampling, max_new_tokens=self.settings["max_tokens"],
+                                 pad_token_id=tokenizer.pad_token_id)
+        new = out[:, inputs["input_ids"].shape[1]:].tolist()                              # (R, new tokens)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [(text.strip(), tokenizer.eos_token_id in ids) for text, ids in zip(texts, new, strict=True)]

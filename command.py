@@ -5,7 +5,6 @@
     lock = claim(out)                                            one run in a folder
     rows = Store(path, ranks).work(items, make)                  what is done stays done
 """
-import contextlib
 import dataclasses
 import hashlib
 import math
@@ -25,12 +24,10 @@ WIDTH = 80                                           # columns of a help text
 
 
 # ---- options: a dataclass is the command line ----
-def option(default, help, *, behind_set=False, choices=None, above=None, at_least=None, flag="", off=""):
-    """A field of an options dataclass. behind_set: --set NAME=VALUE reaches it. above, at_least: what a
-    number must be, besides finite. flag: another spelling. off: a flag that makes it 0."""
-    about = {"help": help, "behind_set": behind_set, "choices": choices, "above": above, "at_least": at_least,
-             "flag": flag, "off": off}
-    return dataclasses.field(default=default, metadata=about)
+def option(default, help, **about):
+    """A field of an options dataclass. about: `behind_set` where only --set NAME=VALUE reaches it, `choices`,
+    `above` or `at_least` (what a number must be, besides finite), `off` (a flag that makes it 0)."""
+    return dataclasses.field(default=default, metadata={"help": help, **about})
 
 
 def behind_set(default, help, **more):
@@ -45,19 +42,17 @@ def parse(kind, argv, prog, description, positional=()):
     not given is absent, so that a preset can stand between the dataclass's defaults and the command line.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    rare = {name: field for name, field in fields.items() if field.metadata["behind_set"]}
+    rare = {name: field for name, field in fields.items() if "behind_set" in field.metadata}
     parser = data.Parser(prog=prog, description=description, epilog=_described(rare))
     for name, choices, default, text in positional:
         parser.add_argument(name, nargs="?", choices=choices, default=default, help=text)
     for name, field in fields.items():
         if name not in rare:
             _add(parser, name, field)
-    if rare:
-        parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                            help="a rarer setting, see below; may be given several times")
-    given = vars(parser.parse_args(argv))
-    chosen = {}
-    for item in given.pop("set", []):
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="a rarer setting, see below; may be given several times")
+    given, chosen = vars(parser.parse_args(argv)), {}
+    for item in given.pop("set"):
         name, equals, text = item.partition("=")
         if name not in fields or not equals:             # also an --option's name, though help lists the rest
             raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
@@ -65,8 +60,8 @@ def parse(kind, argv, prog, description, positional=()):
     for name in fields.keys() & given.keys():
         text = given.pop(name)
         if isinstance(text, str):
-            chosen[name] = value(f"--{name} {text}", text, fields[name])
-        elif text is not None:
+            text = value(f"--{name} {text}", text, fields[name])
+        if text is not None:
             chosen[name] = text
     return chosen, given
 
@@ -82,20 +77,19 @@ def preset(presets, chosen):
 def _add(parser, name, field):
     """One --NAME; its value stays text until `value` reads it, so that a bad one is refused in one place."""
     import argparse
-    names = [f"--{name}", *([field.metadata["flag"]] if field.metadata["flag"] else [])]
     text = f"{field.metadata['help']} [{_shown(field.default)}]".replace("%", "%%")
     if field.type is bool:
-        parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     else:
-        parser.add_argument(*names, metavar=_typed(field.type), help=text)
-    if off := field.metadata["off"]:
-        parser.add_argument(off, dest=name, action="store_const", const=0, help=f"--{name} 0")
+        short, _ = KINDS[field.type]
+        parser.add_argument(f"--{name}", metavar=short, help=text)
+    if "off" in field.metadata:
+        parser.add_argument(field.metadata["off"], dest=name, action="store_const", const=0, help=f"--{name} 0")
 
 
 def value(where, text, field):
     """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
     kind, about = field.type, field.metadata
-    choices, above, at_least = about["choices"], about["above"], about["at_least"]
     try:
         if kind is bool:
             found = {"true": True, "false": False}[text.lower()]
@@ -104,21 +98,19 @@ def value(where, text, field):
         else:
             found = kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"{where}: {text!r} is not {_typed(kind, spelt=True)}") from None
-    if choices and found not in choices:
-        raise UserError(f"{where}: give one of {', '.join(str(choice) for choice in choices if choice)}")
-    if above is not None and not above < found < math.inf:
-        raise UserError(f"{where}: it must be a number above {above}")
-    if at_least is not None and not at_least <= found < math.inf:
-        raise UserError(f"{where}: it must not be below {at_least}")
+        _, spelt = KINDS[kind]
+        raise UserError(f"{where}: {text!r} is not {spelt}") from None
+    if "choices" in about and found not in about["choices"]:
+        raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
+    if "above" in about and not about["above"] < found < math.inf:
+        raise UserError(f"{where}: it must be a number above {about['above']}")
+    if "at_least" in about and not about["at_least"] <= found < math.inf:
+        raise UserError(f"{where}: it must not be below {about['at_least']}")
     return found
 
 
-def _typed(kind, spelt=False):
-    names = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
-             tuple: ("X,Y", "numbers with commas"), Path: ("PATH", "a path")}
-    short, long = names.get(kind, ("TEXT", "a text"))
-    return long if spelt else short
+KINDS = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
+         tuple: ("X,Y", "numbers with commas"), str: ("TEXT", "a text")}
 
 
 def _shown(default):
@@ -131,7 +123,7 @@ def _shown(default):
 
 def _described(fields):
     """The --set keys, one paragraph each."""
-    lines = ["settings behind --set, with their defaults:"] if fields else []
+    lines = ["settings behind --set, with their defaults:"]
     for name, field in fields.items():
         text = f"{name}={_shown(field.default)}: {field.metadata['help']}"
         lines.append(textwrap.fill(text, WIDTH - 2, initial_indent="  ", subsequent_indent="      "))
@@ -282,15 +274,13 @@ class Store:
     group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
     order.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None, unshape=None, in_order=True):
-        """head: {name: value} of the first line, settings that decide every other line: a file begun with
+    def __init__(self, path, ranks=None, head=None, shape=lambda row: row, unshape=lambda n, line: line):
+        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
         others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
-        the head, from 0; the line) -> its row, where a line has no id and hash. in_order=False: lines stay
-        where they were appended, in one file, and nothing is ever taken out of it.
+        the head, from 0; the line) -> its row, where a line has no id and hash.
         """
-        self.path, self.ranks, self.head = Path(path), ranks or Ranks(), head
-        self.shape, self.in_order = shape or (lambda row: row), in_order
-        self.unshape = unshape or (lambda number, line: line)
+        self.path, self.ranks = Path(path), ranks or Ranks()
+        self.head, self.shape, self.unshape = head, shape, unshape
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
@@ -313,10 +303,10 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        if not self.head.keys() <= begun.keys():
-            raise UserError(f"{file} has no {', '.join(self.head)} in its first line; give another --out")
-        was, now = _flat(begun), _flat(self.head)
-        differ = [f"{name} ({_brief(was.get(name))}, now {_brief(now.get(name))})"
+        was, now = begun.get("settings"), self.head["settings"]
+        if not isinstance(was, dict):
+            raise UserError(f"{file} has no settings in its first line; give another --out")
+        differ = [f"{name} ({str(was.get(name))[:40]}, now {str(now.get(name))[:40]})"
                   for name in was | now if was.get(name) != now.get(name)]
         if differ:
             raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
@@ -324,10 +314,6 @@ class Store:
 
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
-        if not self.in_order:
-            for row in rows:
-                data.append_jsonl(self.path, row)
-            return
         part = self.part(self.ranks.rank)
         if self.head and not part.exists():
             data.append_jsonl(part, self.head)
@@ -340,50 +326,37 @@ class Store:
         Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
         batches. Keys of an item that begin with _ are for `make` alone.
         """
-        had = self.kept(items)
+        had, ranks = self.kept(items), self.ranks
         self.there = len(had)
-        self.ranks.barrier()                                # everyone has read what is there before it grows
+        ranks.barrier()                                     # everyone has read what is there before it grows
         groups = [items[at:at + size] for at in range(0, len(items), size)]
-        mine = [g for g in groups[self.ranks.rank::self.ranks.world] if any(x["id"] not in had for x in g)]
+        mine = [g for g in groups[ranks.rank::ranks.world] if any(item["id"] not in had for item in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
-                   disable=None if self.ranks.rank == 0 else True)
+                   disable=ranks.rank > 0 or None)
         with bar:
             for group, rows in zip(mine, make(mine), strict=True) if mine else ():
                 new = []
                 for item, row in zip(group, rows, strict=True):
                     if row is not None and item["id"] not in had:
                         new.append({k: v for k, v in (item | row).items() if not k.startswith("_")})
-                if new:
-                    self.add(new)
-                bar.update(len(new) * self.ranks.world)
-        self.ranks.barrier()
+                self.add(new)
+                bar.update(len(new) * ranks.world)
+        ranks.barrier()
         found = self.kept(items)
-        self.ranks.barrier()                                # everyone has read the parts before they go
+        ranks.barrier()                                     # everyone has read the parts before they go
         rows = [found[item["id"]] for item in items if item["id"] in found]
-        if self.ranks.rank == 0 and self.in_order:
+        if ranks.rank == 0:
             self.write(rows)
         return rows
 
     def write(self, rows):
         """The file, in one move; the parts go."""
-        whole = [*([self.head] if self.head else []), *map(self.shape, rows)]
-        data.write_jsonl(self.path, whole)
+        lines = [self.shape(row) for row in rows]
+        if self.head:
+            lines.insert(0, self.head)
+        data.write_jsonl(self.path, lines)
         for part in self.parts():
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
-
-
-def _flat(head):
-    """The settings of a head by name, whether it holds them or a group of them."""
-    found = {}
-    for name, value in head.items():
-        found |= value if isinstance(value, dict) else {name: value}
-    return found
-
-
-def _brief(value):
-    text = str(value)
-    return text if len(text) < 40 else text[:37] + "..."
+            part.unlink(missing_ok=True)
 
 
 def positive(name, number):

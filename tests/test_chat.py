@@ -318,13 +318,13 @@ def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
 
 
 @pytest.mark.parametrize("text, says", [
-    ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "3 replies without ids to 2 requests"),
+    ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "record 1 of 3 has no id .*; only 2 can do without"),
     ('[{"id": "1", "reply": "a"}, {"reply": "b"}]', "id 1 has two different replies"),
     ('{"id": "0", "reply": "a"}\n{"id": "0", "reply": "b"}\n', "id 0 has two different replies"),
-    ('{"id": "0", "reply": 7}\n', "record 1 has no reply"),
-    ('{"id": "0", "answer": "a"}\n', "record 1 has no reply"),
-    ('[{"id": "0", "reply": "a"}, 7]', "entry 2: int instead"), ("[{", "broken JSON"),
-    ("{\n{}\n", "line 1: brok")])
+    ('{"id": "0", "reply": 7}\n', "record 1 of 1 has no id or no reply"),
+    ('{"id": "0", "answer": "a"}\n', "record 1 of 1 has no id or no reply"),
+    ('[{"id": "0", "reply": "a"}, 7]', "entry 2: int instead"),
+    ("[{", "broken JSON"), ("{\n{}\n", "line 1: brok")])
 def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
     (tmp_path / "saved.json").write_text(text)
     with pytest.raises(data.UserError, match=says):

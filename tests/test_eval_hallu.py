@@ -805,8 +805,9 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
     import vlm
-    generate = vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda *a, **k: [f"{text} Rating: 4" for text in generate(*a, **k)])
+    complete = vlm.complete
+    monkeypatch.setattr(vlm, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
+                                                          for text, ended in complete(*a, **k)])
     (tmp_path / "scores.judge.jsonl").unlink()
     scores, _ = score(tmp_path, "mmhal", answers, *arguments)
     assert scores["score"] == 4 and scores["judge_prompt"] == str(prompt)
