@@ -5,7 +5,6 @@
 
 Part of train_dpo.py.
 """
-import functools
 import hashlib
 import math
 import random
@@ -15,12 +14,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 import data
+from data import UserError
 from records import Records, check
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -65,7 +67,7 @@ def make(folder, arguments):
     words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
     done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
-        raise data.UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        raise UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
 
 
 def built_in(o):
@@ -115,7 +117,7 @@ class Pairs:
         """The record's own rejected images, or one made for each image."""
         if record["images_rejected"]:
             return [data.read_image(x) for x in record["images_rejected"]]
-        other = functools.partial(self.other_image, seed, record, place)
+        other = partial(self.other_image, seed, record, place)
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
                 for n, image in enumerate(images)]
 
@@ -126,17 +128,15 @@ class Pairs:
 
     def batch(self, micro, read):
         """data.Batch of a Micro, whose Reads these are."""
-        images = [image for one in read for image in one.images]
-        images_rejected = [image for one in read for image in one.images_rejected]
-        keys = [one.key for one in read]
-        return data.Batch([one.pair for one in read], images, images_rejected, micro.places, keys,
-                          micro.counts, micro.of)
+        pairs, images, rejected, keys = zip(*read, strict=True)
+        return data.Batch(pairs, [*chain(*images)], [*chain(*rejected)], micro.places, keys, micro.counts,
+                          micro.of)
 
 
 def other_index(seed, id, i, n):
     """The index of another record than i, of n."""
     if n < 2:
-        raise data.UserError("--image_rejected random needs two records or more; add some or choose crop")
+        raise UserError("--image_rejected random needs two records or more; add some or choose crop")
     return (i + 1 + int(data.draw(seed, "other", id, 0).integers(n - 1))) % n
 
 
@@ -151,7 +151,7 @@ def crop_pixels(pixels, box):
 def rejected_pixels(strategy, pixels, seed, id):
     """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
-        raise data.UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     rng = data.rng_of(strategy, seed, id)
     return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
@@ -188,7 +188,7 @@ def checked(front, path, o, needs, ranks, folder=None):
     folder: of the run, where the outcome of the records' check stays.
     """
     records = Records(path, o.image_root or None)
-    good, tokens = ranks.first(functools.partial(usable, front, records, o, needs, folder))
+    good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 
 
@@ -203,30 +203,20 @@ def usable(front, records, o, needs, folder):
             images = record["images"] if o.image_rejected != "none" else []
             pair, lost = tokenise(front, record, o, tuple(data.image_size(x) for x in images))
             if lost and "rejected" in needs and pair.chosen == pair.rejected:
-                raise data.UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
+                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
                                      "raise --set max_length or drop the record")
-        except data.UserError as e:
+        except UserError as e:
             print(f"{records.where(i)}: {e}", file=sys.stderr)
             continue
         cut += lost > 0
         kept.append(i)
-        tokens.append(row_tokens(pair, needs))
+        tokens.append(len(data.pack([pair], needs).ids))
     if len(kept) < len(good) and not (o.skip_bad and kept):
-        raise data.UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
+        raise UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
                              "used (listed above): fix them, or pass --skip_bad")
     if cut:
         print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
     return kept, tokens
-
-
-def row_tokens(pair, needs):
-    """Tokens of a pair's packed row: of what a step computes."""
-    row = pair.prompt + pair.chosen
-    if "rejected" in needs:
-        row = row + pair.rejected
-    if "image_rejected" in needs:
-        row = row + pair.prompt_rejected + pair.chosen
-    return len(row)
 
 
 # ---- steps ----
@@ -234,15 +224,14 @@ class Batches:
     """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
 
     The pairs are the same with any number of threads, and a step's are the same on any number of ranks.
-    equal: every rank gets as many, where a filler repeats another and counts for nothing (with --shard all
-    ranks run equally many forwards). waited: seconds that the last step has waited for the threads.
+    With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
+    seconds that the last step has waited for the threads.
     """
-    def __init__(self, pairs, o, ranks, steps, equal=False):
+    def __init__(self, pairs, o, ranks, steps):
         self.pairs = pairs
         self.o = o
         self.ranks = ranks
         self.steps = steps
-        self.equal = equal
         self.per_epoch = math.ceil(len(pairs) / o.batch)
         self.pool = ThreadPoolExecutor(o.workers)
         self.begun = {}
@@ -265,7 +254,7 @@ class Batches:
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
         some = data.chunks(places, self.o.micro_batch)
         micros = [Micro(each, len(each), len(places)) for each in some]
-        while self.equal and len(micros) % self.ranks.world:
+        while self.o.shard and len(micros) % self.ranks.world:
             micros.append(micros[0]._replace(counts=0))
         return [(micro, [self.pool.submit(self.read, place, epoch) for place in micro.places])
                 for micro in self.share(micros)]
@@ -290,7 +279,7 @@ class Batches:
         return found
 
 
-@functools.lru_cache(2)
+@lru_cache(2)
 def order(n, seed, epoch):
     """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
     places = list(range(n))

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 import data
 import options
 
+FILE = "last/checkpoint.safetensors"                         # in the run's folder
+
 
 @dataclass
 class State:
@@ -30,13 +32,13 @@ def save(run):
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), "base": run.base}
         (run.out / "last").mkdir(exist_ok=True)
-        data.atomic_write(run.out / "last" / "checkpoint.safetensors", to_bytes(tensors, about))
+        data.atomic_write(run.out / FILE, to_bytes(tensors, about))
 
 
 def restore(run):
     """Go on from the last checkpoint, if there is one. Raises UserError for one of other inputs."""
     from safetensors import safe_open
-    file = run.out / "last" / "checkpoint.safetensors"
+    file = run.out / FILE
     if file.exists():
         with safe_open(file, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
@@ -78,14 +80,13 @@ class Stop:
     asked = False
 
     def __enter__(self):
-        self.armed = True
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
 
     def hear(self, number, frame):
-        if self.asked or not self.armed:
+        if self.asked:
             raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *error):
-        self.armed = False
+        self.asked = True

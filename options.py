@@ -15,6 +15,7 @@ import command
 import data
 import losses
 from command import behind_set, option
+from data import UserError
 
 DAMAGED = tuple(data.REJECTED)
 
@@ -126,7 +127,7 @@ def parse(argv, description):
     name = chosen.get("preset", "classroom")
     for field in ("model", "data"):
         if name != "classroom" and field not in chosen:
-            raise data.UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
+            raise UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
     if chosen.get("official"):
         defaults = defaults | {field: value for field, (value, _) in OFFICIAL.get(name, {}).items()}
     o = Options(**defaults | chosen)
@@ -139,18 +140,18 @@ def check(o):
     try:
         needs = needs_of(o)
     except ValueError as e:
-        raise data.UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
+        raise UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
     if o.image_rejected == "none" and "image_rejected" in needs:
-        raise data.UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
+        raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
     if o.official and o.preset not in OFFICIAL:
-        raise data.UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
+        raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
     if o.crop_pixels and o.image_rejected not in data.AREAS:
-        raise data.UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
+        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
                              f"{o.image_rejected}")
     if o.batch % o.micro_batch:
-        raise data.UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
+        raise UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
 
 
 def loss_of(o):
@@ -207,11 +208,11 @@ def claim(out, o):
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
-    known, now = first.get("data_identity"), data_identity(o)
-    if known and now and known != now:
+    now = data_identity(o)
+    if now and first.get("data_identity", now) != now:
         differ.append(f"{o.data} has changed since")
     if differ:
-        raise data.UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
+        raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder")
     return lock
 

@@ -3,8 +3,8 @@
 They are the frozen base's or, without an adapter, those that train and those of the frozen copy. Tested with
 two ranks over gloo on a CPU, as one node and as two; NCCL has not been run.
 """
-import functools
 import os
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -68,14 +68,14 @@ def first(ranks, work, m):
     if ranks.rank > 0:
         while number := told():
             follow(languages[number - 1])
-    return ranks.first(functools.partial(leading, languages, work))
+    return ranks.first(partial(leading, languages, work))
 
 
 def leading(languages, work):
     """work() on rank 0, which tells the others before each forward, and in the end that there is none."""
     hooks = []
     for number, language in enumerate(languages, 1):
-        hooks.append(language.register_forward_pre_hook(functools.partial(tell, number)))
+        hooks.append(language.register_forward_pre_hook(partial(tell, number)))
     try:
         return work()
     finally:

@@ -115,13 +115,13 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, sharded)
+    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard)
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, sharded, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
-               batches=batches.Batches(pairs, o, ranks, steps, equal=sharded), steps=steps,
+               batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
                base=command.identity(family.folder))
 
 
@@ -176,7 +176,8 @@ def step(run, t):
         raise data.UserError(f"loss or gradient of step {t + 1} is not finite; the pairs are "
                              f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
                              "checkpoint")
-    seconds, tokens = time.monotonic() - began, sums.pop("tokens")
+    seconds = time.monotonic() - began
+    tokens = sums.pop("tokens")
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
             **{name: value / len(found) for name, value in sums.items()},
             "tokens_per_second": round(tokens / seconds),
@@ -211,18 +212,19 @@ def train(run):
     o = run.o
     before = evaluate(run, "before")                         # first: restore() loads trained weights
     checkpoint.restore(run)
-    if run.state.step == 0:
+    state = run.state
+    if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
-    began = time.monotonic() - run.state.seconds
-    bar = tqdm(range(run.state.step, run.steps), "training", initial=run.state.step, total=run.steps,
+    began = time.monotonic() - state.seconds
+    bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
     with run.stop:
         for t in bar:
             line = step(run, t)
-            run.state.step = done = t + 1
-            run.state.seconds = time.monotonic() - began
-            checkpoint.log(run, line | {"seconds": round(run.state.seconds, 2)} | warning(run, line))
+            state.step = done = t + 1
+            state.seconds = time.monotonic() - began
+            checkpoint.log(run, line | {"seconds": round(state.seconds, 2)} | warning(run, line))
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
@@ -287,9 +289,8 @@ def scores(run, name):
     if o.look and held_out:
         found["look"] = diagnose.look(run.model, *held_out, o, name, out / "before.look.json")
     if o.eval_data:
-        asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images or None,
-                              o.eval_annotations or None, o.eval_synonyms or None,
-                              description=f"{name}: questions")
+        asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
+                              o.eval_annotations, o.eval_synonyms, description=f"{name}: questions")
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 
@@ -337,7 +338,8 @@ def finish(run, before, after, weights):
 # ---------------------------------------------------------------------------------------- the command
 def launch(o, ranks):
     """Train what is left of the run; rank 0 prints its table."""
-    out, lock = options.run_folder(o), []
+    out = options.run_folder(o)
+    lock = []                                            # kept, and with it the folder, until this returns
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not what rank 0 sees: give a folder that all nodes share")
@@ -345,11 +347,12 @@ def launch(o, ranks):
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # what a step frees, the next one takes
-        if batches.built_in(o) and ranks.device.type == "cpu":
-            torch.set_num_threads(1)                     # its matrices are tiny: a second thread only waits
+            if batches.built_in(o):
+                torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary, page = data.read_json(out / "summary.json"), out / "report.html"
+        summary = data.read_json(out / "summary.json")
+        page = out / "report.html"
         if not page.exists():
             report.write(out)
         print("\n".join(report.table(summary)))
