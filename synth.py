@@ -46,14 +46,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import chat
-import command
 import data
-import gallery
-import pairing
-import topics
-from command import behind_set, option
 from data import UserError
+from model import ask, command
+from model.command import behind_set, option
+from synthesis import analysis, pairing, prompts
 
 HERE = Path(__file__).resolve().parent
 BUILT_IN = HERE / "classroom" / "synthesis"
@@ -109,7 +106,7 @@ PRESETS = {
         "threshold": -1.6,            # halfway from another prompt's picture to the true: statistics.json
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
         "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?"))))},
-    "pds-dpo": {"prompts": str(topics.SHIPPED)}}
+    "pds-dpo": {"prompts": str(prompts.SHIPPED)}}
 
 
 @dataclass
@@ -158,19 +155,19 @@ class Run:
         return rows
 
     def replies(self, name, source, asked, **options):
-        """{id: a row of chat.ask} of [chat.Question]. A model folder's batches are shared among the ranks; a
+        """{id: a row of ask.ask} of [ask.Question]. A model folder's batches are shared among the ranks; a
         server, or a file of replies, is asked by rank 0, which keeps each reply as it comes."""
         o, ranks = self.o, self.ranks
         options["model"] = o.model_name or None
         if Path(source).is_dir():
-            items = [{"id": question.id, "asked": chat.digest(question)} for question in asked]
+            items = [{"id": question.id, "asked": ask.digest(question)} for question in asked]
             made_by = [command.identity(source), options, o.dtype]
             how = options | {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
             make = functools.partial(answer, source, how, {question.id: question for question in asked})
             return {row["id"]: row for row in self.made(name, items, make, made_by, o.batch)}
         if ranks.rank:
             return {}
-        return chat.ask(source, asked, self.out / "parts" / f"{name}.jsonl", description=name, **options)
+        return ask.ask(source, asked, self.out / "parts" / f"{name}.jsonl", description=name, **options)
 
     def dtype(self, on_cuda):
         import torch
@@ -180,11 +177,11 @@ class Run:
         return getattr(torch, name)
 
     def asked(self):
-        """A chat.Question of each question about its image."""
+        """A ask.Question of each question about its image."""
         found, image = [], {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
         for row in self.rows("instructions", "instruct"):
             id = row["id"]
-            found.append(chat.Question(id, row["question"], [self.out / image[id]]))
+            found.append(ask.Question(id, row["question"], [self.out / image[id]]))
         return found
 
     def needs(self, option, what):
@@ -218,13 +215,13 @@ def make_prompts(run):
     """A few files, or a few requests."""
     o = run.o
     if o.writer:
-        lines = topics.written(o, run.out / "parts")
+        lines = prompts.written(o, run.out / "parts")
     else:
-        lines = topics.read(run.needs("prompts", "a text file, or a folder of them"))
-    kept = [lines[place] for place in topics.distinct([text for _, text in lines], o.similar)]
+        lines = prompts.read(run.needs("prompts", "a text file, or a folder of them"))
+    kept = [lines[place] for place in prompts.distinct([text for _, text in lines], o.similar)]
     if not kept:
         raise UserError(f"no prompts: see {run.out}/parts for what --writer said, or check --prompts")
-    rows = topics.numbered(kept, o.per_topic or len(kept))
+    rows = prompts.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
     run.say("prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
             near_duplicates=len(lines) - len(kept))
@@ -249,10 +246,10 @@ def make_images(run):
 
 def paint(run, groups):
     """The images of a prompt are painted in one call."""
-    import sd3
+    from synthesis import images
     o, kind = run.o, run.dtype("float16")
     jobs = [(item["_prompt"], item["_seeds"]) for (item,) in groups]
-    painted = sd3.paint(o.generator, jobs, o.guidance, run.ranks.device, kind, o.steps, o.size, o.chunk)
+    painted = images.paint(o.generator, jobs, o.guidance, run.ranks.device, kind, o.steps, o.size, o.chunk)
     for (item,), pictures in zip(groups, painted, strict=True):
         for k, picture in enumerate(pictures, 1):
             picture.save(run.out / f"images/{item['id']}-{k}.png")  # one that a kill tears is painted again
@@ -282,7 +279,7 @@ def rank(run):
 
 
 def rank_by(name, run, groups):
-    import rewards
+    from synthesis import rewards
     model = rewards.load(name, getattr(run.o, name), run.ranks.device)
     for (item,) in groups:
         files = [run.out / file for file in item["_files"]]
@@ -294,9 +291,9 @@ def instruct(run):
     o, ranked = run.o, run.rows("ranked", "rank")
     kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
-        found = topics.template(o.instruct, kept, o.seed)
+        found = prompts.template(o.instruct, kept, o.seed)
     else:
-        asked = [chat.Question(id, topics.ASK_QUESTION.format(prompt=prompt)) for id, prompt in kept.items()]
+        asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=prompt)) for id, prompt in kept.items()]
         (name, source), = named(o.instruct).items()
         said = run.replies(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
         found = {id: " ".join(row["reply"].split()) for id, row in said.items()}
@@ -310,7 +307,7 @@ def respond(run):
     """One model after another answers all questions."""
     o, asked, said, found = run.o, run.asked(), {}, []
     run.needs("responders", "folders or URLs of vision-language models, with commas")
-    template = topics.RAW if o.as_official else None
+    template = prompts.RAW if o.as_official else None
     for name, source in named(o.responders).items():
         said[name] = run.replies(f"respond-{name}", source, asked, max_tokens=o.max_new_tokens,
                                  template=template)
@@ -324,7 +321,7 @@ def respond(run):
 
 def answer(source, options, questions, run, groups):
     """What a model folder says about each group of questions."""
-    model = chat.connect(source, **options)
+    model = ask.connect(source, **options)
     for group in groups:
         yield [row for _, row in model.ask([questions[item["id"]] for item in group])]
 
@@ -345,7 +342,7 @@ def named(sources):
     """{short name: source} of sources with commas; a name that is taken gets a number behind it."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = chat.public(source).split("//")[-1] if chat.is_url(source) else Path(source).name
+        short = ask.public(source).split("//")[-1] if ask.is_url(source) else Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
@@ -375,7 +372,7 @@ def score(run):
 def score_by(run, groups):
     o, name = run.o, run.o.scorer
     if name in MODELS:
-        import rewards
+        from synthesis import rewards
         model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
     for (item,) in groups:
         texts = item["_said"]
@@ -426,14 +423,14 @@ def models(o):
     found = []
     for role in MODELS:
         for name, source in named(getattr(o, role)).items():
-            if chat.is_url(source) or Path(source).exists():
+            if ask.is_url(source) or Path(source).exists():
                 found.append((role, name, source))
     return found
 
 
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
-          "respond": respond, "score": score, "pairs": make_pairs, "analyse": gallery.analyse}
+          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
 ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT
 
-import command
 import data
-from command import Ranks, Store, behind_set, option
+from model import command
+from model.command import Ranks, Store, behind_set, option
 
 
 @dataclass(frozen=True)
