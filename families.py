@@ -278,6 +278,7 @@ def open_folder(folder, template=None, preparation=""):
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
     if preparation not in ("", "pad"):
