@@ -85,8 +85,10 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    model, found = data.from_folder(AutoModelForImageTextToText, family.folder, "model",
-                                    "copy the checkpoint again", dtype="auto", config=family.config,
+    model, found = data.from_folder(AutoModelForImageTextToText, family.folder,
+                                    "model", "copy the checkpoint again",
+                                    dtype="auto",
+                                    config=family.config,
                                     output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
@@ -211,7 +213,9 @@ def naive(m, pairs, features, needs):
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
-    outputs = m.model(inputs_embeds=embed(m, ids, shown), position_ids=positions, use_cache=False)
+    outputs = m.model(inputs_embeds=embed(m, ids, shown),
+                      position_ids=positions,
+                      use_cache=False)
     logits = outputs.logits[..., :m.words]                                              # (R, T, V)
     return _logps(losses.response_logps(logits, labels), pairs, needs)
 
@@ -277,11 +281,13 @@ def packed_token_logps(m, row, features):
     ids, positions = row.ids.to(m.device), row.positions.to(m.device)
     # The 4D tensor is no mask: transformers hands it through, where it would else guess packed sequences from
     # the restarted positions and cut `rejected` off from its prompt. packed_attention does not read it.
-    hidden = m.language_model(
-        inputs_embeds=embed(m, ids, features)[None], position_ids=positions.unsqueeze(-2),
-        attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False,
-        **m.front.language_inputs(row, features)).last_hidden_state[0]
-    hidden = hidden[row.predict.to(m.device)]                          # (T, D) -> (N, D)
+    outputs = m.language_model(inputs_embeds=embed(m, ids, features)[None],        # (1, T, D)
+                               position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
+                               attention_mask=ids.new_zeros(1, 1, 1, 1),
+                               segments=row.segments,
+                               use_cache=False,
+                               **m.front.language_inputs(row, features))
+    hidden = outputs.last_hidden_state[0, row.predict.to(m.device)]                         # (N, D)
     return chunked_logps(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device))
 
 
@@ -332,13 +338,12 @@ def word_logps(m, image, question, answer):
     row = data.pack([pair], {"chosen"}, m.front.positions)
     features = m.front.encode(m.model, m.front.prepare([image]))
     logps = packed_token_logps(m, row, features).tolist()
-    tokens = list(zip(encoded.offset_mapping, logps, strict=True))
-    found, before = [], 0
+    found, done = [], 0
     # A token belongs to the first word that ends behind its start: white space goes with what follows it.
     for word in re.finditer(r"\S+(\s+$)?", answer):
-        own = [logp for (start, _), logp in tokens if before <= start < word.end()]
-        found.append((word.group().strip(), sum(own, 0.0)))
-        before = word.end()
+        until = sum(start < word.end() for start, _ in encoded.offset_mapping)
+        found.append((word.group().strip(), sum(logps[done:until], 0.0)))
+        done = until
     return found
 
 
@@ -375,7 +380,10 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
                                            padding_side="left", return_tensors="pt").to(m.device)
             if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            new = m.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=[*ends],
+            new = m.model.generate(**inputs,
+                                   **options,
+                                   max_new_tokens=max_new_tokens,
+                                   eos_token_id=[*ends],
                                    pad_token_id=m.front.eos_id)
             new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
             for i, tokens in zip(batch, new.tolist(), strict=True):
