@@ -7,6 +7,9 @@
 Ours, where the official codes differ or leave a choice:
  1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
 import argparse
 import base64
 import contextlib

@@ -25,17 +25,11 @@ import json
 import sys
 from pathlib import Path
 
-import amber
-import answers
-import benchmarks
-import chat
-import compare
 import data
-import metrics
-import nouns
-import objects
 from data import UserError
-from replies import object_list, rating
+from evaluation import amber, answers, benchmarks, compare, metrics, objects, words
+from evaluation.readers import object_list, rating
+from model import ask as chat
 
 
 # ---- answers ----
@@ -48,8 +42,7 @@ def run_answers(o):
                         "and further --data")
     import torch
 
-    import command
-    import vlm
+    from model import command, vlm
     ranks = command.join()
     dtype = o.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
     m = vlm.load(o.model, adapter=o.adapter, dtype=getattr(torch, dtype), device=ranks.device,
@@ -76,7 +69,7 @@ def score_pope(o, lines):
 
 
 def score_amber(o, lines):
-    finder = {"builtin": nouns.nouns, "nltk": nouns.nltk_nouns}.get(o.nouns)
+    finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
     similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
     queries, *known = benchmarks.amber_data(o.data)
@@ -87,16 +80,16 @@ def score_chair(o, lines):
     original = o.scorer == "original"
     literal = original and o.mode == "official"                   # their reader keeps blanks as they stand
     table = objects.synonyms(data.read_text(o.synonyms), literal)
-    lemmatize = nouns.singulars if original else nouns.lemmas
+    lemmatize = words.singulars if original else words.lemmas
     if o.nouns != "builtin":
-        lemmatize = nouns.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
+        lemmatize = words.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
     truth = benchmarks.coco_truth(o.annotations, lines, table, lemmatize)
     replies, said = None, {}
     if o.extractor != "none":
         text = benchmarks.prompt(o.extraction_prompt, "extraction.txt", ["{question}", "{answer}"])
         prompts = metrics.extraction_prompts(lines, text)
         replies, said = ask(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
-    scores, items = metrics.chair(lines, truth, table, lemmatize, replies, nouns.phrase, o.mode, o.partial)
+    scores, items = metrics.chair(lines, truth, table, lemmatize, replies, words.phrase, o.mode, o.partial)
     return scores | said, items
 
 

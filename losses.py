@@ -30,6 +30,9 @@ Where this departs from the papers and from the official mDPO code:
 3. Each term is a function of its own, and any sum of them can be trained on (`dpo+copo`).
 4. `sft` is in neither paper: it is the plainest baseline, imitating the chosen response.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
 import inspect
 from dataclasses import dataclass
 from functools import partial

@@ -36,7 +36,6 @@ Departures from the official pipeline; --as_official goes back on 1 to 4:
  5. Scales, seeds and texts are in the files beside each image: nothing is
     matched by its place in a list.
 """
-import dataclasses
 import functools
 import json
 import re
@@ -47,13 +46,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import chat
-import command
 import data
-import pairing
-import topics
-from command import behind_set, option
 from data import UserError
+from model import ask, command
+from model.command import behind_set, option
+from synthesis import analysis, pairing, prompts
 
 HERE = Path(__file__).resolve().parent
 BUILT_IN = HERE / "classroom" / "synthesis"
@@ -109,7 +106,7 @@ PRESETS = {
         "threshold": -1.6,            # halfway from another prompt's picture to the true: statistics.json
         "instruct": str(BUILT_IN / "questions.txt"), "batch": 64, "max_new_tokens": 48,
         "responders": ",".join(map(str, sorted(BUILT_IN.glob("llava?"))))},
-    "pds-dpo": {"prompts": str(topics.SHIPPED)}}
+    "pds-dpo": {"prompts": str(prompts.SHIPPED)}}
 
 
 @dataclass
@@ -134,28 +131,43 @@ class Run:
         if self.ranks.rank == 0:
             data.write_jsonl(self.out / f"{name}.jsonl", rows)
 
-    def say(self, **line):
+    def say(self, stage, **line):
         """A line of log.jsonl and of the terminal."""
         if self.ranks.rank == 0:
-            data.append_jsonl(self.out / "log.jsonl", line)
-            print("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items()), flush=True)
+            data.append_jsonl(self.out / "log.jsonl", {"stage": stage, **line})
+            print(stage, *(f" {name.replace('_', ' ')} {n}" for name, n in line.items()), flush=True)
 
-    def made(self, name, items, make, made_by, size=1, whole=True):
+    def made(self, name, items, make, made_by, size=1):
         """The items' rows in their order, without those that failed; only what is missing is made.
 
-        items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups) -> rows; it,
-        size and whole are command.Store.work's, which keeps the rows in parts/NAME.jsonl.
+        items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups of `size` items)
+        -> their rows, group by group. parts/NAME.jsonl keeps them: see command.Store.work.
         """
         start, keyed = time.time(), []
         store = command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks)
         for item in items:
             text = json.dumps([item, made_by], sort_keys=True)
             keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
-        rows = store.work(keyed, functools.partial(make, self), size, name, whole=whole)
+        rows = store.work(keyed, functools.partial(make, self), size, name)
         command.free()
-        self.say(stage=name, items=len(items), there=store.there, made=len(rows) - store.there,
-                 failed=len(items) - len(rows), twice=store.twice, seconds=round(time.time() - start, 1))
-        return [{k: v for k, v in row.items() if k != "hash"} for row in rows]
+        self.say(name, items=len(items), there=store.there, made=len(rows) - store.there,
+                 failed=len(items) - len(rows), seconds=round(time.time() - start, 1))
+        return rows
+
+    def replies(self, name, source, asked, **options):
+        """{id: a row of ask.ask} of [ask.Question]. A model folder's batches are shared among the ranks; a
+        server, or a file of replies, is asked by rank 0, which keeps each reply as it comes."""
+        o, ranks = self.o, self.ranks
+        options["model"] = o.model_name or None
+        if Path(source).is_dir():
+            items = [{"id": question.id, "asked": ask.digest(question)} for question in asked]
+            made_by = [command.identity(source), options, o.dtype]
+            how = options | {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
+            make = functools.partial(answer, source, how, {question.id: question for question in asked})
+            return {row["id"]: row for row in self.made(name, items, make, made_by, o.batch)}
+        if ranks.rank:
+            return {}
+        return ask.ask(source, asked, self.out / "parts" / f"{name}.jsonl", description=name, **options)
 
     def dtype(self, on_cuda):
         import torch
@@ -165,11 +177,11 @@ class Run:
         return getattr(torch, name)
 
     def asked(self):
-        """[{"id", "_question", "_file"}] of each question, with the name of the image it is about."""
+        """A ask.Question of each question about its image."""
         found, image = [], {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
         for row in self.rows("instructions", "instruct"):
             id = row["id"]
-            found.append({"id": id, "_question": row["question"], "_file": image[id]})
+            found.append(ask.Question(id, row["question"], [self.out / image[id]]))
         return found
 
     def needs(self, option, what):
@@ -192,8 +204,8 @@ def begin(o):
     run = Run(o, Path(o.out), command.join(o.device, backend="gloo"))   # the ranks only wait for each other
     if run.ranks.rank == 0:
         run.lock = command.claim(run.out)
-        (run.out / "parts").mkdir(exist_ok=True)
-        (run.out / "images").mkdir(exist_ok=True)
+        for name in ("parts", "images"):
+            (run.out / name).mkdir(exist_ok=True)
     run.ranks.barrier()
     return run
 
@@ -203,49 +215,45 @@ def make_prompts(run):
     """A few files, or a few requests."""
     o = run.o
     if o.writer:
-        lines = topics.written(o, run.out / "parts")
+        lines = prompts.written(o, run.out / "parts")
     else:
-        lines = topics.read(run.needs("prompts", "a text file, or a folder of them"))
-    if not lines:
-        raise UserError(f"--writer {o.writer} wrote no prompts; see {run.out}/parts for what it said")
-    places = topics.distinct([text for _, text in lines], o.similar)
-    kept = [lines[place] for place in places]
-    rows = topics.numbered(kept, o.per_topic or len(kept))
+        lines = prompts.read(run.needs("prompts", "a text file, or a folder of them"))
+    kept = [lines[place] for place in prompts.distinct([text for _, text in lines], o.similar)]
+    if not kept:
+        raise UserError(f"no prompts: see {run.out}/parts for what --writer said, or check --prompts")
+    rows = prompts.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    run.say(stage="prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
+    run.say("prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
             near_duplicates=len(lines) - len(kept))
 
 
 # ---- 2 images ----
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
-    o, items = run.o, []
+    o, items, rows = run.o, [], []
     generator = run.needs("generator", "the folder of Stable Diffusion 3 in diffusers' layout")
     for row in run.rows("prompts", "prompts"):
+        seeds, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
-            name, seed = f"{row['id']}-{k}", 10 ** 7 * o.seed + 1000 * row["number"]
-            if not o.paired_seeds:
-                seed += k
-            items.append({"id": name, "prompt_id": row["id"], "guidance": scale, "seed": seed,
-                          "image": f"images/{name}.png", "_prompt": row["prompt"]})
-    made_by = [command.identity(generator), o.steps, o.size, o.dtype]
-    run.write("images", run.made("images", items, paint, made_by, len(o.guidance)))
+            seed = 10 ** 7 * o.seed + 1000 * row["number"]
+            seeds.append(seed if o.paired_seeds else seed + k)
+            rows.append({"id": f"{id}-{k}", "prompt_id": id, "guidance": scale, "seed": seeds[-1],
+                         "image": f"images/{id}-{k}.png"})
+        items.append({"id": id, "_prompt": row["prompt"], "_seeds": seeds})
+    run.made("images", items, paint, [command.identity(generator), o.guidance, o.steps, o.size, o.dtype])
+    run.write("images", rows)
 
 
 def paint(run, groups):
-    """The rows of each group: the images of a prompt, painted in one call."""
-    import sd3
-    o, jobs = run.o, []
-    for group in groups:
-        scales = [item["guidance"] for item in group]
-        seeds = [item["seed"] for item in group]
-        jobs.append(sd3.Job(group[0]["_prompt"], scales, seeds))
-    kind = run.dtype("float16")
-    painted = sd3.paint(o.generator, jobs, run.ranks.device, kind, o.steps, o.size, o.chunk)
-    for group, pictures in zip(groups, painted, strict=True):
-        for item, picture in zip(group, pictures, strict=True):
-            picture.save(run.out / item["image"])       # one that a kill tears is painted again
-        yield [{}] * len(group)
+    """The images of a prompt are painted in one call."""
+    from synthesis import images
+    o, kind = run.o, run.dtype("float16")
+    jobs = [(item["_prompt"], item["_seeds"]) for (item,) in groups]
+    painted = images.paint(o.generator, jobs, o.guidance, run.ranks.device, kind, o.steps, o.size, o.chunk)
+    for (item,), pictures in zip(groups, painted, strict=True):
+        for k, picture in enumerate(pictures, 1):
+            picture.save(run.out / f"images/{item['id']}-{k}.png")  # one that a kill tears is painted again
+        yield [{}]
 
 
 # ---- 3 rank ----
@@ -256,8 +264,8 @@ def rank(run):
     asked = [row for row in run.rows("prompts", "prompts") if row["id"] in shown]
     for row in asked:
         files = [image["image"] for image in shown[row["id"]]]
-        items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files,
-                      "_seen": [command.identity(run.out / file) for file in files]})
+        seen = [command.identity(run.out / file) for file in files]
+        items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files, "_seen": seen})
     scores = {row["id"]: {} for row in asked}
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
@@ -267,11 +275,11 @@ def rank(run):
     found = [pairing.best_image(row, shown[row["id"]], scores[row["id"]], threshold) for row in asked]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
-    run.say(stage="rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
+    run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
 def rank_by(name, run, groups):
-    import rewards
+    from synthesis import rewards
     model = rewards.load(name, getattr(run.o, name), run.ranks.device)
     for (item,) in groups:
         files = [run.out / file for file in item["_files"]]
@@ -283,51 +291,39 @@ def instruct(run):
     o, ranked = run.o, run.rows("ranked", "rank")
     kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
-        asked = topics.template(o.instruct, kept, o.seed)
-        rows = [{"id": id, "question": question} for id, question in asked.items()]
-        run.write("instructions", rows)
-        run.say(stage="instruct", questions=len(asked))
-        return
-    items = [{"id": id, "_prompt": text} for id, text in kept.items()]
-    made_by = [command.identity(o.instruct), topics.ASK_QUESTION, o.model_name, o.seed]
-    rows = run.made("instruct", items, ask, made_by, 64, whole=not chat.is_url(o.instruct))
+        found = prompts.template(o.instruct, kept, o.seed)
+    else:
+        asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=prompt)) for id, prompt in kept.items()]
+        (name, source), = named(o.instruct).items()
+        said = run.replies(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
+        found = {id: " ".join(row["reply"].split()) for id, row in said.items()}
+    rows = [{"id": id, "question": question} for id, question in found.items() if question]
     run.write("instructions", rows)
-
-
-def ask(run, groups):
-    o = run.o
-    writer = chat.connect(o.instruct, model=o.model_name or None, max_tokens=128, seed=o.seed)
-    for group in groups:
-        yield topics.questions(writer, group)
+    run.say("instruct", questions=len(rows), failed=len(kept) - len(rows))
 
 
 # ---- 5 respond ----
 def respond(run):
     """One model after another answers all questions."""
-    o, items, said = run.o, run.asked(), []
+    o, asked, said, found = run.o, run.asked(), {}, []
     run.needs("responders", "folders or URLs of vision-language models, with commas")
-    for item in items:
-        item["_seen"] = command.identity(run.out / item["_file"])
+    template = prompts.RAW if o.as_official else None
     for name, source in named(o.responders).items():
-        made_by = [command.identity(source), o.max_new_tokens, o.as_official, o.dtype, o.model_name]
-        make, whole = functools.partial(answer, source), not chat.is_url(source)
-        rows = run.made(f"respond-{name}", items, make, made_by, o.batch, whole)
-        said += [{"id": row["id"], "model": name} | row for row in rows]
-    order = {item["id"]: place for place, item in enumerate(items)}
-    run.write("responses", sorted(said, key=lambda row: order[row["id"]]))
+        said[name] = run.replies(f"respond-{name}", source, asked, max_tokens=o.max_new_tokens,
+                                 template=template)
+    for question in asked:
+        for name, rows in said.items():
+            if row := response(question.text, rows.get(question.id), o.as_official):
+                found.append({"id": question.id, "model": name} | row)
+    run.write("responses", found)
+    run.say("respond", responses=len(found), failed=len(asked) * len(said) - len(found))
 
 
-def answer(source, run, groups):
-    o = run.o
-    model = chat.connect(source, model=o.model_name or None, max_tokens=o.max_new_tokens, batch=o.batch,
-                         device=run.ranks.device, dtype=run.dtype("bfloat16"),
-                         template=topics.RAW if o.as_official else None)
+def answer(source, options, questions, run, groups):
+    """What a model folder says about each group of questions."""
+    model = ask.connect(source, **options)
     for group in groups:
-        asked = []
-        for item in group:
-            asked.append(chat.Question(item["id"], item["_question"], [run.out / item["_file"]]))
-        said = chat.ask(model, asked, description="respond")
-        yield [response(item["_question"], said.get(item["id"]), o.as_official) for item in group]
+        yield [row for _, row in model.ask([questions[item["id"]] for item in group])]
 
 
 def response(question, row, as_official):
@@ -346,7 +342,7 @@ def named(sources):
     """{short name: source} of sources with commas; a name that is taken gets a number behind it."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = chat.public(source).split("//")[-1] if chat.is_url(source) else Path(source).name
+        short = ask.public(source).split("//")[-1] if ask.is_url(source) else Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
@@ -360,11 +356,13 @@ def score(run):
     o, items, found = run.o, [], []
     made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
-    for item in run.asked():
-        if item["id"] in said:
-            items.append(item | {"_said": said[item["id"]]})
+    for question in run.asked():
+        if rows := said.get(question.id):
+            items.append({"id": question.id, "_question": question.text,
+                          "_said": [row["response"] for row in rows]})
             if o.scorer == "clip":
-                items[-1]["_seen"] = command.identity(run.out / item["_file"])
+                image, = question.images
+                items[-1] |= {"_image": str(image), "_seen": command.identity(image)}
     for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
         for response, scores in zip(said[row["id"]], row["scores"], strict=True):
             found.append({"id": row["id"], "model": response["model"]} | scores)
@@ -374,51 +372,47 @@ def score(run):
 def score_by(run, groups):
     o, name = run.o, run.o.scorer
     if name in MODELS:
-        import rewards
+        from synthesis import rewards
         model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
     for (item,) in groups:
-        texts = [row["response"] for row in item["_said"]]
+        texts = item["_said"]
         if name == "armorm":
-            scores = model.judge(item["_question"], texts)
-        elif name == "clip":
-            cosines = model.score_texts(run.out / item["_file"], texts)
-            scores = [{"score": cosine} for cosine in cosines]
+            yield [{"scores": model.judge(item["_question"], texts)}]
+            continue
+        if name == "clip":
+            scores = model.score_texts(item["_image"], texts)
         elif name == "length":
-            scores = [{"score": float(len(text.split()))} for text in texts]
+            scores = [float(len(text.split())) for text in texts]
         else:
-            draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
-            scores = [{"score": float(draw.random())} for draw in draws]
-        yield [{"scores": scores}]
+            scores = [data.draw(o.seed, "scorer", item["id"], k).random() for k in range(len(texts))]
+        yield [{"scores": [{"score": score} for score in scores]}]
 
 
 # ---- 7 pairs ----
 def make_pairs(run):
-    o = run.o
+    o, scores = run.o, {}
     ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
-    asked, scores = [], {}
-    for row in run.rows("instructions", "instruct"):
-        shown = ranked[row["id"]]
-        asked.append({k: shown[k] for k in ("image", "topic", "prompt", "guidance")} | row)
+    asked = [ranked[row["id"]] | row for row in run.rows("instructions", "instruct")]
     said = pairing.grouped(run.rows("responses", "respond"), "id")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
         if o.attributes == "paper" and o.scorer == "armorm":
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
-    found, dropped, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
-    gone = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    found, unpaired, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
+    dropped = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    dropped += unpaired
     run.write("pairs", found)
-    run.write("dropped", gone + dropped)
+    run.write("dropped", dropped)
     run.write("faults", faulty)
     published = json.dumps([pairing.conversations(pair) for pair in found], indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", published + "\n")
-    counts = Counter(row["reason"] for row in gone + dropped)
-    counts.update(fault for row in faulty for fault in row["faults"])
-    counts.update(prompts=len(ranked), questions=len(asked), pairs=len(found))
+    counts = Counter(prompts=len(ranked), questions=len(asked), pairs=len(found))
     counts["responses"] = sum(map(len, said.values()))
-    run.say(stage="pairs", **counts)
-    apart = ("out", "device", *MODELS)
-    settings = {k: v for k, v in dataclasses.asdict(o).items() if k not in apart}
+    counts.update(row["reason"] for row in dropped)
+    counts.update(fault for row in faulty for fault in row["faults"])
+    run.say("pairs", **counts)
+    settings = {name: value for name, value in vars(o).items() if name not in ("out", "device", *MODELS)}
     card = pairing.card(run.out.name, models(o), settings, counts, found)
     data.atomic_write(run.out / "card.md", card)
     print(pairing.length_report(found))
@@ -429,25 +423,20 @@ def models(o):
     found = []
     for role in MODELS:
         for name, source in named(getattr(o, role)).items():
-            if chat.is_url(source) or Path(source).exists():
+            if ask.is_url(source) or Path(source).exists():
                 found.append((role, name, source))
     return found
 
 
 # ---- the command line ----
-def analyse(run):
-    import gallery
-    gallery.analyse(run)
-
-
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
-          "respond": respond, "score": score, "pairs": make_pairs}
+          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
 ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
 
 
 def options(argv):
     """-> (stage, Options): the defaults, then the preset's, then the command line's. Raises UserError."""
-    stage = ("stage", ("all", *STAGES, "analyse"), "all", "all is the seven from prompts to pairs [all]")
+    stage = ("stage", ("all", *STAGES), "all", "all is the seven from prompts to pairs [all]")
     chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
     o = Options(**(command.preset(PRESETS, chosen) | chosen))
     for name in ("steps", "batch", "chunk"):
@@ -465,9 +454,9 @@ def main(argv=None):
     try:
         stage, o = options(argv)
         run = begin(o)
-        for name in STAGES if stage == "all" else [stage]:
+        for name in [*STAGES][:-1] if stage == "all" else [stage]:
             if run.ranks.rank == 0 or name not in ALONE:
-                (STAGES | {"analyse": analyse})[name](run)
+                STAGES[name](run)
             run.ranks.barrier()
     except UserError as error:
         sys.exit(f"synth.py: {error}")

@@ -39,21 +39,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import answers
-import batches
-import checkpoint
-import command
 import data
-import diagnose
-import families
 import lora
 import losses
-import options
-import plan
-import report
-import vlm
-from ranks import Zero2
-from reference import Reference
+from evaluation import answers
+from model import command, front, vlm
+from training import batches, checkpoint, look, options, plan, report
+from training.optimiser import Zero2
+from training.reference import Reference
 
 
 @dataclass
@@ -81,7 +74,7 @@ class Run:
         """work() on rank 0, which may run the model; its result on every rank."""
         if not self.sharded:
             return self.ranks.first(work)
-        import shard
+        from training import shard
         return shard.first(self.ranks, work, self.model)
 
 
@@ -94,7 +87,7 @@ def prepare(o, out, ranks):
 
     # ---- the pairs, before a weight is read ----
     path = ranks.first(partial(batches.classroom_files, o, out))
-    family = families.open_folder(o.model, o.template or None, o.images)
+    family = front.open_folder(o.model, o.template or None, o.images)
     needs = options.needs_of(o)
     pairs = batches.checked(family, path, o, needs, ranks, out / "checked")
     val = val_reference = None
@@ -105,7 +98,7 @@ def prepare(o, out, ranks):
     # ---- the model and what trains of it ----
     dtype = getattr(torch, options.dtype_of(o, ranks.device.type))
     if sharded:
-        import shard
+        from training import shard
         model = shard.load_in_shards(partial(load, family, o, dtype, "cpu"), ranks)
     else:
         model = load(family, o, dtype, ranks.device)
@@ -285,12 +278,12 @@ def scores(run, name):
         found = answers.score_classroom(out / f"{name}.jsonl")
     elif run.val:
         found = validate(run, name)
-    held_out = (run.val.records, run.val.good) if run.val else diagnose.made(out)
+    held_out = (run.val.records, run.val.good) if run.val else look.made(out)
     if o.look and held_out:
-        found["look"] = diagnose.look(run.model, *held_out, o, name, out / "before.look.json")
+        found["look"] = look.look(run.model, *held_out, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
-                              o.eval_annotations, o.eval_synonyms, description=f"{name}: questions")
+                              o.eval_annotations, o.eval_synonyms)
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 

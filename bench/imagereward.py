@@ -24,7 +24,7 @@ def published_shapes():
     """{name: shape} of ImageReward.pt."""
     import torch
 
-    import rewards
+    from synthesis import rewards
     with torch.device("meta"):
         model = rewards.ImageReward.build(**rewards.PUBLISHED)
     return {rewards.to_published(k): tuple(x.shape) for k, x in model.state_dict().items()} | UNUSED
@@ -36,7 +36,7 @@ def seconds(images, device):
     import torch
     from PIL import Image
 
-    import rewards
+    from synthesis import rewards
     rng, shapes = torch.Generator().manual_seed(0), published_shapes()
     with tempfile.TemporaryDirectory() as folder:
         state = {k: torch.randn(shape, generator=rng) * .02 for k, shape in shapes.items()}

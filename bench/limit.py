@@ -32,12 +32,12 @@ from section import SHAPES, arguments, command, heading, machine, report
 import data
 import lora
 import losses
-import options
-import vlm
-from command import Ranks
-from ranks import Zero2
-from reference import Reference
+from model import vlm
+from model.command import Ranks
 from train_dpo import measures, step_loss
+from training import options
+from training.optimiser import Zero2
+from training.reference import Reference
 
 BETA = 0.1
 
@@ -313,7 +313,7 @@ def pin(threads, core=None):
     return "one pinned thread (seconds are its processor's)" if threads == 1 else f"{threads} pinned threads"
 
 
-# What the papers' runs cost: name: (loss, pairs, epochs), facts of the presets in options.py.
+# What the papers' runs cost: name: (loss, pairs, epochs), facts of the presets in training/options.py.
 RUNS = {"PDS-DPO": ("dpo", 9000, 2), "mDPO": ("mdpo", 10000, 3)}
 
 

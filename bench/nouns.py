@@ -16,11 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]          # the repository
 sys.path.insert(0, str(ROOT))
 
-import amber as ambers  # noqa: E402
 import data  # noqa: E402
-import metrics  # noqa: E402
-import nouns  # noqa: E402
-import objects  # noqa: E402
+from evaluation import amber as ambers  # noqa: E402
+from evaluation import metrics, objects, words  # noqa: E402
 
 KEYS = ("chair", "cover", "hal", "cog")
 
@@ -39,7 +37,7 @@ def amber(files, captions, official):
     """[[CHAIR, Cover, Hal, Cog] with the official nouns, with ours] of {AMBER id: caption}."""
     answers = [{"id": name, "response": text} for name, text in captions.items()]
     scores = [ambers.measures([], answers, nouns=found, partial=True, resamples=0, **files)[0]
-              for found in (official, nouns.nouns)]
+              for found in (official, words.nouns)]
     return [[part[key] for key in KEYS] for part in scores]
 
 
@@ -66,7 +64,7 @@ def bench_amber(shared, golden):
         texts, found = [], []
         for line in lines(path):
             texts.append(line["text"])
-            found.append([table.get(word, nouns.lemma(word)) for word, tag in
+            found.append([table.get(word, words.lemma(word)) for word, tag in
                           zip(line["tokens"], line["tags"], strict=True) if tag.startswith("NN")])
         free, places = dict(truths), []
         for named in found:                        # the image of which a caption names most, each image once
@@ -91,8 +89,8 @@ def bench_chair(shared, golden):
     coco = [[json.loads((golden / "chair" / "coco80" / f"{kind}_{part}2014.json").read_text())
              for part in ("train", "val")] for kind in ("instances", "captions")]
     for scorer, file, lemmatize, key in (
-            ("original", "synonyms.chair.txt", nouns.singulars, "original_chair(pattern)"),
-            ("objhal", "synonyms_refine.rlhfv.txt", nouns.lemmas, "rlhfv_nogpt")):
+            ("original", "synonyms.chair.txt", words.singulars, "original_chair(pattern)"),
+            ("objhal", "synonyms_refine.rlhfv.txt", words.lemmas, "rlhfv_nogpt")):
         table = objects.synonyms((folder / file).read_text(), literal=scorer != "objhal")
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")

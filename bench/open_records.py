@@ -21,7 +21,7 @@ LAYOUTS = {"a.jsonl": ("", "\n", "\n"), "a.json": ("[", ",\n", "]\n")}      # be
 
 
 def measure(path):
-    from records import Records
+    from training.records import Records
     start = time.time()
     records = Records(path)
     seconds, peak = time.time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

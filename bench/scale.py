@@ -28,11 +28,10 @@ import torch.distributed as dist
 from limit import Ours, as_train_dpo, batch_of, middle, pin, random_records, rounds, write_model
 from section import SHAPES, arguments, command, heading, machine, report
 
-import batches
-import families
-import options
-from command import Ranks
-from records import Records
+from model import front as families
+from model.command import Ranks
+from training import batches, options
+from training.records import Records
 
 HERE = Path(__file__).resolve().parent
 PARTS = {"images": "image tokens", "response": "response tokens", "pairs": "pairs a micro-batch",
@@ -80,7 +79,7 @@ def opening(counts):
                                            "chosen": "A dog lies on the grass, " * 10,
                                            "rejected": "A cat sits here, " * 10}) + "\n")
             code = ("import json, resource, sys, time; sys.path.insert(0, sys.argv[2])\n"
-                    "from records import Records\n"
+                    "from training.records import Records\n"
                     "start = time.perf_counter(); n = len(Records(sys.argv[1]))\n"
                     "seconds = time.perf_counter() - start\n"
                     "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"

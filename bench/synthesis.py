@@ -45,7 +45,7 @@ def stages():
         T5EncoderModel,
     )
 
-    import rewards
+    from synthesis import rewards
     t5 = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
                   feed_forward_proj="gated-gelu")
     small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,

@@ -61,7 +61,7 @@ from torch.nn.functional import logsigmoid  # noqa: E402
 import data  # noqa: E402
 import lora  # noqa: E402
 import losses  # noqa: E402
-import vlm  # noqa: E402
+from model import vlm  # noqa: E402
 
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 

@@ -235,9 +235,9 @@ def statistics(folder, split, n, seed=0):
     """
     from PIL import Image
 
-    import metrics
-    import vlm
     from classroom import pairs
+    from evaluation import metrics
+    from model import vlm
     lines, scenes = pairs.exam(seed, n, 2 * n, split)
     pictures = {name: Image.fromarray(world.draw(s)) for name, s in scenes.items()}
     answers = vlm.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],

@@ -111,7 +111,7 @@ def on_policy(seed, n, recipe, model):
     """Two samples of the model for each scene; equal ones leave nothing to prefer and are passed over."""
     from PIL import Image
 
-    import vlm
+    from model import vlm
     m, out, i = vlm.load(model), [], 0
     while len(out) < n:
         rngs = [random.Random(f"{home(recipe)}on-policy-{seed}-{i + k}") for k in range(256)]

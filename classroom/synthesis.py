@@ -363,7 +363,7 @@ def imagereward(minutes):
     from safetensors.torch import save_file
     from torch.nn import functional as F
 
-    import rewards
+    from synthesis import rewards
     torch.manual_seed(0)
     folder = OUT / "imagereward"
     folder.mkdir(parents=True, exist_ok=True)
@@ -471,7 +471,7 @@ def armorm(minutes):
     from torch.nn import functional as F
     from transformers import LlamaConfig, LlamaModel
 
-    import rewards
+    from synthesis import rewards
     torch.manual_seed(0)
     tokenizer, rng, n = make.build_tokenizer(), random.Random("armorm"), len(OBJECTIVES)
     pattern = tokenizer.convert_tokens_to_ids(["ASSISTANT:"])
@@ -523,7 +523,7 @@ RESPONDERS = (("base0", 0., 0., 150), ("base1", .5, .1, 150), ("base2", 1., .1, 
 
 def llava(k, scale=1.):
     """A base trained a little further, on captions more or less careless than its own."""
-    import vlm
+    from model import vlm
     base, level, omit, steps = RESPONDERS[k]
     m = vlm.load(base)
     m.model.model.language_model.set_attn_implementation("sdpa")        # vlm's own takes no mask of parts
@@ -537,7 +537,7 @@ def llava(k, scale=1.):
 
 def prompts(n=30, folder=OUT):
     """n unlike prompts of each theme, of train scenes, and the two questions."""
-    from topics import distinct
+    from synthesis.prompts import distinct
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     rng, found = random.Random("prompts"), {t: [] for t in world.THEMES}
     while min(map(len, found.values())) < n:
@@ -611,8 +611,8 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
     import torch
     from PIL import Image
 
-    import rewards
-    import sd3 as generator
+    from synthesis import images as generator
+    from synthesis import rewards
     rng, table = random.Random("measure"), {"world": world.VERSION, "prompts": n}
     scenes = [easy(rng, "tune") for _ in range(n)]
     true = [Image.fromarray(world.draw(s)) for s in scenes]

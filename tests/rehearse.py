@@ -5,7 +5,7 @@
     python tests/rehearse.py pds-llava         the same
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
-published; takes it through tools/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
+published; takes it through model/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
 pairs (or, where ../shared is absent, on two pairs of its own). write_original() with other sizes makes the
 tests' checkpoints.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data  # noqa: E402
 
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
@@ -98,8 +98,9 @@ def original_name(name):
 def write_original(kind, folder, sizes=None, dtype=torch.bfloat16, shard=2 << 30, pickled=None, scale=0.02,
                    seed=0):
     """A random checkpoint as `kind` is published, shard by shard; returns (folder, tower folder or None)."""
-    import import_checkpoint
     from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    from model import import_checkpoint
     sizes, folder = sizes or PUBLISHED[kind], Path(folder)
     pickled = kind == "llava" if pickled is None else pickled
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def two_pairs(folder):
 
 def rehearse(preset, folder, steps=2, sizes=None, options=()):
     """Write and import, where that is not done yet, and train; returns the lines of log.jsonl."""
-    import import_checkpoint
+    from model import import_checkpoint
     kind = preset.partition("-")[2]
     if not (folder / "imported").exists():
         original, tower = write_original(kind, folder / "original", sizes,

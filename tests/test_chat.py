@@ -1,4 +1,4 @@
-"""chat.py: a server may fail as it likes; every reply is kept, every loss is counted, no reply is made up."""
+"""ask.py: a server may fail as it likes; every reply is kept, every loss is counted, no reply is made up."""
 import base64
 import contextlib
 import itertools
@@ -15,13 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, picture, word_tokenizer, write_llava
 
-import chat
-import command
 import data
+from model import ask
 
 
 def requests(n=5, words="What is this?"):
-    return [chat.Question(str(i), f"{words} {i}") for i in range(n)]
+    return [ask.Question(str(i), f"{words} {i}") for i in range(n)]
 
 
 def reply(text, **more):
@@ -80,27 +79,27 @@ def echo(body, number):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    monkeypatch.setattr(ask, "BACKOFF", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path):
     out = tmp_path / "replies.jsonl"
     with server(echo, models=["the-only-one"]) as (url, calls):
-        said = chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
+        said = ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
         assert list(said.items()) == [(str(i), f"reply to {i}") for i in range(20)]
         path, _, body = calls[0]
         assert path == "/v1/chat/completions"
         assert {k: v for k, v in body.items() if k != "messages"} == {
             "model": "the-only-one", "max_tokens": 7, "temperature": 0.5, "seed": 3}
         out.write_bytes(out.read_bytes()[:-9])                                    # killed within a line
-        assert chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
+        assert ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
         assert len(calls) == 21
-        chat.replies(url, requests(20, "Another prompt"), out, max_tokens=7, temperature=0.5, seed=3)
+        ask.replies(url, requests(20, "Another prompt"), out, max_tokens=7, temperature=0.5, seed=3)
         assert len(calls) == 41                                                 # what was asked has changed
-        chat.replies(url, requests(20), out, max_tokens=8, temperature=0.5, seed=3)
+        ask.replies(url, requests(20), out, max_tokens=8, temperature=0.5, seed=3)
         assert len(calls) == 61                                                         # and so do settings
-    assert chat.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said   # no server
+    assert ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said   # no server
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0].keys() == {"id", "hash", "asked", "reply", "model", "finish"}
 
@@ -109,7 +108,7 @@ def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path)
                                          ("/v1/chat/completions", "/v1"), ("/v1?version=2", "/v1")])
 def test_the_url_may_be_a_host_a_base_or_the_whole(given, path):
     with server(echo) as (url, calls):
-        assert chat.replies(url + given, requests(1), model="m") == {"0": "reply to 0"}
+        assert ask.replies(url + given, requests(1), model="m") == {"0": "reply to 0"}
     assert calls[0][0].partition("?")[0] == f"{path}/chat/completions"
     assert calls[0][0].endswith("?version=2") == ("?" in given) and calls[0][2]["model"] == "m"
 
@@ -124,25 +123,25 @@ FAULTS = {"500": (500, "oops"), "503 html": (503, "<html>busy</html>"), "html": 
 def test_a_fault_is_retried_and_then_counted(tmp_path, capsys, fault):
     """The first two calls fail: all is well in the end. Request 3 always fails: it is absent, and said."""
     with server(lambda body, n: FAULTS[fault] if n < 3 else echo(body, n)) as (url, calls):
-        assert len(chat.replies(url, requests(), attempts=3, workers=1)) == 5
+        assert len(ask.replies(url, requests(), attempts=3, workers=1)) == 5
         assert len(calls) == 7
     assert capsys.readouterr().err.count("got no reply") == 0
     def respond(body, n):
         return FAULTS[fault] if body["messages"][0]["content"][-1] == "3" else echo(body, n)
     out = tmp_path / "replies.jsonl"
     with server(respond) as (url, calls):
-        assert sorted(chat.replies(url, requests(), out, attempts=3)) == ["0", "1", "2", "4"]
+        assert sorted(ask.replies(url, requests(), out, attempts=3)) == ["0", "1", "2", "4"]
         assert len(calls) == 4 + 3                                                        # and no more
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("asking: 1 of 5 requests got no reply (last: ") and "attempt 3 of 3" in said
     with server(echo) as (url, calls):
-        assert len(chat.replies(url, requests(), out)) == 5 and len(calls) == 1
+        assert len(ask.replies(url, requests(), out)) == 5 and len(calls) == 1
 
 
 def test_a_server_that_says_nothing_is_left_after_the_timeout(capsys):
     wait = threading.Event()
     with server(lambda body, n: (wait.wait(5), echo(body, n))[1]) as (url, _):
-        assert chat.replies(url, requests(2), timeout=0.1, attempts=2) == {}
+        assert ask.replies(url, requests(2), timeout=0.1, attempts=2) == {}
         wait.set()
     assert "2 of 2 requests got no reply (last: no answer within 0.1 seconds" in capsys.readouterr().err
 
@@ -150,8 +149,8 @@ def test_a_server_that_says_nothing_is_left_after_the_timeout(capsys):
 def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
     with server(echo) as (url, _):
         pass
-    monkeypatch.setattr(chat, "GIVE_UP", 3)
-    assert chat.replies(url, requests(1000), workers=2) == {}
+    monkeypatch.setattr(ask, "GIVE_UP", 3)
+    assert ask.replies(url, requests(1000), workers=2) == {}
     said = capsys.readouterr().err
     assert "1000 of 1000" in said and "3 requests in a row failed and the rest was not asked" in said
     assert "refused" in said
@@ -168,10 +167,10 @@ def test_retry_after_is_honoured_and_bounded(monkeypatch):
     def respond(body, n):
         return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)
     with server(respond) as (url, _):
-        model = chat.connect(url, model="m", attempts=9)
+        model = ask.connect(url, model="m", attempts=9)
         monkeypatch.setattr(model.stop, "wait", lambda seconds: noted(model.stop, seconds))
-        assert chat.replies(model, requests(1)) == {"0": "reply to 0"}
-    assert waits == [7, chat.LONGEST_WAIT, chat.LONGEST_WAIT, *(chat.BACKOFF * 2 ** n for n in (3, 4, 5))]
+        assert ask.replies(model, requests(1)) == {"0": "reply to 0"}
+    assert waits == [7, ask.LONGEST_WAIT, ask.LONGEST_WAIT, *(ask.BACKOFF * 2 ** n for n in (3, 4, 5))]
 
 
 @contextlib.contextmanager
@@ -209,15 +208,15 @@ def test_a_server_that_drips_is_left_after_the_timeout(capsys, pieces):
     """Each byte comes before the socket's own timeout: the attempt as a whole has one."""
     start = time.monotonic()
     with raw_server(*pieces) as url:
-        assert chat.replies(url, requests(2), model="m", timeout=0.4, attempts=2, workers=1) == {}
+        assert ask.replies(url, requests(2), model="m", timeout=0.4, attempts=2, workers=1) == {}
     assert time.monotonic() - start < 2 * 2 * 0.4 + 1
     assert "2 of 2 requests got no reply (last: " in capsys.readouterr().err
 
 
 def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
-    monkeypatch.setattr(chat, "LARGEST", 1 << 20)
+    monkeypatch.setattr(ask, "LARGEST", 1 << 20)
     with raw_server(START + b"\r\n", b" " * (1 << 16), pause=0) as url:
-        assert chat.replies(url, requests(1), model="m", attempts=2) == {}
+        assert ask.replies(url, requests(1), model="m", attempts=2) == {}
     assert "an answer of more than 1 MiB, attempt 1 of 2" in capsys.readouterr().err       # nor asked again
 
 
@@ -225,7 +224,7 @@ def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
                                  "http://me:secret@host", "http://me:secret@host:1/v1?key=secret"])
 def test_what_is_no_servers_url_is_refused_at_once(url):
     with pytest.raises(data.UserError, match="give a server's URL, without user and password") as caught:
-        chat.connect(url)
+        ask.connect(url)
     assert "secret" not in str(caught.value)
 
 
@@ -234,7 +233,7 @@ def test_a_refusal_stops_at_once_with_a_sentence(status):
     headers = {"Location": "http://127.0.0.1:1/"}                     # never followed: the key would go along
     with server(lambda body, n: (status, '{"error": "no such model"}', headers)) as (url, calls):
         with pytest.raises(data.UserError, match=f"answered {status}: .*no such model.*; check the URL"):
-            chat.replies(url, requests(50), workers=1)
+            ask.replies(url, requests(50), workers=1)
         assert len(calls) == 1
 
 
@@ -243,7 +242,7 @@ def test_a_request_that_the_server_cannot_take_is_not_tried_again(capsys):
     def respond(body, n):
         return (400, "too long") if body["messages"][0]["content"][-1] == "1" else echo(body, n)
     with server(respond) as (url, calls):
-        assert len(chat.replies(url, requests(3))) == 2 and len(calls) == 3
+        assert len(ask.replies(url, requests(3))) == 2 and len(calls) == 3
     assert "the server answered 400: too long" in capsys.readouterr().err
 
 
@@ -252,16 +251,16 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, mon
     out = tmp_path / "replies.jsonl"
     wrong = "wrong key sk-very-secret"
     with server(lambda body, n: echo(body, n) if n == 1 else (500, wrong)) as (url, calls):
-        chat.replies(url, requests(3), out, workers=1, attempts=1)
+        ask.replies(url, requests(3), out, workers=1, attempts=1)
         assert calls[0][1]["Authorization"] == "Bearer sk-very-secret"
     with server(lambda body, n: (401, wrong)) as (url, _):
         with pytest.raises(data.UserError, match=r"wrong key \*\*\*"):
-            chat.replies(url, requests(1))
+            ask.replies(url, requests(1))
     with server(lambda body, n: (500, " " * 190 + wrong)) as (url, _):          # hidden, then shortened
-        chat.replies(f"{url}?api_key=hush", requests(1), attempts=1)
+        ask.replies(f"{url}?api_key=hush", requests(1), attempts=1)
     with server(lambda body, n: (404, "no /v1/chat/completions?api_key=hush")) as (url, calls):
         with pytest.raises(data.UserError) as caught:
-            chat.replies(f"{url}?api_key=hush", requests(1))
+            ask.replies(f"{url}?api_key=hush", requests(1))
         assert calls[0][0].endswith("?api_key=hush")
     said = "".join(capsys.readouterr()) + out.read_text() + str(caught.value)
     assert not {"secret", "sk-ve", "hush"} & set(re.findall("secret|sk-ve|hush", said))
@@ -271,33 +270,33 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, mon
     ("https://me:pw@host:8/v1?key=k#part", "https://host:8/v1"), ("http://host", "http://host"),
     ("http://host?key=k@b", "http://host"), ("http://host/a@b", "http://host/a@b"), ("a/b?c@d", "a/b?c@d")])
 def test_of_a_url_only_what_is_no_secret_is_shown(source, shown):
-    assert chat.public(source) == shown
+    assert ask.public(source) == shown
 
 
 def test_several_models_must_be_told_apart():
     with server(echo, models=["a", "b"]) as (url, _):
         with pytest.raises(data.UserError, match=r"serves 2 models \(a, b\); say which"):
-            chat.replies(url, requests(1))
-        assert chat.replies(url, requests(1), model="b") == {"0": "reply to 0"}
+            ask.replies(url, requests(1))
+        assert ask.replies(url, requests(1), model="b") == {"0": "reply to 0"}
 
 
 def test_images_travel_as_data_urls_and_their_bytes_are_part_of_what_is_asked(tmp_path):
     path = tmp_path / "dog.png"
 
     def asked():
-        return [chat.Question("0", "What is this?", [path])]
+        return [ask.Question("0", "What is this?", [path])]
     with server(lambda body, n: reply(str(n))) as (url, calls):
         for n, (kind, mime) in enumerate([("png", "png"), ("jpeg", "jpeg"), ("bmp", "png")], 1):
             picture(0).save(path, kind)
             for _ in range(2):
-                assert chat.replies(url, asked(), tmp_path / "replies.jsonl") == {"0": str(n)}
+                assert ask.replies(url, asked(), tmp_path / "replies.jsonl") == {"0": str(n)}
             image, text = calls[-1][2]["messages"][0]["content"]
             head, _, code = image["image_url"]["url"].partition(",")
             assert head == f"data:image/{mime};base64" and text == {"type": "text", "text": "What is this?"}
             assert (base64.b64decode(code) == path.read_bytes()) == (kind != "bmp")
     path.unlink()
     with pytest.raises(data.UserError, match="dog.png could not be read"):
-        chat.replies(url, asked())
+        ask.replies(url, asked())
 
 
 # ------------------------------------------------------------------------------------------ saved replies
@@ -315,46 +314,46 @@ def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
     path = tmp_path / "saved.json"
     lines = "".join(json.dumps(record) + "\n" for record in records)
     path.write_text(json.dumps(records, indent=1) if as_list else lines)
-    assert chat.replies(path, requests(2)) == {"0": "a", "1": "b"}
+    assert ask.replies(path, requests(2)) == {"0": "a", "1": "b"}
 
 
 @pytest.mark.parametrize("text, says", [
-    ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "3 replies without ids to 2 requests"),
+    ('[{"reply": "a"}, {"reply": "b"}, {"reply": "c"}]', "record 1 of 3 has no id .*; only 2 can do without"),
     ('[{"id": "1", "reply": "a"}, {"reply": "b"}]', "id 1 has two different replies"),
     ('{"id": "0", "reply": "a"}\n{"id": "0", "reply": "b"}\n', "id 0 has two different replies"),
-    ('{"id": "0", "reply": 7}\n', "record 1 has no reply"),
-    ('{"id": "0", "answer": "a"}\n', "record 1 has no reply"),
-    ('[{"id": "0", "reply": "a"}, 7]', "entry 2: int instead"), ("[{", "broken JSON"),
-    ("{\n{}\n", "line 1: brok")])
+    ('{"id": "0", "reply": 7}\n', "record 1 of 1 has no id or no reply"),
+    ('{"id": "0", "answer": "a"}\n', "record 1 of 1 has no id or no reply"),
+    ('[{"id": "0", "reply": "a"}, 7]', "entry 2: int instead"),
+    ("[{", "broken JSON"), ("{\n{}\n", "line 1: brok")])
 def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
     (tmp_path / "saved.json").write_text(text)
     with pytest.raises(data.UserError, match=says):
-        chat.replies(tmp_path / "saved.json", requests(2))
+        ask.replies(tmp_path / "saved.json", requests(2))
 
 
 def test_saved_replies_that_are_missing_are_counted(tmp_path, capsys):
     (tmp_path / "saved.jsonl").write_text('{"id": "1", "reply": "b"}\n{"id": "0", "reply": "a')      # torn
-    assert chat.replies(tmp_path / "saved.jsonl", requests(2)) == {"1": "b"}
+    assert ask.replies(tmp_path / "saved.jsonl", requests(2)) == {"1": "b"}
     assert "1 of 2 requests got no reply" in capsys.readouterr().err
     with pytest.raises(data.UserError, match="none.jsonl could not be read"):
-        chat.replies(tmp_path / "none.jsonl", requests(2))
+        ask.replies(tmp_path / "none.jsonl", requests(2))
 
 
 def test_replies_to_something_else_are_refused(tmp_path):
     """What a judge said about other answers would be a wrong number."""
     out = tmp_path / "replies.jsonl"
     with server(echo) as (url, _):
-        said = chat.replies(url, requests(3), out)
-        assert chat.replies(out, requests(3)) == said
+        said = ask.replies(url, requests(3), out)
+        assert ask.replies(out, requests(3)) == said
         with pytest.raises(data.UserError, match=r"replies to other requests \(3 ids, first 0\)"):
-            chat.replies(out, requests(3, "Another prompt"))
-        again = chat.replies(url, requests(3, "Another prompt"), out)
-        assert chat.replies(out, requests(3, "Another prompt")) == again
+            ask.replies(out, requests(3, "Another prompt"))
+        again = ask.replies(url, requests(3, "Another prompt"), out)
+        assert ask.replies(out, requests(3, "Another prompt")) == again
 
 
 def test_ids_must_differ():
     with pytest.raises(data.UserError, match="1 of 3 requests repeat an id"):
-        chat.replies("replies.jsonl", requests(2) + requests(1))
+        ask.replies("replies.jsonl", requests(2) + requests(1))
 
 
 # ------------------------------------------------------------------------------------------ local models
@@ -378,7 +377,7 @@ def talker(tmp_path_factory):
 def local_requests(n, image=None):
     words = ["a red dog", "what is this ?", "two", "is there a cat and a dog ?", "one blue cat"]
 
-    return [chat.Question(str(i), words[i % 5], [image] if image else ()) for i in range(n)]
+    return [ask.Question(str(i), words[i % 5], [image] if image else ()) for i in range(n)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -390,53 +389,41 @@ def test_a_local_model_replies_and_goes_on_with_the_same_draws(talker, tmp_path,
         picture(0).save(image)
     asked, out, whole = local_requests(11, image), tmp_path / "replies.jsonl", tmp_path / "whole.jsonl"
     options = {"max_tokens": 5, "temperature": temperature, "seed": 1}
-    said = chat.replies(folder, asked, whole, **options)
+    said = ask.replies(folder, asked, whole, **options)
     assert len(said) == 11 and len(set(said.values())) > 1
     out.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:9]))
-    assert chat.replies(folder, asked, out, **options) == said
+    assert ask.replies(folder, asked, out, **options) == said
     assert out.read_bytes() == whole.read_bytes()
-    alone = chat.replies(folder, asked[:1], max_tokens=5)
+    alone = ask.replies(folder, asked[:1], max_tokens=5)
     assert temperature or alone["0"] == said["0"]                         # a batch changes nothing
 
 
 def test_another_model_of_the_same_name_is_asked_anew(talker, tmp_path):
     copy, asked, out = tmp_path / "talker", local_requests(3), tmp_path / "replies.jsonl"
     shutil.copytree(talker, copy)
-    chat.replies(copy, asked, out, max_tokens=2)
-    chat.replies(copy, asked, out, max_tokens=2)
+    ask.replies(copy, asked, out, max_tokens=2)
+    ask.replies(copy, asked, out, max_tokens=2)
     assert len(out.read_text().splitlines()) == 3
     with open(copy / "model.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\1")
-    chat.replies(copy, asked, out, max_tokens=2)
+    ask.replies(copy, asked, out, max_tokens=2)
     assert len(out.read_text().splitlines()) == 6
 
 
 def test_what_is_no_source_is_refused(talker, tmp_path):
     with pytest.raises(data.UserError, match="gpt-4o is no URL, no file of replies and no model folder"):
-        chat.replies("gpt-4o", requests(1))
+        ask.replies("gpt-4o", requests(1))
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(data.UserError, match="was asked about an image"):
-        chat.replies(talker, local_requests(1, tmp_path / "dog.png"))
+        ask.replies(talker, local_requests(1, tmp_path / "dog.png"))
     for config in ("{}", '{"model_type": "qwen2_vl", "vision_config": {}}'):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(data.UserError, match="or serve it, with vLLM for example, and give its URL"):
-            chat.replies(tmp_path, requests(1))
+            ask.replies(tmp_path, requests(1))
 
 
 def test_importing_chat_loads_no_model_code():
     code = "import sys, chat; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"
-
-
-def test_a_store_groups_only_what_is_missing_where_a_group_need_not_be_whole(tmp_path):
-    items = [{"id": str(i), "hash": "h"} for i in range(6)]
-    for whole, expected in ((True, [["0", "1", "2"], ["3", "4", "5"]]), (False, [["1", "4"]])):
-        store, seen = command.Store(tmp_path / f"{whole}.jsonl"), []
-        store.work(items, lambda groups: ([None if x["id"] in "14" else {} for x in g] for g in groups), 3)
-
-        def make(groups, seen=seen):
-            seen += [[item["id"] for item in group] for group in groups]
-            yield from ([{}] * len(group) for group in groups)
-        assert len(store.work(items, make, 3, whole=whole)) == 6 and seen == expected

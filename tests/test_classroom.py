@@ -175,7 +175,7 @@ def test_a_wrong_knob_is_one_sentence_and_exit_1(tmp_path):
 
 
 def test_an_exam_has_its_kinds_and_metrics_can_score_it():
-    import metrics
+    from evaluation import metrics
     lines, shown = pairs.exam(0, 1000, 2000)
     kinds = [line["kind"] for line in lines]
     assert len(shown) == kinds.count("caption") == 1000 and kinds.count("existence") == 1200

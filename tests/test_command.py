@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import pytest
 from conftest import ROOT
 
-import command
 import data
-from command import Ranks, Store, behind_set, option
+from model import command
+from model.command import Ranks, Store, behind_set, option
 
 
 @dataclass(frozen=True)
 class Options:
     preset: str = option("plain", "a set of defaults")
-    out: str = option("", "the folder (50% of it)", flag="-o")
+    out: str = option("", "the folder (50% of it)")
     n: int = option(3, "how many", off="--none")
     rate: float = option(0.5, "how fast")
     fast: bool = option(False, "in a hurry")
@@ -37,7 +37,7 @@ def parsed(*argv, positional=()):
 
 def test_only_what_was_given_is_returned_with_its_type():
     assert parsed() == ({}, {})
-    chosen, _ = parsed("-o", "x", "--n", "7", "--rate", "2", "--fast", "--kind", "b",
+    chosen, _ = parsed("--out", "x", "--n", "7", "--rate", "2", "--fast", "--kind", "b",
                        "--set", "shares=3,4", "--set", "deep=false")
     assert chosen == {"out": "x", "n": 7, "rate": 2.0, "fast": True, "kind": "b", "shares": (3.0, 4.0),
                       "deep": False}
@@ -58,7 +58,7 @@ def test_only_what_was_given_is_returned_with_its_type():
     (["--set", "deep=maybe"], "--set deep=maybe: 'maybe' is not true or false"),
     (["--set", "shares=1,x"], "is not numbers with commas"),
     (["--set", "deep"], "give KEY=VALUE with KEY one of shares, deep"),
-    (["--set", "m=3"], "--set m=3: give KEY=VALUE")])
+    (["--set", "absent=3"], "--set absent=3: give KEY=VALUE")])
 def test_a_bad_value_is_refused_with_what_was_written_and_what_it_should_be(argv, words):
     with pytest.raises(data.UserError, match=words):
         parsed(*argv)
@@ -75,8 +75,8 @@ def test_help_has_a_text_for_every_field_and_fits_80_columns(capsys):
         parsed("--help")
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and max(map(len, said.splitlines())) <= 80
-    for words in ("how many [3]", "the folder (50% of it) [none]", "in a hurry [false]", "-o TEXT", "--none",
-                  "shares=1,2.5: of the parts", "deep=true: all the way down", "--set KEY=VALUE"):
+    for words in ("how many [3]", "the folder (50% of it) [none]", "in a hurry [false]", "--out TEXT",
+                  "--none", "shares=1,2.5: of the parts", "deep=true: all the way down", "--set KEY=VALUE"):
         assert words in said
     with pytest.raises(TypeError):                                # a field cannot be without its text
         option(3)
@@ -173,18 +173,14 @@ def test_killed_with_a_torn_line_it_goes_on_in_the_same_groups_to_the_same_bytes
 
 def test_a_file_begun_with_other_settings_is_refused_and_what_differs_named(tmp_path):
     path = tmp_path / "answers.jsonl"
-    Store(path, head={"model": "a", "seed": 1}).work(items(2), squares)
+    Store(path, head={"settings": {"model": "a", "seed": 1}}).work(items(2), squares)
     before = path.read_bytes()
     with pytest.raises(data.UserError, match=r"other settings: model \(a, now b\); give another --out"):
-        Store(path, head={"model": "b", "seed": 1}).work(items(2), squares)
+        Store(path, head={"settings": {"model": "b", "seed": 1}}).work(items(2), squares)
     assert path.read_bytes() == before
 
 
-def test_lines_that_are_only_appended_stay_where_they_are(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    Store(path, in_order=False).work(items(3)[1:], squares)
-    Store(path, in_order=False).work(items(3), squares)
-    assert [row["id"] for row in lines(path)] == ["i1", "i2", "i0"]
+def test_a_line_may_have_a_shape_of_its_own(tmp_path):
     shaped = Store(tmp_path / "short.jsonl", shape=lambda row: {"square": row["square"]})
     shaped.work(items(2), squares)
     assert lines(tmp_path / "short.jsonl") == [{"square": 0}, {"square": 1}]

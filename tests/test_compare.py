@@ -1,4 +1,4 @@
-"""compare.py: paired differences by hand, a page that is blind, votes that are counted right."""
+"""evaluation/compare.py: paired differences by hand, a page that is blind, votes that are counted right."""
 import base64
 import json
 import re
@@ -21,11 +21,9 @@ from test_eval_hallu import (
     write_json,
 )
 
-import compare
 import data
 import eval_hallu
-import metrics
-import tally
+from evaluation import compare, metrics, stats
 
 LONG = "A </script><script>alert(1)</script> & a <b>cat</b>."
 
@@ -45,7 +43,7 @@ def run(*arguments):
 
 
 def paired(a, b):
-    return tally.paired(a, b, compare.sums, compare.LOWER)
+    return stats.paired(a, b, compare.sums, compare.LOWER)
 
 
 def content(page):
@@ -56,10 +54,10 @@ def content(page):
 
 # ------------------------------------------------------------------------------- paired differences
 def test_the_exact_sign_test_by_hand():
-    assert tally.sign_test(0, 0) == tally.sign_test(3, 3) == 1
-    assert tally.sign_test(9, 0) == 2 / 2 ** 9 and tally.sign_test(0, 9) == tally.sign_test(9, 0)
-    assert tally.sign_test(7, 1) == 2 * (1 + 8) / 2 ** 8
-    assert 0 < tally.sign_test(7600, 7400) < 1                  # thousands of items are no matter
+    assert stats.sign_test(0, 0) == stats.sign_test(3, 3) == 1
+    assert stats.sign_test(9, 0) == 2 / 2 ** 9 and stats.sign_test(0, 9) == stats.sign_test(9, 0)
+    assert stats.sign_test(7, 1) == 2 * (1 + 8) / 2 ** 8
+    assert 0 < stats.sign_test(7600, 7400) < 1                  # thousands of items are no matter
 
 
 def test_two_pope_files_are_compared_by_their_labels(tmp_path, capsys):

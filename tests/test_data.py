@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageOps
 
-import batches
 import data
 from data import Pair, UserError, read_image, rejected_image
+from training import batches
 
 
 def picture(size=(40, 30), seed=0):

@@ -1,4 +1,4 @@
-"""diagnose.py as specification: margins by hand, a blind model, partners, intervals, KL, and a run's log."""
+"""look.py as specification: margins by hand, a blind model, partners, intervals, KL, and a run's log."""
 import json
 import random
 import signal
@@ -10,11 +10,11 @@ from conftest import picture, write_llava
 from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, trained, write_pairs
 
 import data
-import diagnose
 import lora
-import options
-import vlm
-from records import Records
+from model import vlm
+from training import look as diagnose
+from training import options
+from training.records import Records
 
 KINDS = ["true", "blank", "other", "same_theme"]
 

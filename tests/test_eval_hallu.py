@@ -12,12 +12,11 @@ from conftest import GOLDEN, ROOT, SHARED, need, picture, write_llava
 from PIL import Image
 from test_chat import reply, server
 
-import answers as answering
-import benchmarks
-import chat
 import data
 import eval_hallu
-import metrics
+from evaluation import answers as answering
+from evaluation import benchmarks, metrics
+from model import ask as chat
 
 WORDS = ["dog", "cat"]
 
@@ -40,7 +39,7 @@ def write_scenes(folder, n=10):
 
 @pytest.fixture(scope="module")
 def m(tmp_path_factory):
-    import vlm
+    from model import vlm
     return vlm.load(write_llava(tmp_path_factory.mktemp("model")))
 
 
@@ -65,7 +64,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeyp
     scenes, _ = write_scenes(tmp_path / "scenes")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     answer(m, scenes, whole)
-    import vlm
+    from model import vlm
     asked, generate = [], vlm.generate
     monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
@@ -91,7 +90,7 @@ def test_other_settings_or_questions_are_refused_and_named(m, tmp_path):
     with pytest.raises(data.UserError, match="scenes_sha256"):
         answer(m, scenes, out)
     write_scenes(tmp_path / "again" / "scenes")
-    import vlm
+    from model import vlm
     other = vlm.load(m.front.folder)
     lora.add_lora(other.model, 2, 4)
     with pytest.raises(data.UserError, match="adapter"):
@@ -197,7 +196,7 @@ def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
     import torch
 
     import lora
-    import vlm
+    from model import vlm
     scenes, _ = write_scenes(tmp_path / "scenes")
     policy = vlm.load(m.front.folder)
     lora.add_lora(policy.model, 2, 4)
@@ -219,7 +218,7 @@ def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
                     reason="the classroom's model has not been made: python classroom/make.py")
 def test_the_classroom_model_looks(tmp_path):
     """The shipped base on fresh scenes: it hallucinates often, and sees what is there."""
-    import vlm
+    from model import vlm
     subprocess.run([sys.executable, ROOT / "classroom" / "pairs.py", "scenes", "--seed", "3", "--n", "60",
                     "--questions", "60", "--split", "tune", "--out", tmp_path], check=True)
     answering.answer_scenes(vlm.load("classroom"), tmp_path, tmp_path / "answers.jsonl")
@@ -340,7 +339,7 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
     """Left padding changes nothing, in float64, where rounding cannot turn a near-tie."""
     import torch
 
-    import vlm
+    from model import vlm
     model = vlm.load(write_llava(tmp_path / "model", seed=3), dtype=torch.float64)
     path, rows = pope_file(tmp_path / "data", n=12)
     for i, row in enumerate(rows):                                                 # prompts of many lengths
@@ -353,7 +352,7 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
 
 
 def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, monkeypatch):
-    import vlm
+    from model import vlm
     asked = []
     monkeypatch.setattr(vlm, "generate", lambda m, images, prompts,
                         **k: asked.extend(prompts) or ["yes"] * len(prompts))
@@ -450,7 +449,7 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
         write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
     with open(tmp_path / "answers.jsonl.rank1", "a") as file:
         file.write('{"rows": [{"id": 12, "ans')
-    import vlm
+    from model import vlm
     asked, generate = [], vlm.generate
     monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
@@ -804,9 +803,10 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
-    import vlm
-    generate = vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda *a, **k: [f"{text} Rating: 4" for text in generate(*a, **k)])
+    from model import vlm
+    complete = vlm.complete
+    monkeypatch.setattr(vlm, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
+                                                          for text, ended in complete(*a, **k)])
     (tmp_path / "scores.judge.jsonl").unlink()
     scores, _ = score(tmp_path, "mmhal", answers, *arguments)
     assert scores["score"] == 4 and scores["judge_prompt"] == str(prompt)
@@ -967,7 +967,7 @@ def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
 
     import lora
-    import vlm
+    from model import vlm
     folder = write_llava(tmp_path / "model", seed=5)
     policy = vlm.load(folder)
     front = policy.front

@@ -14,20 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, SHARED, need, write_llava
+from conftest import GOLDEN, SHARED, need, write_llava
 from PIL import Image
 from rehearse import TINY, rehearse, write_original
 from safetensors.torch import load_file, save_file
 
-import batches
 import data
-import families
 import lora
 import losses
-import vlm
-
-sys.path.insert(0, str(ROOT / "tools"))
-import import_checkpoint  # noqa: E402
+from model import (
+    front,
+    import_checkpoint,  # noqa: E402
+    vlm,
+)
+from training import batches
 
 # ---- the goldens, as published folders ----
 
@@ -199,7 +199,7 @@ def test_a_llava_hf_folders_own_way_and_pad_are_the_official_two(imported, tmp_p
     tensors = load_file(case / "expected.safetensors")
     ways = ("", "hf_default_crop", "the middle cut out"), ("pad", "pad", "to a square with (122, 116, 104)")
     for preparation, name, words in ways:
-        m = families.open_folder(folder, preparation=preparation)
+        m = front.open_folder(folder, preparation=preparation)
         assert words in m.preparation
         for file in sorted((case / "images").iterdir()):
             pixels = m.prepare([data.read_image(file)])[0]["pixel_values"]
@@ -323,8 +323,8 @@ def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
     src, tower = write_original("llava", tmp_path / "src", size, torch.float16)
     shutil.copyfile(file, src / "tokenizer.model")
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
-    m, pieces = families.open_folder(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
-    system = families.TEMPLATES["vicuna"].partition("{%")[0]
+    m, pieces = front.open_folder(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
+    system = front.TEMPLATES["vicuna"].partition("{%")[0]
     before, after = pieces.encode(f"{system}USER: "), pieces.encode(f"\n{question} ASSISTANT:")
     assert m.image_token_id == 32000
     assert m.prompt_ids(question, ONE) == [1, *before, *[32000] * m.image_tokens, *after]
@@ -338,7 +338,7 @@ def test_a_tower_in_float32_takes_the_language_models_type(tmp_path):
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
     got = load_file(tmp_path / "dst" / "model.safetensors")
     assert {t.dtype for t in got.values()} == {torch.float16}
-    assert families.open_folder(tmp_path / "dst").config.dtype == torch.float16
+    assert front.open_folder(tmp_path / "dst").config.dtype == torch.float16
     whole = torch.load(tower / "pytorch_model.bin")
     for name in ("pre_layrnorm.bias", "encoder.layers.1.mlp.fc1.weight"):
         assert torch.equal(got[f"model.vision_tower.{name}"], whole[f"vision_model.{name}"].half())
@@ -393,7 +393,7 @@ def test_a_tower_inside_the_checkpoint_is_found_and_one_apart_is_asked_for(copy,
             file.unlink()
     refused("not the published one, and its number of heads", src, None, tmp_path)
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
-    assert families.open_folder(tmp_path / "dst").image_tokens == 4
+    assert front.open_folder(tmp_path / "dst").image_tokens == 4
 
 
 def test_a_whole_siglip_folder_serves_bunny_without_its_last_layer(tmp_path):
@@ -486,8 +486,8 @@ def test_an_interrupted_import_leaves_no_half_folder(original, tmp_path, monkeyp
 
 def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
     arguments = [str(tmp_path / "absent"), str(tmp_path / "dst")]
-    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", *arguments])
-    with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
+    monkeypatch.setattr(sys, "argv", ["model/import_checkpoint.py", *arguments])
+    with pytest.raises(SystemExit, match="model/import_checkpoint.py: .*absent: no such folder"):
         import_checkpoint.main()
     assert Path(import_checkpoint.__file__).parent.name == "tools"
 
@@ -511,5 +511,6 @@ def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
     said = import_checkpoint.describe(folder)[-1]
     for words in ("missing  ", "model.safetensors is torn",
-                  "files that are not there, model-00002.safetensors first", "image processor cannot be read"):
+                  "files that are not there, model-00002.safetensors first",
+                  "image processor cannot be read"):
         assert words in said

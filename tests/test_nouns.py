@@ -1,13 +1,13 @@
-"""nouns.py: tokens, lemmas and nouns by hand, and against NLTK's own results."""
+"""evaluation/words.py: tokens, lemmas and nouns by hand, and against NLTK's own results."""
 import json
 import re
 
 import pytest
 from conftest import GOLDEN, SHARED, need
 
-import amber
-import nouns
 from data import UserError
+from evaluation import amber
+from evaluation import words as nouns
 
 
 def golden(pattern):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from classroom import figures, finding, findings, page
+from classroom.papers import figures, finding, findings, page
 
 NAMES = ["table1", "fig5", "fig4", "pds_fig6", "table4", "table2"]
 EVIL = "<script>alert('1')</script>\"'&|*x*"

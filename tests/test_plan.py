@@ -4,18 +4,17 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_llava
+from conftest import write_llava
 from rehearse import sizes, write_original
 
-import command
 import data
 import lora
-import options
-import plan
-import vlm
-
-sys.path.insert(0, str(ROOT / "tools"))
-import import_checkpoint  # noqa: E402
+from model import (
+    command,
+    import_checkpoint,  # noqa: E402
+    vlm,
+)
+from training import options, plan
 
 NEEDS = {"chosen", "rejected", "image_rejected"}
 
@@ -90,7 +89,7 @@ def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
 
 
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
-    from ranks import Zero2
+    from training.optimiser import Zero2
     row = [20 + 5 + 5 + 20 + 5]
     for dtype in ("float32", "bfloat16"):
         o = options.Options(lora_r=0, device="cpu", dtype=dtype)

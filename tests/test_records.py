@@ -1,4 +1,4 @@
-"""Every public format, the index behind it and the full check: what records.py promises."""
+"""Every public format, the index behind it and the full check: what training/records.py promises."""
 import errno
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED, need, picture
 
 from data import UserError, read_image
-from records import DESCRIBE, Records, check
+from training.records import DESCRIBE, Records, check
 
 
 def png(seed):
@@ -211,7 +211,7 @@ def test_earlier_turns_and_a_system_message_are_kept(folder):
 
 
 def test_vlfeedback_keeps_llava_instruct_and_a_seeded_sample(folder, monkeypatch):
-    monkeypatch.setattr("records.SAMPLE", 5)
+    monkeypatch.setattr("training.records.SAMPLE", 5)
     raw = PUBLISHED["vlfeedback"]
     tie = [{"annotations": mark(2), "model": m, "response": m} for m in "ab"]
     rows = [raw | {"id": f"llava-detail-{i}"} for i in range(9)] + [
@@ -458,7 +458,8 @@ def test_a_path_that_stays_inside_is_not_refused(folder, tmp_path):
 def test_the_check_runs_once_until_data_or_an_image_changes(folder, monkeypatch, capsys):
     path = lines(folder / "d.jsonl", [pair(0), pair(1, image="no.png")])
     decoded = []
-    monkeypatch.setattr("records.read_image", lambda image: decoded.append(image) or read_image(image))
+    monkeypatch.setattr("training.records.read_image",
+                        lambda image: decoded.append(image) or read_image(image))
     first = faults(Records(path), capsys)
     assert len(decoded) == 2 and faults(Records(path), capsys) == first and len(decoded) == 2  # remembered
     picture(0).save(folder / "no.png")  # a fault is fixed
@@ -495,7 +496,8 @@ def test_threads_find_every_fault_in_order_and_decode_every_image_once(folder, m
     ]
     records = Records(lines(folder / "d.jsonl", rows))
     decoded = []
-    monkeypatch.setattr("records.read_image", lambda image: decoded.append(image) or read_image(image))
+    monkeypatch.setattr("training.records.read_image",
+                        lambda image: decoded.append(image) or read_image(image))
     out, _ = faults(records, capsys)
     places = [int(re.search(r"line (\d+)", line)[1]) for line in out]
     assert len(out) == 7 + 6 + 10 and places == sorted(places)

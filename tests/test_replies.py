@@ -1,10 +1,10 @@
-"""replies.py: what answers, judges and extractors say, beside what the official readers make of it."""
+"""readers.py: what answers, judges and extractors say, beside what the official readers make of it."""
 import json
 
 import pytest
 from conftest import GOLDEN
 
-import replies
+from evaluation import readers
 
 DOG = "Is there a dog in the image?"
 
@@ -15,11 +15,11 @@ DOG = "Is there a dog in the image?"
     ("", "yes"), ("NO", "yes"), ("No!", "yes"), ("\nNo", "yes"), ("Nope", "yes"), ("It isn't.", "yes"),
     ("cannot tell", "yes"), ("There is a dog. No.", "yes"), ("maybe", "yes")])
 def test_the_official_reader_takes_all_but_three_tokens_for_a_yes(text, official):
-    assert replies.official_yes_no(text) == official
+    assert readers.official_yes_no(text) == official
 
 
 def test_ambers_reader_wants_the_word_and_nothing_else():
-    read = [replies.strict_yes_no(text) for text in ("Yes", "No", "yes", "No.", "")]
+    read = [readers.strict_yes_no(text) for text in ("Yes", "No", "yes", "No.", "")]
     assert read == ["yes", "no", None, None, None]
 
 
@@ -38,16 +38,16 @@ def test_ambers_reader_wants_the_word_and_nothing_else():
             "unknown", "N/A", "Yesterday", "There is a cat.", "I'm sorry, I can't help with that.",
             "cannot tell if a dog is there", "A photo of a street."])])
 def test_our_reader_understands_or_says_that_it_does_not(says, texts):
-    assert {text: replies.yes_no(text, DOG) for text in texts} == dict.fromkeys(texts, says)
+    assert {text: readers.yes_no(text, DOG) for text in texts} == dict.fromkeys(texts, says)
 
 
 def test_a_statement_must_be_about_all_that_was_asked():
     sunny = "Is the sky sunny in this image?"
-    assert replies.yes_no("The sky is sunny.", sunny) == "yes"
-    assert replies.yes_no("The sky is not sunny.", sunny) == "no"
-    assert replies.yes_no("The sky is cloudy.", sunny) is None
-    assert replies.yes_no("There are two dogs.", "Are there three dogs in this image?") is None
-    assert replies.yes_no("There is a dog.") == "yes"                # without a question, its form must do
+    assert readers.yes_no("The sky is sunny.", sunny) == "yes"
+    assert readers.yes_no("The sky is not sunny.", sunny) == "no"
+    assert readers.yes_no("The sky is cloudy.", sunny) is None
+    assert readers.yes_no("There are two dogs.", "Are there three dogs in this image?") is None
+    assert readers.yes_no("There is a dog.") == "yes"                # without a question, its form must do
 
 
 @pytest.mark.golden
@@ -55,7 +55,7 @@ def test_a_statement_must_be_about_all_that_was_asked():
                                   for path in sorted((GOLDEN / "pope").glob("parse_forms*.json"))])
 def test_the_official_reader_on_every_golden_form(path):
     forms = json.loads(path.read_text())
-    assert {text: replies.official_yes_no(text) for text in forms} == {
+    assert {text: readers.official_yes_no(text) for text in forms} == {
         text: form["official"] for text, form in forms.items()}
 
 
@@ -68,8 +68,8 @@ def test_the_official_reader_on_every_golden_form(path):
     ("Rating: 4. Rating: 4.", 4, 4), ("Rating: 4 or rating: 5", None, None), ("Rating: -1", None, None),
     ("", None, None), ("<html>500</html>", None, None), ("accurate 3", None, None), ("no idea", None, None)])
 def test_ratings(text, official, ours):
-    assert replies.rating(text, "official") == official
-    assert replies.rating(text) == ours
+    assert readers.rating(text, "official") == official
+    assert readers.rating(text) == ours
 
 
 @pytest.mark.parametrize("text, official, ours", [
@@ -79,5 +79,5 @@ def test_ratings(text, official, ours):
     ("['dog', 'man\\'s hat']".replace("\\", ""), None, ["dog", "man's hat"]), ("()", None, []),
     ("a dog and a ball", None, None), ('{"dog": 1}', None, None), ("[[1]]", None, ["1"]), ("", None, None)])
 def test_lists_of_objects(text, official, ours):
-    assert replies.object_list(text, "official") == official
-    assert replies.object_list(text) == ours
+    assert readers.object_list(text, "official") == official
+    assert readers.object_list(text) == ours

@@ -1,4 +1,4 @@
-"""report.py: one page that needs nothing else, whatever the run holds."""
+"""training/report.py: one page that needs nothing else, whatever the run holds."""
 import json
 import re
 from html.parser import HTMLParser
@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 import data
-import metrics
-import page
-import report
+from evaluation import metrics, page
+from training import report
 
 EVIL = "<script>alert('1')</script>\"'&"
 LOG = {"loss": 2., "lr": 1e-4, "grad_norm": 1., "rewards/chosen": .1, "rewards/rejected": -.2,
@@ -132,7 +131,7 @@ def test_rewards_of_words_with_both_images(tmp_path):
 
 
 def found(shift):
-    """What diagnose.py would have found, all numbers moved by `shift`."""
+    """What training/look.py would have found, all numbers moved by `shift`."""
     def means(**values):
         return {k: [x + shift, x + shift - .5, x + shift + .25] for k, x in values.items()}
     own, minus = means(true=2., blank=-1, other=1, same_theme=.5), means(blank=3., other=1, same_theme=-1)
@@ -143,7 +142,7 @@ def found(shift):
 def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path):
     run = make_run(tmp_path / "run")
     first, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    assert "held-out pairs with" not in read(run)                     # a run of before there was diagnose.py
+    assert "held-out pairs with" not in read(run)                     # a run of before there was look.py
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps])
     text = Page(read(run)).text                                       # under way: nothing is after
     assert "true image+2.00+1.50 to +2.25blank" in text and "minus it" not in text

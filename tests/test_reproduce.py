@@ -8,7 +8,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from classroom import evidence, findings, pairs, pds, reproduce, study, world
+from classroom import pairs, world
+from classroom.papers import evidence, findings, pds, reproduce, study
 
 LINES = reproduce.lines()
 BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
@@ -186,7 +187,7 @@ def test_every_line_was_run_as_the_tables_say():
 
 def test_the_results_are_what_the_lines_say(tmp_path, monkeypatch, capsys):
     """RESULTS.md, byte for byte, from the lines of results/."""
-    here = ROOT / "classroom"
+    here = ROOT / "classroom" / "papers"
     monkeypatch.setattr(reproduce, "for_people", lambda rows, out: here / "people.html")
     reproduce.write_page(LINES, tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (here / "RESULTS.md").read_text()

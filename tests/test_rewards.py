@@ -1,4 +1,4 @@
-"""rewards.py as specification: the published models' numbers from the published files' names."""
+"""synthesis/rewards.py as specification: the published models' numbers from the published files' names."""
 import json
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from conftest import GOLDEN, ROOT, need, picture
 from safetensors.torch import load_file, save_file
 
 import data
-import rewards
+from synthesis import rewards
 
 # float32's noise with random weights, on any processor. The mildest wrong choice errs by 0.8 in ImageReward
 # (another epsilon of its layer norms), by 0.3 in ArmoRM (a transposed matrix).

@@ -22,15 +22,13 @@ from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_
 from safetensors.torch import load_file
 from test_command import both
 
-import batches
-import command
 import data
 import losses
-import options
 import train_dpo
-import vlm
-from ranks import Zero2
-from reference import Reference
+from model import command, vlm
+from training import batches, options
+from training.optimiser import Zero2
+from training.reference import Reference
 
 
 def write_pairs(folder, n=12, seed=0):
@@ -876,7 +874,7 @@ def test_a_llava_1_6_trains_on_pictures_of_many_shapes(tmp_path, rejected):
 
 def test_what_cannot_fit_is_refused_before_the_weights_are_read(world, tmp_path):
     def small():
-        import plan
+        from training import plan
         plan.capacity = lambda device: (1 << 10, "this machine's memory")
         vlm.load = None                                 # nobody may call it
     code, said = run(arguments(world, tmp_path / "run"), before=small)

@@ -11,11 +11,9 @@ import torch
 from conftest import SHARED, need, word_tokenizer, write_llava
 from PIL import Image
 
-import command
 import data
-import families
 import losses
-import vlm
+from model import command, front, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
@@ -204,7 +202,7 @@ def llama_tokenizer():
 @pytest.mark.parametrize("response", ["The car is red.", "Yes, \"two\" of them.", "2 dogs", "the"])
 def test_the_boundary_between_assistant_and_response_is_that_of_the_joint_text(tmp_path, template, response):
     """With the real Llama tokenizer, prompt and response apart are the tokens of `ASSISTANT: response`."""
-    m = families.open_folder(write_llava(tmp_path, tokenizer=llama_tokenizer()), template=template)
+    m = front.open_folder(write_llava(tmp_path, tokenizer=llama_tokenizer()), template=template)
     prompt = m.prompt_ids("What is this?", ONE)
     text = m.tokenizer.decode(prompt[1:]).split("<image>")[-1]
     assert text.endswith("ASSISTANT:")
@@ -343,12 +341,10 @@ def write_next(folder, text="mistral", tokenizer=None, patch=14, image=28):
 @pytest.fixture(scope="module", params=["mistral", "llama", "bunny"])
 def other(request, tmp_path_factory):
     """A folder of another family than LLaVA-1.5."""
-    import sys
 
-    from conftest import ROOT
     from rehearse import TINY, write_original
-    sys.path.insert(0, str(ROOT / "tools"))
-    import import_checkpoint
+
+    from model import import_checkpoint
     folder = tmp_path_factory.mktemp(request.param)
     if request.param != "bunny":
         return write_next(folder, request.param)
@@ -425,7 +421,7 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
     lengths = {len(m.front.image_ids(size)) for size in SIZES}
-    assert (len(lengths) > 1) == isinstance(m.front, families.LlavaNext)
+    assert (len(lengths) > 1) == isinstance(m.front, front.LlavaNext)
     words = vlm.word_logps(m, picture(0, (90, 20)), "what is this ?", "a cat")
     assert [w for w, _ in words] == ["a", "cat"]
 
@@ -434,7 +430,7 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
 def test_the_tokens_of_a_picture_are_counted_as_transformers_counts_them(tmp_path, patch, image):
     from transformers import AutoProcessor
     folder = write_next(tmp_path, patch=patch, image=image)
-    m, processor = families.open_folder(folder), AutoProcessor.from_pretrained(folder, backend="pil")
+    m, processor = front.open_folder(folder), AutoProcessor.from_pretrained(folder, backend="pil")
     sizes = np.random.default_rng(0).integers(8, 1500, (400, 2)).tolist()
     counted = processor._get_num_multimodal_tokens([(h, w) for w, h in sizes])["num_image_tokens"]
     assert [len(m.image_ids(size)) for size in sizes] == counted and len(set(counted)) > 5
@@ -479,7 +475,7 @@ def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
 
 # ---- a family of your own: a class, and a line in FAMILIES ----
 
-class Qwen25(families.Llava):
+class Qwen25(front.Llava):
     """Qwen2.5-VL: an image is <start>, as many tokens as its grid has, <end>; positions are (3, T)."""
     architecture = "Qwen2_5_VLForConditionalGeneration"
     tower = "model.visual"
@@ -542,7 +538,7 @@ def write_qwen(folder):
 
 def test_a_family_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
     """Naive and packed equal transformers' own forward of ids and pixels; positions are (3, T)."""
-    monkeypatch.setitem(families.FAMILIES, "qwen2_5_vl", Qwen25)
+    monkeypatch.setitem(front.FAMILIES, "qwen2_5_vl", Qwen25)
     m = vlm.load(write_qwen(tmp_path), dtype=torch.float64)
     pairs, images, rejected = [], [], []
     for name, sizes in (("one", ((90, 60),)), ("two", ((60, 120), (33, 45)))):
@@ -587,7 +583,7 @@ LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful langu
     ("mistral", "[INST] <image>\nWho? [/INST]"), ("llama3", LLAMA3)])
 def test_a_template_writes_the_published_prompt(model, name, said):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
-    template = {"chat_template": families.TEMPLATES[name], "tokenize": False}
+    template = {"chat_template": front.TEMPLATES[name], "tokenize": False}
     assert model.front.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template) == said
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Me."}]}
     text = model.front.tokenizer.apply_chat_template(messages + [answer], **template)
@@ -620,11 +616,11 @@ def test_the_folders_own_template_is_found_where_llava_hf_puts_it(tmp_path, file
     else:
         old = json.loads(about.read_text()) if about.exists() else {}
         about.write_text(json.dumps(old | {"chat_template": PUBLISHED}))
-    m = families.open_folder(tmp_path)
+    m = front.open_folder(tmp_path)
     assert m.template_name == "folder"
     ids = m.prompt_ids("Who?", ONE)
     assert ids[0] == 1 and ids.count(1) == 1 and ids.count(m.image_token_id) == m.image_tokens == 4
-    plain = families.open_folder(tmp_path, template="plain")
+    plain = front.open_folder(tmp_path, template="plain")
     assert ids == plain.prompt_ids("Who?", ONE) and plain.template_name == "plain"
 
 
@@ -634,8 +630,8 @@ def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, t
     tokenizer = word_tokenizer()
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"eos_token": end})
-    m = families.open_folder(write_next(tmp_path, text, tokenizer))
-    assert (m.template_name, m.template) == (name, families.TEMPLATES[name])
+    m = front.open_folder(write_next(tmp_path, text, tokenizer))
+    assert (m.template_name, m.template) == (name, front.TEMPLATES[name])
 
 
 # ---- what is amiss with a folder ----
@@ -645,7 +641,7 @@ def test_a_text_only_model_and_an_original_folder_are_told_apart(tmp_path):
     with pytest.raises(data.UserError, match="a text-only model"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bunny-phi", "mm_vision_tower": "siglip"}')
-    with pytest.raises(data.UserError, match="run `python tools/import_checkpoint.py .* NEW_FOLDER`"):
+    with pytest.raises(data.UserError, match="run `python -m model.import_checkpoint .* NEW_FOLDER`"):
         vlm.load(tmp_path)
 
 
@@ -699,12 +695,12 @@ def test_a_folder_without_a_processor_is_refused(tmp_path, folder):
 
 def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder):
     with pytest.raises(data.UserError, match="leave out images=pad"):
-        families.open_folder(write_next(tmp_path), preparation="pad")
+        front.open_folder(write_next(tmp_path), preparation="pad")
     with pytest.raises(data.UserError, match="give one of '', 'pad'"):
-        families.open_folder(folder, preparation="squash")
-    padded = families.open_folder(folder, preparation="pad")
+        front.open_folder(folder, preparation="squash")
+    padded = front.open_folder(folder, preparation="pad")
     assert padded.preparation.startswith("padded to a square with (122, 116, 104), resized to 28")
-    assert families.open_folder(folder).preparation.startswith("resized to 28, the middle cut out")
+    assert front.open_folder(folder).preparation.startswith("resized to 28, the middle cut out")
 
 
 # ---- memory ----

@@ -1,0 +1,220 @@
+"""Let a model answer a benchmark's questions: batched, greedy, over several ranks, and never twice.
+
+    answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's, with a model of vlm.load
+    answer_questions(m, "pope", questions, "answers.jsonl")      a published benchmark's, of benchmarks.py
+    read_answers("answers.jsonl")                                -> (settings, answers)
+
+For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
+{"settings": ...}, then the benchmark's lines in order, each with an "answer". Which answers share a batch can
+move a near-tie by rounding, so a continued run, and one on other ranks, keeps the batches of the first: it
+ends with the same bytes where the device is deterministic.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+
+import hashlib
+import json
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+
+import data
+from data import UserError
+from evaluation import benchmarks, metrics, objects, words
+from model import command
+
+LENGTHS = {"classroom": 64,                                             # tokens of an answer
+           "pope": 64,
+           "amber": 512,
+           "objhal": 512,
+           "mmhal": 512}
+
+
+def read_scenes(path):
+    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model works in vain."""
+    file = Path(path)
+    if file.is_dir():
+        file /= "scenes.jsonl"
+    scenes = list(data.read_jsonl(file))
+    for number, scene in enumerate(scenes, 1):
+        where = f"{file}, line {number}"
+        objects.check_truth(scene, where)
+        if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
+            raise UserError(f"{where} lacks a question or an image; make the scenes again")
+    if not scenes:
+        raise UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
+    return scenes, file
+
+
+def image_path(file, image):
+    """The path of an image named in a file, which must not lead out of that file's folder."""
+    return data.inside(file.parent, image, file)
+
+
+def describe(m, **more):
+    """The settings that decide the answers: a file that was begun with others is not continued."""
+    import lora
+    digest = hashlib.sha256()
+    weights = lora.lora_parameters(m.model)
+    for name, weight in weights.items():
+        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return {"model": Path(m.front.folder).name,
+            "base": command.identity(m.front.folder),
+            "template": m.front.template,
+            "images": m.front.preparation,
+            "adapter": digest.hexdigest()[:16] if weights else None,
+            "dtype": str(m.model.dtype).removeprefix("torch."),
+            "decoding": "greedy",
+            **more}
+
+
+def _hash(lines):
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
+    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
+    Question's image -> a PIL image."""
+    items = []
+    for place, question in enumerate(questions):
+        items.append({"id": place, "hash": _hash(question.line), "_question": question})
+    Path(out_path).parent.mkdir(parents=True, exist_ok=True)
+    store = command.Store(out_path, ranks, {"settings": settings}, unshape=_row,
+                          shape=lambda row: questions[row["id"]].line | {"answer": row["answer"]})
+    make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
+    store.work(items, make, batch_size, description, "answer")
+
+
+def _texts(m, read, max_new_tokens, batch_size, groups):
+    """For each group of items: what the model says, [{"answer"}]."""
+    from model import vlm
+    for group in groups:
+        questions = [item["_question"] for item in group]
+        images = [[read(question.image)] for question in questions]
+        prompts = [question.prompt for question in questions]
+        texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        yield [{"answer": text} for text in texts]
+
+
+def _row(place, line):
+    """A line of the finished file -> what was made of its question."""
+    asked = dict(line)
+    said = asked.pop("answer", None)
+    return {"id": place, "hash": _hash(asked), "answer": said}
+
+
+def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
+                  ranks=None):
+    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
+    scenes, file = read_scenes(scenes_path)
+    questions = [benchmarks.Question(scene, scene["question"], image_path(file, scene["image"]))
+                 for scene in scenes]
+    settings = describe(m,
+                        benchmark="classroom",
+                        max_new_tokens=max_new_tokens,
+                        questions=len(scenes),
+                        scenes=os.path.relpath(file, Path(out_path).parent),
+                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+    answer(m, questions, data.read_image, out_path, settings, batch_size, description, ranks)
+
+
+def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
+                     max_new_tokens=512, ranks=None):
+    """Let a model answer a published benchmark: what benchmarks.questions read; called again it goes on."""
+    settings = describe(m,
+                        benchmark=benchmark,
+                        prompt=prompt,
+                        max_new_tokens=max_new_tokens,
+                        seed=None,
+                        questions=len(questions),
+                        questions_sha256=_hash([each.line for each in questions]))
+    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
+    answer(m, questions, read, out_path, settings, batch_size, "answering", ranks)
+
+
+def read_answers(path):
+    """-> (settings or {}, answers). Raises UserError for a file that its run has not finished."""
+    lines = data.read_records(path)
+    settings = lines.pop(0)["settings"] if lines and "settings" in lines[0] else {}
+    wanted = settings.get("questions", len(lines))
+    if len(lines) != wanted:
+        raise UserError(f"{path} answers {len(lines)} of {wanted} questions; run the same `answers` command "
+                        "again, it goes on where it stopped")
+    return settings, lines
+
+
+# ---- what training asks for ----
+def score_classroom(answers_path):
+    """-> metrics.classroom of an answers file."""
+    return metrics.classroom(read_answers(answers_path)[1])
+
+
+def difference(before_path, after_path):
+    """-> metrics.difference of two answers files."""
+    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
+
+
+def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
+    """{measure: percent} of a small file of questions, asked of a model as it is while it is trained.
+
+    path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
+    scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
+    answer_questions, such as batch_size.
+    """
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
+    first, *_ = benchmarks.records(path, (), "question file")
+    kind = "pope" if "label" in first else "objhal"
+    questions = benchmarks.questions(kind, [path], images)
+    answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
+    lines = benchmarks.read_answers([out_path])
+    if kind == "pope":
+        scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
+        return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
+    table = objects.synonyms(data.read_text(synonyms))
+    truth = benchmarks.coco_truth(annotations, lines, table, words.singulars)
+    scores, _ = metrics.chair(lines, truth, table, words.singulars)
+    return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}
+
+
+def word_rewards(m, run_folder, beta, images=12, n=4):
+    """Does the model look? The reward of each word of an answer after training, with the true image and with
+    another. For n of the run's first captions; hallucinating ones first."""
+    run = Path(run_folder)
+    settings, before = read_answers(run / "before.jsonl")
+    _, after = read_answers(run / "after.jsonl")
+    captions = [(old, new) for old, new in zip(before, after, strict=True)
+                if new["kind"] == "caption" and new["answer"]]
+    chosen = sorted(range(len(captions[:images])), key=lambda place: not any(map(_invents, captions[place])))
+    found = []
+    for place in sorted(chosen[:n]):
+        old, new = captions[place]
+        other = captions[(place + 1) % len(captions)][1]
+        paths = [image_path(run / settings["scenes"], line["image"]) for line in (new, other)]
+        image, other_image = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
+        found.append({"id": new["id"],
+                      "image": image,
+                      "other_image": other_image,
+                      "question": new["question"],
+                      "answer_before": old["answer"],
+                      "answer_after": new["answer"],
+                      "truth": new["truth"],
+                      "words": _rewards(m, paths, new["question"], new["answer"], beta)})
+    return found
+
+
+def _invents(line):
+    return objects.hallucinated(line["answer"], line["truth"])
+
+
+def _rewards(m, paths, question, answer, beta):
+    """[{"word", "true", "other"}]: beta (log p_policy - log p_reference) of each word of an answer, with the
+    first image and with the second."""
+    from model import vlm
+    rewards = []
+    for image in map(data.read_image, paths):
+        words, policy = zip(*vlm.word_logps(m, image, question, answer), strict=True)
+        with vlm.base_of(m) as base:
+            reference = vlm.word_logps(base, image, question, answer)
+        rewards.append([beta * (p - r) for p, (_, r) in zip(policy, reference, strict=True)])
+    return [{"word": word, "true": true, "other": other}
+            for word, true, other in zip(words, *rewards, strict=True)]

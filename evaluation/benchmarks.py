@@ -1,0 +1,280 @@
+"""The published benchmarks' own files, for eval_hallu.py: questions as a model is asked them, and answers.
+
+    questions("pope", ["coco/"], images="val2014/")   [Question(line, prompt, image)], ready for a model
+    read_answers(["answers.jsonl"])                   their lines, ours or as the official scripts take them
+
+No question, image or prompt of theirs is part of this repository: everything is read by path.
+
+    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder
+    amber    query_generative.json ...          list of {id, image, query}; or their folder: all 15,220
+    objhal   obj_halbench_300_with_image.jsonl  {image (base64 or a name) or image_path, question, image_id};
+             also LLaVA's question files        {question_id, image, text}: any captions over COCO images
+    mmhal    mmhal-bench_answer_template.json   list of 96; images by image_id, or by the name in image_src
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+from data import UserError
+from evaluation import objects, words
+
+SPLITS = ("random", "popular", "adversarial")
+KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
+NAME = 300                                     # characters: what is longer is no file's name, but base64
+
+
+class Question(NamedTuple):
+    """What is written beside the answer; what the model is asked; the image as a path, or as base64 bytes."""
+    line: dict
+    prompt: str
+    image: object
+
+
+def read_image(image):
+    """The image of a Question, upright and in RGB. Raises UserError where it cannot be read."""
+    if isinstance(image, bytes):
+        try:
+            image = base64.b64decode(image, validate=True)
+        except binascii.Error as error:
+            raise UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
+                            f"({error}); copy the file again") from error
+    return data.read_image(image)
+
+
+# ---- questions ----
+def records(path, keys, what):
+    """The records of a question file, each with these keys. Raises UserError."""
+    found = data.read_records(path, torn_ok=False)
+    for number, record in enumerate(found, 1):
+        for key in keys:
+            if record.get(key) is None:
+                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give that")
+    if not found:
+        raise UserError(f"{path} is empty: it holds no {what}; copy it again")
+    return found
+
+
+def prompt(path, own, places):
+    """The text of a prompt's file, or of our own. Raises UserError where a place is not as often in it as in
+    `places`."""
+    text = data.read_text(path or Path(__file__).with_name(own))
+    if any(text.count(place) != places.count(place) for place in places):
+        raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
+    return text
+
+
+def pope_questions(paths):
+    """{split: records} of POPE's question files, or of folders of them. A split's name is its file's."""
+    files, found = [], {}
+    for path in map(Path, paths):
+        files += _files(path, "*pope*.json*")
+    for file in sorted(files, key=lambda file: [split not in file.name for split in SPLITS]):
+        split = _split(file) or file.stem
+        if split in found:
+            raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
+                            "circulation (2,910 and 3,000 questions); give one of them by its name")
+        found[split] = records(file, ("question_id", "image", "text", "label"), "POPE question file")
+    return found
+
+
+def _split(file):
+    return next((split for split in SPLITS if split in Path(file).name), None)
+
+
+def amber_queries(path):
+    """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("query_*ive.json"), reverse=True) or _files(path, "query_all.json")
+    return [query for file in files for query in records(file, ("id", "image", "query"), "AMBER query file")]
+
+
+def _files(path, pattern):
+    found = sorted(path.glob(pattern)) if path.is_dir() else [path]
+    if not found:
+        raise UserError(f"{path} holds no {pattern}; give the folder that holds the questions")
+    return found
+
+
+def questions(benchmark, paths, images=None, prompt="{question}"):
+    """[Question] of a benchmark's file or folder (POPE: or several files).
+
+    images: the folder that holds the images; None where they lie beside the questions.
+    prompt: what is asked, with {question} for the benchmark's own text. Raises UserError for a wrong file and
+    where images are missing, which is found before a model is loaded.
+    """
+    if "{question}" not in prompt:
+        raise UserError(f"--prompt {prompt!r} has no {{question}}; put it where the question goes")
+    if len(paths) > 1 and benchmark != "pope":
+        raise UserError(f"--data: {benchmark} has one file or one folder, not {len(paths)}; give that")
+    read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
+    asked, path = list(read(paths)), Path(paths[0])
+    root = images or (path if path.is_dir() else path.parent)
+    named = [question.image for question in asked if isinstance(question.image, dict)]
+    files, found, missing = iter(find_images(root, named)), [], []
+    for line, text, image in asked:
+        if isinstance(image, dict):
+            names, image = image_names(image), next(files)
+            missing += [] if image else names[:1]
+        found.append(Question(line, prompt.replace("{question}", text), image))
+    if missing:
+        raise UserError(f"{root} lacks {len(missing)} of {len(named)} images (first: {missing[0]}); give "
+                        "their folder with --images")
+    return found
+
+
+# Each yields Questions; the image is base64, or the record in which its names are.
+def _pope(paths):
+    for split, rows in pope_questions(paths).items():
+        for row in rows:
+            line = {"question_id": row["question_id"],
+                    "split": split,
+                    "image": row["image"],
+                    "question": row["text"],
+                    "label": row["label"]}
+            yield Question(line, row["text"], row)
+
+
+def _amber(paths):
+    for row in amber_queries(Path(paths[0])):
+        yield Question({"id": row["id"], "image": row["image"], "question": row["query"]}, row["query"], row)
+
+
+def _objhal(paths):
+    for place, row in enumerate(records(paths[0], (), "question file")):
+        text = _first_text(row, "question", "prompt", "text")
+        image = _first_text(row, "image", "image_path") or ""
+        coded = len(image) > NAME
+        image_id = row.get("image_id", None if coded else image)
+        if digits := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.\w+)?", str(image_id)):
+            image_id = int(digits[1])
+        if text is None or image_id is None:
+            raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is no file "
+                            "of questions about images; give another file")
+        line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
+        yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
+
+
+def _first_text(row, *keys):
+    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+
+
+def _mmhal(paths):
+    keys = ("question_type", "image_id", "image_src", "image_content", "question", "gt_answer")
+    for place, row in enumerate(records(paths[0], keys, "MMHal-Bench template")):
+        line = {"question_id": place} | {key: row[key] for key in row if key not in ("image", "model_answer")}
+        yield Question(line, row["question"], line)
+
+
+def image_names(line, listed=()):
+    """The names under which the image of a question or an answer may lie in a folder, the likeliest first.
+
+    listed: what the folder holds, since MMHal's archive numbers its files: 00_name.
+    """
+    names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
+    if isinstance(line.get("image_src"), str):                                                       # MMHal's
+        name = line["image_src"].rpartition("/")[2]
+        names += [f"{line.get('image_id')}.{end}" for end in ("jpg", "png", "jpeg")]
+        names += [name, *(other for other in listed if other.endswith(f"_{name}"))]
+    elif isinstance(line.get("image_id"), int):
+        names += [f"COCO_val2014_{line['image_id']:012d}.jpg", f"{line['image_id']:012d}.jpg"]
+    return names or ["one without a name"]
+
+
+def find_images(root, lines):
+    """The path of each line's image, or None: the first of its names that is a file in the folder."""
+    if not os.path.isdir(root):
+        raise UserError(f"--images {root} is no folder; give the one that holds the images")
+    listed, found = sorted(os.listdir(root)), []
+    for line in lines:
+        paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
+        found.append(next(filter(os.path.isfile, paths), None))
+    return found
+
+
+# ---- for scoring ----
+def read_answers(paths):
+    """The lines of one answers file or of several, ours or as the official scripts take them.
+
+    Of several files, each holds one split of POPE, told by its name. A last line that a killed run left torn
+    is passed over: the answer is missing, and whoever scores counts what is missing.
+    """
+    found = []
+    for path in paths:
+        lines, split = data.read_records(path), _split(path)
+        for number, line in enumerate(lines, 1):
+            if _is_question(line):
+                raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
+        if lines and all(line.get("model_answer") == "" for line in lines):
+            raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
+                            "give the answers")
+        for line in lines:
+            if "caption" in line:                                                 # the first CHAIR's own form
+                line = {"text": line["caption"], **line}
+            if len(paths) > 1 and not line.keys() & {"split", "settings"}:
+                if not split:
+                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                    f"({', '.join(SPLITS)}) in its own; rename it")
+                line = {"split": split, **line}
+            found.append(line)
+    return found
+
+
+def _is_question(line):
+    """A `text` is a question in some files, an answer in others: questions must not be scored as answers."""
+    return {"image", "text"} <= line.keys() and not {"answer", "response", "question", "prompt"} & line.keys()
+
+
+def amber_data(folder):
+    """-> (queries or [], annotations, relation, safe words) of AMBER's data folder."""
+    folder = Path(folder)
+    queries = amber_queries(folder) if any(folder.glob("query_*.json")) else []
+    annotations = records(folder / "annotations.json", ("id", "type", "truth"), "annotations of AMBER")
+    relation = data.read_json(folder / "relation.json", kind=dict)
+    safe = data.read_text(folder / "safe_words.txt").split("\n")
+    return queries, annotations, relation, set(map(str.strip, safe))
+
+
+def amber_nouns(path):
+    """{id: nouns} of a file of nouns that were extracted before: lines {id, nouns or nouns_in_vocab}."""
+    found = {}
+    for line in records(path, ("id",), "file of nouns"):
+        named = line.get("nouns", line.get("nouns_in_vocab"))
+        if line["id"] in found or not isinstance(named, list):
+            raise UserError(f"{path}: id {line['id']} is there twice or has no list of `nouns`: this is no "
+                            "file of nouns; give builtin, nltk, or such a file")
+        found[line["id"]] = named
+    return found
+
+
+def lemmas(path):
+    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
+    table = data.read_json(path, kind=dict)
+    if not all(isinstance(single, str) for single in table.values()):
+        raise UserError(f"{path} is no table of words; give builtin, nltk or such a table")
+    return lambda text: [table.get(word, word) for word in words.tokens(text.lower())]
+
+
+def coco_truth(folder, answers, table, lemmatize):
+    """-> objects.coco_truth of the images that the answers are about, by COCO's 2014 train and val files."""
+    images, found = objects.image_ids(answers), []
+
+    def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
+        image = part.get("image_id", part.get("id") if "file_name" in part else None)
+        if image is not None and image not in images:
+            return None
+        return {key: part[key] for key in KEPT if key in part}
+
+    for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
+        part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
+        for key in ("images", "annotations"):
+            part[key] = list(filter(None, part.get(key, [])))
+        found.append(part)
+    return objects.coco_truth(found[:2], found[2:], table, lemmatize, images)

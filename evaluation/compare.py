@@ -1,0 +1,346 @@
+"""Which of two models answers better? The paired difference of two answers files, and a page to vote on.
+
+    python eval_hallu.py compare a.jsonl b.jsonl --out page.html --images val2014/
+    python eval_hallu.py score votes votes-ann.json votes-bob.json --out preference.json
+
+`compare` prints B - A of each measure. Where the answers files hold no truth themselves (AMBER, CHAIR,
+MMHal), --items takes what `score` wrote per item for each of them. Intervals: 95%, bootstrap over images,
+both files seeing the same draws. The sign test asks how often a fair coin would divide the items on which the
+two differ as unevenly as this: exact, two-sided.
+
+The page works offline: 100 questions with both answers, each on a side drawn from --seed. A rater chooses
+with keys or buttons and downloads the votes, which become win, tie and loss: the human evaluation of mDPO,
+section 4.3 of https://arxiv.org/abs/2406.11839. The page runs the one script that it needs and forbids
+everything else. Whose side is whose is in it only encoded, for `score votes`.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+
+import base64
+import hashlib
+import json
+from collections import Counter
+
+import data
+from data import UserError
+from evaluation import amber, benchmarks, metrics, page, stats
+
+LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "hallucination_rate"}    # the less
+
+
+# ---- the paired difference ----
+def question(answer):
+    """The question in an answer's line, "" where it does not say."""
+    found = stats.first(answer.line, "question", "prompt", "query")
+    return found if isinstance(found, str) else ""
+
+
+def by_id(path):
+    """{(split, id): Answer} of an answers file. Raises UserError."""
+    found = {}
+    try:
+        answers = stats.read(data.read_records(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for answer in answers:
+        key = answer.line.get("split"), answer.id
+        if key in found:
+            raise UserError(f"{path}: id {answer.id} is there twice; keep one of the two")
+        found[key] = answer
+    return found
+
+
+def pairs(a_path, b_path):
+    """-> [(key, A's Answer, B's)] of what both files answer, in A's order; how many each answers."""
+    a, b = by_id(a_path), by_id(b_path)
+    both = [(key, a[key], b[key]) for key in a if key in b]
+    if not both:
+        raise UserError(f"{a_path} and {b_path} have no question in common; compare answers to the same file")
+    other = [old.id for _, old, new in both if question(old) != question(new)]
+    if other:
+        raise UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
+                        f"{other[0]}); compare answers to the same file")
+    return both, (len(a), len(b))
+
+
+def items_of(lines):
+    """Items of answers that carry their truth (the classroom's, POPE's); None of others."""
+    if all("truth" in line and "kind" in line for line in lines):
+        return metrics.classroom_items(lines)
+    if all("label" in line and "question_id" in line for line in lines):
+        lines, splits = [{"split": "questions", **line} for line in lines], {}
+        for line in lines:
+            splits.setdefault(line["split"], []).append(line | {"text": line["question"]})
+        return metrics.pope(splits, lines)[1]
+    return None
+
+
+def sums(item):
+    """What an item adds to each measure, {measure: (top, bottom)} in percent, whatever benchmark it is of."""
+    if "sums" in item:
+        return item["sums"]
+    if "label" in item:
+        yes, true = item["said"] == "yes", item["label"] == "yes"
+        return {"accuracy": (item["right"], 1), "f1": (2 * (yes and true), yes + true)}
+    if "cover_num" in item:
+        shares = {key: (item[top], item[bottom]) for key, (top, bottom) in amber.CAPTIONS.items()}
+        return shares | {"hal": (1 - item["non_hallu"], 1)}
+    if "chair_s" in item:
+        n, wrong = len(item["generated"]), item["chair_s"]
+        return {"chair_s": (wrong, 1),
+                "chair_s_refine": (wrong, int(n > 0)),
+                "chair_i": (len(item["hallucinated"]), n)}
+    if item.get("score") is not None:                                 # MMHal's: shown as it is, no percent
+        return {"score": (item["score"], 100), "hallucination_rate": (item["score"] < 3, 1)}
+    return {"accuracy": (item["right"], 1)} if "right" in item else {}                  # {}: it was not read
+
+
+def table(found, names):
+    """What stats.paired found, as lines of text."""
+    lines = [f"A {names[0]}",
+             f"B {names[1]}",
+             f"{'percent':26}       A       B   B - A   95% interval       better  worse  p of sign test"]
+    for measure, row in found.items():
+        low, high = row["interval"]
+        spread = f"{low:.1f} to {high:.1f}"
+        signs = "" if measure.endswith("f1") else f"{row['better']:8}{row['worse']:7}  {row['p']:.2g}"
+        points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
+        lines.append(f"{measure:26}{points}   {spread:16}{signs}")
+    return lines
+
+
+def report(a, b, out, images=None, items=None, n=100, seed=0):
+    """The whole command -> its lines of text. items: the two files of `score`, for answers without truth."""
+    (both, sizes), names = pairs(a, b), (str(a), str(b))
+    if items:
+        known = [data.read_records(path) for path in items]
+    else:
+        known = [items_of([old.line for _, old, _ in both]), items_of([new.line for *_, new in both])]
+    shown, equal = write(both, names, out, images, n, seed)
+    if all(known):
+        lines = table(stats.paired(*known, sums, LOWER), names)
+    else:
+        lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
+                 "B.items.jsonl for the paired difference."]
+    if set(sizes) != {len(both)}:
+        lines.append(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
+    without = "" if images else "; without pictures, for want of --images"
+    return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
+
+
+# ---- the page ----
+STYLE = """
+main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
+font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
+.bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
+#picture{width:auto;max-width:100%;max-height:32vh;margin:auto}.two{display:grid;gap:14px;align-items:start;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}.two p,.ask{white-space:pre-wrap}
+.ask{font-weight:600;margin-top:0}.two p{margin:.3em 0}
+@media(min-width:900px){.see.with{grid-template-columns:minmax(0,36%) 1fr;align-items:start}
+#picture{max-height:64vh;margin:0}}
+nav{position:sticky;bottom:0;background:var(--bg);padding:10px 0;display:grid;gap:8px;margin-top:14px;
+grid-template-columns:1fr auto 1fr;border-top:1px solid var(--line)}
+button,input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);
+border-radius:8px;padding:.45em .8em;min-height:44px}button{cursor:pointer}
+button kbd{font-size:.75rem;color:var(--soft);display:block}
+button[aria-pressed=true]{outline:3px solid var(--c0)}:focus-visible{outline:3px solid var(--c1)}
+.tools{display:flex;gap:10px;flex-wrap:wrap;align-items:center;margin-top:12px}
+input{flex:1 1 150px;min-width:0}[hidden]{display:none!important}
+"""
+BODY = """
+<p class="soft">Look at the picture, read both answers, and choose the better one: first the one that claims
+less of what is not there, then the one that tells more of what was asked. The sides change at random.</p>
+<div class="bar"><i id="fill"></i></div>
+<p class="soft" id="progress" role="status" aria-live="polite"></p>
+<div id="item"><div class="see" id="see">
+<img id="picture" alt="The picture that the question is about">
+<div><p class="ask" id="question"></p><div class="two">
+<section class="card" aria-labelledby="h1"><h3 id="h1">First answer</h3><p id="first"></p></section>
+<section class="card" aria-labelledby="h2"><h3 id="h2">Second answer</h3><p id="second"></p></section>
+</div></div></div>
+<nav aria-label="Your choice">
+<button data-choice="first" aria-keyshortcuts="1 ArrowLeft">First is better<kbd>1 or ←</kbd></button>
+<button data-choice="tie" aria-keyshortcuts="2 ArrowDown">Tie<kbd>2 or ↓</kbd></button>
+<button data-choice="second" aria-keyshortcuts="3 ArrowRight">Second is better<kbd>3 or →</kbd></button></nav>
+</div>
+<div class="tools"><label for="rater">Your name</label>
+<input id="rater" autocomplete="name" maxlength="60"><button id="back">Back <kbd>Backspace</kbd></button>
+<button id="save">Download votes <kbd>S</kbd></button>
+<button id="anew">Start over <kbd>for another rater</kbd></button></div>
+<noscript><p>This page needs JavaScript; it loads nothing and sends nothing.</p></noscript>
+"""
+SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id), page = JSON.parse($("data").textContent);
+const store = "votes-" + page.page, n = page.items.length, keys = {"1": "first", ArrowLeft: "first",
+  "2": "tie", ArrowDown: "tie", "3": "second", ArrowRight: "second"};
+let state = {rater: "", votes: {}}, at = 0, since = Date.now();
+try { state = JSON.parse(localStorage.getItem(store)) || state; } catch (e) { /* a page without a store */ }
+function keep() { try { localStorage.setItem(store, JSON.stringify(state)); } catch (e) { /* as above */ } }
+function show() {
+  const done = Object.keys(state.votes).length, over = at >= n;
+  $("fill").style.width = 100 * done / n + "%";
+  $("item").hidden = over;
+  $("back").disabled = at === 0;
+  $("progress").textContent = over
+    ? "All " + n + " are judged. Enter your name and download your votes. Thank you!"
+    : "Question " + (at + 1) + " of " + n + ", " + done + " judged";
+  if (over) { $("save").focus(); return; }
+  const item = page.items[at];
+  $("picture").hidden = !item.image;
+  $("see").classList.toggle("with", item.image > 0);
+  if (item.image) $("picture").src = page.images[item.image];
+  for (const part of ["question", "first", "second"]) $(part).textContent = item[part];
+  for (const button of document.querySelectorAll("[data-choice]"))
+    button.setAttribute("aria-pressed", (state.votes[at] || {}).choice === button.dataset.choice);
+  since = Date.now();
+}
+function choose(choice) {
+  if (at >= n) return;
+  state.votes[at] = {choice: choice, seconds: Math.round((Date.now() - since) / 100) / 10};
+  keep(); at += 1; show(); scrollTo(0, 0);
+}
+function save() {
+  state.rater = $("rater").value.trim();
+  if (!state.rater) {
+    $("progress").textContent = "Please enter your name first: votes are counted by rater.";
+    $("rater").focus(); return;
+  }
+  keep();
+  const votes = Object.entries(state.votes).map(([item, vote]) => Object.assign({item: Number(item)}, vote));
+  const all = {rater: state.rater, page: page.page, key: page.key, of: n, votes: votes};
+  const file = new Blob([JSON.stringify(all, null, 1)], {type: "application/json"});
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(file);
+  link.download = "votes-" + state.rater.replace(/[^\p{L}\p{N}]+/gu, "-") + ".json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  $("progress").textContent = "Downloaded " + link.download + ": " + votes.length + " of " + n + " judged";
+}
+document.addEventListener("keydown", event => {
+  if (event.target.tagName === "INPUT" || event.repeat) return;
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  if (keys[event.key]) { event.preventDefault(); choose(keys[event.key]); }
+  else if (event.key === "Backspace" && at) { event.preventDefault(); at -= 1; show(); }
+  else if (event.key === "s" || event.key === "S") { event.preventDefault(); save(); }
+});
+for (const button of document.querySelectorAll("[data-choice]"))
+  button.addEventListener("click", () => choose(button.dataset.choice));
+$("back").addEventListener("click", () => { if (at) { at -= 1; show(); } });
+$("save").addEventListener("click", save);
+$("anew").addEventListener("click", () => {
+  if (!confirm("Forget these votes? Download them first.")) return;
+  state = {rater: "", votes: {}}; at = 0; $("rater").value = ""; keep(); show();
+});
+$("rater").value = state.rater;
+$("rater").addEventListener("change", () => { state.rater = $("rater").value.trim(); keep(); });
+while (state.votes[at]) at += 1;
+show();
+"""
+
+
+def a_is_first(seed, item):
+    """The side of A, drawn for each item by itself: it cannot be told from its neighbours'."""
+    return bool(data.hash64(seed, "side", *item) & 1)
+
+
+def write(both, names, out, images=None, n=100, seed=0):
+    """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
+    order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
+    drawn = [both[i] for i in order]
+    shown = [(key, a, b) for key, a, b in drawn if a.text.strip() != b.text.strip()]
+    paths = [None] * len(shown)
+    if images:
+        paths = benchmarks.find_images(images, [a.line for _, a, _ in shown])
+    items, pictures = [], {None: ""}                              # a picture's place in it is its number
+    for (key, a, b), path in zip(shown, paths, strict=True):
+        if path not in pictures:
+            pictures[path] = data.image_url(path, 640)
+        first, second = (a, b) if a_is_first(seed, key) else (b, a)
+        items.append({"question": question(a),
+                      "first": first.text.strip(),
+                      "second": second.text.strip(),
+                      "image": list(pictures).index(path)})
+    equal = len(drawn) - len(shown)
+    key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
+    content = {"key": base64.b64encode(json.dumps(key).encode()).decode(),
+               "items": items,
+               "images": list(pictures.values())}
+    content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    island = json.dumps(content).replace("<", "\\u003c")
+    body = f'{BODY}<script type="application/json" id="data">{island}</script>'
+    data.atomic_write(out, page.page("Which answer is better?", body, STYLE, SCRIPT))
+    return len(shown), equal
+
+
+# ---- the votes ----
+KINDS = {"win": "A is better", "tie": "tie", "loss": "B is better"}
+
+
+def read_votes(paths):
+    """-> (what the page was, {rater: {item: "win", "tie" or "loss" of A}}). Raises UserError."""
+    shown, raters = set(), {}
+    for path in paths:
+        votes = data.read_json(path)
+        try:
+            rater, key = votes["rater"], json.loads(base64.b64decode(votes["key"], validate=True))
+            shown.add((votes["page"], votes["key"]))
+            found = _chosen(votes["votes"], key)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no file of votes as the page downloads it; ask its rater for it "
+                            "again") from error
+        if len(shown) > 1:
+            raise UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
+        if rater in raters:
+            raise UserError(f"{path} is a second file by {rater!r}; give one file a rater")
+        raters[rater] = found
+    if not any(raters.values()):
+        raise UserError(f"{paths[0]} holds no vote yet; choose on the page, then download the votes")
+    return key, raters
+
+
+def _chosen(votes, key):
+    """{item: win, tie or loss of A}; any error where the votes are not the page's."""
+    found = {}
+    for vote in votes:
+        item = vote["item"]
+        sides = ("win", "loss") if a_is_first(key["seed"], key["ids"][item]) else ("loss", "win")
+        if item in found or item < 0:
+            raise ValueError
+        found[item] = {"first": sides[0], "tie": "tie", "second": sides[1]}[vote["choice"]]
+    return found
+
+
+def preference(key, raters):
+    """Win, tie and loss of A against B as shares of all votes, with intervals over items.
+
+    Pairs with equal answers were left out of the page; they count as ties, once for every rater.
+    """
+    votes = []
+    for item in range(len(key["ids"])):
+        votes.append([found[item] for found in raters.values() if item in found])
+    votes += [["tie"] * len(raters)] * key["same"]
+    items = [{"image": place, "votes": kinds} for place, kinds in enumerate(votes) if kinds]
+    total, draws = stats.add_up(items, lambda item: Counter(item["votes"]))
+
+    def shares(counted):
+        return {kind: stats.ratio(counted[kind], sum(counted.values())) for kind in KINDS}
+
+    return {"a": key["a"],
+            "b": key["b"],
+            **stats.scored(shares, total, draws),
+            "n": len(items),
+            "votes": sum(map(len, raters.values())),
+            "raters": len(raters),
+            "equal": key["same"]}
+
+
+def preference_table(found):
+    """preference()'s result as lines of text."""
+    lines = [f"A {found['a']}", f"B {found['b']}", "percent of votes            95% interval"]
+    for kind, says in KINDS.items():
+        low, high = found["intervals"][kind]
+        lines.append(f"{says:18}{100 * found[kind]:7.1f}   {100 * low:.1f} to {100 * high:.1f}")
+    return [*lines,
+            f"{found['n']} items, {found['votes']} votes, {found['raters']} raters",
+            f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown"]

@@ -1,0 +1,160 @@
+"""The objects that an answer names, beside those that its image holds: the built-in world's words, COCO's
+classes.
+
+    objects.hallucinated(answer, truth)                              the words of an answer that are not there
+    table = objects.synonyms(text of a synonyms file)                {word: class}
+    truth = objects.coco_truth(instances, captions, table, lemmatize, images)
+    objects.coco_objects(words, table)                               [(word, class)], "hot dog" being no dog
+
+Pure functions for metrics.py; the words of a caption come from words.py or from NLTK, the vocabularies from
+the benchmarks' files. What is known of a question of the built-in world is its `truth`, by the question's
+kind:
+
+    caption      {"present": [words of the objects in the image], "absent": [the world's other object words]}
+    existence    {"answer": "yes"|"no", "choices": ["yes", "no"], "set": "random"|"adversarial"|[both]}
+    any other    {"answer": word, "choices": [words]}
+
+The words are that world's own: only a plural -s or -es is understood.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+
+import re
+from collections import defaultdict
+from functools import lru_cache
+
+from data import UserError
+from evaluation.stats import first, image_number
+
+SETS = {"random", "adversarial"}                        # of existence questions, as in POPE
+
+
+# ---- the built-in world ----
+@lru_cache(maxsize=1024)
+def _pattern(words, plural):
+    """Whole words of a vocabulary, the longest first: "fire truck" is one mention, and none of "truck"."""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    ending = "(?:e?s)?" if plural else ""
+    return re.compile(rf"(?<!\w)({'|'.join(longest_first)}){ending}(?!\w)")
+
+
+def mentions(text, words, plural=False):
+    """-> [(word of the vocabulary, the word as the text has it)], in order, repeats included."""
+    if not words:
+        return []
+    pattern = _pattern(frozenset(map(str.lower, words)), plural)
+    return [(found[1], found[0]) for found in pattern.finditer(text.lower())]
+
+
+def hallucinated(answer, truth):
+    """The words of an answer to mark, as written: a caption's absent objects, an answer's wrong choices."""
+    if "present" in truth:
+        absent = set(map(str.lower, truth["absent"]))
+        said = mentions(answer, truth["present"] + truth["absent"], plural=True)
+        wrong = [written for word, written in said if word in absent]
+    else:
+        right = truth["answer"].lower()
+        wrong = [word for word, _ in mentions(answer, truth["choices"]) if word != right]
+    return list(dict.fromkeys(wrong))
+
+
+def check_truth(item, where):
+    """Raise UserError where what is known of a question would not do to score an answer to it."""
+    where = f"{where} (id {item.get('id')})"
+    for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
+        if not isinstance(item.get(key), types):
+            raise UserError(f"{where} has no usable `{key}`; make the scenes and their answers again")
+    truth, fault = item["truth"], ""
+    choices = truth.get("choices")
+    if item["kind"] == "caption":
+        if not (_are_words(truth.get("present")) and _are_words(truth.get("absent"))):
+            fault = "a caption needs `present` and `absent`"
+    elif not _are_words(choices) or truth.get("answer") not in choices:
+        fault = "the truth needs `choices` with its `answer`"
+    elif item["kind"] == "existence" and not (set(choices) == {"yes", "no"} and SETS.issuperset(sets(truth))):
+        fault = "an existence question needs the choices yes and no, and a `set` out of random, adversarial"
+    if fault:
+        raise UserError(f"{where}: {fault}; make the scenes again")
+
+
+def _are_words(value):
+    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+
+
+def sets(truth):
+    """The sets of existence questions that a question belongs to."""
+    named = truth.get("set") or []
+    return [named] if isinstance(named, str) else named
+
+
+# ---- COCO ----
+def synonyms(text, literal=False):
+    """The text of a synonyms file -> {word or words: its COCO class, the first of its line}. literal: as the
+    first CHAIR reads it, to which a word behind two spaces is unknown; for that scorer's official mode."""
+    table = {}
+    for line in text.splitlines():
+        kind, *others = line.strip().split(", ")
+        for word in (kind, *others) if kind else ():
+            table[word if literal else word.strip()] = kind.strip()
+    return table
+
+
+@lru_cache(maxsize=8)
+def _pairs(words):
+    """{two words that are one: what they are}: a table's own, and those that would fire for a wrong class (a
+    baby bear is no person). "wine glas" is what the first CHAIR's singular leaves of a wine glass."""
+    stripped = [word.strip() for word in (*words, "home plate", "train track")]
+    pairs = {word: word for word in stripped if " " in word}
+    for animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split():
+        pairs[f"baby {animal}"] = pairs[f"adult {animal}"] = animal
+    return pairs | {"passenger jet": "jet", "passenger train": "train", "bow tie": "tie",
+                    "toilet seat": "toilet", "wine glas": "wine glass"}
+
+
+def joined(words, table, alone=True):
+    """Words with the pairs made one, from the left; alone=False leaves the other words out."""
+    pairs, found, at = _pairs(tuple(table)), [], 0
+    while at < len(words):
+        pair = pairs.get(" ".join(words[at:at + 2]))
+        if pair:
+            found.append(pair)
+        elif alone:
+            found.append(words[at])
+        at += 2 if pair else 1
+    return found
+
+
+def coco_objects(words, table):
+    """[(word, its class)] of the words that a table knows; a seat beside a toilet is no chair."""
+    aside = "seat" if "toilet" in words else None
+    return [(word, table[word]) for word in words if word in table and word != aside]
+
+
+def image_ids(answers):
+    """The COCO images that answers to CHAIR or Object HalBench are about; settings are passed over."""
+    numbers = {image_number(first(line, "image_id", "image")) for line in answers if isinstance(line, dict)}
+    return numbers - {None}
+
+
+def coco_truth(instances, captions, table, lemmatize, images):
+    """What is in the images, as CHAIR has it: the classes of COCO's instances, and those that its captions
+    name.
+
+    instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; lemmatize: as
+    for metrics.chair. -> {image id: set of classes} for those of the images that the files hold.
+    """
+    truth = defaultdict(set)
+    for part in instances:
+        names = {category["id"]: category["name"] for category in part.get("categories", [])}
+        for mark in part["annotations"]:
+            name = names.get(mark["category_id"])
+            if name not in table:
+                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
+                                "or of Object HalBench")
+            truth[mark["image_id"]].add(table[name])
+    for part in captions:
+        for mark in part["annotations"]:
+            named = coco_objects(joined(lemmatize(mark["caption"]), table), table)
+            truth[mark["image_id"]].update(kind for _, kind in named)
+    listed = {image["id"] for part in (*instances, *captions) for image in part["images"]}
+    return {image: truth[image] for image in images & (listed | truth.keys())}

@@ -1,0 +1,270 @@
+"""The nouns of a caption without a package or a download, for eval_hallu.py's CHAIR and AMBER.
+
+    words.nouns("A dog chases two mice.")     ["A", "dog", "chase", ...]: what may be nouns, for AMBER
+    words.lemmas("Dogs on the BEACHES")       ["dog", "on", "the", "beach"]: for CHAIR's scorer objhal
+    words.singulars("Dogs on the BEACHES")    the same as the first CHAIR knew it, for its scorer original
+    words.phrase("red traffic lights")        an object out of an extractor's reply: words, and runs of nouns
+    words.nltk_nouns, nltk_lemmas             the official functions, where NLTK and its data are
+
+The official scorers cut text with NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and
+look up lemmas in WordNet. Here rules do all three; words that no scorer's vocabulary holds need not come out
+right. The departures:
+  1. No tagger. A word counts unless its neighbours show a verb ("to drink", "a man watches the sea") or an
+     adjective; `can` and `hot` never count, `cans` do. Words like "the" stay, since no vocabulary holds them.
+  2. The official tagger learnt from newspapers, and takes many a noun that is rare there for an adjective
+     where "next to" follows ("a sofa next to a bed"). So do we, but for a list of nouns that fill newspapers.
+  3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives
+     "vas", and plurals of words that WordNet does not know ("hairdryers", "smartphones") stay as they are.
+  4. A sentence ends at a full stop that is no abbreviation's; NLTK learnt its abbreviations from text.
+bench/nouns.py prints how far the scores, and these lemmas, are from the official ones.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+
+import re
+from functools import lru_cache
+
+from data import UserError
+
+# ---- tokens ----
+ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
+                    "jan feb mar apr aug sept oct nov dec".split())
+CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
+GLUED = set("cannot gonna gotta wanna gimme lemme".split())                                 # can|not
+SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
+
+
+def tokens(text):
+    """Words and punctuation marks in order, as NLTK's word_tokenize cuts them."""
+    found, chunks = [], text.split()
+    for place, chunk in enumerate(chunks):
+        following = chunks[place + 1] if place + 1 < len(chunks) else ""
+        listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
+        parts = [part for part in SPLIT.split(chunk) if part]
+        for i, part in enumerate(parts):
+            # A stop is cut off where a sentence ends, closing quotes and brackets aside.
+            closing = all(mark in ")]}>\"'”’''" for mark in parts[i + 1:])
+            ends = not following or not listed and not _abbreviation(part)
+            if closing and ends and re.search(r"[^.]\.$", part):
+                found += [*_cut(part[:-1], i), "."]
+            else:
+                found += _cut(part, i)
+    return found
+
+
+def _cut(word, place):
+    """A piece of a chunk -> its tokens: an opening quote, the word, a clitic."""
+    if word == '"':
+        return ["''" if place else "``"]
+    found = []
+    if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
+        found.append("'")                                                       # 'quoted
+        word = word[1:]
+    clitic = CLITICS.search(word)
+    if clitic:
+        word = word[:clitic.start()]
+    if word.lower() in GLUED:
+        found += [word[:3], word[3:]]
+    elif word:
+        found.append(word)
+    return found + [clitic[0]] if clitic else found
+
+
+def _abbreviation(word):
+    """U.S. and p.m., an initial, a listed one."""
+    return "." in word[:-1] or (len(word) == 2 and word[0].isalpha()) or word[:-1].lower() in ABBREVIATIONS
+
+
+# ---- lemmas ----
+IRREGULAR = dict(pair.split(":") for pair in """children:child grandchildren:grandchild brethren:brother
+oxen:ox oxens:oxen geese:goose mice:mouse lice:louse dice:die feet:foot teeth:tooth men:men vases:vas axes:ax
+cookies:cooky uses:us doggies:doggy leaves:leaf quizzes:quiz busses:bus taxies:taxi menus:menu emus:emu
+zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas""".split())
+KEEP = set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
+iris yes pancreas pajamas tennis this his its is various famous""".split())
+# Their plural is in -ves; other words in -ves lose only the s.
+F_TO_VES = set("""knife wife life midwife housewife pocketknife penknife leaf loaf shelf wolf half calf scarf 
+hoof elf thief self sheaf dwarf bookshelf kerchief handkerchief behalf wharf turf beef reef serf""".split())
+# -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i.
+ONLY_S = set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
+prairies birdies hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes
+toes oboes hoes foes tiptoes headaches mustaches moustaches avalanches niches caches quiches aches toothaches
+skis taxis kiwis bikinis safaris corgis broccolis zucchinis martinis khakis yetis paninis rabbis tsunamis
+saris chilis minis""".split())
+# Singulars in a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes).
+TAKES_ES = re.compile(r"(?:ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|"
+                      r"campus|bonus|chorus|circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)$")
+MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|"
+                 r"door|post|mail|fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|"
+                 r"boat|states|dober|clergy|congress|stunt|lines|trades|repair)men$")
+# Compounds, brands and misspellings that vocabularies hold and WordNet does not: no lemma for their plural.
+UNLISTED = set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
+firetruck hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull
+riverboat rpoe sailboard sanitizer scoon seegull shortboard showerpuff skimboard smartphone solider stovetop
+streetlamp teddybear televison waterfont air-conditioning biker coworker brindle baconic children hot potted
+rpo""".split())
+
+
+@lru_cache(maxsize=65536)
+def lemma(word):
+    """The noun that a word is a form of, as WordNet has it; case matters there, so "Dogs" has none."""
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    if MEN.search(word):
+        return word[:-2] + "an"
+    if len(word) < 3 or not word.endswith("s") or not word.islower() or word in KEEP:
+        return word
+    if word.endswith(("ss", "us", "is")) and word not in ONLY_S:
+        return word
+    single = word[:-1]
+    if word.endswith("ves"):
+        single = next(iter(F_TO_VES & {word[:-3] + "f", word[:-3] + "fe"}), single)
+    elif word in ONLY_S:
+        pass                                                                    # ties: not ty
+    elif word.endswith("ies") and len(word) > 4:
+        single = word[:-3] + "y"
+    elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
+        single = word[:-2]
+    elif word.endswith("ses") and (word[:-2] in ONLY_S | KEEP or re.search("[bcdfghkmtwy]ses$", word)):
+        return lemma(word[:-2])                                                        # doubled: "adultses"
+    return word if single in UNLISTED else single
+
+
+# The plurals of the first CHAIR, which knew no dictionary: the first rule that fits, at a word's end.
+SINGULAR = [(re.compile(pattern), to) for pattern, to in (
+    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$", None),     # stay plural
+    (r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", None),
+    (r"children$", "child"), (r"geese$", "goose"), (r"feet$", "foot"), (r"teeth$", "tooth"), (r"men$", "man"),
+    (r"leaves$", "leaf"), (r"loaves$", "loaf"), (r"people$", "person"), (r"oxen$", "ox"), (r"^oxens$", "oxs"),
+    (r"axes$", "axe"), (r"moves$", "move"), (r"kine$", "cow"), (r"brethren$", "brother"), (r"opera$", "opus"),
+    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"shoes$", "shoe"),
+    (r"oes$", "o"), (r"buses$", "bus"), (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"),
+    (r"movies$", "movie"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
+    (r"([nlw]i)ves$", r"\1fe"), (r"erves$", "erve"), (r"([lr])ves$", r"\1f"),
+    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
+    (r"([hdronbp]|cl)oses$", r"\1ose"),
+    (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
+
+
+@lru_cache(maxsize=65536)
+def singular(word):
+    """The singular that the first CHAIR's rules make of any word: "buses" and "glasses" come out right, "bus"
+    gives "bu" and "ties" "ty", so they are no mentions there."""
+    if word.endswith("'"):
+        return singular(word[:-1]) + "'s"
+    for pattern, to in SINGULAR:
+        if pattern.search(word):
+            return word if to is None else pattern.sub(to, word)
+    return word
+
+
+def lemmas(text):
+    """Every token of a text, lower-cased, as a noun in the singular: for CHAIR's scorer `objhal`."""
+    return [lemma(word) for word in tokens(text.lower())]
+
+
+def singulars(text):
+    """The same with the first CHAIR's singulars: for its scorer `original`."""
+    return [singular(word) for word in tokens(text.lower())]
+
+
+# ---- nouns ----
+MODALS = set("can could may might will would shall should must wo ca cannot 'll".split())
+SUBJECTS = set("i you he she it we they who which".split())
+NO_INFINITIVE = set("next close closer adjacent due addition similar attached connected near leading leads "
+                    "belonging proximity relation contrast compared opposite".split())          # ... to water
+AFTER_A_VERB = set("a an the his her its their some several at on over through across along down with "
+                   "by".split())
+# Nouns of captions that are verbs too.
+VERBS = set("""bear board bridge brush cage camp cash cook cream cup dock drain draw drink duck fence file
+fish flag flower fork frame glove grill ground guard hang hold house ice iron ladder leave light line lock
+lounge mask match milk mirror monitor net note open pack pad paddle paint park pen phone picture pipe plant
+plate play plug pot race rack range rest ring ride rock row saddle sail shell shelter ship shop shovel sign
+signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
+tap tape telephone tie toast tour track train view walk wall watch water wave""".split())
+ANIMATE = set("man woman boy girl child person player individual someone everyone dog cat horse bird skier "
+              "surfer rider lady guy kid".split())
+# The second word is the thing, the first says which.
+OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
+               "broccoli": "toppings"}
+# Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
+LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
+SHADES = set("blue green brown gray grey pink yellow purple red orange tan colored coloured".split())
+IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water
+sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
+coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""".split())
+
+
+def _counts(word, single, two_before, before, after, two_after):
+    """Whether a word (and its lemma) is to count as a noun, by what stands around it, lower-cased."""
+    if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
+        return False
+    if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
+        return False
+    if single in VERBS and word == single:
+        if before in MODALS or before in SUBJECTS or before == "to" and two_before not in NO_INFINITIVE:
+            return False
+    elif single in VERBS and before in SUBJECTS | ANIMATE and after in AFTER_A_VERB:   # a man watches the sea
+        return False
+    rare = word == single and word not in IN_THE_NEWS
+    return not (rare and before in ("a", "an", "the") and (after, two_after) == ("next", "to"))
+
+
+def nouns(text):
+    """The words of a text that may be nouns, in the singular and in order, repeats included: for AMBER."""
+    words = tokens(text)
+    around = ["", "", *map(str.lower, words), "", ""]
+    singles = [(word, lemma(word)) for word in words]
+    return [single for i, (word, single) in enumerate(singles)
+            if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
+
+
+# What stands before the noun in an object's name, and what the official tagger takes for that.
+ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
+long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
+cold wet dry bright dark beautiful colorful various several many two three four five other different same
+first second third top present remote modern electric electronic parked white-and-black umbrellas utensils
+senses others""".split())
+BREAKS = set("a an the of with in on at to for from by near and or is are 's".split())
+
+
+def phrase(text):
+    """One object's name out of an extractor's reply -> its words in the singular, and its runs of nouns."""
+    runs, singles = [[]], []
+    for word in tokens(text.lower()):
+        singles.append(lemma(word))
+        leading = not runs[-1] and word in ADJECTIVES                       # a top oven, but a stove top oven
+        if leading or word in BREAKS or word.isascii() and not re.search("[a-z]", word):
+            runs.append([])
+        else:
+            runs[-1].append(singles[-1])
+    return singles, [" ".join(run) for run in runs if run]
+
+
+# ---- NLTK ----
+@lru_cache(maxsize=1)
+def _nltk():
+    """NLTK's tokenizer, tagger and lemmatizer; imported here, since it is slow and no dependency."""
+    try:
+        import nltk
+        lemmatize = nltk.stem.WordNetLemmatizer().lemmatize
+        nltk.pos_tag(nltk.word_tokenize("two dogs"))
+        lemmatize("dogs")
+    except ImportError as error:
+        raise UserError("NLTK is not installed; pip install nltk, or take the nouns `builtin`") from error
+    except LookupError as error:
+        raise UserError("NLTK's data are not installed; python -m nltk.downloader punkt_tab wordnet "
+                        "averaged_perceptron_tagger_eng, or take the nouns `builtin`") from error
+    return nltk.word_tokenize, nltk.pos_tag, lemmatize
+
+
+def nltk_nouns(text):
+    """The official extraction for AMBER. Raises UserError where NLTK or its data are absent."""
+    tokenize, tag, lemmatize = _nltk()
+    return [lemmatize(word) for word, kind in tag(tokenize(text)) if kind.startswith("NN")]
+
+
+def nltk_lemmas(text):
+    """The official words for Object HalBench without an extractor. Raises UserError as above."""
+    tokenize, _, lemmatize = _nltk()
+    return [lemmatize(word) for word in tokenize(text.lower())]

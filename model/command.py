@@ -1,0 +1,369 @@
+"""What every command needs: its options, its place among torchrun's ranks, its folder, work that resumes.
+
+    chosen, rest = parse(Options, argv, "synth.py", __doc__)     a dataclass is the command line
+    ranks = join()                                               who is who under torchrun
+    lock = claim(out)                                            one run in a folder
+    rows = Store(path, ranks).work(items, make)                  what is done stays done
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
+import dataclasses
+import hashlib
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import data
+from data import UserError
+
+WIDTH = 80                                           # columns of a help text
+
+
+# ---- options: a dataclass is the command line ----
+def option(default, help, **about):
+    """A field of an options dataclass. about: `behind_set` where only --set NAME=VALUE reaches it, `choices`,
+    `above` or `at_least` (what a number must be, besides finite), `off` (a flag that makes it 0)."""
+    return dataclasses.field(default=default, metadata={"help": help, **about})
+
+
+def behind_set(default, help, **more):
+    """A field that is rarely changed: --set NAME=VALUE."""
+    return option(default, help, behind_set=True, **more)
+
+
+def parse(kind, argv, prog, description, positional=()):
+    """argv -> ({field: value} of what was given, {positional: value}). Raises UserError for a bad value.
+
+    kind: the dataclass. positional: (name, choices, default, help) of each argument without dashes. What was
+    not given is absent, so that a preset can stand between the dataclass's defaults and the command line.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    rare = {name: field for name, field in fields.items() if "behind_set" in field.metadata}
+    parser = data.Parser(prog=prog, description=description, epilog=_described(rare))
+    for name, choices, default, text in positional:
+        parser.add_argument(name, nargs="?", choices=choices, default=default, help=text)
+    for name, field in fields.items():
+        if name not in rare:
+            _add(parser, name, field)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="a rarer setting, see below; may be given several times")
+    given, chosen = vars(parser.parse_args(argv)), {}
+    for item in given.pop("set"):
+        name, equals, text = item.partition("=")
+        if name not in fields or not equals:             # also an --option's name, though help lists the rest
+            raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
+        chosen[name] = value(f"--set {item}", text, fields[name])
+    for name in fields.keys() & given.keys():
+        text = given.pop(name)
+        if isinstance(text, str):
+            text = value(f"--{name} {text}", text, fields[name])
+        if text is not None:
+            chosen[name] = text
+    return chosen, given
+
+
+def preset(presets, chosen):
+    """The defaults of the preset that was chosen; without a choice, of the first. Raises UserError."""
+    name = chosen.get("preset", next(iter(presets)))
+    if name not in presets:
+        raise UserError(f"--preset {name}: give one of {', '.join(presets)}")
+    return presets[name]
+
+
+def _add(parser, name, field):
+    """One --NAME; its value stays text until `value` reads it, so that a bad one is refused in one place."""
+    import argparse
+    text = f"{field.metadata['help']} [{_shown(field.default)}]".replace("%", "%%")
+    if field.type is bool:
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    else:
+        short, _ = KINDS[field.type]
+        parser.add_argument(f"--{name}", metavar=short, help=text)
+    if "off" in field.metadata:
+        parser.add_argument(field.metadata["off"], dest=name, action="store_const", const=0,
+                            help=f"--{name} 0")
+
+
+def value(where, text, field):
+    """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
+    kind, about = field.type, field.metadata
+    try:
+        if kind is bool:
+            found = {"true": True, "false": False}[text.lower()]
+        elif kind is tuple:
+            found = tuple(float(part) for part in text.split(","))
+        else:
+            found = kind(text)
+    except (ValueError, KeyError):
+        _, spelt = KINDS[kind]
+        raise UserError(f"{where}: {text!r} is not {spelt}") from None
+    if "choices" in about and found not in about["choices"]:
+        raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
+    if "above" in about and not about["above"] < found < math.inf:
+        raise UserError(f"{where}: it must be a number above {about['above']}")
+    if "at_least" in about and not about["at_least"] <= found < math.inf:
+        raise UserError(f"{where}: it must not be below {about['at_least']}")
+    return found
+
+
+KINDS = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
+         tuple: ("X,Y", "numbers with commas"), str: ("TEXT", "a text")}
+
+
+def _shown(default):
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple):
+        return ",".join(f"{x:g}" for x in default)
+    return "none" if default in ("", None) else default
+
+
+def _described(fields):
+    """The --set keys, one paragraph each."""
+    lines = ["settings behind --set, with their defaults:"]
+    for name, field in fields.items():
+        text = f"{name}={_shown(field.default)}: {field.metadata['help']}"
+        lines.append(textwrap.fill(text, WIDTH - 2, initial_indent="  ", subsequent_indent="      "))
+    return "\n".join(lines)
+
+
+# ---- ranks ----
+@dataclass(frozen=True)
+class Ranks:
+    """Who is who. Without torchrun: rank 0 of 1."""
+    rank: int = 0
+    world: int = 1
+    device: Any = "cpu"
+
+    def barrier(self):
+        if self.world > 1:
+            import torch.distributed as dist
+            dist.barrier()
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...] on every rank."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+        everyone = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def first(self, work):
+        """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
+        if self.world == 1:
+            return work()
+        import torch.distributed as dist
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as e:
+                error = e
+        sent = [result, error]
+        dist.broadcast_object_list(sent)
+        result, error = sent
+        if error is not None:
+            raise error if self.rank == 0 else SystemExit(1)
+        return result
+
+
+def join(device="", backend=""):
+    """Ranks of this process, which waits for the others under torchrun. Ranks that share a GPU, or have none,
+    use gloo, as does backend="gloo"; `device` is "" for CUDA, else MPS, else the CPU."""
+    import torch
+    import torch.distributed as dist
+    found, gpus = place(device), torch.cuda.device_count()
+    if "RANK" not in os.environ:
+        return Ranks(device=found)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
+    dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), found)
+
+
+def place(device=""):
+    """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
+    import torch
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    kind = str(device) or ("cuda" if gpus else "mps" if mps else "cpu")
+    if kind == "cuda" and gpus:
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+    return torch.device(kind)
+
+
+def leave(ranks):
+    """The end of join: every rank has come here before the group is taken down."""
+    if ranks.world > 1:
+        import torch.distributed as dist
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def free():
+    """Give the memory of what nothing refers to any more to the next model."""
+    import gc
+
+    import torch
+    gc.collect()                                        # modules refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ---- the folder ----
+def claim(out):
+    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
+    import fcntl
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out) / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}): give another folder") from None
+    return lock
+
+
+# ---- what something was made from ----
+BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger file so many are hashed
+
+
+def digest(path):
+    """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
+
+    A tuned model differs nearly everywhere, so 14 GB need not be read a second time. Raises UserError.
+    """
+    with data.reading(path) as file:
+        length = file.seek(0, os.SEEK_END)
+        found = hashlib.sha256(f"{path.name} {length}".encode())
+        places = range(0, length, BLOCK)
+        if len(places) > BLOCKS:
+            places = [length * k // BLOCKS for k in range(BLOCKS)]
+        for place in places:
+            file.seek(place)
+            found.update(file.read(BLOCK))
+    return found.digest()
+
+
+def identity(source):
+    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
+    source, path = str(source), Path(source)
+    if source.startswith(("http://", "https://")):
+        return hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not path.exists():
+        raise UserError(f"{source}: no such file or folder, and no URL; check the path")
+    found = hashlib.sha256()
+    files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.suffix != ".md"]
+    for file in sorted(files):
+        found.update(str(file.relative_to(path)).encode() + digest(file))
+    return found.hexdigest()[:16]
+
+
+# ---- work that resumes ----
+class Store:
+    """A file of JSON lines, one for each item that is made, in the items' order.
+
+    An item is a dict with an `id` and a `hash` over all that it is made from; a line is the item and what
+    `make` found. While work runs each rank appends to a part of its own beside the file, one line for each
+    group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
+    order.
+    """
+    def __init__(self, path, ranks=None, head=None, shape=lambda row: row, unshape=lambda n, line: line):
+        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
+        others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
+        the head, from 0; the line) -> its row, where a line has no id and hash.
+        """
+        self.path, self.ranks = Path(path), ranks or Ranks()
+        self.head, self.shape, self.unshape = head, shape, unshape
+
+    def part(self, rank):
+        return self.path.with_name(f"{self.path.name}.rank{rank}")
+
+    def parts(self):
+        return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
+
+    def kept(self, items):
+        """{id: line} of the items that are made: those whose line has the item's hash."""
+        wanted, found = {item["id"]: item["hash"] for item in items}, {}
+        for file in (self.path, *self.parts()):
+            lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
+            if lines and self.head:
+                self.check_head(file, lines.pop(0))
+            for number, line in enumerate(lines):
+                for row in line["rows"] if "rows" in line else [self.unshape(number, line)]:
+                    if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
+                        found[row["id"]] = row
+        return found
+
+    def check_head(self, file, begun):
+        """Raise UserError where a file was begun with other settings: what differs is named."""
+        was, now = begun.get("settings"), self.head["settings"]
+        if not isinstance(was, dict):
+            raise UserError(f"{file} has no settings in its first line; give another --out")
+        differ = [f"{name} ({str(was.get(name))[:40]}, now {str(now.get(name))[:40]})"
+                  for name in was | now if was.get(name) != now.get(name)]
+        if differ:
+            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
+                            "--out or delete it")
+
+    def add(self, rows):
+        """Keep rows that are made, all or none of them."""
+        part = self.part(self.ranks.rank)
+        if self.head and not part.exists():
+            data.append_jsonl(part, self.head)
+        data.append_jsonl(part, {"rows": rows})
+
+    def work(self, items, make, size=1, description="", unit="item"):
+        """The items' lines in their order, without those that failed; only what is missing is made.
+
+        make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
+        Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
+        batches. Keys of an item that begin with _ are for `make` alone.
+        """
+        had, ranks = self.kept(items), self.ranks
+        self.there = len(had)
+        ranks.barrier()                                     # everyone has read what is there before it grows
+        groups = [items[at:at + size] for at in range(0, len(items), size)]
+        mine = [g for g in groups[ranks.rank::ranks.world] if any(item["id"] not in had for item in g)]
+        bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
+                   disable=ranks.rank > 0 or None)
+        with bar:
+            for group, rows in zip(mine, make(mine), strict=True) if mine else ():
+                new = []
+                for item, row in zip(group, rows, strict=True):
+                    if row is not None and item["id"] not in had:
+                        new.append({k: v for k, v in (item | row).items() if not k.startswith("_")})
+                self.add(new)
+                bar.update(len(new) * ranks.world)
+        ranks.barrier()
+        found = self.kept(items)
+        ranks.barrier()                                     # everyone has read the parts before they go
+        rows = [found[item["id"]] for item in items if item["id"] in found]
+        if ranks.rank == 0:
+            self.write(rows)
+        return rows
+
+    def write(self, rows):
+        """The file, in one move; the parts go."""
+        lines = [self.shape(row) for row in rows]
+        if self.head:
+            lines.insert(0, self.head)
+        data.write_jsonl(self.path, lines)
+        for part in self.parts():
+            part.unlink(missing_ok=True)
+
+
+def positive(name, number):
+    """Raise UserError where an option's number is not above 0 and finite."""
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} is {number}: it must be a number above 0")

@@ -1,0 +1,478 @@
+"""Turn an original LLaVA-1.5 or Bunny-v1.0-3B checkpoint, as published, into a llava-hf folder, once.
+
+    python -m model.import_checkpoint llava-v1.5-7b  llava-7b --vision_tower clip-vit-large-patch14-336
+    python -m model.import_checkpoint Bunny-v1_0-3B  bunny-3b        (its SigLIP tower lies in the checkpoint)
+
+DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
+others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor,
+so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or not at all.
+
+--vision_tower: the folder of CLIP or SigLIP, needed where the checkpoint leaves the tower out (LLaVA-1.5);
+for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
+
+What is not the same as in the published folders:
+ 1. `<image>` becomes a token behind the vocabulary: a row of zeros in the embedding and in lm_head. It is
+    never predicted (generation_config's suppress_tokens), and vlm.py leaves it out of the softmax.
+ 2. A tower published in another type than the language model (CLIP: float32) is cast to that one's.
+ 3. Of SigLIP's layers the last is dropped, as Bunny's code does while loading: the features are the output of
+    the last but one, before the final norm.
+"""
+import importlib.util
+import json
+import re
+import shutil
+import struct
+import sys
+from math import isqrt, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import data
+from model import front as families
+
+SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Key maps, first match first; None drops a buffer that old files carry, or what the model has no place for.
+COMMON = [(r"(\.rotary_emb\.inv_freq|\.position_ids)$", None),
+          (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
+          (r"^model\.mm_projector\.2\.", "model.multi_modal_projector.linear_2."),
+          (r"^(?:model\.vision_tower\.vision_tower\.)?vision_model\.head\.", None),        # SigLIP's pooling
+          (r"^(?:model\.vision_tower\.vision_tower\.)?vision_model\.", "model.vision_tower."),
+          (r"^lm_head\.", "lm_head."), (r"^model\.(?!vision_tower)", "model.language_model.")]
+
+
+class Weight(NamedTuple):
+    """A tensor in a file, not read yet."""
+    file: Path
+    name: str                  # there
+    type: str                  # safetensors' name of it
+    shape: tuple
+    start: int                 # of its bytes in a safetensors file; -1: a pickle's
+
+
+# -------------------------------------------------------------------------------- the source
+def shards(folder):
+    """The weights files of a published folder. Raises UserError where one that the index names is absent."""
+    for index, single in (("model.safetensors.index.json", "model.safetensors"),
+                          ("pytorch_model.bin.index.json", "pytorch_model.bin")):
+        names = sorted(set(data.read_json(folder / index, {}).get("weight_map", {}).values()))
+        names = names or ([single] if (folder / single).exists() else [])
+        if lack := [n for n in names if not (folder / n).is_file()]:
+            raise data.UserError(f"{folder}: {index} names {len(lack)} files that are not there, {lack[0]} "
+                                 "first: download the rest")
+        if names:
+            return [folder / n for n in names]
+    raise data.UserError(f"{folder} holds no weights, model*.safetensors or pytorch_model*.bin: get them")
+
+
+def weights(file):
+    """The tensors of a weights file. Raises UserError where it is torn or no file of tensors."""
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        tensors = unpickle(file)
+        if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise data.UserError(f"{file} ({size:,} bytes) is torn or no weights file: download it again")
+        return [Weight(file, n, TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), -1)
+                for n, t in tensors.items()]
+    header = read_header(file)
+    start = size - max(about["data_offsets"][1] for about in header.values())
+    return [Weight(file, n, about["dtype"], tuple(about["shape"]), start + about["data_offsets"][0])
+            for n, about in header.items()]
+
+
+def read_header(path):
+    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length, = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else None
+            header.pop("__metadata__", None)
+            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
+                raise ValueError
+        return header
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+        raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
+
+
+def unpickle(file):
+    """The state dict of a pickle, memory-mapped, nothing in it executed. Raises UserError."""
+    import pickle
+    try:
+        try:
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as e:
+            if "mmap" not in str(e):                   # torch's format before 1.6 cannot be mapped
+                raise
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise data.UserError(f"{file} holds more than tensors, or is torn, and is not opened "
+                             f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
+        reason = str(e).strip().partition("\n")[0]
+        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
+
+
+def collect(files, keep=lambda name: True):
+    """{name in DST: Weight} of the source's files."""
+    found = {}
+    for weight in [w for file in files for w in weights(file) if keep(w.name)]:
+        pattern, new = next(((p, n) for p, n in COMMON if re.search(p, weight.name)), (None, None))
+        if pattern is None:
+            raise data.UserError(f"{weight.file}: {weight.name} belongs to no LLaVA-1.5 or Bunny: it is "
+                                 "another model, or a checkpoint in the middle of training")
+        if new is not None:
+            if weight.type not in BYTES:
+                raise data.UserError(f"{weight.file}: {weight.name} is {weight.type}: a quantised checkpoint "
+                                     "cannot be imported, take the one in float16 or bfloat16")
+            found[re.sub(pattern, new, weight.name)] = weight
+    return found
+
+
+# -------------------------------------------------------------------------------- what it is
+def family(src):
+    """(config.json, "llava" or "bunny") of an original checkpoint. Raises UserError for anything else."""
+    config = data.read_json(src / "config.json", {})
+    if not config or not isinstance(config, dict):
+        why = "contains no JSON object" if config else "is missing or empty"
+        raise data.UserError(f"{src}/config.json {why}: {src} is no folder of a model")
+    if isinstance(config.get("text_config"), dict):
+        raise data.UserError(f"{src} is a transformers folder already: give it to --model as it is")
+    if "mm_vision_tower" not in config:
+        raise data.UserError(f"{src} is a text-only model ({config.get('model_type')}), it has no vision "
+                             "tower: give the folder of LLaVA-1.5 or Bunny itself, not of its language model")
+    kind = {"llava": "llava", "llava_llama": "llava", "bunny-phi": "bunny"}.get(config.get("model_type"))
+    amiss = {"model_type": kind is None, "mm_projector_type": config.get("mm_projector_type") != "mlp2x_gelu",
+             "mm_use_im_start_end": bool(config.get("mm_use_im_start_end")),
+             "mm_patch_merge_type": config.get("mm_patch_merge_type", "flat") != "flat",
+             "image_aspect_ratio": config.get("image_aspect_ratio", "pad") != "pad"}
+    if odd := [f"{k} {config.get(k)!r}" for k, wrong in amiss.items() if wrong]:
+        raise data.UserError(f"{src}/config.json has {', '.join(odd)}: only LLaVA-1.5 and Bunny-v1.0-3B can "
+                             "be imported (LLaVA-1.6: take its llava-hf folder)")
+    return config, kind
+
+
+def vision_config(kind, tower, found):
+    """The tower's config, from its folder where there is one, else from shapes and the published model."""
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+    given = data.read_json(tower / "config.json", {}) if tower else {}
+    given = given.get("vision_config", given) or {}
+    patches = found.get("model.vision_tower.embeddings.patch_embedding.weight")
+    places = found.get("model.vision_tower.embeddings.position_embedding.weight")
+    fc1 = found.get("model.vision_tower.encoder.layers.0.mlp.fc1.weight")
+    if not (patches and places and fc1):
+        raise data.UserError("the checkpoint holds no vision tower: give --vision_tower DIR, the folder of "
+                             + {"llava": "openai/clip-vit-large-patch14-336",
+                                "bunny": "google/siglip-so400m-patch14-384"}[kind])
+    hidden, _, patch, _ = patches.shape
+    heads = given.get("num_attention_heads") or {("llava", 1024): 16, ("bunny", 1152): 16}.get((kind, hidden))
+    if not heads:
+        raise data.UserError(f"a vision tower of width {hidden} is not the published one, and its number of "
+                             "heads is in no weight: give --vision_tower DIR with its config.json")
+    clip = kind == "llava"
+    layers = given.get("num_hidden_layers", 24 if clip else 27) - (not clip)                     # Departure 3
+    sizes = dict(hidden_size=hidden, intermediate_size=fc1.shape[0], num_attention_heads=heads,
+                 patch_size=patch, num_hidden_layers=layers, image_size=isqrt(places.shape[0] - clip) * patch)
+    if odd := [f"{k} {given[k]}, not {v}" for k, v in sizes.items()
+               if k in given and given[k] != v + (k == "num_hidden_layers" and not clip)
+               and k != "image_size"]:
+        raise data.UserError(f"{tower}/config.json has {'; '.join(odd)} as the weights: it is another's")
+    # image_size 384 with patches of 14 leaves 6 pixels over: the grid of places alone would say 378
+    size = given.get("image_size", {27: 384}.get(isqrt(places.shape[0]), sizes["image_size"]))
+    if isqrt(places.shape[0] - clip) != size // patch:
+        raise data.UserError(f"the tower's places are for {sizes['image_size']} pixels, its config.json says "
+                             f"{size}: it is another tower's")
+    sizes["image_size"] = size
+    own = {k: given[k] for k in ("hidden_act", "layer_norm_eps") if k in given}
+    if clip:
+        return CLIPVisionConfig(**sizes, **own)
+    return SiglipVisionConfig(**sizes, **own, vision_use_head=False)
+
+
+def llava_config(src, config, kind, vision, image_id, rows):
+    """transformers' config of the folder to write; what the json leaves out is as in the published model."""
+    from transformers import LlamaConfig, LlavaConfig, PhiConfig
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "hidden_act", "max_position_embeddings", "rope_theta", "rope_scaling",
+             "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rms_norm_eps",
+             "attention_bias", "head_dim", "layer_norm_eps", "partial_rotary_factor", "qk_layernorm",
+             "resid_pdrop", "embd_pdrop", "attention_dropout", "initializer_range")
+    defaults = {"llava": {"rms_norm_eps": 1e-5}, "bunny": {"partial_rotary_factor": 0.4}}[kind]
+    own = defaults | {k: config[k] for k in names if config.get(k) is not None}
+    layer = config.get("mm_vision_select_layer", -2)
+    if kind == "llava" and (layer, config.get("mm_vision_select_feature", "patch")) != (-2, "patch"):
+        raise data.UserError(f"{src}/config.json selects vision layer {layer}, "
+                             f"{config.get('mm_vision_select_feature')}: only LLaVA-1.5's -2, patch can be")
+    text = {"llava": LlamaConfig, "bunny": PhiConfig}[kind](**own, vocab_size=rows)
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    how = ({"vision_feature_layer": -2, "vision_feature_select_strategy": "default"} if kind == "llava" else
+           {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"})
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id,
+                       image_seq_length=tokens, projector_hidden_act="gelu",
+                       tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+                       architectures=["LlavaForConditionalGeneration"], **how)
+
+
+def expected(config):
+    """{name: shape} of what transformers' model of a config holds."""
+    from transformers import LlavaForConditionalGeneration
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
+
+
+def read_tokenizer(folder, kind, **options):
+    """The tokenizer of a published folder, of transformers' class `kind`. Raises UserError."""
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        lack = [name for name, module in packages.items() if not installed(module)]
+        if lack:
+            raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
+                                 f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
+    tokenizer = data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        return merges_by_score(tokenizer, folder / "tokenizer.model")
+    return tokenizer
+
+
+def merges_by_score(tokenizer, file):
+    """SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
+    if about["model"]["type"] == "BPE":
+        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
+    return tokenizer
+
+
+def installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:                      # the package that the module is in
+        return False
+
+
+def tokenizer_of(src, kind, config):
+    """The source's tokenizer with <image> added. Raises UserError."""
+    from transformers import CodeGenTokenizer, LlamaTokenizer
+    if kind == "llava":
+        # Without `legacy` the space piece between <image> and the newline, which LLaVA's code has, is lost.
+        tokenizer = read_tokenizer(src, LlamaTokenizer, legacy=True, add_bos_token=True)
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer = read_tokenizer(src, CodeGenTokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token_id", "eos_token_id"):
+        if config.get(name) is not None and getattr(tokenizer, name) != config[name]:
+            raise data.UserError(f"{src}: the tokenizer's {name} is {getattr(tokenizer, name)}, "
+                                 f"config.json's {config[name]}: one of the two is not this model's")
+    if len(tokenizer) > config["vocab_size"]:
+        raise data.UserError(f"{src}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
+                             f"{config['vocab_size']}: one of the two is not this model's")
+    tokenizer.add_special_tokens({"additional_special_tokens": [families.IMAGE]})
+    tokenizer.padding_side = "left"                    # for generation; vlm.py pads by itself
+    return tokenizer
+
+
+# -------------------------------------------------------------------------------- the copy
+class Plan(NamedTuple):
+    """All that is to be written, checked before a byte is."""
+    config: Any
+    tokenizer: Any
+    kind: str
+    type: str                  # of all weights in DST
+    tensors: dict              # {name in DST: Weight}
+    shapes: dict               # {name in DST: shape}; a row more than the Weight's: zeros
+
+
+def plan(src, tower=None):
+    """Read headers, config and tokenizer of the source, and hold them against transformers' model."""
+    config, kind = family(src)
+    tokenizer = tokenizer_of(src, kind, config)
+    found = collect(shards(src))
+    if tower and shards_there(tower) and not any(n.startswith("model.vision_tower.") for n in found):
+        found |= collect(shards(tower), lambda name: name.startswith("vision_model."))
+    vision = vision_config(kind, tower, found)
+    if kind == "bunny":                                # Departure 3
+        extra = re.compile(rf"model\.vision_tower\.encoder\.layers\.{vision.num_hidden_layers}\.")
+        found = {n: w for n, w in found.items() if not extra.match(n)}
+    image_id = tokenizer.convert_tokens_to_ids(families.IMAGE)
+    rows = max(config["vocab_size"], image_id + 1)
+    new = llava_config(src, config, kind, vision, image_id, rows)
+    shapes = expected(new)
+    grown = {n for n in ("model.language_model.embed_tokens.weight", "lm_head.weight") if n in shapes}
+    for n in grown & set(found):
+        if found[n].shape[0] != config["vocab_size"]:
+            raise data.UserError(f"{src}: {found[n].name} has {found[n].shape[0]} rows, config.json's "
+                                 f"vocab_size is {config['vocab_size']}: one of the two is not this model's")
+    wanted = {n: (config["vocab_size"], *s[1:]) if n in grown else s for n, s in shapes.items()}
+    if lack := sorted(set(wanted) - set(found)):
+        raise data.UserError(f"{src}: {len(lack)} weights are missing, {lack[0]} first: download it again")
+    if more := sorted(set(found) - set(wanted)):
+        raise data.UserError(f"{src}: {len(more)} weights have no place in the model, {found[more[0]].name} "
+                             "first: config.json is not this checkpoint's")
+    if odd := [n for n in wanted if found[n].shape != wanted[n]]:
+        raise data.UserError(f"{src}: {found[odd[0]].name} is {found[odd[0]].shape}, by config.json it is "
+                             f"{wanted[odd[0]]}: one of the two is not this model's")
+    type = found["model.language_model.embed_tokens.weight"].type
+    new.dtype = NAMES[type]
+    return Plan(new, tokenizer, kind, type, found, shapes)
+
+
+def shards_there(folder):
+    return any(any(folder.glob(f"*{suffix}")) for suffix in (".safetensors", ".bin"))
+
+
+def write_weights(todo, dst, report=print):
+    """The plan's tensors as safetensors of at most SHARD bytes with an index, one in memory at a time."""
+    groups, total = [[]], 0
+    sizes = {n: BYTES[todo.type] * torch.Size(todo.shapes[n]).numel() for n in todo.tensors}
+    for name, size in sizes.items():
+        if total + size > SHARD and groups[-1]:
+            groups, total = [*groups, []], 0
+        groups[-1].append(name)
+        total += size
+    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    pickle = None, {}                                  # (file, its tensors), mapped until the next is needed
+    for file, names in zip(files, groups, strict=True):
+        report(f"{file}: {sum(sizes[n] for n in names) / 2**30:.2f} GiB")
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for n in names:
+            header[n] = {"dtype": todo.type, "shape": todo.shapes[n],
+                         "data_offsets": [at, at := at + sizes[n]]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(dst / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for n in names:
+                weight = todo.tensors[n]
+                if weight.start < 0 and pickle[0] != weight.file:
+                    pickle = None, {}                  # let go of the old one first
+                    pickle = weight.file, unpickle(weight.file)
+                written = out.write(content(weight, pickle[1], todo.type))
+                out.write(bytes(sizes[n] - written))               # <image>'s row of zeros
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())},
+                 "weight_map": {n: file for file, names in zip(files, groups, strict=True) for n in names}}
+        (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def content(weight, pickled, type):
+    """The bytes of a tensor, cast to `type` where it has another."""
+    if weight.start < 0:
+        tensor = pickled[weight.name]
+    else:
+        tensor = torch.empty(weight.shape, dtype=getattr(torch, NAMES[weight.type]))
+        with open(weight.file, "rb") as f:
+            f.seek(weight.start)
+            f.readinto(raw(tensor))
+    return raw(tensor.to(getattr(torch, NAMES[type])))
+
+
+def raw(tensor):
+    """The memory of a tensor."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_rest(todo, dst, config):
+    """config.json, generation_config.json, tokenizer, template and image processor."""
+    from transformers import GenerationConfig, LlavaImageProcessorPil, LlavaProcessor
+    image_id, side = todo.config.image_token_id, todo.config.vision_config.image_size
+    todo.config.save_pretrained(dst)
+    GenerationConfig(bos_token_id=config.get("bos_token_id"), eos_token_id=todo.tokenizer.eos_token_id,
+                     pad_token_id=todo.tokenizer.pad_token_id,
+                     suppress_tokens=[image_id]).save_pretrained(dst)
+    half = {} if todo.kind == "llava" else {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    square = {"height": side, "width": side}
+    pictures = LlavaImageProcessorPil(do_pad=True, size=square, crop_size=square, do_center_crop=False,
+                                      **half)
+    LlavaProcessor(pictures, todo.tokenizer, patch_size=todo.config.vision_config.patch_size,
+                   vision_feature_select_strategy=todo.config.vision_feature_select_strategy,
+                   num_additional_image_tokens=int(todo.kind == "llava"),
+                   chat_template=families.TEMPLATES["vicuna"]).save_pretrained(dst)
+    if todo.kind == "llava":                           # transformers does not keep it, and reads it again
+        path = dst / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": True}, indent=1))
+
+
+def run(src, dst, tower=None, report=print):
+    """Write DST, whole or not at all. Raises UserError."""
+    src, dst, tower = Path(src), Path(dst), Path(tower) if tower else None
+    for folder in (src, tower):
+        if folder and not folder.is_dir():
+            raise data.UserError(f"{folder}: no such folder")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise data.UserError(f"{dst} exists and is not empty: give a new folder")
+    todo = plan(src, tower)
+    unfinished = dst.with_name(f".{dst.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        unfinished.mkdir(parents=True)
+        write_rest(todo, unfinished, data.read_json(src / "config.json", {}))
+        write_weights(todo, unfinished, report)
+        unfinished.replace(dst)
+    except OSError as e:
+        raise data.UserError(f"{dst} could not be written ({e.strerror or e}): free space") from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return todo
+
+
+# -------------------------------------------------------------------------------- what came of it
+def describe(folder):
+    """Lines that say what a llava-hf folder is, from its files alone.
+
+    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
+    """
+    folder = data.model_folder(folder)
+    config = families.read_config(folder)
+    found, lines, faults = [], [], []
+    attempt(faults, shards, folder)
+    for file in sorted(folder.glob("*.safetensors")):
+        found += attempt(faults, weights, file) or []
+    front = attempt(faults, families.open_folder, folder)
+    if front:
+        text = front.tokenizer.apply_chat_template(families.messages("QUESTION", 1, ()), tokenize=False,
+                                                   chat_template=front.template, add_generation_prompt=True)
+        side = front.config.vision_config.image_size
+        lines = [f"image           {side} pixels, {front.image_tokens} tokens; {front.preparation}",
+                 f"template        {front.template_name}: {text!r}"]
+    parts = config.get("vision_config", {}).get("model_type"), config["text_config"].get("model_type")
+    types = ", ".join(sorted({weight.type for weight in found})) or "no file"
+    return [f"folder          {folder}",
+            f"model           {config['model_type']}: {parts[0]} + {parts[1]}",
+            f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
+            *lines,
+            f"missing         {'; '.join(faults) or 'nothing'}"]
+
+
+def attempt(faults, work, *arguments):
+    """What work gives, or None where it raises a UserError, whose text joins the faults."""
+    try:
+        return work(*arguments)
+    except data.UserError as e:
+        faults.append(str(e))
+
+
+def main():
+    parser = data.Parser(prog="import_checkpoint.py", description=__doc__.split("\n")[0])
+    parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B")
+    parser.add_argument("dst", help="the new folder")
+    parser.add_argument("--vision_tower", help="for LLaVA-1.5 openai/clip-vit-large-patch14-336")
+    args = parser.parse_args()
+    try:
+        run(args.src, args.dst, args.vision_tower)
+        print("\n".join(describe(args.dst)))
+    except data.UserError as e:
+        sys.exit(f"import_checkpoint.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Candidate images of a prompt from Stable Diffusion 3, for synth.py: all guidance scales in one call.
+
+    encoded = encode(folder, ["a red bike"])            # the text encoders alone
+    painter = Painter(folder)                           # transformer and VAE alone
+    images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
+    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11])              # both, one after the other
+
+Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
+two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
+
+Departures from the published pipeline:
+ 1. The scales are one batch, guided each by its own (diffusers takes one number): the numbers of single calls
+    to rounding (tests/test_synth.py: at most one step of an 8-bit pixel).
+ 2. Scales of 1 and less are guided as the formula says, eps(empty) + g (eps(prompt) - eps(empty)); diffusers
+    leaves guidance out there and paints as for 1.
+ 3. A T5 tokenizer that says that it takes fewer than 256 tokens gets no more (the built-in one takes 12).
+ 4. Seeds are a CPU generator's, so that every device starts from the same noise.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import data
+from model import command
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
+
+
+@cache
+def _pipeline():
+    """diffusers' class, with a scale for each image of the batch."""
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging
+    logging.set_verbosity_error()       # else it says for every long prompt what CLIP cut off
+    logging.disable_progress_bar()
+
+    class PerImageGuidance(StableDiffusion3Pipeline):
+        do_classifier_free_guidance = True              # never decided by comparing a tensor of scales with 1
+    return PerImageGuidance
+
+
+def _load(folder, device, dtype, without):
+    """The pipeline without these parts, and without those it was saved without: diffusers has to be told."""
+    index = data.read_json(Path(folder) / "model_index.json")
+    absent = [name for name, part in index.items() if isinstance(part, list) and part[0] is None]
+    pipeline = data.from_folder(
+        _pipeline(), folder, "Stable Diffusion 3 pipeline in diffusers' layout", "copy it again",
+        dtype=dtype, **dict.fromkeys([*without, *absent]))
+    pipeline.set_progress_bar_config(disable=True)
+    if "transformer" in without and "text_encoder_3" in absent:     # zeros take T5's place, as wide as it
+        config = data.read_json(Path(folder) / "transformer" / "config.json")
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+    return pipeline.to(device)
+
+
+@torch.no_grad()
+def encode(folder, prompts, device="cpu", dtype=torch.float32):
+    """{prompt: (embeddings (1, T, D), pooled (1, P))} on the CPU: of the prompts and of the empty negative.
+
+    One at a time: its neighbours in a batch would change a prompt's last bits, and a resumed run's images.
+    """
+    pipeline, found = _load(folder, device, dtype, ("transformer", "vae")), {}
+    room = min(MOST, getattr(pipeline.tokenizer_3, "model_max_length", MOST))
+    for prompt in dict.fromkeys(["", *prompts]):
+        words, _, pooled, _ = pipeline.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=room)
+        found[prompt] = words.cpu(), pooled.cpu()
+    return found
+
+
+class Painter:
+    """Transformer and VAE; called with a prompt's embeddings it returns one image for each scale and seed."""
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        self.pipeline, self.device = _load(folder, device, dtype, ENCODERS), device
+
+    @torch.no_grad()
+    def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
+        """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
+        def repeated(pair):
+            return [x.to(self.device).repeat_interleave(len(seeds), 0) for x in pair]
+
+        scale = torch.tensor(guidance, dtype=self.pipeline.transformer.dtype, device=self.device)
+        words, pooled = repeated(prompt)
+        empty, empty_pooled = repeated(negative)
+        return self.pipeline(
+            prompt_embeds=words, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
+            negative_pooled_prompt_embeds=empty_pooled, guidance_scale=scale[:, None, None, None],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=steps,
+            height=size or None, width=size or None).images
+
+
+def paint(folder, jobs, guidance, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
+    """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
+    jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
+    for at in range(0, len(jobs), chunk):
+        some = jobs[at:at + chunk]
+        encoded = encode(folder, [prompt for prompt, _ in some], device, dtype)
+        command.free()
+        painter = Painter(folder, device, dtype)
+        for prompt, seeds in some:
+            yield painter(encoded[prompt], encoded[""], guidance, seeds, steps, size)
+        del painter, encoded
+        command.free()

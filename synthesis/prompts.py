@@ -1,0 +1,109 @@
+"""Prompts and questions for synth.py: from text files, a template or a chat model, none nearly twice."""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import data
+from data import UserError
+from model import ask
+
+SHIPPED = Path(__file__).resolve().parent / "topics"
+ASK_PROMPTS = (
+    "Write ten descriptions of pictures about this topic: {topic}. One a line, 10 to 25 words, no "
+    "numbering. Each shows another place and other things, says how many there are and where "
+    "they stand. This is list {k} of several: leave out what comes to mind first.")
+ASK_QUESTION = (
+    "A picture was made from this description:\n{prompt}\nWrite one question about the picture that only "
+    "someone who sees it can answer well. Do not give the description away. Reply with the question alone.")
+QUESTIONS = ("Describe this picture in detail.",
+             "What is going on in this picture, and where does it take place?",
+             "Which things are in this picture, how many of each, and where do they stand?",
+             "What stands out most in this picture, and what is around it?",
+             "Which colours and materials does this picture show, and on what?",
+             "What might have happened just before this picture was taken? Say what in it points there.")
+# The published PDS-DPO prompts of responders, as they are: no roles, no template.
+RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
+       "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
+TURNS = 3                       # a topic that is short of prompts is asked for more lists this many times
+
+
+def grams(text):
+    """The word pairs of a text (of a single word: the word)."""
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(words, words[1:], strict=False)) or set(words)
+
+
+def distinct(texts, similar):
+    """Indices of the texts that share at most `similar` of their word pairs, of both together, with every one
+    kept before. Compares each with all: ten thousand take seconds, a hundred thousand many minutes."""
+    kept = {}
+    for i, text in enumerate(texts):
+        own = grams(text)
+        alike = [other for other in kept.values() if not own.isdisjoint(other)]
+        if own and all(len(own & other) <= similar * len(own | other) for other in alike):
+            kept[i] = own
+    return list(kept)
+
+
+def read(source, flag="--prompts"):
+    """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
+    path, found = Path(source), []
+    try:
+        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            found += [(file.stem, line.strip()) for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {source} cannot be read ({error}); give a text file or a folder of "
+                        "them") from error
+    if not found:
+        raise UserError(f"{flag} {source} holds no lines; write one a line into TOPIC.txt")
+    return found
+
+
+def numbered(lines, per_topic):
+    """[{"id", "number", "topic", "prompt"}] of (topic, prompt) lines, at most `per_topic` of each topic."""
+    rows, count = [], Counter()
+    for topic, text in lines:
+        if count[topic] < per_topic:
+            count[topic] += 1
+            name = f"{topic}-{count[topic]}"
+            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
+    return rows
+
+
+def written(o, folder):
+    """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or TURNS
+    are over. `folder` keeps what was said."""
+    topics = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
+    found, lists = {topic: [] for topic in topics}, -(-o.per_topic // 10)
+    for turn in range(TURNS):
+        asked = []
+        for topic, texts in found.items():
+            if len(distinct(texts, o.similar)) < o.per_topic:
+                for k in range(turn * lists, (turn + 1) * lists):
+                    text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
+                    asked.append(ask.Question(f"{topic}/{k}", text))
+        if not asked:
+            break
+        said = ask.replies(o.writer, asked, folder / f"writer-{turn}.jsonl", model=o.model_name or None,
+                            temperature=1., seed=o.seed, description="prompts")
+        for id, text in said.items():
+            found[id.rpartition("/")[0]] += listed(text)
+    return [(topic, text) for topic, texts in found.items() for text in texts]
+
+
+def listed(text):
+    """The lines of a list, without numbers, bullets and quotes."""
+    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.):])\s*", "", line).strip(' "') for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def template(path, ids, seed=0):
+    """{id: question}, by a hash of the id, of QUESTIONS ("template") or of a text file's lines."""
+    asked = QUESTIONS
+    if path != "template":
+        asked = [line for _, line in read(path, "--instruct")]
+    return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}

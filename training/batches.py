@@ -1,0 +1,291 @@
+"""Which pairs a step takes, on which rank; a record as tokens and images, read ahead by threads.
+
+    pairs = checked(front, "pairs.jsonl", o, needs, ranks)    every record, image and response, or UserError
+    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's data.Batches of step t
+
+Part of train_dpo.py.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
+import hashlib
+import math
+import random
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+import data
+from data import UserError
+from training.records import Records, check
+
+KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
+
+
+class Read(NamedTuple):
+    """A pair as a step takes it: ids, its images as the family prepared them, a hash over all of it."""
+    pair: data.Pair
+    images: list
+    images_rejected: list
+    key: int
+
+
+class Micro(NamedTuple):
+    """A micro-batch before it is read; see data.Batch."""
+    places: list
+    counts: int
+    of: int
+
+
+# ---- pairs ----
+def classroom_files(o, out):
+    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the pairs' path."""
+    own = built_in(o)
+    made = o.data == "classroom"
+    if own:
+        make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
+                             f"--questions {o.questions}")
+    if made:
+        make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+    if (own or made) and o.look and not o.val_data:
+        make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
+                               f"--n {min(o.look, o.pairs)}")
+    return out / "data" / "pairs.jsonl" if made else Path(o.data)
+
+
+def make(folder, arguments):
+    """Run classroom/pairs.py as a program, unless its folder is there."""
+    if folder.exists():
+        return
+    program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
+    words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
+    done = subprocess.run(words, text=True, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+
+
+def built_in(o):
+    """Whether the model is the classroom's: its scores are then the classroom's."""
+    return (data.model_folder(o.model) / "classroom.json").exists()
+
+
+@dataclass
+class Pairs:
+    """Records that were checked, and how one is read. A place is an index of `good`."""
+    records: Records
+    good: list                # indices of records
+    tokens: list              # of each one's packed row
+    front: Any                # a family of model/front.py
+    o: Any
+    needs: frozenset          # the fields of losses.Logps that are to be computed
+
+    def __len__(self):
+        return len(self.good)
+
+    def read(self, place, epoch=0):
+        """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
+        o, record = self.o, self.records[self.good[place]]
+        seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
+        twice = "image_rejected" in self.needs
+        images, rejected = [data.read_image(x) for x in shown(record, o)], []
+        if twice and (record["images_rejected"] or not o.crop_pixels):
+            rejected = self.rejected_images(place, record, images, seed)
+        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
+        prepared = self.front.prepare(images + rejected)
+        rejected = prepared[len(images):]
+        images = prepared[:len(images)]
+        if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
+            for n, image in enumerate(images):
+                pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
+                rejected.append({"pixel_values": pixels})
+        key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
+        for x in tensors(images + rejected):
+            key.update(x.numpy().tobytes())
+        return Read(pair, images, rejected, int.from_bytes(key.digest(), "little", signed=True))
+
+    def rejected_images(self, place, record, images, seed):
+        """The record's own rejected images, or one made for each image."""
+        if record["images_rejected"]:
+            return [data.read_image(x) for x in record["images_rejected"]]
+        other = partial(self.other_image, seed, record, place)
+        return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
+                for n, image in enumerate(images)]
+
+    def other_image(self, seed, record, place):
+        """The first image of another record, drawn for this one."""
+        index = other_index(seed, record["id"], place, len(self))
+        return data.read_image(self.records[self.good[index]]["images"][0])
+
+    def batch(self, micro, read):
+        """data.Batch of a Micro, whose Reads these are."""
+        pairs, images, rejected, keys = zip(*read, strict=True)
+        return data.Batch(pairs, [*chain(*images)], [*chain(*rejected)], micro.places, keys, micro.counts,
+                          micro.of)
+
+
+def other_index(seed, id, i, n):
+    """The index of another record than i, of n."""
+    if n < 2:
+        raise UserError("--image_rejected random needs two records or more; add some or choose crop")
+    return (i + 1 + int(data.draw(seed, "other", id, 0).integers(n - 1))) % n
+
+
+def crop_pixels(pixels, box):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+    import torch.nn.functional as F
+    x, y, w, h = box
+    part = pixels[None, :, y:y + h, x:x + w]
+    return F.interpolate(part, pixels.shape[1:], mode="bilinear", antialias=True)[0]
+
+
+def rejected_pixels(strategy, pixels, seed, id):
+    """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
+    if pixels.ndim != 3:
+        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+    height, width = pixels.shape[1:]
+    rng = data.rng_of(strategy, seed, id)
+    return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
+
+
+def shown(record, o):
+    """The images in a record's prompt, as records.py has them."""
+    return [] if o.image_rejected == "none" else record["images"]
+
+
+def named(record, n):
+    """What the draw for a record's n-th image is keyed by."""
+    return f"{record['id']}/{n}" if n else record["id"]
+
+
+def sizes_of(images):
+    return tuple(image.size for image in images)
+
+
+def tensors(prepared):
+    return [x for image in prepared for x in image.values()]
+
+
+def tokenise(front, record, o, sizes, sizes_rejected=()):
+    """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
+    and of the rejected ones where they are others. Raises UserError."""
+    sizes_rejected = sizes_rejected or sizes
+    prompts = {x: front.prompt_ids(record["question"], x, record["history"]) for x in {sizes, sizes_rejected}}
+    chosen = front.response_ids(record["chosen"])
+    rejected = front.response_ids(record["rejected"])
+    pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
+                     sizes_rejected)
+    return data.truncate(pair, o.max_length)
+
+
+def checked(front, path, o, needs, ranks, folder=None):
+    """Pairs of a file, which rank 0 has checked. Raises UserError.
+
+    folder: of the run, where the outcome of the records' check stays.
+    """
+    records = Records(path, o.image_root or None)
+    good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
+    return Pairs(records, good, tokens, front, o, frozenset(needs))
+
+
+def usable(front, records, o, needs, folder):
+    """(indices of the good records, tokens of each one's packed row). Faults are printed, one a line, and cut
+    responses counted. Raises UserError."""
+    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad, cache_dir=folder)
+    kept, tokens, cut = [], [], 0
+    for i in tqdm(good, "tokenising", disable=len(good) < 5000):
+        try:
+            record = records[i]
+            sizes = tuple(data.image_size(x) for x in shown(record, o))
+            pair, lost = tokenise(front, record, o, sizes)
+            if lost and "rejected" in needs and pair.chosen == pair.rejected:
+                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
+                                     "raise --set max_length or drop the record")
+        except UserError as e:
+            print(f"{records.where(i)}: {e}", file=sys.stderr)
+            continue
+        cut += lost > 0
+        kept.append(i)
+        tokens.append(len(data.pack([pair], needs).ids))
+    if len(kept) < len(good) and not (o.skip_bad and kept):
+        raise UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
+                             "used (listed above): fix them, or pass --skip_bad")
+    if cut:
+        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
+    return kept, tokens
+
+
+# ---- steps ----
+class Batches:
+    """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
+
+    The pairs are the same with any number of threads, and a step's are the same on any number of ranks.
+    With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
+    seconds that the last step has waited for the threads.
+    """
+    def __init__(self, pairs, o, ranks, steps):
+        self.pairs = pairs
+        self.o = o
+        self.ranks = ranks
+        self.steps = steps
+        self.per_epoch = math.ceil(len(pairs) / o.batch)
+        self.pool = ThreadPoolExecutor(o.workers)
+        self.begun = {}
+        self.kept = {}
+
+    def __call__(self, t):
+        self.waited = 0.0
+        for ahead in range(t, min(t + 2, self.steps)):
+            if ahead not in self.begun:
+                self.begun[ahead] = self.begin(ahead)
+        for micro, futures in self.begun.pop(t):
+            since = time.monotonic()
+            read = [future.result() for future in futures]
+            self.waited += time.monotonic() - since
+            yield self.pairs.batch(micro, read)
+
+    def begin(self, t):
+        """[(Micro, a future of each Read)] of step t, on this rank."""
+        epoch, step = divmod(t, self.per_epoch)
+        places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
+        some = data.chunks(places, self.o.micro_batch)
+        micros = [Micro(each, len(each), len(places)) for each in some]
+        while self.o.shard and len(micros) % self.ranks.world:
+            micros.append(micros[0]._replace(counts=0))
+        return [(micro, [self.pool.submit(self.read, place, epoch) for place in micro.places])
+                for micro in self.share(micros)]
+
+    def share(self, micros):
+        """This rank's: the longest first, back and forth, so that all ranks have much the same tokens."""
+        if self.ranks.world == 1:
+            return micros
+        micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
+        there_and_back = 2 * self.ranks.world
+        turns = self.ranks.rank, there_and_back - 1 - self.ranks.rank
+        return [micro for k, micro in enumerate(micros) if k % there_and_back in turns]
+
+    def read(self, place, epoch):
+        """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
+        if place in self.kept:
+            return self.kept[place]
+        found = self.pairs.read(place, epoch)
+        size = sum(x.nbytes for x in tensors(found.images + found.images_rejected))
+        if not self.o.redraw and size * len(self.pairs) <= KEEP:
+            self.kept[place] = found
+        return found
+
+
+@lru_cache(2)
+def order(n, seed, epoch):
+    """The places of n pairs in an epoch's order: the same for every number of ranks, and after a resume."""
+    places = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(places)
+    return places

@@ -1,0 +1,229 @@
+"""Does the model look at its image, and how far has training moved it? Numbers on held-out pairs.
+
+    found = look(m, records, good, o, "after")      # {"n": 200, "margin": {"true": [0.9, 0.8, 1], ...}, ...}
+
+train_dpo.py calls it with every evaluation: `look` in summary.json, in log.jsonl and in the report. The
+pairs are the first `--set look=200` with one image of --val_data, or, for the classroom's models and data,
+pairs by pair_options about tuning scenes (the same for every --seed and --data; never a printed scene).
+
+Every number is [mean over the pairs, low, high]: a 95% interval of 1000 resamples of the images with
+replacement. Differences are taken pair by pair. log p is summed over a response's tokens, in nats; r is the
+reward, beta * (policy - reference), 0 for all before training.
+
+    preference       log p(chosen) - log p(rejected) of the policy, with one of these images in the prompt:
+                     true        the pair's own
+                     blank       one colour, of the same size: zeros once normalised
+                     other       another pair's, of another theme where the records' meta.theme allows it
+                     same_theme  another pair's of the same theme; left out for records without meta.theme
+    preference_true_minus  the same with the true image minus with another: 0 for a model that does not look
+    margin                 r(chosen) - r(rejected), with each of these images: what training did to preference
+    margin_true_minus      0 where training changed words alone, > 0 where it taught the model to look
+    logps_chosen           log p(chosen) with the true image; logps_chosen_change: minus the reference's
+    kl                     KL(policy || reference) of an answer, in nats. One answer a pair is drawn from the
+                           policy at temperature 1, cut at max_new_tokens; the mean of its log p minus the
+                           reference's. It is unbiased and noisy: an interval may reach below 0. Before
+                           training it is 0, and nothing is drawn.
+
+`other` gives every image to exactly one other pair, and so does `same_theme` within its theme: their means
+differ from that of `true` by who sees which image, and by nothing else.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
+import json
+import random
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from evaluation import stats
+from model import vlm
+from training.batches import tokenise
+from training.records import Records
+
+
+class Job(NamedTuple):
+    """One of the shown pairs, and the image that is put into its prompt."""
+    kind: str                 # true, blank, other, same_theme
+    pair: int                 # place among the shown records
+    image: int                # of which record
+
+
+def look(m, records, good, o, name, kept=None):
+    """The numbers above, of the model as it is; {} where fewer than two records have one image.
+
+    records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
+    micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
+    and reference are one. kept: the file in which `before` leaves the reference's log p for the others.
+    Nothing is left changed, random generators included. Raises UserError.
+    """
+    read = (records[i] for i in good)
+    usable = (record for record in read if len(record["images"]) == 1)
+    shown = list(islice(usable, o.look))
+    if len(shown) < 2:
+        return {}
+    jobs = jobs_of(shown, o.eval_seed)
+    n = len(shown)
+    policy = scores(m, shown, jobs, o, name)                                                    # (J, 2)
+    if name == "before":
+        reference = policy
+        drawn = np.zeros(n)                                           # log ratios of drawn answers, (n,)
+        if kept:
+            data.atomic_write(kept, json.dumps(policy.tolist()))
+    else:
+        drawn = divergence(m, shown, o)
+        if kept and kept.exists():
+            reference = np.array(data.read_json(kept))
+        else:
+            with vlm.base_of(m) as base:
+                reference = scores(base, shown, jobs, o, name)
+
+    # ---- means ----
+    images = [record["images"][0] for record in shown]
+    mean = partial(interval, images=images, seed=o.eval_seed)
+    found = {"n": n}
+    change = policy - reference
+    for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
+        margin = scale * (logps[:, 0] - logps[:, 1])                                           # (J,)
+        margins = by_kind(jobs, n, margin)
+        found[measure] = {kind: mean(x) for kind, x in margins.items()}
+        true = margins.pop("true")
+        found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
+    found["logps_chosen"] = mean(policy[:n, 0])                       # the first n jobs are the true ones
+    found["logps_chosen_change"] = mean(change[:n, 0])
+    found["kl"] = mean(drawn)
+    return found
+
+
+def made(out):
+    """(records, indices) of the pairs that the classroom's runs hold out; None in another run."""
+    file = out / "held_out" / "pairs.jsonl"
+    if not file.exists():
+        return None
+    records = Records(file)
+    return records, range(len(records))
+
+
+# ---- which pair is shown which image ----
+def jobs_of(shown, seed):
+    """The Jobs of all records, kind by kind."""
+    images = [record["images"][0] for record in shown]
+    themes = [record["meta"].get("theme") for record in shown]
+    n = len(shown)
+    groups = [themes[i] or images[i] for i in range(n)]
+    own = {i: i for i in range(n)}
+    other, alike = partners(groups, seed)
+    alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
+    kinds = {"true": own, "blank": own, "other": other, "same_theme": alike}
+    jobs = []
+    for kind, image_of in kinds.items():
+        jobs += [Job(kind, i, j) for i, j in image_of.items()]
+    return jobs
+
+
+def partners(groups, seed):
+    """({i: another, of another group where no group holds more than half}, {i: another of the same group}).
+
+    Both are one-to-one; who is alone in its group has none there. groups: one hashable name for each.
+    """
+    order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    together = {}
+    for i in order:
+        together.setdefault(groups[i], []).append(i)
+    row = sum(together.values(), [])                         # group after group: a step of the largest leaves
+    largest = max(map(len, together.values()))
+    alike = {}
+    for group in together.values():
+        if len(group) > 1:
+            alike |= next_to(group, 1)
+    return next_to(row, min(largest, len(row) // 2)), alike
+
+
+def next_to(row, step):
+    """{each of a row: the one so many steps further}, the row being a ring."""
+    further = row[step:] + row[:step]
+    return dict(zip(row, further, strict=True))
+
+
+# ---- log-probs ----
+def scores(m, shown, jobs, o, name):
+    """log p of the two responses of every job, chosen first: (J, 2)."""
+    bar = tqdm(jobs, f"{name}: looking")
+    cases = (case_of(m.front, shown, job, o) for job in bar)
+    return logps_of(m, cases, o, ["chosen", "rejected"])
+
+
+def case_of(front, shown, job, o):
+    """(data.Pair, PIL image) of a job."""
+    picture = data.read_image(shown[job.image]["images"][0])
+    if job.kind == "blank":
+        picture = data.rejected_image("blank", picture, 0, "")
+    pair, _ = tokenise(front, shown[job.pair], o, (picture.size,))
+    return pair, picture
+
+
+def divergence(m, shown, o):
+    """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
+    front = m.front
+    pictures = [data.read_image(record["images"][0]) for record in shown]
+    questions = [record["question"] for record in shown]
+    size = 64 if front.is_classroom else 16
+    images = [[picture] for picture in pictures]
+    texts = vlm.generate(m, images, questions, o.max_new_tokens, size, sample_seed=o.eval_seed)
+    cases = []
+    for question, picture, text in zip(questions, pictures, texts, strict=True):
+        sizes = (picture.size,)
+        prompt = front.prompt_ids(question, sizes)
+        ids = front.tokenizer(text, add_special_tokens=False).input_ids
+        answer = [token for token in ids if token != front.image_token_id]
+        answer = [*answer, front.eos_id][:o.max_new_tokens]
+        pair = data.Pair("", prompt, prompt, answer, [], sizes)
+        cases.append((pair, picture))
+    policy = logps_of(m, cases, o, ["chosen"])
+    with vlm.base_of(m) as base:
+        reference = logps_of(base, cases, o, ["chosen"])
+    return (policy - reference)[:, 0]
+
+
+@torch.no_grad()
+def logps_of(m, cases, o, fields):
+    """Fields of losses.Logps of (data.Pair, its picture)s: (C, len(fields))."""
+    cases = iter(cases)
+    rows = []
+    while some := [*islice(cases, o.micro_batch)]:
+        pairs, pictures = zip(*some, strict=True)
+        batch = data.Batch(pairs, m.front.prepare(pictures))
+        features = vlm.encode_images(m, batch)
+        found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
+        columns = [getattr(found, field) for field in fields]
+        rows.append(torch.stack(columns, 1))
+    return torch.cat(rows).double().cpu().numpy()
+
+
+# ---- means ----
+def by_kind(jobs, n, values):
+    """{kind: (n,)} of the jobs' values (J,), n pairs; nan where a pair has no job of a kind."""
+    found = {}
+    for job, value in zip(jobs, values, strict=True):
+        of_kind = found.setdefault(job.kind, np.full(n, np.nan))
+        of_kind[job.pair] = value
+    return found
+
+
+def interval(values, images, seed):
+    """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
+    items = []
+    for image, x in zip(images, values, strict=True):
+        if not np.isnan(x):
+            items.append({"image": image, "sum": x})
+    _, draws = stats.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
+    point = sum(item["sum"] for item in items) / len(items)
+    means = draws["sum"] / draws["n"]
+    low, high = stats.interval(means, point)
+    return [round(float(x), 6) for x in (point, low, high)]

@@ -1,0 +1,234 @@
+"""What a run can be told: the options, the fields behind --set, the presets; and what its folder is called.
+
+Every value of a preset is tagged: p = the paper, c = its official code, o = ours. Sources: mDPO, arXiv
+2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
+import hashlib
+import math
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import data
+import losses
+from data import UserError
+from model import command
+from model.command import behind_set, option
+
+DAMAGED = tuple(data.REJECTED)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
+    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
+    model: str = option("classroom", "a llava-hf folder, or classroom")
+    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
+    val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
+    image_root: str = option("", "where image paths start (default: the folder of --data)")
+    out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
+    loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
+    beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
+    delta: float = option(0.0, "the reward that AncPO holds the chosen above")
+    anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
+    image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
+                                 choices=(*DAMAGED, "none"))
+    forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
+                          choices=("packed", "naive"))
+    epochs: int = option(3, "passes over the pairs", above=0)
+    max_steps: int = option(0, "stop after so many steps; 0: all", at_least=0)
+    batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
+    micro_batch: int = option(8, "pairs per forward", above=0)
+    lr: float = option(2e-4, "peak learning rate", above=0)
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
+                         off="--no-lora")
+    seed: int = option(0, "pairs, LoRA, order and draws")
+    eval_seed: int = option(0, "the scenes of the printed table")
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
+    skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
+    shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
+    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16", "float64"))
+    dry_run: bool = option(False, "only say what the run would need: steps, tokens, GiB a GPU")
+
+    lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
+    lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
+                                   "model's, a name with dots any layer whose full name ends so "
+                                   "(multi_modal_projector.linear_1) (default: all of the language model)")
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta")
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta")
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
+    warmup: float = behind_set(0.1, "share of all steps in which the learning rate rises", at_least=0)
+    max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
+                                 above=0)
+    template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
+                               "(default: the model folder's own)")
+    images: str = behind_set("", "pad: pad pictures to a square first (default: as the model folder says)",
+                             choices=("", "pad"))
+    redraw: bool = behind_set(False, "a fresh rejected image every epoch")
+    crop_pixels: bool = behind_set(False, "crop the prepared pixels, padding and all, not the picture")
+    official: bool = behind_set(False, "a paper's preset with the departures of its official code")
+    checkpointing: bool = behind_set(False, "recompute activations in the backward, which saves memory")
+    check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
+    workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    save_every: int = behind_set(50, "steps between checkpoints", above=0)
+    pairs: int = behind_set(1000, "pairs of the classroom", above=0)
+    pair_options: str = behind_set("", "more options of classroom/pairs.py")
+    scenes: int = behind_set(1000, "scenes of the classroom's printed table", above=0)
+    questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
+    split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
+                            choices=("print", "tune"))
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
+                           at_least=0)
+    max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
+    eval_data: str = behind_set("", "a small file of POPE's, or of questions about COCO images, asked too")
+    eval_images: str = behind_set("", "the folder of its images (default: its own)")
+    eval_annotations: str = behind_set("", "for questions about COCO images: COCO's annotations, for CHAIR")
+    eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
+    device: str = behind_set("", "cuda, mps or cpu (default: the first of these that is there)",
+                             choices=("", "cuda", "mps", "cpu"))
+
+
+_MDPO = dict(
+    loss="mdpo", image_rejected="crop", beta=0.1, delta=0.0, epochs=3, batch=32, lr=1e-5, warmup=0.1,      # p
+    lora_r=64, lora_alpha=128,                                                                             # p
+    weight_decay=0.05, adam_beta2=0.98, clip=1.0, max_length=2048, template="vicuna", micro_batch=4,       # c
+)
+PRESETS = {
+    "classroom": {},                                                                                       # o
+    "mdpo-bunny": _MDPO,
+    "mdpo-llava": _MDPO,
+    "pds-llava": dict(
+        loss="dpo", epochs=2, batch=8, lr=1e-5, micro_batch=1,                                             # p
+        warmup=0.03, beta=0.1, lora_r=128, lora_alpha=256, weight_decay=0.0, adam_beta2=0.999, clip=1.0,   # c
+        max_length=5012, template="vicuna", images="pad",                                                  # c
+    ),
+}
+# Where the official codes depart from the papers or from our defaults: {field: (value, what it is)}. mDPO's
+# code draws the crop anew in every forward, for policy and reference apart; ours see the same one.
+_MDPO_CODE = {
+    "weight_decay": (0.05, "AdamW's weight decay, which the paper does not give"),
+    "adam_beta2": (0.98, "AdamW's second beta, which the paper does not give"),
+    "crop_pixels": (True, "the rejected image is a crop of the padded and normalised pixels"),
+    "redraw": (True, "a fresh crop every epoch")}
+OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE,
+            "pds-llava": {"weight_decay": (0.0, "AdamW's weight decay, which the paper does not give"),
+                          "adam_beta2": (0.999, "AdamW's second beta, which the paper does not give"),
+                          "batch": (2, "two GPUs of one pair, without the paper's accumulation over four")}}
+
+
+def parse(argv, description):
+    """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
+    chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
+    defaults = command.preset(PRESETS, chosen)
+    name = chosen.get("preset", "classroom")
+    for field in ("model", "data"):
+        if name != "classroom" and field not in chosen:
+            raise UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
+    if chosen.get("official"):
+        defaults = defaults | {field: value for field, (value, _) in OFFICIAL.get(name, {}).items()}
+    o = Options(**defaults | chosen)
+    check(o)
+    return o
+
+
+def check(o):
+    """Raise UserError where a value does not fit another."""
+    try:
+        needs = needs_of(o)
+    except ValueError as e:
+        raise UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
+    if o.image_rejected == "none" and "image_rejected" in needs:
+        raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
+                             "use --loss dpo")
+    if o.official and o.preset not in OFFICIAL:
+        raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
+                             f"of {', '.join(OFFICIAL)}")
+    if o.crop_pixels and o.image_rejected not in data.AREAS:
+        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
+                             f"{o.image_rejected}")
+    if o.batch % o.micro_batch:
+        raise UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
+
+
+def loss_of(o):
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
+    return losses.resolve(o.loss, anchors=o.anchors)
+
+
+def needs_of(o):
+    """The fields of losses.Logps that a run computes. Raises ValueError."""
+    return losses.needs(loss_of(o)) | {"chosen"}
+
+
+def steps_of(o, n):
+    """The optimiser steps of a run on n pairs."""
+    steps = o.epochs * math.ceil(n / o.batch)
+    return min(steps, o.max_steps or steps)
+
+
+def dtype_of(o, device):
+    """The base's type on a kind of device: auto is bfloat16 on a GPU."""
+    if o.dtype != "auto":
+        return o.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def departures(o):
+    """With official=true: what was taken from the official code, for the log."""
+    taken = OFFICIAL.get(o.preset, {}) if o.official else {}
+    return [f"{name} {value}: {what}" for name, (value, what) in taken.items() if getattr(o, name) == value]
+
+
+# ---------------------------------------------------------------------------------------- the run's folder
+def run_folder(o):
+    """The run's folder. Its default name holds a hash of the options and of losses.py: an edit, a new run."""
+    if o.out:
+        return Path(o.out)
+    text = repr(sorted(asdict(o).items())) + losses_source()
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def losses_source():
+    return Path(losses.__file__).read_text()
+
+
+def claim(out, o):
+    """Lock the folder; returns the lock. Raises UserError where another run uses it, or has other options."""
+    lock = command.claim(out)
+    log = out / "log.jsonl"
+    first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
+    if not first:
+        return lock
+    there = asdict(Options()) | first.get("options", {})           # a log of before an option was there
+    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in asdict(o).items()
+              if name != "out" and there[name] != value]
+    if first.get("losses_source") != losses_source():
+        differ.append("losses.py was edited since")
+    now = data_identity(o)
+    if now and first.get("data_identity", now) != now:
+        differ.append(f"{o.data} has changed since")
+    if differ:
+        raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
+                             "give another folder")
+    return lock
+
+
+def data_identity(o):
+    """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
+    return command.identity(o.data) if o.data != "classroom" and Path(o.data).exists() else ""
+
+
+def provenance(o):
+    """What a run depends on besides its options, for the first line of its log."""
+    packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),
+            "data_identity": data_identity(o)}

@@ -1,0 +1,474 @@
+"""Preference pairs in every public format, and their check.
+
+    records = Records("pairs.jsonl")    # indexes the file; a record is parsed when it is asked for
+    good = check(records)               # every record and image, once; the faults on stderr, one a line
+    pair = records[good[0]]             # id images images_rejected question history chosen rejected meta
+
+Formats, detected by their keys, in JSON lines, a JSON array or parquet, and where each is published:
+    native      question chosen rejected image (history meta image_rejected)     this project's own
+    mdpo        img_path prompt chosen rejected                                  luka-group/mDPO
+    llava       conversations rejected_conversations image                       PDS-DPO; YiyangZhou/POVID
+    rlhf-v      text (object or string of: question chosen rejected) image       openbmb/RLHF-V-Dataset
+    rlaif-v     question chosen rejected ds_name image (path or {bytes path})    openbmb/RLAIF-V-Dataset
+    vlfeedback  prompt img_path completions (of: annotations response)           MMInstruction/VLFeedback
+    llava-rlhf  conversations output_1 output_2 preference image               zhiqings/LLaVA-Human-Preference
+    ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
+    trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
+Ours, where a format leaves a choice:
+ 1. vlfeedback: only ids `llava-...` (LLaVA-Instruct, as in mDPO) where there are any; best against worst mean
+    rating; of more than 10,000 pairs a sample by a hash of the id. `Records.dropped` counts what is left out.
+ 2. ha-dpo: images lie where Visual Genome's image_data.json in the image root says, else at VG_100K/ID.jpg;
+    `correct` answers are left out (official); a description's texts are one seeded draw per image.
+ 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs is in `meta`."""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+from array import array
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+from data import UserError, draw, hash64, read_image
+
+
+# ---- the formats: raw record -> what it has elsewhere than native: image, question, chosen, rejected ----
+# image: one, or a list. question: a text, or all turns. chosen, rejected: a text, or turns that end with it.
+def native(raw):
+    return {"question": [*chain(*raw.get("history") or ()), raw["question"]]}
+
+
+def mdpo(raw):
+    inner = re.search(r"USER:(.*)ASSISTANT:", raw["prompt"], re.DOTALL)
+    return {"image": raw["img_path"], "question": inner[1] if inner else raw["prompt"]}
+
+
+def llava(raw):
+    turns = raw["conversations"]
+    return {"question": turns[:-1], "chosen": turns, "rejected": raw.get("rejected_conversations")}
+
+
+def rlhf_v(raw):
+    """RLHF-V's pair is in `text`, an object or the text of one; RLAIF-V's is in the record itself."""
+    pair = raw.get("text") or raw
+    if isinstance(pair, str):
+        pair = json.loads(pair)
+    return pair | {"image": raw.get("image") or raw.get("image_path")}
+
+
+def vlfeedback(raw):
+    worst, *_, best = _by_rating(raw)
+    return {"image": raw["img_path"], "question": raw["prompt"], "chosen": best, "rejected": worst}
+
+
+def llava_rlhf(raw):
+    turns, first, second = raw["conversations"], [raw["output_1"]], [raw["output_2"]]
+    role, _ = _turn(turns[-1])
+    if role == "assistant":
+        turns = turns[:-1]
+    chosen, rejected = {1: (first, second), 2: (second, first)}[raw["preference"]]
+    return {"question": turns, "chosen": chosen, "rejected": rejected}
+
+
+def ha_dpo(raw):
+    """A question with its answers, or, without a question, several descriptions of an image."""
+    found = {"image": f"VG_100K/{raw['image_id']}.jpg"}
+    if "question" in raw:
+        return found | {"rejected": raw.get("reject", raw.get("rejected"))}
+    rng = draw("ha-dpo", raw["image_id"])
+    texts = {"question": DESCRIBE, "chosen": raw["chosen"], "rejected": raw["rejected"]}
+    return found | {key: rng.choice(some).item() for key, some in texts.items()}
+
+
+def trl(raw):
+    return {"image": raw.get("images", raw.get("image")), "question": raw["prompt"]}
+
+
+FORMATS = {  # name: (the keys that it is detected by, in this order; its function)
+    "vlfeedback": ("prompt completions", vlfeedback),
+    "llava-rlhf": ("output_1 output_2", llava_rlhf),
+    "mdpo": ("img_path prompt", mdpo),
+    "llava": ("conversations", llava),
+    "ha-dpo": ("image_id chosen", ha_dpo),
+    "rlhf-v": ("text image", rlhf_v),
+    "rlaif-v": ("question ds_name", rlhf_v),
+    "native": ("question", native),
+    "trl": ("prompt chosen", trl)}
+ROLES = ["user", "assistant"]
+SAMPLE = 10_000                                                 # pairs of VLFeedback at most
+NO_IDS = ("llava-rlhf", "ha-dpo", "rlhf-v", "rlaif-v")          # or ids that repeat
+DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
+            "Please provide a detailed description of the picture.",
+            "Could you describe the contents of this image for me?")
+
+
+# ---- what several formats share ----
+def _turn(raw):
+    """(role, text) of a turn in LLaVA's or OpenAI's layout."""
+    role, text = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
+    if isinstance(text, list):
+        text = "".join(part.get("text") or "" for part in text)
+    return {"human": "user", "gpt": "assistant", "llava": "assistant"}.get(role, role), text
+
+
+def _response(turns):
+    """The text of a response, which is its last turn, a text already, or None."""
+    if isinstance(turns, list) and isinstance(turns[-1], dict):
+        _, turns = _turn(turns[-1])
+    if not isinstance(turns, str | None):
+        raise UserError("chosen or rejected is not text; fix the record")
+    return turns
+
+
+def _dialogue(turns):
+    """(history, question) of turns, or of texts by turns; a system message leads the first question."""
+    system, roles, texts = "", [], []
+    for turn in turns:
+        if isinstance(turn, str):
+            turn = {"role": ROLES[len(roles) % 2], "content": turn}
+        role, text = _turn(turn)
+        if role == "system":
+            system += text + "\n\n"
+        else:
+            roles.append(role)
+            texts.append(text.replace("<image>", "").strip())
+    if roles != ROLES * (len(roles) // 2) + ["user"]:
+        raise UserError("the turns are not user, assistant, user, ..., assistant; fix the conversation")
+    texts[0] = system + texts[0]
+    return [texts[k:k + 2] for k in range(0, len(texts) - 1, 2)], texts[-1]
+
+
+def _by_rating(raw):
+    """The texts of VLFeedback's rated completions, worst mean first; [] where all are tied. "N/A" is none."""
+    answers, means, texts = raw.get("completions") or [], {}, {}
+    if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
+        answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
+    for k, answer in enumerate(answers):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+            texts[k] = answer["response"]
+            marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
+            means[k] = sum(marks) / len(marks)
+    if len(set(means.values())) < 2:
+        return []
+    return [texts[k] for k in sorted(means, key=means.get)]
+
+
+# ---- what the papers leave out: all raw records -> {number: the reason} ----
+def _not_sampled(raws):
+    """LLaVA-Instruct's part of VLFeedback stays, where there is any, without ties: at most SAMPLE records."""
+    ids, reasons = [], {}
+    for k, raw in enumerate(raws):
+        ids.append(str(raw.get("id")))
+        if not _by_rating(raw):
+            reasons[k] = "tied or no ratings"
+    others = [k for k, id in enumerate(ids) if not id.startswith("llava-")]
+    if len(others) < len(ids):
+        reasons |= dict.fromkeys(others, "not of LLaVA-Instruct")
+    left = [k for k in range(len(ids)) if k not in reasons]
+    left.sort(key=lambda k: hash64("sample", ids[k]))
+    return reasons | dict.fromkeys(left[SAMPLE:], f"beyond a sample of {SAMPLE}")
+
+
+def _correct(raws):
+    return {k: "answered correctly" for k, raw in enumerate(raws) if raw.get("correct")}
+
+
+LEAVE_OUT = {"vlfeedback": _not_sampled, "ha-dpo": _correct}
+
+
+# ---- a file's raw records, by their number in it ----
+class Lines:
+    """JSON lines: only where they begin is in memory."""
+    unit = "line"
+
+    def __init__(self, path):
+        self.path, self.starts, self.numbers, at = path, array("q"), array("q"), 0
+        with data.reading(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    self.starts.append(at)
+                    self.numbers.append(number)
+                at += len(line)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, k):
+        with data.reading(self.path) as file:
+            file.seek(self.starts[k])
+            return data.parse(file.readline().rstrip(), self.path, self.numbers[k])
+
+
+class Array(list):
+    """A JSON array, or one object {image id: record} (HA-DPO's), read whole."""
+    unit = "line"
+
+    def __init__(self, path):
+        self.path, rows = path, data.read_json(path)
+        if isinstance(rows, dict):
+            rows = [{"image_id": name, **row} for name, row in rows.items()]
+        super().__init__(rows)
+
+    @functools.cached_property
+    def numbers(self):
+        """The line in which each record begins: found when the first fault is to be named."""
+        text, decoder, at, end, line, found = data.read_text(self.path), json.JSONDecoder(), 0, 0, 1, []
+        before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
+        for _ in self:
+            begin = before.match(text, end).end()
+            line += text.count("\n", at, begin)
+            found.append(line)
+            _, end = decoder.raw_decode(text, begin)
+            at = begin
+        return found
+
+
+class Parquet(Lines):
+    """Parquet: only a row group or two are in memory."""
+    unit = "record"
+
+    def __init__(self, path):
+        self.path, about = path, _parquet(path)
+        sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
+        self.first = np.cumsum([0, *sizes])                         # record of each group
+        self.numbers = range(1, about.num_rows + 1)
+
+    def __getitem__(self, k):
+        group = int(np.searchsorted(self.first, k, "right")) - 1
+        return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _parquet(path, group=None):
+    """The metadata of a parquet file, or one of its row groups as a table."""
+    try:
+        import pyarrow.parquet as pq
+        file = pq.ParquetFile(path, memory_map=True)
+        return file.metadata if group is None else file.read_row_group(group)
+    except ImportError as error:
+        raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
+    except ValueError as error:                         # pyarrow's ArrowInvalid
+        raise UserError(f"{path} is no readable parquet ({error}); fetch it again") from error
+
+
+def _opened(path):
+    """A file's raw records, by what the file begins with."""
+    with data.reading(path) as file:
+        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"PAR1"):
+        return Parquet(path)
+    if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
+        return Array(path)
+    return Lines(path)
+
+
+# ---- the records ----
+class Records:
+    """A file's records, normalised when asked for; `dropped` counts what the papers leave out."""
+
+    def __init__(self, path, image_root=None):
+        self.path, self.raw = str(path), _opened(str(path))
+        self.root = os.path.realpath(image_root or Path(path).parent)
+        self.keep, reasons = np.arange(len(self.raw)), {}
+        if not len(self):
+            raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
+        self.format = self._detected()
+        self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
+        if self.format in LEAVE_OUT:
+            reasons = LEAVE_OUT[self.format](map(self._raw, range(len(self))))
+        self.dropped = Counter(reasons.values())
+        self.keep = np.delete(self.keep, list(reasons))
+
+    def _detected(self):
+        """The name of the format, by the first record that can be read."""
+        for i in range(len(self)):                      # one broken record must not hide what the others are
+            with contextlib.suppress(UserError):
+                keys = self._raw(i).keys()
+                break
+        else:
+            self._raw(0)                                # raises
+        for name, (wanted, _) in FORMATS.items():
+            if keys >= set(wanted.split()):
+                return name
+        known = "; ".join(f"{name} ({wanted} ...)" for name, (wanted, _) in FORMATS.items())
+        raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
+                        f"them to those of one of these: {known}")
+
+    def __len__(self):
+        return len(self.keep)
+
+    def place(self, i):
+        """FILE, line N: for messages."""
+        return f"{self.path}, {self.raw.unit} {self.raw.numbers[self.keep[i]]}"
+
+    def where(self, i):
+        """FILE, line N (id X): for messages."""
+        return f"{self.place(i)} (id {self._id(self._raw(i), i)})"
+
+    def _raw(self, i):
+        found = self.raw[self.keep[i]]                  # beyond the last: IndexError, which ends a loop
+        return found if isinstance(found, dict) else data.as_record(found, self.place(i))
+
+    def _id(self, raw, i):
+        own = None if self.format in NO_IDS else raw.get("id")
+        return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
+
+    def __getitem__(self, i):
+        raw = self._raw(i)
+        try:
+            return {"id": self._id(raw, i), **self._fields(raw)}
+        except KeyError as error:
+            problem = f"key {error} is missing; add it"
+        except UserError as error:
+            problem = error
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            problem = f"not laid out as {self.format} is ({error}); fix the record"
+        raise UserError(f"{self.where(i)}: {problem}")
+
+    def _fields(self, raw):
+        _, read = FORMATS[self.format]
+        found = raw | read(raw)
+        turns = found["question"]
+        history, question = _dialogue([turns] if isinstance(turns, str) else turns)
+        own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
+        return {"images": self._images(found.get("image")),
+                "images_rejected": self._images(raw.get("image_rejected")) or None,
+                "question": question, "history": history, "chosen": _response(found["chosen"]),
+                "rejected": _response(found.get("rejected")), "meta": own | (raw.get("meta") or {})}
+
+    def _images(self, images):
+        """Paths inside the image root, or bytes, of what a record has under an image's key."""
+        found = []
+        for image in images if isinstance(images, list) else [images]:
+            if image is None:
+                continue
+            if isinstance(image, dict):                     # as Hugging Face's datasets hold images
+                image = image.get("bytes") or image.get("path")
+            if isinstance(image, str):
+                image = data.inside(self.root, self.genome.get(image, image), "image")
+            elif not isinstance(image, bytes):
+                raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
+            found.append(image)
+        return found
+
+
+def _genome(root):
+    """{VG_100K/ID.jpg: where it is} by Visual Genome's image_data.json in the image root, if it is there."""
+    path, found = os.path.join(root, "image_data.json"), {}
+    for row in data.read_records(path) if os.path.exists(path) else ():
+        _, _, url = row.get("url", "").partition("VG_100K")
+        found[f"VG_100K/{row.get('image_id')}.jpg"] = f"VG_100K{url}"
+    return found
+
+
+# ---- the full check ----
+def check(records, needs_image=False, skip_bad=False, cache_dir=None):
+    """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
+
+    Every image is decoded once. cache_dir: a folder of the run; the outcome stays there, and holds until the
+    data or an image changes size or time."""
+    faults = _kept_check(records, needs_image, cache_dir)
+    for _, _, text in faults:
+        print(text, file=sys.stderr)
+    bad = {i for i, _, _ in faults}
+    share = f"{len(bad)} of {len(records)} records of {records.path}"
+    if bad and not skip_bad:
+        raise UserError(f"{share} are faulty (listed above); fix them or pass --skip_bad")
+    if len(bad) == len(records):
+        raise UserError(f"{records.path} has no usable record; fix it or give an --image_root")
+    if bad:
+        kinds = Counter(kind for _, kind, _ in faults)
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        print(f"--skip_bad left out {share} ({counts})", file=sys.stderr)
+    return [i for i in range(len(records)) if i not in bad]
+
+
+def _kept_check(records, needs_image, folder):
+    """_full_check's faults, or those that an earlier check has left in `folder`."""
+    path = os.path.abspath(records.path)
+    kept = Path(folder or "") / f"check-{hash64(path, _stat(path), records.root, needs_image)}.json"
+    if folder and kept.exists():
+        with contextlib.suppress(UserError):            # torn
+            found = data.read_json(kept)
+            if all(_stat(image) == stat for image, stat in found["images"].items()):
+                return found["faults"]
+    faults, images = _full_check(records, needs_image)
+    if folder:
+        with contextlib.suppress(OSError, UserError):   # a full disk, or a folder to read only: nothing stays
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            data.atomic_write(kept, json.dumps({"images": images, "faults": faults}))
+    return faults
+
+
+def _stat(path):
+    with contextlib.suppress(OSError):
+        stat = os.stat(path)
+        return [stat.st_size, stat.st_mtime_ns]
+
+
+def _full_check(records, needs_image):
+    """([(index, kind, sentence)], {an image's path: its size and time}). Threads decode the images."""
+    faults, first, shown_by = [], {}, {}     # {id: index}; {path, or index of a record with bytes: indices}
+    for i in tqdm(range(len(records)), "checking records", delay=1, disable=None):
+        try:
+            record = records[i]
+        except UserError as error:
+            faults.append((i, "unreadable record", str(error)))
+            continue
+        wrong, before = [*_text_faults(record, needs_image)], first.setdefault(record["id"], i)
+        if before != i:
+            where = records.place(before)
+            wrong.append(("duplicate id", f"the id is a duplicate of that at {where}; rename one"))
+        faults += [(i, kind, f"{records.where(i)}: {says}") for kind, says in wrong]
+        for image in record["images"] + (record["images_rejected"] or []):
+            shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
+    stats = {image: _stat(image) for image in shown_by if isinstance(image, str)}
+    with ThreadPoolExecutor() as pool:
+        looked = tqdm(pool.map(_image_fault, repeat(records), shown_by), "checking images", len(shown_by),
+                      delay=1, disable=None)
+        for indices, says in zip(shown_by.values(), looked, strict=True):
+            for i in indices if says else ():
+                faults.append((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
+    return sorted(set(faults)), stats
+
+
+def _text_faults(record, needs_image):
+    """Yields (kind, sentence): what is wrong with a record, its images' files apart."""
+    images, texts = record["images"], []
+    for name in ("chosen", "rejected"):
+        text = record[name]
+        if text is None:
+            yield "missing key", f"key '{name}' is missing; add it"
+        elif not text.strip():
+            yield "empty response", f"the {name} response is empty; write or delete it"
+        else:
+            texts.append(text.strip())
+    if len(texts) > len(set(texts)):
+        yield "identical responses", "chosen and rejected are identical; fix or delete it"
+    if needs_image and not images:
+        yield "missing image", "there is no image and this loss needs one; add it or choose dpo"
+    if len(record["images_rejected"] or images) != len(images):
+        yield "rejected images", "image and image_rejected differ in number; give as many"
+
+
+def _image_fault(records, key):
+    """A sentence where an image cannot be read, or one of the record with this index."""
+    try:
+        if isinstance(key, str):
+            read_image(key)
+        else:
+            record = records[key]
+            for image in record["images"] + (record["images_rejected"] or []):
+                read_image(image)
+    except UserError as error:
+        return str(error).replace(records.root + os.sep, "")       # as the records have it

@@ -1,0 +1,74 @@
+"""The frozen reference's log-probs, kept per pair under a key of all that they were made from.
+
+The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw of the
+rejected image); which base it was is checked when a run resumes. Part of train_dpo.py.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+
+import torch
+
+import losses
+from model import vlm
+
+FIELDS = ("chosen", "rejected", "image_rejected")
+
+
+class Reference:
+    """reference(batch, features) -> losses.Logps of the model as it was before training.
+
+    What was scored is in `logps` (n, 3), under `key` (n,): both are part of the checkpoint. A pair whose key
+    differs, as all do in each epoch with `--set redraw=true`, is scored anew.
+    """
+    def __init__(self, n, model, forward, needs, ranks, together=False):
+        """needs: the fields to compute. together: all ranks run a forward, or none (--shard)."""
+        self.logps = torch.zeros(n, len(FIELDS), dtype=torch.float64)
+        self.key = torch.zeros(n, dtype=torch.int64)
+        self.model = model
+        self.forward = forward
+        self.needs = needs
+        self.ranks = ranks
+        self.together = together
+        self.columns = {field: i for i, field in enumerate(FIELDS) if field in needs}
+        self.new = []                                       # places this rank added since the last sync
+
+    def __call__(self, batch, features):
+        keys = torch.tensor(batch.keys)
+        known = self.key[batch.places]
+        stale = not torch.equal(known, keys)
+        if self.together:
+            stale = any(self.ranks.gather(stale))
+        if stale:
+            self.score(batch, features)
+            self.key[batch.places] = keys
+            self.new += batch.places
+        exact = torch.promote_types(self.model.model.dtype, torch.float32)
+        kept = self.logps[batch.places].to(exact)
+        kept = kept.to(self.model.device)                                                       # (B, 3)
+        fields = {field: kept[:, i] for field, i in self.columns.items()}
+        for name in ("chosen", "rejected"):
+            lengths = [len(getattr(pair, name)) for pair in batch.pairs]
+            fields[f"{name}_tokens"] = kept.new_tensor(lengths)
+        return losses.Logps(**fields)
+
+    @torch.no_grad()
+    def score(self, batch, features):
+        """Keep the log-probs of a batch. Where something in front of the language model trains, the policy's
+        features are not the base's."""
+        trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
+        in_front = [name for name in trained if not {"language_model", "lm_head"} & {*name.split(".")}]
+        with vlm.base_of(self.model) as base:
+            if in_front:
+                features = vlm.encode_images(base, batch)
+            found = self.forward(base, batch.pairs, features, self.needs)
+        for field, i in self.columns.items():
+            logps = getattr(found, field)
+            self.logps[batch.places, i] = logps.cpu().double()
+
+    def sync(self):
+        """Give every rank what the others have added: a pair is scored by one rank."""
+        added = self.new, self.logps[self.new], self.key[self.new]
+        for places, logps, key in self.ranks.gather(added):
+            self.logps[places] = logps
+            self.key[places] = key
+        self.new = []

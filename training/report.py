@@ -1,0 +1,245 @@
+"""A run as one HTML file.
+
+    python report.py runs/NAME         writes runs/NAME/report.html, in a second
+
+train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
+curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
+(words.json), and the first dozen images with both answers (before.jsonl, after.jsonl).
+"""
+import sys
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+import data
+from evaluation import metrics, page
+
+CURVES = (                                                 # title, what it says, {key of a log line: label}
+    ("Loss", "", {"loss": "loss"}),
+    ("Margins", "reward of chosen minus rejected; of the true image minus the other",
+     {"rewards/margins": "answers", "rewards/image_margins": "images"}),
+    ("Accuracies", "share of pairs with a positive margin",
+     {"rewards/accuracies": "answers", "rewards/image_accuracies": "images"}),
+    ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
+     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
+    ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
+IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
+SIDES = {"true": "image", "other": "other_image"}           # whose reward of a word; keys of words.json
+ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
+
+
+# ---- the table: a measure is [value], or [value, low, high] with its 95% interval ----
+def measures(side):
+    """{name: measure} of a side of a summary, or of its difference."""
+    found = {}
+    for name, value in {**side, **side.get("by_kind", {})}.items():
+        if isinstance(value, dict) and "interval" in value:
+            found[name] = [value.get("acc", value.get("change")), *value["interval"]]
+        elif page.num(value) != "–":
+            found[name] = [value, *side.get("intervals", {}).get(name, ())]
+    return found
+
+
+def rows(summary):
+    """[(name, before, after, change)], measures, for what both sides have."""
+    before, after, change = (measures(summary.get(part) or {}) for part in ("before", "after", "difference"))
+    found = []
+    for name, new in after.items():
+        if name in before and name not in ("n", "images", "unparsed"):
+            (value, *_), (old, *_) = new, before[name]
+            difference = change.get(name, [value - old])
+            found.append((metrics.CLASSROOM.get(name, name), before[name], new, difference))
+    return found
+
+
+def table(summary):
+    """Before and after as lines of text, for the terminal."""
+    lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
+    for name, (old, *_), (new, *_), (change, *interval) in rows(summary):
+        form = "9.1f" if interval else "9.4f"
+        spread = "{:10.1f} to {:.1f}".format(*interval) if interval else ""
+        lines.append(f"{name:30}{old:{form}}{new:{form}}{change:+{form}}{spread}")
+    return lines
+
+
+def before_and_after(summary):
+    images, note = (summary.get("after") or {}).get("images"), "On held-out pairs."
+    form, body = "z.4g", []
+    if images:
+        form = "z.1f"
+        note = (f"Percent, on {page.num(images)} images apart from the pairs, with 95% intervals. "
+                "The change is paired by image, and bold where its interval leaves out 0.")
+    for name, before, after, change in rows(summary):
+        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, bold=True)))
+    return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
+
+
+def cell(measure, form, bold=False):
+    """A measure as page.table takes it, its interval in small print; bold where that leaves out 0."""
+    value, low, high = [*measure, None, None][:3]
+    spread = "" if low is None else f"{page.num(low, form)} to {page.num(high, form)}"
+    clear = bold and spread and not low <= 0 <= high
+    return page.num(value, form), spread, "clear" if clear else ""
+
+
+# ---- curves ----
+def figure(title, says, series):
+    """Lines over the steps, {label: [(step, value)]}: faint as logged, strong as a running mean."""
+    steps, values = zip(*sum(series.values(), []), strict=True)
+    box = left, right, low, high = min(steps), max(steps), min(values), max(values)
+    keys, body = "", f"""<path class="rule" d="M0 130H290"/>
+<text x="-6" y="134" text-anchor="end">{page.num(low)}</text>
+<text x="-6" y="14" text-anchor="end">{page.num(high)}</text>
+<text y="147">{page.num(left)}</text><text x="290" y="147" text-anchor="end">{page.num(right)}</text>"""
+    if low < 0 < high:
+        body += path([(left, 0), (right, 0)], "rule", box)
+    for k, (label, points) in enumerate(series.items()):
+        steps, values = zip(*points, strict=True)
+        wide = 1 + len(points) // 40 * 2
+        means = np.convolve(values, np.ones(wide) / wide, "valid").tolist()
+        body += path(points, f"s{k} raw", box)
+        body += path([*zip(steps[wide // 2:], means, strict=False)], f"s{k}", box)
+        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
+                 f'{page.num(means[0])} → {page.num(means[-1])}</span>')
+    return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
+            f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
+
+
+def path(points, kind, box):
+    """A line in a box of 290 by 120; box: the (left, right, low, high) that it shows."""
+    left, right, low, high = box
+    wide, tall = 290 / (right - left or 1), 120 / (high - low or 1)
+    some = points[::max(1, len(points) // 600)]
+    places = " ".join(f"{(x - left) * wide:.1f} {130 - (y - low) * tall:.1f}" for x, y in some)
+    return f'<path class="{kind}" d="M{places}"/>'
+
+
+def curves(steps):
+    figures = ""
+    for title, says, labels in CURVES:
+        series = {}
+        for key, label in labels.items():
+            points = [(line["step"], line[key]) for line in steps if page.num(line.get(key)) != "–"]
+            if points:
+                series[label] = points
+        if series:
+            figures += figure(title, says, series)
+    note = "Faint: each step on its own batch. Strong: a running mean, whose first and last values are below."
+    return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
+
+
+# ---- does the model look? ----
+def held_out(lines):
+    """What `look` found first and last, in a table. lines: those of log.jsonl."""
+    found = [line["look"] for line in lines if line.get("look")]
+    if not found:
+        return ""
+    first, *others = found
+    sides, changes, head = [first], [], ["log p(chosen) − log p(rejected), by the image shown", "before"]
+    if others:
+        last = others[-1]
+        sides, changes = [first, last], [last["margin"], last["margin_true_minus"]]
+        head += ["after", "margin", "true image’s margin minus it"]
+    body = []
+    for kind in first["preference"]:
+        cells = [cell(look["preference"][kind], "+z.2f") for look in sides]
+        cells += [cell(change.get(kind, [None]), "+z.2f", bold=True) for change in changes]
+        body.append((IMAGES[kind], *cells))
+    for key, name in ONCE.items():
+        body.append((name, *(cell(look[key], "z.2f") for look in sides)))
+    note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
+            "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
+            "training taught the model to look; at 0 it changed words alone.")
+    return f'<p class="soft">{note}</p>{page.table(head, body)}'
+
+
+def word_rewards(run):
+    """Answers word by word: the reward of each with its own and with another image."""
+    entries, body = data.read_json(run / "words.json", []), ""
+    rewards = [word[side] for entry in entries for word in entry["words"] for side in SIDES]
+    most = max(map(abs, rewards), default=0)
+    form = "+z.2f" if most >= .2 else "+z.3f"
+    for entry in entries:
+        pictures, words = "", '<div class="w soft">image<i>true</i><i>other</i></div>'
+        for word in entry["words"]:
+            invented = metrics.hallucinated(word["word"], entry["truth"])
+            words += f'<div class="w">{page.marked(word["word"], invented)}'
+            for side in SIDES:
+                reward = word[side]
+                colour, strength = "pos" if reward > 0 else "neg", .6 * abs(reward) / (most or 1)
+                words += (f'<i style="background:rgba(var(--{colour}),{strength:.2f})" '
+                          f'title="{side}: {reward:+.4f}">{page.num(reward, form)}</i>')
+            words += "</div>"
+        for side, key in SIDES.items():
+            if key in entry:
+                total = sum(word[side] for word in entry["words"])
+                pictures += page.picture(run, entry[key], f"{side}: {page.num(total, form)}")
+        body += f'<div class="card row">{pictures}<div>{words}</div></div>'
+    note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
+            "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
+            "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")
+    return body and f'<p class="soft">{note}</p><div class="grid" style="--w:100%">{body}</div>'
+
+
+# ---- answers ----
+def answers(run):
+    """The first dozen images, each with the answers to its first three questions before and after."""
+    (first, *before), (_, *after) = (data.read_jsonl(run / f"{name}.jsonl") for name in ("before", "after"))
+    root, shown, body = (run / first["settings"]["scenes"]).parent, {}, ""
+    for old, new in zip(before, after, strict=False):
+        shown.setdefault(new["image"], []).append((old, new))
+    for image, pairs in list(shown.items())[:12]:
+        said = ""
+        for old, new in pairs[:3]:
+            said += f'<dl><dt class="ask">{escape(new["question"])}</dt>'
+            for side, line in (("before", old), ("after", new)):
+                invented = metrics.hallucinated(line["answer"], new["truth"])
+                said += f'<dt>{side}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
+            said += "</dl>"
+        _, caption = pairs[0]
+        there = ", ".join(caption["truth"].get("present", ()))
+        body += f'<div class="card row">{page.picture(root, image, there)}<div>{said}</div></div>'
+    note = ("The first images examined, in their order: nothing is picked. Below each, what is in it. "
+            "<mark>Underlined in red</mark>: words that the image denies.")
+    return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+
+
+# ---- the page ----
+def write(run):
+    """Write report.html into a run's folder and return its path. Raises UserError where no run is."""
+    run = Path(run)
+    first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
+    steps = [line for line in more if "step" in line]
+    summary = data.read_json(run / "summary.json", {})
+    done = {"options": {}, **first, **(steps[-1] if steps else {}), **summary}
+    o = done["options"]
+    taken = page.num(summary.get("steps", done.get("step")))
+    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, {taken} steps in "
+            f"{page.num(done.get('seconds'))} seconds")
+    for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
+        if name in o:
+            said += f", {name} {o[name]}"
+    said += f", commit {first.get('commit', '–')}"
+    if not summary:
+        said += ", not finished"
+    body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
+    body += page.section("Does the model look?", "", held_out([first, *more]) + word_rewards(run))
+    if "difference" in summary:
+        body += answers(run)
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body))
+    return run / "report.html"
+
+
+def main():
+    parser = data.Parser(prog="report.py", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    try:
+        print(write(parser.parse_args().run))
+    except data.UserError as error:
+        sys.exit(f"report.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
