@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -228,6 +227,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
+    from torch.nn.attention.bias import causal_lower_right
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
