@@ -82,7 +82,7 @@ def answer(m, questions, read, out_path, settings, batch_size, description, rank
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
     make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
-    store.work(items, make, batch_size, description, "answer")
+    store.work(items, make, batch_size, description)
 
 
 def _texts(m, read, max_new_tokens, batch_size, groups):

@@ -122,7 +122,7 @@ def _shown(default):
         return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(f"{x:g}" for x in default)
-    return "none" if default in ("", None) else default
+    return "none" if default == "" else default
 
 
 def _described(fields):
@@ -326,7 +326,7 @@ class Store:
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 
-    def work(self, items, make, size=1, description="", unit="item"):
+    def work(self, items, make, size=1, description=""):
         """The items' rows in their order, without those that failed; only what is missing is made.
 
         make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
@@ -338,8 +338,8 @@ class Store:
         ranks.barrier()                                     # everyone has read what is there before it grows
         groups = data.chunks(items, size)[ranks.rank::ranks.world]
         mine = [group for group in groups if any(item["id"] not in had for item in group)]
-        with tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
-                  disable=ranks.rank > 0 or None) as bar:
+        hidden = True if ranks.rank else None               # None: shown on a terminal only
+        with tqdm(total=len(items), initial=len(had), desc=description, disable=hidden) as bar:
             for group, rows in zip(mine, make(mine), strict=True) if mine else ():
                 new = []
                 for item, row in zip(group, rows, strict=True):

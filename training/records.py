@@ -28,6 +28,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 from array import array
 from collections import Counter
@@ -73,12 +74,11 @@ def vlfeedback(raw):
 
 
 def llava_rlhf(raw):
-    turns, first, second = raw["conversations"], [raw["output_1"]], [raw["output_2"]]
+    turns, outputs, best = raw["conversations"], {1: raw["output_1"], 2: raw["output_2"]}, raw["preference"]
     role, _ = _turn(turns[-1])
     if role == "assistant":
         turns = turns[:-1]
-    chosen, rejected = {1: (first, second), 2: (second, first)}[raw["preference"]]
-    return {"question": turns, "chosen": chosen, "rejected": rejected}
+    return {"question": turns, "chosen": [outputs[best]], "rejected": [outputs[3 - best]]}
 
 
 def ha_dpo(raw):
@@ -144,10 +144,9 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for k, answer in enumerate(answers):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             texts[k] = answer["response"]
-            marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
-            means[k] = sum(marks) / len(marks)
+            means[k] = statistics.fmean(float(mark["Rating"]) for mark in answer["annotations"].values())
     if len(set(means.values())) < 2:
         return []
     return [texts[k] for k in sorted(means, key=means.get)]

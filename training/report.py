@@ -210,7 +210,9 @@ def write(run):
     first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
     steps = [line for line in more if "step" in line]
     summary = data.read_json(run / "summary.json", {})
-    done = {"options": {}, **first, **(steps[-1] if steps else {}), **summary}
+    done = {"options": {}}
+    for line in (first, *steps[-1:], summary):
+        done |= line
     o = done["options"]
     taken = page.num(summary.get("steps", done.get("step")))
     said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, {taken} steps in "
