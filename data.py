@@ -72,7 +72,7 @@ def atomic_write(path, content):
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file
         os.replace(tmp, path)
     except OSError as e:
-        raise UserError(f"{path} could not be written ({e.strerror}); it is as it was: free space there") from e
+        raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
         with contextlib.suppress(OSError):      # where all went well it has been renamed
             tmp.unlink()
@@ -98,7 +98,7 @@ def append_jsonl(path, record):
                 file.truncate(size)
                 raise
     except OSError as e:
-        raise UserError(f"{path} could not be extended ({e.strerror}); it is as it was: free space there") from e
+        raise UserError(f"{path} could not be extended ({e.strerror}) and is as it was; free space") from e
 
 
 def _end_line(file):
