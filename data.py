@@ -54,11 +54,12 @@ def _reflowed(text):
 
 
 # ---- files: what is already written is never lost ----
-def _write_all(fd, text):
-    content = text.encode("utf-8", "backslashreplace") if isinstance(text, str) else text
+def _write_all(file, content):
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
     view = memoryview(content)
     while view:
-        view = view[os.write(fd, view):]
+        view = view[os.write(file.fileno(), view):]
 
 
 def atomic_write(path, content):
@@ -67,12 +68,11 @@ def atomic_write(path, content):
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(tmp, "wb", buffering=0) as file:
-            _write_all(file.fileno(), content)
+            _write_all(file, content)
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file
         os.replace(tmp, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}) and is as it was before; free space "
-                        "or choose another folder, and run the command again") from error
+    except OSError as e:
+        raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
         with contextlib.suppress(OSError):      # where all went well it has been renamed
             tmp.unlink()
@@ -93,13 +93,12 @@ def append_jsonl(path, record):
         with open(path, "ab+", buffering=0) as file:
             size = _end_line(file)
             try:
-                _write_all(file.fileno(), _json_line(record))
+                _write_all(file, _json_line(record))
             except OSError:
                 file.truncate(size)
                 raise
-    except OSError as error:
-        raise UserError(f"{path} could not be extended ({error.strerror}) and keeps its earlier lines; check "
-                        "the folder, free space and run the command again") from error
+    except OSError as e:
+        raise UserError(f"{path} could not be extended ({e.strerror}) and is as it was; free space") from e
 
 
 def _end_line(file):
@@ -139,8 +138,7 @@ def read_text(path):
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); give the right "
-                        "file") from error
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
 
 
 def parse(text, path, line=1, object_hook=None):
@@ -163,8 +161,8 @@ def as_record(value, place):
 
 
 def read_json(path, default=None, kind=object, object_hook=None):
-    """What a JSON file holds; `default` where there is none, unless that is None. kind: dict where nothing
-    else will do. object_hook: see json.loads. Raises UserError."""
+    """What a JSON file holds; `default`, if it is given, where there is none. kind: dict where nothing else
+    will do. object_hook: see json.loads. Raises UserError."""
     if default is not None and not os.path.exists(path):
         return default
     found = parse(read_bytes(path), path, object_hook=object_hook)
@@ -202,6 +200,11 @@ def inside(root, path, what):
     return found
 
 
+def chunks(items, size):
+    """The slices of `size` items of a list or a range; the last may be shorter."""
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 def model_folder(name):
     """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
     own = Path(__file__).resolve().parent / "classroom" / "models"
@@ -217,7 +220,7 @@ def from_folder(kind, folder, what, fix, **options):
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason, *_ = *str(error).strip().splitlines(), type(error).__name__
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
@@ -324,10 +327,6 @@ def patch(record, image, other, rng):
     return found
 
 
-def another(record, image, other, rng):
-    return other()
-
-
 def blank(record, image, other, rng):
     """A picture that is zeros once normalised."""
     return Image.new("RGB", image.size, tuple((MEAN * 255).round().astype(int).tolist()))
@@ -370,7 +369,8 @@ def noise(record, image, other, rng):
 AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8),      # the share that is kept
          "crop80-100": (0.8, 1.0)}
 REJECTED = {name: crop(area) for name, area in AREAS.items()}
-REJECTED |= {"patch": patch, "random": another, "moco": moco, "blank": blank, "noise": noise}
+REJECTED |= {"patch": patch, "random": lambda record, image, other, rng: other(), "moco": moco,
+             "blank": blank, "noise": noise}
 
 
 def rng_of(strategy, seed, id):

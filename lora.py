@@ -151,10 +151,8 @@ def save(model, folder, base_name):
     tensors = {}
     for name, p in lora_parameters(model).items():
         tensors[f"base_model.model.{name}.weight"] = p.detach().float().T.contiguous().cpu()
-    try:
+    with contextlib.suppress(OSError):                              # atomic_write says what is wrong
         os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{folder} cannot hold the adapter ({e}): make room there") from e
     data.atomic_write(Path(folder, "adapter_model.safetensors"),
                       safetensors.torch.save(tensors, {"format": "pt"}))
     data.atomic_write(Path(folder, "adapter_config.json"), json.dumps(config, indent=1, sort_keys=True))
@@ -246,9 +244,9 @@ def write_folder(model, source, out, weights=None):
         model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
         for file in source.iterdir():
             new = temporary / file.name
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name:
-                if not new.exists():
-                    shutil.copyfile(file, new)
+            kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
+            if kept and not new.exists():
+                shutil.copyfile(file, new)
         os.replace(temporary, out)
     except (OSError, ValueError) as e:
         raise UserError(f"{out} cannot hold the model ({e}): make room there") from e

@@ -64,8 +64,8 @@ class Options:
     per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
     generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
     guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each")
-    steps: int = option(28, "of the generator")
-    size: int = option(1024, "pixels; 0: the generator's own")
+    steps: int = option(28, "of the generator", above=0)
+    size: int = option(1024, "pixels; 0: the generator's own", at_least=0)
     seed: int = option(0, "of images, templates and the random scorer")
     paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
     ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
@@ -77,8 +77,9 @@ class Options:
     responders: str = option("", "folders or URLs of vision-language models, with commas")
     scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
     armorm: str = option("", "folder of ArmoRM")
-    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores")
-    batch: int = option(8, "responses at once")
+    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores",
+                           at_least=0)
+    batch: int = option(8, "responses at once", above=0)
     as_official: bool = option(False, "the published pipeline, faults included")
     device: str = option("", "cuda, mps or cpu; none: what is there")
     attributes: str = behind_set("gated", "of ArmoRM: gated, or paper (the mean of HelpSteer's five)",
@@ -92,7 +93,7 @@ class Options:
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
-    chunk: int = behind_set(256, "prompts that are encoded before their images are painted")
+    chunk: int = behind_set(256, "prompts that are encoded before their images are painted", above=0)
 
 
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
@@ -443,10 +444,6 @@ def options(argv):
     stage = ("stage", ("all", *STAGES), "all", "all is the seven from prompts to pairs [all]")
     chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
     o = Options(**(command.preset(PRESETS, chosen) | chosen))
-    for name in ("steps", "batch", "chunk"):
-        command.positive(name, getattr(o, name))
-    if o.size < 0 or o.margin < 0:
-        raise UserError(f"--size {o.size} --margin {o.margin}: give 0 or more")
     if o.writer and not o.per_topic:
         o.per_topic = 30
     official = "-official" if o.as_official else ""

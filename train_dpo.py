@@ -294,7 +294,7 @@ def validate(run, name):
     """Loss, margin and accuracy on val_data, by the same step_loss."""
     n = len(run.val)
     sums = Counter()
-    for places in tqdm(command.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
+    for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
         micro = batches.Micro([*places], len(places), n)
         batch = run.val.batch(micro, [run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)

@@ -79,10 +79,10 @@ def answer(m, questions, read, out_path, settings, batch_size, description, rank
     for place, question in enumerate(questions):
         items.append({"id": place, "hash": _hash(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    store = command.Store(out_path, ranks, {"settings": settings}, unshape=_row,
-                          shape=lambda row: questions[row["id"]].line | {"answer": row["answer"]})
+    store = command.Store(out_path, ranks, {"settings": settings},
+                          shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
     make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
-    store.work(items, make, batch_size, description, "answer")
+    store.work(items, make, batch_size, description)
 
 
 def _texts(m, read, max_new_tokens, batch_size, groups):
@@ -94,13 +94,6 @@ def _texts(m, read, max_new_tokens, batch_size, groups):
         prompts = [question.prompt for question in questions]
         texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         yield [{"answer": text} for text in texts]
-
-
-def _row(place, line):
-    """A line of the finished file -> what was made of its question."""
-    asked = dict(line)
-    said = asked.pop("answer", None)
-    return {"id": place, "hash": _hash(asked), "answer": said}
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",

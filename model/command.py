@@ -60,12 +60,12 @@ def parse(kind, argv, prog, description, positional=()):
         if name not in fields or not equals:             # also an --option's name, though help lists the rest
             raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
         chosen[name] = value(f"--set {item}", text, fields[name])
-    for name in fields.keys() & given.keys():
-        text = given.pop(name)
-        if isinstance(text, str):
-            text = value(f"--{name} {text}", text, fields[name])
-        if text is not None:
-            chosen[name] = text
+    for name, field in fields.items():
+        found = given.pop(name, None)
+        if isinstance(found, str):
+            found = value(f"--{name} {found}", found, field)
+        if found is not None:
+            chosen[name] = found
     return chosen, given
 
 
@@ -87,8 +87,8 @@ def _add(parser, name, field):
         short, _ = KINDS[field.type]
         parser.add_argument(f"--{name}", metavar=short, help=text)
     if "off" in field.metadata:
-        parser.add_argument(field.metadata["off"], dest=name, action="store_const", const=0,
-                            help=f"--{name} 0")
+        off = field.metadata["off"]
+        parser.add_argument(off, dest=name, action="store_const", const=0, help=f"--{name} 0")
 
 
 def value(where, text, field):
@@ -122,7 +122,7 @@ def _shown(default):
         return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(f"{x:g}" for x in default)
-    return "none" if default in ("", None) else default
+    return "none" if default == "" else default
 
 
 def _described(fields):
@@ -158,19 +158,14 @@ class Ranks:
 
     def first(self, work):
         """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
-        if self.world == 1:
-            return work()
-        import torch.distributed as dist
         result, error = None, None
         if self.rank == 0:
             try:
                 result = work()
-            except UserError as e:
-                error = e
-        sent = [result, error]
-        dist.broadcast_object_list(sent)
-        result, error = sent
-        if error is not None:
+            except UserError as wrong:
+                error = wrong
+        (result, error), *_ = self.gather((result, error))
+        if error:
             raise error if self.rank == 0 else SystemExit(1)
         return result
 
@@ -270,11 +265,6 @@ def identity(source):
 
 
 # ---- work that resumes ----
-def chunks(items, size):
-    """The slices of `size` items of a list or a range; the last may be shorter."""
-    return [items[at:at + size] for at in range(0, len(items), size)]
-
-
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -283,13 +273,10 @@ class Store:
     group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
     order.
     """
-    def __init__(self, path, ranks=None, head=None, shape=lambda row: row, unshape=lambda n, line: line):
+    def __init__(self, path, ranks=None, head=None, shape=None):
         """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
-        others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
-        the head, from 0; the line) -> its row, where a line has no id and hash.
-        """
-        self.path, self.ranks = Path(path), ranks or Ranks()
-        self.head, self.shape, self.unshape = head, shape, unshape
+        others is refused. shape: a row -> its line in the finished file, where that has no id and hash."""
+        self.path, self.ranks, self.head, self.shape = Path(path), ranks or Ranks(), head, shape
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
@@ -298,25 +285,36 @@ class Store:
         return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
 
     def kept(self, items):
-        """{id: line} of the items that are made: those whose line has the item's hash."""
+        """{id: row} of the items that are made: those whose row has the item's hash."""
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            for number, line in enumerate(lines):
-                for row in line["rows"] if "rows" in line else [self.unshape(number, line)]:
-                    if "hash" in row and wanted.get(row.get("id")) == row["hash"]:
+            if self.shape and file == self.path:
+                lines = [*self.unshaped(items, lines)]
+            for line in lines:
+                for row in line.get("rows", [line]):
+                    if wanted.get(row.get("id"), "") == row.get("hash"):
                         found[row["id"]] = row
         return found
 
+    def unshaped(self, items, lines):
+        """Rows of the finished file's lines, which are in the items' order."""
+        for item, line in zip(items, lines, strict=False):
+            row = line | item
+            if self.shape(row) == line:
+                yield row
+
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now = begun.get("settings"), self.head["settings"]
+        was, now, differ = begun.get("settings"), self.head["settings"], []
         if not isinstance(was, dict):
             raise UserError(f"{file} has no settings in its first line; give another --out")
-        differ = [f"{name} ({str(was.get(name))[:40]}, now {str(now.get(name))[:40]})"
-                  for name in was | now if was.get(name) != now.get(name)]
+        for name in was | now:
+            old, new = was.get(name), now.get(name)
+            if old != new:
+                differ.append(f"{name} ({str(old)[:40]}, now {str(new)[:40]})")
         if differ:
             raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
                             "--out or delete it")
@@ -328,21 +326,20 @@ class Store:
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 
-    def work(self, items, make, size=1, description="", unit="item"):
-        """The items' lines in their order, without those that failed; only what is missing is made.
+    def work(self, items, make, size=1, description=""):
+        """The items' rows in their order, without those that failed; only what is missing is made.
 
         make: groups (lists of `size` items) -> their rows, group by group, None for an item that failed.
         Group g is rank g's (modulo the ranks) and is made whole, so that a resumed run computes in the same
-        batches. Keys of an item that begin with _ are for `make` alone.
+        batches. Keys of an item that begin with _ are for `make` alone. `there`: how many were made before.
         """
         had, ranks = self.kept(items), self.ranks
         self.there = len(had)
         ranks.barrier()                                     # everyone has read what is there before it grows
-        groups = chunks(items, size)
-        mine = [g for g in groups[ranks.rank::ranks.world] if any(item["id"] not in had for item in g)]
-        bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
-                   disable=ranks.rank > 0 or None)
-        with bar:
+        groups = data.chunks(items, size)[ranks.rank::ranks.world]
+        mine = [group for group in groups if any(item["id"] not in had for item in group)]
+        hidden = True if ranks.rank else None               # None: shown on a terminal only
+        with tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, disable=hidden) as bar:
             for group, rows in zip(mine, make(mine), strict=True) if mine else ():
                 new = []
                 for item, row in zip(group, rows, strict=True):
@@ -355,20 +352,8 @@ class Store:
         ranks.barrier()                                     # everyone has read the parts before they go
         rows = [found[item["id"]] for item in items if item["id"] in found]
         if ranks.rank == 0:
-            self.write(rows)
+            lines = [self.shape(row) for row in rows] if self.shape else rows
+            data.write_jsonl(self.path, [self.head, *lines] if self.head else lines)
+            for part in self.parts():
+                part.unlink()
         return rows
-
-    def write(self, rows):
-        """The file, in one move; the parts go."""
-        lines = [self.shape(row) for row in rows]
-        if self.head:
-            lines.insert(0, self.head)
-        data.write_jsonl(self.path, lines)
-        for part in self.parts():
-            part.unlink(missing_ok=True)
-
-
-def positive(name, number):
-    """Raise UserError where an option's number is not above 0 and finite."""
-    if not 0 < number < math.inf:
-        raise UserError(f"{name} is {number}: it must be a number above 0")

@@ -36,7 +36,7 @@ def make_run(run, evil="x", images=14, steps=30):
             side.append(base | {"question": f"describe {evil}", "kind": "caption",
                                 "answer": f"{caption} {evil}",
                                 "truth": {"present": ["dog"], "absent": ["cat"]}})
-            side.append(base | {"question": "is there a cat ?", "kind": "existence",
+            side.append(base | {"id": f"{i}q{evil}", "question": "is there a cat ?", "kind": "existence",
                                 "answer": "yes" + evil,
                                 "truth": {"answer": "no", "choices": ["yes", "no"], "set": "random"}})
     for name, side in sides.items():

@@ -898,7 +898,7 @@ def test_help_names_every_option_within_the_limit():
     with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
         synth.main(["--help"])
     fields = dataclasses.fields(synth.Options)
-    behind = [f.name for f in fields if f.metadata["behind_set"]]
+    behind = [f.name for f in fields if f.metadata.get("behind_set")]
     assert len(fields) - len(behind) == 24 and all(f.metadata["help"] for f in fields)
     for field in fields:
         assert (f"  {field.name}=" if field.name in behind else f"  --{field.name}") in text.getvalue()

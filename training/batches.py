@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import command
 from training.records import Records, check
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -256,8 +255,8 @@ class Batches:
     def begin(self, t):
         """[(Micro, a future of each Read)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
-        places = command.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
-        some = command.chunks(places, self.o.micro_batch)
+        places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
+        some = data.chunks(places, self.o.micro_batch)
         micros = [Micro(each, len(each), len(places)) for each in some]
         while self.o.shard and len(micros) % self.ranks.world:
             micros.append(micros[0]._replace(counts=0))

@@ -28,12 +28,14 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -55,7 +57,7 @@ def mdpo(raw):
 
 def llava(raw):
     turns = raw["conversations"]
-    return {"question": turns[:-1], "chosen": turns, "rejected": raw.get("rejected_conversations")}
+    return {"question": turns[:-1], "chosen": turns, "rejected": raw["rejected_conversations"]}
 
 
 def rlhf_v(raw):
@@ -72,12 +74,11 @@ def vlfeedback(raw):
 
 
 def llava_rlhf(raw):
-    turns, first, second = raw["conversations"], [raw["output_1"]], [raw["output_2"]]
+    turns, outputs, best = raw["conversations"], {1: raw["output_1"], 2: raw["output_2"]}, raw["preference"]
     role, _ = _turn(turns[-1])
     if role == "assistant":
         turns = turns[:-1]
-    chosen, rejected = {1: (first, second), 2: (second, first)}[raw["preference"]]
-    return {"question": turns, "chosen": chosen, "rejected": rejected}
+    return {"question": turns, "chosen": [outputs[best]], "rejected": [outputs[3 - best]]}
 
 
 def ha_dpo(raw):
@@ -94,19 +95,8 @@ def trl(raw):
     return {"image": raw.get("images", raw.get("image")), "question": raw["prompt"]}
 
 
-FORMATS = {  # name: (the keys that it is detected by, in this order; its function)
-    "vlfeedback": ("prompt completions", vlfeedback),
-    "llava-rlhf": ("output_1 output_2", llava_rlhf),
-    "mdpo": ("img_path prompt", mdpo),
-    "llava": ("conversations", llava),
-    "ha-dpo": ("image_id chosen", ha_dpo),
-    "rlhf-v": ("text image", rlhf_v),
-    "rlaif-v": ("question ds_name", rlhf_v),
-    "native": ("question", native),
-    "trl": ("prompt chosen", trl)}
 ROLES = ["user", "assistant"]
 SAMPLE = 10_000                                                 # pairs of VLFeedback at most
-NO_IDS = ("llava-rlhf", "ha-dpo", "rlhf-v", "rlaif-v")          # or ids that repeat
 DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
             "Could you describe the contents of this image for me?")
@@ -122,10 +112,10 @@ def _turn(raw):
 
 
 def _response(turns):
-    """The text of a response, which is its last turn, a text already, or None."""
+    """The text of a response, which is its last turn or a text already."""
     if isinstance(turns, list) and isinstance(turns[-1], dict):
         _, turns = _turn(turns[-1])
-    if not isinstance(turns, str | None):
+    if not isinstance(turns, str):
         raise UserError("chosen or rejected is not text; fix the record")
     return turns
 
@@ -145,7 +135,7 @@ def _dialogue(turns):
     if roles != ROLES * (len(roles) // 2) + ["user"]:
         raise UserError("the turns are not user, assistant, user, ..., assistant; fix the conversation")
     texts[0] = system + texts[0]
-    return [texts[k:k + 2] for k in range(0, len(texts) - 1, 2)], texts[-1]
+    return data.chunks(texts[:-1], 2), texts[-1]
 
 
 def _by_rating(raw):
@@ -154,10 +144,9 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for k, answer in enumerate(answers):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             texts[k] = answer["response"]
-            marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
-            means[k] = sum(marks) / len(marks)
+            means[k] = statistics.fmean(float(mark["Rating"]) for mark in answer["annotations"].values())
     if len(set(means.values())) < 2:
         return []
     return [texts[k] for k in sorted(means, key=means.get)]
@@ -183,14 +172,29 @@ def _correct(raws):
     return {k: "answered correctly" for k, raw in enumerate(raws) if raw.get("correct")}
 
 
-LEAVE_OUT = {"vlfeedback": _not_sampled, "ha-dpo": _correct}
+class Format(NamedTuple):
+    """A published format: `read` is its function above."""
+    keys: str                   # that it is detected by
+    read: Any
+    own_ids: bool = True        # False where they are absent or repeat: the id is FILE:index
+    left_out: Any = None        # all raw records -> {number: the reason}
+
+
+FORMATS = {                     # in the order in which they are tried
+    "vlfeedback": Format("prompt completions", vlfeedback, left_out=_not_sampled),
+    "llava-rlhf": Format("output_1 output_2", llava_rlhf, own_ids=False),
+    "mdpo": Format("img_path prompt", mdpo),
+    "llava": Format("conversations", llava),
+    "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, left_out=_correct),
+    "rlhf-v": Format("text image", rlhf_v, own_ids=False),
+    "rlaif-v": Format("question ds_name", rlhf_v, own_ids=False),
+    "native": Format("question", native),
+    "trl": Format("prompt chosen", trl)}
 
 
 # ---- a file's raw records, by their number in it ----
 class Lines:
     """JSON lines: only where they begin is in memory."""
-    unit = "line"
-
     def __init__(self, path):
         self.path, self.starts, self.numbers, at = path, array("q"), array("q"), 0
         with data.reading(path) as file:
@@ -209,43 +213,27 @@ class Lines:
             return data.parse(file.readline().rstrip(), self.path, self.numbers[k])
 
 
-class Array(list):
-    """A JSON array, or one object {image id: record} (HA-DPO's), read whole."""
-    unit = "line"
-
-    def __init__(self, path):
-        self.path, rows = path, data.read_json(path)
-        if isinstance(rows, dict):
-            rows = [{"image_id": name, **row} for name, row in rows.items()]
-        super().__init__(rows)
-
-    @functools.cached_property
-    def numbers(self):
-        """The line in which each record begins: found when the first fault is to be named."""
-        text, decoder, at, end, line, found = data.read_text(self.path), json.JSONDecoder(), 0, 0, 1, []
-        before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
-        for _ in self:
-            begin = before.match(text, end).end()
-            line += text.count("\n", at, begin)
-            found.append(line)
-            _, end = decoder.raw_decode(text, begin)
-            at = begin
-        return found
-
-
-class Parquet(Lines):
+class Parquet:
     """Parquet: only a row group or two are in memory."""
-    unit = "record"
-
     def __init__(self, path):
         self.path, about = path, _parquet(path)
         sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
         self.first = np.cumsum([0, *sizes])                         # record of each group
-        self.numbers = range(1, about.num_rows + 1)
+
+    def __len__(self):
+        return int(self.first[-1])
 
     def __getitem__(self, k):
         group = int(np.searchsorted(self.first, k, "right")) - 1
         return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
+
+
+def _array(path):
+    """A JSON array, or the values of one object {image id: record} (HA-DPO's), read whole."""
+    rows = data.read_json(path)
+    if isinstance(rows, dict):
+        rows = [{"image_id": name, **row} for name, row in rows.items()]
+    return rows
 
 
 @functools.lru_cache(maxsize=2)
@@ -268,7 +256,7 @@ def _opened(path):
     if head.startswith(b"PAR1"):
         return Parquet(path)
     if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
-        return Array(path)
+        return _array(path)
     return Lines(path)
 
 
@@ -279,15 +267,16 @@ class Records:
     def __init__(self, path, image_root=None):
         self.path, self.raw = str(path), _opened(str(path))
         self.root = os.path.realpath(image_root or Path(path).parent)
-        self.keep, reasons = np.arange(len(self.raw)), {}
+        self.keep, self.dropped = np.arange(len(self.raw)), Counter()
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format = self._detected()
+        self.layout = FORMATS[self.format]
         self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
-        if self.format in LEAVE_OUT:
-            reasons = LEAVE_OUT[self.format](map(self._raw, range(len(self))))
-        self.dropped = Counter(reasons.values())
-        self.keep = np.delete(self.keep, list(reasons))
+        if self.layout.left_out:
+            reasons = self.layout.left_out(map(self._raw, range(len(self))))
+            self.dropped = Counter(reasons.values())
+            self.keep = np.delete(self.keep, list(reasons))
 
     def _detected(self):
         """The name of the format, by the first record that can be read."""
@@ -297,10 +286,10 @@ class Records:
                 break
         else:
             self._raw(0)                                # raises
-        for name, (wanted, _) in FORMATS.items():
-            if keys >= set(wanted.split()):
+        for name, layout in FORMATS.items():
+            if keys >= set(layout.keys.split()):
                 return name
-        known = "; ".join(f"{name} ({wanted} ...)" for name, (wanted, _) in FORMATS.items())
+        known = "; ".join(f"{name} ({layout.keys} ...)" for name, layout in FORMATS.items())
         raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
                         f"them to those of one of these: {known}")
 
@@ -308,8 +297,10 @@ class Records:
         return len(self.keep)
 
     def place(self, i):
-        """FILE, line N: for messages."""
-        return f"{self.path}, {self.raw.unit} {self.raw.numbers[self.keep[i]]}"
+        """FILE, line N (of an array or parquet: record N): for messages."""
+        k = self.keep[i]
+        where = f"line {self.raw.numbers[k]}" if isinstance(self.raw, Lines) else f"record {k + 1}"
+        return f"{self.path}, {where}"
 
     def where(self, i):
         """FILE, line N (id X): for messages."""
@@ -317,10 +308,10 @@ class Records:
 
     def _raw(self, i):
         found = self.raw[self.keep[i]]                  # beyond the last: IndexError, which ends a loop
-        return found if isinstance(found, dict) else data.as_record(found, self.place(i))
+        return data.as_record(found, self.place(i))
 
     def _id(self, raw, i):
-        own = None if self.format in NO_IDS else raw.get("id")
+        own = raw.get("id") if self.layout.own_ids else None
         return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
 
     def __getitem__(self, i):
@@ -336,15 +327,14 @@ class Records:
         raise UserError(f"{self.where(i)}: {problem}")
 
     def _fields(self, raw):
-        _, read = FORMATS[self.format]
-        found = raw | read(raw)
+        found = raw | self.layout.read(raw)
         turns = found["question"]
         history, question = _dialogue([turns] if isinstance(turns, str) else turns)
         own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
         return {"images": self._images(found.get("image")),
                 "images_rejected": self._images(raw.get("image_rejected")) or None,
                 "question": question, "history": history, "chosen": _response(found["chosen"]),
-                "rejected": _response(found.get("rejected")), "meta": own | (raw.get("meta") or {})}
+                "rejected": _response(found["rejected"]), "meta": own | (raw.get("meta") or {})}
 
     def _images(self, images):
         """Paths inside the image root, or bytes, of what a record has under an image's key."""
@@ -418,42 +408,45 @@ def _stat(path):
 
 def _full_check(records, needs_image):
     """([(index, kind, sentence)], {an image's path: its size and time}). Threads decode the images."""
-    faults, first, shown_by = [], {}, {}     # {id: index}; {path, or index of a record with bytes: indices}
-    for i in tqdm(range(len(records)), "checking records", delay=1, disable=None):
+    faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
+    for i in _progress(range(len(records)), "records"):
         try:
             record = records[i]
         except UserError as error:
-            faults.append((i, "unreadable record", str(error)))
+            faults.add((i, "unreadable record", str(error)))
             continue
-        wrong, before = [*_text_faults(record, needs_image)], first.setdefault(record["id"], i)
+        for kind, says in _text_faults(record, needs_image):
+            faults.add((i, kind, f"{records.where(i)}: {says}"))
+        before = first.setdefault(record["id"], i)
         if before != i:
-            where = records.place(before)
-            wrong.append(("duplicate id", f"the id is a duplicate of that at {where}; rename one"))
-        faults += [(i, kind, f"{records.where(i)}: {says}") for kind, says in wrong]
-        for image in record["images"] + (record["images_rejected"] or []):
+            says = f"{records.where(i)}: the id is a duplicate of that at {records.place(before)}; rename one"
+            faults.add((i, "duplicate id", says))
+        for image in _images(record):
             shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
     stats = {image: _stat(image) for image in shown_by if isinstance(image, str)}
     with ThreadPoolExecutor() as pool:
-        looked = tqdm(pool.map(_image_fault, repeat(records), shown_by), "checking images", len(shown_by),
-                      delay=1, disable=None)
-        for indices, says in zip(shown_by.values(), looked, strict=True):
+        looked = pool.map(functools.partial(_image_fault, records), shown_by)
+        for indices, says in _progress(zip(shown_by.values(), looked, strict=True), "images", len(shown_by)):
             for i in indices if says else ():
-                faults.append((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
-    return sorted(set(faults)), stats
+                faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
+    return sorted(faults), stats
+
+
+def _progress(work, what, total=None):
+    return tqdm(work, f"checking {what}", total, delay=1, disable=None)
+
+
+def _images(record):
+    return record["images"] + (record["images_rejected"] or [])
 
 
 def _text_faults(record, needs_image):
     """Yields (kind, sentence): what is wrong with a record, its images' files apart."""
-    images, texts = record["images"], []
-    for name in ("chosen", "rejected"):
-        text = record[name]
-        if text is None:
-            yield "missing key", f"key '{name}' is missing; add it"
-        elif not text.strip():
+    texts, images = {name: record[name].strip() for name in ("chosen", "rejected")}, record["images"]
+    for name, text in texts.items():
+        if not text:
             yield "empty response", f"the {name} response is empty; write or delete it"
-        else:
-            texts.append(text.strip())
-    if len(texts) > len(set(texts)):
+    if texts["chosen"] == texts["rejected"] != "":
         yield "identical responses", "chosen and rejected are identical; fix or delete it"
     if needs_image and not images:
         yield "missing image", "there is no image and this loss needs one; add it or choose dpo"
@@ -464,11 +457,7 @@ def _text_faults(record, needs_image):
 def _image_fault(records, key):
     """A sentence where an image cannot be read, or one of the record with this index."""
     try:
-        if isinstance(key, str):
-            read_image(key)
-        else:
-            record = records[key]
-            for image in record["images"] + (record["images_rejected"] or []):
-                read_image(image)
+        for image in [key] if isinstance(key, str) else _images(records[key]):
+            read_image(image)
     except UserError as error:
         return str(error).replace(records.root + os.sep, "")       # as the records have it

@@ -72,23 +72,37 @@ def before_and_after(summary):
         note = (f"Percent, on {page.num(images)} images apart from the pairs, with 95% intervals. "
                 "The change is paired by image, and bold where its interval leaves out 0.")
     for name, before, after, change in rows(summary):
-        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, bold=True)))
+        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, True)))
     return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
 
 
 def cell(measure, form, bold=False):
     """A measure as page.table takes it, its interval in small print; bold where that leaves out 0."""
-    value, low, high = [*measure, None, None][:3]
-    spread = "" if low is None else f"{page.num(low, form)} to {page.num(high, form)}"
-    clear = bold and spread and not low <= 0 <= high
+    value, *interval = measure
+    spread = " to ".join(page.num(bound, form) for bound in interval)
+    clear = bold and interval and not min(interval) <= 0 <= max(interval)
     return page.num(value, form), spread, "clear" if clear else ""
 
 
 # ---- curves ----
-def figure(title, says, series):
-    """Lines over the steps, {label: [(step, value)]}: faint as logged, strong as a running mean."""
-    steps, values = zip(*sum(series.values(), []), strict=True)
-    box = left, right, low, high = min(steps), max(steps), min(values), max(values)
+def curves(steps):
+    """steps: the lines of log.jsonl that are about a step."""
+    note = "Faint: each step on its own batch. Strong: a running mean, whose first and last values are below."
+    figures = "".join(curve(steps, *about) for about in CURVES)
+    return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
+
+
+def curve(steps, title, says, labels):
+    """One figure, lines over the steps: faint as logged, strong as a running mean. labels: see CURVES."""
+    series = {}
+    for key, label in labels.items():
+        points = [(line["step"], line[key]) for line in steps if page.num(line.get(key)) != "–"]
+        if points:
+            series[label] = points
+    if not series:
+        return ""
+    places, values = zip(*sum(series.values(), []), strict=True)
+    box = left, right, low, high = min(places), max(places), min(values), max(values)
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low)}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high)}</text>
@@ -96,11 +110,11 @@ def figure(title, says, series):
     if low < 0 < high:
         body += path([(left, 0), (right, 0)], "rule", box)
     for k, (label, points) in enumerate(series.items()):
-        steps, values = zip(*points, strict=True)
+        places, values = zip(*points, strict=True)
         wide = 1 + len(points) // 40 * 2
         means = np.convolve(values, np.ones(wide) / wide, "valid").tolist()
         body += path(points, f"s{k} raw", box)
-        body += path([*zip(steps[wide // 2:], means, strict=False)], f"s{k}", box)
+        body += path([*zip(places[wide // 2:], means, strict=False)], f"s{k}", box)
         keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
                  f'{page.num(means[0])} → {page.num(means[-1])}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
@@ -116,39 +130,22 @@ def path(points, kind, box):
     return f'<path class="{kind}" d="M{places}"/>'
 
 
-def curves(steps):
-    figures = ""
-    for title, says, labels in CURVES:
-        series = {}
-        for key, label in labels.items():
-            points = [(line["step"], line[key]) for line in steps if page.num(line.get(key)) != "–"]
-            if points:
-                series[label] = points
-        if series:
-            figures += figure(title, says, series)
-    note = "Faint: each step on its own batch. Strong: a running mean, whose first and last values are below."
-    return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
-
-
 # ---- does the model look? ----
 def held_out(lines):
     """What `look` found first and last, in a table. lines: those of log.jsonl."""
     found = [line["look"] for line in lines if line.get("look")]
     if not found:
         return ""
-    first, *others = found
-    sides, changes, head = [first], [], ["log p(chosen) − log p(rejected), by the image shown", "before"]
-    if others:
-        last = others[-1]
-        sides, changes = [first, last], [last["margin"], last["margin_true_minus"]]
+    first, last, body = found[0], found[-1], []
+    columns, head = [first["preference"]], ["log p(chosen) − log p(rejected), by the image shown", "before"]
+    if len(found) > 1:
+        columns += [last["preference"], last["margin"], last["margin_true_minus"]]
         head += ["after", "margin", "true image’s margin minus it"]
-    body = []
     for kind in first["preference"]:
-        cells = [cell(look["preference"][kind], "+z.2f") for look in sides]
-        cells += [cell(change.get(kind, [None]), "+z.2f", bold=True) for change in changes]
+        cells = [cell(column.get(kind, [None]), "+z.2f", k > 1) for k, column in enumerate(columns)]
         body.append((IMAGES[kind], *cells))
     for key, name in ONCE.items():
-        body.append((name, *(cell(look[key], "z.2f") for look in sides)))
+        body.append((name, *(cell(look[key], "z.2f") for look in (first, last)[:len(found)])))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
             "training taught the model to look; at 0 it changed words alone.")
@@ -213,7 +210,9 @@ def write(run):
     first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
     steps = [line for line in more if "step" in line]
     summary = data.read_json(run / "summary.json", {})
-    done = {"options": {}, **first, **(steps[-1] if steps else {}), **summary}
+    done = {"options": {}}
+    for line in (first, *steps[-1:], summary):
+        done |= line
     o = done["options"]
     taken = page.num(summary.get("steps", done.get("step")))
     said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, {taken} steps in "
