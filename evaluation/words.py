@@ -125,24 +125,20 @@ def lemma(word):
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
         single = word[:-2]
-    elif word.endswith("ses") and (word[:-2] in ONLY_S | KEEP or re.search("[bcdfghkmtwy]ses$", word)):
-        return lemma(word[:-2])                                                        # doubled: "adultses"
     return word if single in UNLISTED else single
 
 
 # The plurals of the first CHAIR, which knew no dictionary: the first rule that fits, at a word's end.
+STAY = re.compile(r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
+                  r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$")
+ENDINGS = dict(pair.split(":") for pair in """children:child geese:goose feet:foot teeth:tooth men:man
+leaves:leaf loaves:loaf people:person oxen:ox oxens:oxs axes:axe moves:move kine:cow brethren:brother
+opera:opus shoes:shoe oes:o buses:bus movies:movie erves:erve""".split())
 SINGULAR = [(re.compile(pattern), to) for pattern, to in (
-    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$", None),     # stay plural
-    (r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", None),
-    (r"children$", "child"), (r"geese$", "goose"), (r"feet$", "foot"), (r"teeth$", "tooth"), (r"men$", "man"),
-    (r"leaves$", "leaf"), (r"loaves$", "loaf"), (r"people$", "person"), (r"oxen$", "ox"), (r"^oxens$", "oxs"),
-    (r"axes$", "axe"), (r"moves$", "move"), (r"kine$", "cow"), (r"brethren$", "brother"), (r"opera$", "opus"),
-    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"shoes$", "shoe"),
-    (r"oes$", "o"), (r"buses$", "bus"), (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"),
-    (r"movies$", "movie"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
-    (r"([nlw]i)ves$", r"\1fe"), (r"erves$", "erve"), (r"([lr])ves$", r"\1f"),
-    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
-    (r"([hdronbp]|cl)oses$", r"\1ose"),
+    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"([ml])ice$", r"\1ouse"),
+    (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
+    (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"), (r"([aeost]|ti|hi|si)ves$", r"\1ve"),
+    (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"), (r"([hdronbp]|cl)oses$", r"\1ose"),
     (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
 
 
@@ -152,9 +148,14 @@ def singular(word):
     gives "bu" and "ties" "ty", so they are no mentions there."""
     if word.endswith("'"):
         return singular(word[:-1]) + "'s"
+    if STAY.search(word):
+        return word
+    for plural, single in ENDINGS.items():
+        if word.endswith(plural):
+            return word.removesuffix(plural) + single
     for pattern, to in SINGULAR:
         if pattern.search(word):
-            return word if to is None else pattern.sub(to, word)
+            return pattern.sub(to, word)
     return word
 
 
