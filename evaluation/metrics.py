@@ -41,6 +41,8 @@ from evaluation.stats import (
     first,
     image_number,
     join,
+    join_replies,
+    once,
     paired,
     parts,
     percent,
@@ -67,12 +69,10 @@ def classroom_items(answers):
     sums: what an answer adds to each measure, {measure: (top, bottom)}. asked: what was asked.
     An answer with none or several of its choices is wrong and cannot be read.
     """
-    items, seen = [], set()
-    for name, text, line in read(answers, "classroom"):
+    items, found = [], read(answers, "classroom")
+    once(answer.id for answer in found)
+    for name, text, line in found:
         check_truth(line, "answer")
-        if name in seen:
-            raise UserError(f"answer (id {name}) is there twice; keep one of the two")
-        seen.add(name)
         truth, kind = line["truth"], line["kind"]
         item = {"id": name,
                 "image": line.get("image", name),
@@ -197,17 +197,15 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
 def _pope_questions(splits):
     """{"split id": the question's line, with its split}. Raises UserError for lines that are none, and for
     duplicates."""
-    asked = {}
+    asked = []
     for split, lines in splits.items():
         for line in lines:
-            name = f"{split} {line.get('question_id')}"
             if "question_id" not in line or line.get("label") not in ("yes", "no"):
                 raise UserError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
                                 "POPE's question file")
-            if name in asked:
-                raise UserError(f"question {name} is there twice; give one file a split")
-            asked[name] = line | {"split": split}
-    return asked
+            asked.append((f"{split} {line['question_id']}", line | {"split": split}))
+    once([name for name, _ in asked], "questions")
+    return dict(asked)
 
 
 def _pope_names(found, splits, asked):
@@ -304,8 +302,7 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
     asked = set()
     if replies is not None:
         asked = {answer.id for answer in found if _is_asked_about(answer)}
-        given = [name for name in replies if name in asked or name not in images]
-        join(given, dict.fromkeys(asked, "replies"), partial, "replies", "captions")
+        join_replies(replies, asked, images, partial, "captions")
         found = [answer for answer in found if answer.id not in asked or answer.id in replies]
     for name, text, _ in found:
         item = {"id": name, "image": images[name]}
@@ -412,8 +409,7 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     template; or the template with its model_answer filled in. replies: {place: the judge's reply}.
     """
     texts, coverage = _mmhal_answers(template, answers, partial)
-    given = [place for place in replies if place in texts or place not in range(len(template))]
-    join(given, dict.fromkeys(texts, "replies"), partial, "replies", "answers")
+    join_replies(replies, texts, range(len(template)), partial, "answers")
     items = []
     for place in texts:
         if place in replies:

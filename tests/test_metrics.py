@@ -158,7 +158,7 @@ def test_settings_are_passed_over():
     ([caption("x", "a", ["dog"], truth={"present": ["dog"]})], "id x.*absent"),
     ([question("x", "a", "red", "attribute", ["blue"])], "id x.*choices"),
     ([question("x", "yes", "yes", set="popular")], "id x.*random, adversarial"),
-    ([caption("x", "a", ["dog"]), caption("x", "b", ["dog"])], "id x.*twice"),
+    ([caption("x", "a", ["dog"]), caption("x", "b", ["dog"])], "twice .ids x"),
 ])
 def test_malformed_answers_are_named(answers, says):
     with pytest.raises(UserError, match=says):
@@ -276,7 +276,7 @@ def test_what_is_there_is_scored_if_asked_for():
 
 @pytest.mark.parametrize("questions, says", [
     ([{"question_id": 1, "text": "q"}], "lacks a `question_id` or a `label`"),
-    (TWO + TWO, "question pope 1 is there twice")])
+    (TWO + TWO, "2 questions appear twice .ids pope 1")])
 def test_questions_that_are_none_of_popes(questions, says):
     with pytest.raises(UserError, match=says):
         metrics.pope(questions, pope_answers(["Yes", "No"]))
