@@ -31,7 +31,7 @@ LENGTHS = {"classroom": 64,                                             # tokens
 
 
 def read_scenes(path):
-    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model works in vain."""
+    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model is loaded."""
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"

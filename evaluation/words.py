@@ -135,11 +135,11 @@ ENDINGS = dict(pair.split(":") for pair in """children:child geese:goose feet:fo
 leaves:leaf loaves:loaf people:person oxen:ox oxens:oxs axes:axe moves:move kine:cow brethren:brother
 opera:opus shoes:shoe oes:o buses:bus movies:movie erves:erve""".split())
 SINGULAR = [(re.compile(pattern), to) for pattern, to in (
-    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"([ml])ice$", r"\1ouse"),
-    (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
-    (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"), (r"([aeost]|ti|hi|si)ves$", r"\1ve"),
-    (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"), (r"([hdronbp]|cl)oses$", r"\1ose"),
-    (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
+    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"),
+    (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"),
+    (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"), (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"),
+    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
+    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
 
 
 @lru_cache(maxsize=65536)
