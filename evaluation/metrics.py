@@ -92,10 +92,9 @@ def classroom_items(answers):
 
 
 def _caption_sums(text, truth):
-    present = {word.lower() for word in truth["present"]}
-    absent = {word.lower() for word in truth["absent"]}
-    said = [word for word, _ in mentions(text, present | absent, plural=True)]
-    misses = sum(word in absent for word in said)
+    said = [word for word, _ in mentions(text, truth["present"] + truth["absent"], plural=True)]
+    present = set(map(str.lower, truth["present"]))
+    misses = sum(word not in present for word in said)
     return {"chair_s": (int(misses > 0), 1),
             "chair_i": (misses, len(said)),
             "cover": (len(present.intersection(said)), len(present))}

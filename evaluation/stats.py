@@ -186,7 +186,7 @@ def percent(sums, measure):
 
 
 def paired(a_items, b_items, sums, lower=()):
-    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p", "n"}} of items with equal ids.
+    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p"}} of items with equal ids.
 
     sums: an item -> {measure: (top, bottom)}. Both sides see the same draws of images, which is what pairs
     them. lower: the measures of which less is better, for the counts of items that got better and worse.
@@ -214,8 +214,7 @@ def paired(a_items, b_items, sums, lower=()):
                           "interval": interval(changes, b - a),
                           "better": better,
                           "worse": worse,
-                          "p": sign_test(better, worse),
-                          "n": len(both)}
+                          "p": sign_test(better, worse)}
     return found
 
 

@@ -114,13 +114,13 @@ def lemma(word):
         return word[:-2] + "an"
     if len(word) < 3 or not word.endswith("s") or not word.islower() or word in KEEP:
         return word
-    if word.endswith(("ss", "us", "is")) and word not in ONLY_S:
-        return word
     single = word[:-1]
+    if word in ONLY_S:
+        return single
+    if word.endswith(("ss", "us", "is")):
+        return word
     if word.endswith("ves"):
         single = next(iter(F_TO_VES & {word[:-3] + "f", word[:-3] + "fe"}), single)
-    elif word in ONLY_S:
-        pass                                                                    # ties: not ty
     elif word.endswith("ies") and len(word) > 4:
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
