@@ -206,8 +206,8 @@ def find_images(root, lines):
 def read_answers(paths):
     """The lines of one answers file or of several, ours or as the official scripts take them.
 
-    Of several files, each holds one split of POPE and has its name. A last line that a killed run left
-    torn is passed over: its answer counts as missing.
+    A file that has the name of a split of POPE holds answers to that; of several files, each must have one.
+    A last line that a killed run left torn is passed over: its answer counts as missing.
     """
     found = []
     for path in paths:
@@ -221,11 +221,11 @@ def read_answers(paths):
         for line in lines:
             if "caption" in line:                                                 # the first CHAIR's own form
                 line = {"text": line["caption"], **line}
-            if len(paths) > 1 and not line.keys() & {"split", "settings"}:
-                if not split:
-                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
-                                    f"({', '.join(SPLITS)}) in its own; rename it")
+            if split and "settings" not in line:
                 line = {"split": split, **line}
+            elif len(paths) > 1 and not line.keys() & {"split", "settings"}:
+                raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                f"({', '.join(SPLITS)}) in its own; rename it")
             found.append(line)
     return found
 

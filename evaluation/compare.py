@@ -29,12 +29,6 @@ LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "halluci
 
 
 # ---- the paired difference ----
-def question(answer):
-    """The question in an answer's line, "" where it does not say."""
-    found = stats.first(answer.line, "question", "prompt", "query")
-    return found if isinstance(found, str) else ""
-
-
 def by_id(path):
     """{(split, id): Answer} of an answers file. Raises UserError."""
     found = {}
@@ -56,7 +50,7 @@ def pairs(a_path, b_path):
     both = [(key, a[key], b[key]) for key in a if key in b]
     if not both:
         raise UserError(f"{a_path} and {b_path} have no question in common; compare answers to the same file")
-    other = [old.id for _, old, new in both if question(old) != question(new)]
+    other = [old.id for _, old, new in both if old.question != new.question]
     if other:
         raise UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
                         f"{other[0]}); compare answers to the same file")
@@ -257,7 +251,7 @@ def write(both, names, out, images=None, n=100, seed=0):
         if path not in pictures:
             pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
-        items.append({"question": question(a),
+        items.append({"question": a.question,
                       "first": first.text.strip(),
                       "second": second.text.strip(),
                       "image": list(pictures).index(path)})

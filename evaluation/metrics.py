@@ -151,12 +151,12 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     ratios means of the splits. An unparsed answer counts as the wrong one; it is no yes in yes_ratio.
 
     questions: one split's lines {"question_id", "image", "text", "label"}, or {split: lines}. An answer is to
-    the split that it names in `split`; without one, to the only split whose questions all the answers repeat.
+    the split that it names in `split`, which may be absent where there is only one.
     """
     splits = questions if isinstance(questions, dict) else {"pope": questions}
     asked = _pope_questions(splits)
     found = read(answers, "pope")
-    names = _pope_names(found, splits, asked)
+    names = _pope_names(found, splits)
     coverage = join(names, {name: line["split"] for name, line in asked.items()}, partial)
     items = []
     for name, answer in zip(names, found, strict=True):
@@ -207,26 +207,13 @@ def _pope_questions(splits):
     return dict(asked)
 
 
-def _pope_names(found, splits, asked):
-    """["split id"] of the answers: by their `split`, else in the one split whose questions they repeat."""
-    if all("split" in answer.line for answer in found):
-        return [f"{answer.line['split']} {answer.id}" for answer in found]
-    fitting = list(splits)
-    if len(splits) > 1:
-        fitting = [split for split in splits if _repeated(found, split, asked)]
-    if len(fitting) != 1:
-        raise UserError(f"answers repeat the questions of {len(fitting)} of the splits {', '.join(splits)}: "
-                        "write its `split` into each answer, or give the question file of one split")
-    return [f"{fitting[0]} {answer.id}" for answer in found]
-
-
-def _repeated(found, split, asked):
-    """Whether each answer's line holds the question that has its id in a split."""
-    for name, _, line in found:
-        question = asked.get(f"{split} {name}", {}).get("text")
-        if question is None or not any(question.strip() in str(value) for value in line.values()):
-            return False
-    return True
+def _pope_names(found, splits):
+    """["split id"] of the answers: by their `split`, which may be absent where there is only one."""
+    only = next(iter(splits))
+    if len(splits) > 1 and not all("split" in answer.line for answer in found):
+        raise UserError(f"answers to the splits {', '.join(splits)} do not all name theirs: write its "
+                        "`split` into each answer, or give the question file of one split")
+    return [f"{answer.line.get('split', only)} {answer.id}" for answer in found]
 
 
 def _pope_counts(item):
@@ -269,8 +256,7 @@ def extraction_prompts(answers, prompt):
     """{id: what an extractor is asked about a caption}: the prompt with {question} and {answer} filled in."""
     asked = {}
     for answer in filter(_is_asked_about, read(answers, "objhal")):
-        question = first(answer.line, "prompt", "question", "query") or ""
-        asked[answer.id] = _filled(prompt, question=str(question), answer=_caption(answer.text))
+        asked[answer.id] = _filled(prompt, question=answer.question, answer=_caption(answer.text))
     return asked
 
 
@@ -425,14 +411,12 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
         if total[kind, "n"]:
             measured = scored(_mmhal_ratios, total.of(kind), draws.of(kind))
             by_category[kind] = measured | {"n": total[kind, "n"]}
-    n = total["all", "n"]
     return {"mode": mode,
             **scored(_mmhal_ratios, total.of("all"), draws.of("all")),
             "by_category": by_category,
             "unparsed": total["all", "unparsed"],
-            "n": n,
-            "coverage": coverage | {"answered": len(items)},
-            "remarks": [] if n else ["no reply can be read, so there is no score"]}, items
+            "n": total["all", "n"],
+            "coverage": coverage | {"answered": len(items)}}, items
 
 
 def _mmhal_counts(item):

@@ -29,6 +29,11 @@ class Answer(NamedTuple):
     text: str
     line: dict
 
+    @property
+    def question(self):
+        """What was asked, "" where the line does not say."""
+        return str(first(self.line, "prompt", "question", "query") or "")
+
 
 TEXTS = ("answer", "response", "model_answer", "text")    # the first that is there; a question may be a text
 

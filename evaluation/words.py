@@ -197,7 +197,7 @@ coffee horse dog court stage glass desk ball football range path apple chair dru
 
 
 def _counts(word, single, two_before, before, after, two_after):
-    """Whether a word (and its lemma) is to count as a noun, by what stands around it, lower-cased."""
+    """Whether a word (and its lemma) is to count as a noun, by the words around it, lower-cased."""
     if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
         return False
     if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
@@ -220,7 +220,7 @@ def nouns(text):
             if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
 
 
-# What stands before the noun in an object's name, and what the official tagger takes for that.
+# What comes before the noun in an object's name, and what the official tagger takes for that.
 ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
 long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
 cold wet dry bright dark beautiful colorful various several many two three four five other different same
