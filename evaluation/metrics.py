@@ -284,24 +284,24 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
     if strangers := [name for name in images if images[name] not in truth]:
         raise UserError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
                         f"{few(strangers)}); give COCO's 2014 annotations, or the right answers")
-    asked = set()
     if replies is not None:
         asked = {answer.id for answer in found if _is_asked_about(answer)}
         join_replies(replies, asked, images, partial, "captions")
-        found = [answer for answer in found if answer.id not in asked or answer.id in replies]
+        replies = replies | dict.fromkeys(images.keys() - asked, "[]")
+        found = [answer for answer in found if answer.id in replies]
     for name, text, _ in found:
-        item = {"id": name, "image": images[name]}
+        item, more = {"id": name, "image": images[name]}, {}
         if replies is None:
             named = joined(lemmatize(text), table)
         else:
-            named = _extracted(replies[name] if name in asked else "[]", table, phrase, mode)
+            named = _extracted(replies[name], table, phrase, mode)
+            more = {"objects": named}
         if named is None:
             unread.append(name)
-            item["unparsed"] = True
+            more = {"unparsed": True}
         else:
-            item |= {} if replies is None else {"objects": named}
-            item |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
-        items.append(item)
+            more |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
+        items.append(item | more)
     if unread and mode == "official" and not partial:
         raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
                         "again, or score the others with --partial")
