@@ -149,7 +149,7 @@ def run_score(o):
                         "look at them, and ask another judge or extractor")
     settings = [line["settings"] for line in lines if "settings" in line]
     if settings:
-        scores["settings"] = settings[0] if len(settings) == 1 else settings
+        scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
     data.atomic_write(o.out, json.dumps(scores, indent=1) + "\n")
     print(*table(o.benchmark, scores), *notes(scores), sep="\n")

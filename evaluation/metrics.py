@@ -408,9 +408,8 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     total, draws = add_up(items, _mmhal_counts, resamples=resamples)
     by_category = {}
     for kind in MMHAL:
-        if total[kind, "n"]:
-            measured = scored(_mmhal_ratios, total.of(kind), draws.of(kind))
-            by_category[kind] = measured | {"n": total[kind, "n"]}
+        if n := total[kind, "n"]:
+            by_category[kind] = scored(_mmhal_ratios, total.of(kind), draws.of(kind)) | {"n": n}
     return {"mode": mode,
             **scored(_mmhal_ratios, total.of("all"), draws.of("all")),
             "by_category": by_category,
