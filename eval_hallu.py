@@ -29,13 +29,13 @@ import data
 from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, words
 from evaluation.readers import object_list, rating
-from model import ask as chat
+from model import ask
 
 
 # ---- answers ----
 def run_answers(o):
     questions = None
-    if o.benchmark != "classroom":          # before torch and the model are loaded in vain
+    if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
@@ -78,7 +78,7 @@ def score_amber(o, lines):
 
 def score_chair(o, lines):
     original = o.scorer == "original"
-    literal = original and o.mode == "official"                   # their reader keeps blanks as they stand
+    literal = original and o.mode == "official"                   # their reader keeps blanks
     table = objects.synonyms(data.read_text(o.synonyms), literal)
     lemmatize = words.singulars if original else words.lemmas
     if o.nouns != "builtin":
@@ -88,7 +88,7 @@ def score_chair(o, lines):
     if o.extractor != "none":
         text = benchmarks.prompt(o.extraction_prompt, "extraction.txt", ["{question}", "{answer}"])
         prompts = metrics.extraction_prompts(lines, text)
-        replies, said = ask(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
+        replies, said = replied(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
     scores, items = metrics.chair(lines, truth, table, lemmatize, replies, words.phrase, o.mode, o.partial)
     return scores | said, items
 
@@ -99,16 +99,16 @@ def score_mmhal(o, lines):
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     if not o.judge:
         path = o.out.with_suffix(".prompts.jsonl")
-        rows = [{"id": str(i), "messages": chat.messages(prompt)} for i, prompt in prompts.items()]
+        rows = [{"id": str(i), "messages": ask.messages(prompt)} for i, prompt in prompts.items()]
         data.write_jsonl(path, rows)
         raise UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them judged and "
                         "give the replies with --judge FILE, or give a URL or a model folder")
-    replies, said = ask(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
+    replies, said = replied(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
     scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
     return scores | said, items
 
 
-def ask(o, who, source, prompts, read, path, text):
+def replied(o, who, source, prompts, read, path, text):
     """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
 
     Replies are kept beside --out. read: reads a reply, None where it cannot: a server is then asked again.
@@ -116,9 +116,9 @@ def ask(o, who, source, prompts, read, path, text):
     comparable. Raises UserError where a reply is missing, unless o.partial.
     """
     asked = {str(i): i for i in prompts}
-    rows = chat.ask(source, [chat.Question(name, prompts[i]) for name, i in asked.items()],
-                    o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who, max_tokens=1024,
-                    accept=lambda reply: read(reply) is not None)
+    questions = [ask.Question(name, prompts[i]) for name, i in asked.items()]
+    rows = ask.ask(source, questions, o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who,
+                   max_tokens=1024, accept=lambda reply: read(reply) is not None)
     lost = len(asked) - len(rows)
     if lost and not o.partial:
         raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
@@ -128,7 +128,7 @@ def ask(o, who, source, prompts, read, path, text):
     digest = hashlib.sha256(text.encode()).hexdigest()
     if not all(row["asked"] for row in rows.values()):          # else these very prompts were replied to
         prompt, digest = "the replies do not say which", None
-    said = {who: chat.public(str(source)) + (models and f" ({models})"),
+    said = {who: ask.public(str(source)) + (models and f" ({models})"),
             f"{who}_prompt": prompt,
             f"{who}_prompt_sha256": digest}
     return {asked[name]: row["reply"] for name, row in rows.items()}, said
@@ -149,20 +149,22 @@ def run_score(o):
                         "look at them, and ask another judge or extractor")
     settings = [line["settings"] for line in lines if "settings" in line]
     if settings:
-        scores["settings"] = settings[0] if len(settings) == 1 else settings
+        scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
     data.atomic_write(o.out, json.dumps(scores, indent=1) + "\n")
-    print("\n".join(table(o.benchmark, scores)))
+    print(*table(o.benchmark, scores), *notes(scores), sep="\n")
 
 
 def run_votes(o):
     found = compare.preference(*compare.read_votes(o.votes))
     data.atomic_write(o.out, json.dumps(found, indent=1) + "\n")
-    print("\n".join(compare.preference_table(found)))
+    print(f"A {found['a']}\nB {found['b']}", *table("votes", found), sep="\n")
+    print(f"{found['n']} items, {found['votes']} votes, {found['raters']} raters\n"
+          f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown")
 
 
 def run_compare(o):
-    print("\n".join(compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed)))
+    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed), sep="\n")
 
 
 # ---- tables ----
@@ -171,9 +173,10 @@ NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "
          "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
          "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
          "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response", "score": "score, 0 to 6",
-         "informativeness": "informativeness", "hallucination_rate": "hallucination rate"}
-FRACTIONS = ("pope", "chair", "mmhal")          # these are fractions in scores.json, shown in percent
-PLAIN = ("score", "mean_words")                 # and these are no share of anything
+         "informativeness": "informativeness", "hallucination_rate": "hallucination rate",
+         "win": "A is better", "tie": "tie", "loss": "B is better"}
+FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
+PLAIN = ("score", "mean_words")                  # no share of anything
 
 
 def table(benchmark, scores):
@@ -191,15 +194,16 @@ def table(benchmark, scores):
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
                      if key in part]
             lines.append(f"{name} ({part['n']}): {', '.join(cells)}")
-    return lines + notes(scores)
+    return lines
 
 
 def shown(benchmark, key, value):
     """A measure's number as it is printed."""
     if key in PLAIN:
         return f"{value:.2f}"
-    fraction = benchmark in FRACTIONS and key != "informativeness"
-    return f"{100 * value if fraction else value:.1f}"
+    if benchmark in FRACTIONS and key != "informativeness":
+        value *= 100
+    return f"{value:.1f}"
 
 
 def measure(benchmark, key, name, value, interval):

@@ -18,14 +18,13 @@ from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
 from evaluation.stats import add_up, intervals, join, ratio, read, under
 
-ATTRIBUTES = ("state", "number", "action")
 TYPES = {"existence": ("existence",),                                   # by what they make up
-         "attribute": ATTRIBUTES,
+         "attribute": ("state", "number", "action"),
          "state": ("state",),
          "number": ("number",),
          "action": ("action",),
          "relation": ("relation",),
-         "all": ("existence", *ATTRIBUTES, "relation")}
+         "all": ("existence", "state", "number", "action", "relation")}
 CAPTIONS = {"chair": ("hal", "mentions"),
             "cover": ("cover", "cover_num"),
             "cog": ("cog", "cog_num")}

@@ -31,7 +31,7 @@ LENGTHS = {"classroom": 64,                                             # tokens
 
 
 def read_scenes(path):
-    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model works in vain."""
+    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model is loaded."""
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"
@@ -44,11 +44,6 @@ def read_scenes(path):
     if not scenes:
         raise UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
     return scenes, file
-
-
-def image_path(file, image):
-    """The path of an image named in a file, which must not lead out of that file's folder."""
-    return data.inside(file.parent, image, file)
 
 
 def describe(m, **more):
@@ -100,8 +95,10 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
     scenes, file = read_scenes(scenes_path)
-    questions = [benchmarks.Question(scene, scene["question"], image_path(file, scene["image"]))
-                 for scene in scenes]
+    questions = []
+    for scene in scenes:
+        image = data.inside(file.parent, scene["image"], file)
+        questions.append(benchmarks.Question(scene, scene["question"], image))
     settings = describe(m,
                         benchmark="classroom",
                         max_new_tokens=max_new_tokens,
@@ -175,6 +172,7 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
     run = Path(run_folder)
     settings, before = read_answers(run / "before.jsonl")
     _, after = read_answers(run / "after.jsonl")
+    scenes = run / settings["scenes"]
     captions = [(old, new) for old, new in zip(before, after, strict=True)
                 if new["kind"] == "caption" and new["answer"]]
     chosen = sorted(range(len(captions[:images])), key=lambda place: not any(map(_invents, captions[place])))
@@ -182,8 +180,11 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
     for place in sorted(chosen[:n]):
         old, new = captions[place]
         other = captions[(place + 1) % len(captions)][1]
-        paths = [image_path(run / settings["scenes"], line["image"]) for line in (new, other)]
+        paths = [data.inside(scenes.parent, line["image"], scenes) for line in (new, other)]
         image, other_image = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
+        true, false = (_rewards(m, path, new["question"], new["answer"], beta) for path in paths)
+        rewards = [{"word": word, "true": reward, "other": other_reward}
+                   for (word, reward), (_, other_reward) in zip(true, false, strict=True)]
         found.append({"id": new["id"],
                       "image": image,
                       "other_image": other_image,
@@ -191,7 +192,7 @@ def word_rewards(m, run_folder, beta, images=12, n=4):
                       "answer_before": old["answer"],
                       "answer_after": new["answer"],
                       "truth": new["truth"],
-                      "words": _rewards(m, paths, new["question"], new["answer"], beta)})
+                      "words": rewards})
     return found
 
 
@@ -199,15 +200,11 @@ def _invents(line):
     return objects.hallucinated(line["answer"], line["truth"])
 
 
-def _rewards(m, paths, question, answer, beta):
-    """[{"word", "true", "other"}]: beta (log p_policy - log p_reference) of each word of an answer, with the
-    first image and with the second."""
+def _rewards(m, path, question, answer, beta):
+    """[(word, beta (log p_policy - log p_reference))] of an answer about an image."""
     from model import vlm
-    rewards = []
-    for image in map(data.read_image, paths):
-        words, policy = zip(*vlm.word_logps(m, image, question, answer), strict=True)
-        with vlm.base_of(m) as base:
-            reference = vlm.word_logps(base, image, question, answer)
-        rewards.append([beta * (p - r) for p, (_, r) in zip(policy, reference, strict=True)])
-    return [{"word": word, "true": true, "other": other}
-            for word, true, other in zip(words, *rewards, strict=True)]
+    image = data.read_image(path)
+    policy = vlm.word_logps(m, image, question, answer)
+    with vlm.base_of(m) as base:
+        reference = vlm.word_logps(base, image, question, answer)
+    return [(word, beta * (p - r)) for (word, p), (_, r) in zip(policy, reference, strict=True)]

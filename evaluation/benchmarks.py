@@ -117,15 +117,14 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    named = [question.image for question in asked if isinstance(question.image, dict)]
-    files, found, missing = iter(find_images(root, named)), [], []
-    for line, text, image in asked:
-        if isinstance(image, dict):
-            names, image = image_names(image), next(files)
-            missing += [] if image else names[:1]
-        found.append(Question(line, prompt.replace("{question}", text), image))
+    files = find_images(root, [question.image for question in asked])
+    found, missing = [], []
+    for (line, text, image), file in zip(asked, files, strict=True):
+        if file is None:
+            missing += image_names(image)[:1]
+        found.append(Question(line, prompt.replace("{question}", text), file))
     if missing:
-        raise UserError(f"{root} lacks {len(missing)} of {len(named)} images (first: {missing[0]}); give "
+        raise UserError(f"{root} lacks {len(missing)} of {len(asked)} images (first: {missing[0]}); give "
                         "their folder with --images")
     return found
 
@@ -189,11 +188,15 @@ def image_names(line, listed=()):
 
 
 def find_images(root, lines):
-    """The path of each line's image, or None: the first of its names that is a file in the folder."""
+    """The path of each line's image, or None: the first of its names that is a file in the folder. A line
+    that is the image itself, as base64, stays."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is no folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
     for line in lines:
+        if isinstance(line, bytes):
+            found.append(line)
+            continue
         paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
         found.append(next(filter(os.path.isfile, paths), None))
     return found
@@ -203,8 +206,8 @@ def find_images(root, lines):
 def read_answers(paths):
     """The lines of one answers file or of several, ours or as the official scripts take them.
 
-    Of several files, each holds one split of POPE, told by its name. A last line that a killed run left torn
-    is passed over: the answer is missing, and whoever scores counts what is missing.
+    A file that has the name of a split of POPE holds answers to that; of several files, each must have one.
+    A last line that a killed run left torn is passed over: its answer counts as missing.
     """
     found = []
     for path in paths:
@@ -218,11 +221,11 @@ def read_answers(paths):
         for line in lines:
             if "caption" in line:                                                 # the first CHAIR's own form
                 line = {"text": line["caption"], **line}
-            if len(paths) > 1 and not line.keys() & {"split", "settings"}:
-                if not split:
-                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
-                                    f"({', '.join(SPLITS)}) in its own; rename it")
+            if split and "settings" not in line:
                 line = {"split": split, **line}
+            elif len(paths) > 1 and not line.keys() & {"split", "settings"}:
+                raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                f"({', '.join(SPLITS)}) in its own; rename it")
             found.append(line)
     return found
 

@@ -29,12 +29,6 @@ LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "halluci
 
 
 # ---- the paired difference ----
-def question(answer):
-    """The question in an answer's line, "" where it does not say."""
-    found = stats.first(answer.line, "question", "prompt", "query")
-    return found if isinstance(found, str) else ""
-
-
 def by_id(path):
     """{(split, id): Answer} of an answers file. Raises UserError."""
     found = {}
@@ -56,7 +50,7 @@ def pairs(a_path, b_path):
     both = [(key, a[key], b[key]) for key in a if key in b]
     if not both:
         raise UserError(f"{a_path} and {b_path} have no question in common; compare answers to the same file")
-    other = [old.id for _, old, new in both if question(old) != question(new)]
+    other = [old.id for _, old, new in both if old.question != new.question]
     if other:
         raise UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
                         f"{other[0]}); compare answers to the same file")
@@ -124,7 +118,7 @@ def report(a, b, out, images=None, items=None, n=100, seed=0):
                  "B.items.jsonl for the paired difference."]
     if set(sizes) != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
-    without = "" if images else "; without pictures, for want of --images"
+    without = "" if images else "; without pictures, as there is no --images"
     return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
 
 
@@ -257,7 +251,7 @@ def write(both, names, out, images=None, n=100, seed=0):
         if path not in pictures:
             pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
-        items.append({"question": question(a),
+        items.append({"question": a.question,
                       "first": first.text.strip(),
                       "second": second.text.strip(),
                       "image": list(pictures).index(path)})
@@ -274,9 +268,6 @@ def write(both, names, out, images=None, n=100, seed=0):
 
 
 # ---- the votes ----
-KINDS = {"win": "A is better", "tie": "tie", "loss": "B is better"}
-
-
 def read_votes(paths):
     """-> (what the page was, {rater: {item: "win", "tie" or "loss" of A}}). Raises UserError."""
     shown, raters = set(), {}
@@ -324,7 +315,7 @@ def preference(key, raters):
     total, draws = stats.add_up(items, lambda item: Counter(item["votes"]))
 
     def shares(counted):
-        return {kind: stats.ratio(counted[kind], sum(counted.values())) for kind in KINDS}
+        return {kind: stats.ratio(counted[kind], sum(counted.values())) for kind in ("win", "tie", "loss")}
 
     return {"a": key["a"],
             "b": key["b"],
@@ -333,14 +324,3 @@ def preference(key, raters):
             "votes": sum(map(len, raters.values())),
             "raters": len(raters),
             "equal": key["same"]}
-
-
-def preference_table(found):
-    """preference()'s result as lines of text."""
-    lines = [f"A {found['a']}", f"B {found['b']}", "percent of votes            95% interval"]
-    for kind, says in KINDS.items():
-        low, high = found["intervals"][kind]
-        lines.append(f"{says:18}{100 * found[kind]:7.1f}   {100 * low:.1f} to {100 * high:.1f}")
-    return [*lines,
-            f"{found['n']} items, {found['votes']} votes, {found['raters']} raters",
-            f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown"]

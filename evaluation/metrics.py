@@ -41,6 +41,8 @@ from evaluation.stats import (
     first,
     image_number,
     join,
+    join_replies,
+    once,
     paired,
     parts,
     percent,
@@ -67,12 +69,10 @@ def classroom_items(answers):
     sums: what an answer adds to each measure, {measure: (top, bottom)}. asked: what was asked.
     An answer with none or several of its choices is wrong and cannot be read.
     """
-    items, seen = [], set()
-    for name, text, line in read(answers, "classroom"):
+    items, found = [], read(answers, "classroom")
+    once(answer.id for answer in found)
+    for name, text, line in found:
         check_truth(line, "answer")
-        if name in seen:
-            raise UserError(f"answer (id {name}) is there twice; keep one of the two")
-        seen.add(name)
         truth, kind = line["truth"], line["kind"]
         item = {"id": name,
                 "image": line.get("image", name),
@@ -92,10 +92,9 @@ def classroom_items(answers):
 
 
 def _caption_sums(text, truth):
-    present = {word.lower() for word in truth["present"]}
-    absent = {word.lower() for word in truth["absent"]}
-    said = [word for word, _ in mentions(text, present | absent, plural=True)]
-    misses = sum(word in absent for word in said)
+    said = [word for word, _ in mentions(text, truth["present"] + truth["absent"], plural=True)]
+    present = set(map(str.lower, truth["present"]))
+    misses = sum(word not in present for word in said)
     return {"chair_s": (int(misses > 0), 1),
             "chair_i": (misses, len(said)),
             "cover": (len(present.intersection(said)), len(present))}
@@ -152,12 +151,12 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     ratios means of the splits. An unparsed answer counts as the wrong one; it is no yes in yes_ratio.
 
     questions: one split's lines {"question_id", "image", "text", "label"}, or {split: lines}. An answer is to
-    the split that it names in `split`; without one, to the only split whose questions all the answers repeat.
+    the split that it names in `split`, which may be absent where there is only one.
     """
     splits = questions if isinstance(questions, dict) else {"pope": questions}
     asked = _pope_questions(splits)
     found = read(answers, "pope")
-    names = _pope_names(found, splits, asked)
+    names = _pope_names(found, splits)
     coverage = join(names, {name: line["split"] for name, line in asked.items()}, partial)
     items = []
     for name, answer in zip(names, found, strict=True):
@@ -197,39 +196,24 @@ def pope(questions, answers, mode="robust", partial=False, resamples=1000):
 def _pope_questions(splits):
     """{"split id": the question's line, with its split}. Raises UserError for lines that are none, and for
     duplicates."""
-    asked = {}
+    asked = []
     for split, lines in splits.items():
         for line in lines:
-            name = f"{split} {line.get('question_id')}"
             if "question_id" not in line or line.get("label") not in ("yes", "no"):
                 raise UserError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
                                 "POPE's question file")
-            if name in asked:
-                raise UserError(f"question {name} is there twice; give one file a split")
-            asked[name] = line | {"split": split}
-    return asked
+            asked.append((f"{split} {line['question_id']}", line | {"split": split}))
+    once([name for name, _ in asked], "questions")
+    return dict(asked)
 
 
-def _pope_names(found, splits, asked):
-    """["split id"] of the answers: by their `split`, else in the one split whose questions they repeat."""
-    if all("split" in answer.line for answer in found):
-        return [f"{answer.line['split']} {answer.id}" for answer in found]
-    fitting = list(splits)
-    if len(splits) > 1:
-        fitting = [split for split in splits if _repeated(found, split, asked)]
-    if len(fitting) != 1:
-        raise UserError(f"answers repeat the questions of {len(fitting)} of the splits {', '.join(splits)}: "
-                        "write its `split` into each answer, or give the question file of one split")
-    return [f"{fitting[0]} {answer.id}" for answer in found]
-
-
-def _repeated(found, split, asked):
-    """Whether each answer's line holds the question that has its id in a split."""
-    for name, _, line in found:
-        question = asked.get(f"{split} {name}", {}).get("text")
-        if question is None or not any(question.strip() in str(value) for value in line.values()):
-            return False
-    return True
+def _pope_names(found, splits):
+    """["split id"] of the answers: by their `split`, which may be absent where there is only one."""
+    only = next(iter(splits))
+    if len(splits) > 1 and not all("split" in answer.line for answer in found):
+        raise UserError(f"answers to the splits {', '.join(splits)} do not all name theirs: write its "
+                        "`split` into each answer, or give the question file of one split")
+    return [f"{answer.line.get('split', only)} {answer.id}" for answer in found]
 
 
 def _pope_counts(item):
@@ -272,8 +256,7 @@ def extraction_prompts(answers, prompt):
     """{id: what an extractor is asked about a caption}: the prompt with {question} and {answer} filled in."""
     asked = {}
     for answer in filter(_is_asked_about, read(answers, "objhal")):
-        question = first(answer.line, "prompt", "question", "query") or ""
-        asked[answer.id] = _filled(prompt, question=str(question), answer=_caption(answer.text))
+        asked[answer.id] = _filled(prompt, question=answer.question, answer=_caption(answer.text))
     return asked
 
 
@@ -301,25 +284,24 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
     if strangers := [name for name in images if images[name] not in truth]:
         raise UserError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
                         f"{few(strangers)}); give COCO's 2014 annotations, or the right answers")
-    asked = set()
     if replies is not None:
         asked = {answer.id for answer in found if _is_asked_about(answer)}
-        given = [name for name in replies if name in asked or name not in images]
-        join(given, dict.fromkeys(asked, "replies"), partial, "replies", "captions")
-        found = [answer for answer in found if answer.id not in asked or answer.id in replies]
+        join_replies(replies, asked, images, partial, "captions")
+        replies = replies | dict.fromkeys(images.keys() - asked, "[]")
+        found = [answer for answer in found if answer.id in replies]
     for name, text, _ in found:
-        item = {"id": name, "image": images[name]}
+        item, more = {"id": name, "image": images[name]}, {}
         if replies is None:
             named = joined(lemmatize(text), table)
         else:
-            named = _extracted(replies[name] if name in asked else "[]", table, phrase, mode)
+            named = _extracted(replies[name], table, phrase, mode)
+            more = {"objects": named}
         if named is None:
             unread.append(name)
-            item["unparsed"] = True
+            more = {"unparsed": True}
         else:
-            item |= {} if replies is None else {"objects": named}
-            item |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
-        items.append(item)
+            more |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
+        items.append(item | more)
     if unread and mode == "official" and not partial:
         raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
                         "again, or score the others with --partial")
@@ -412,8 +394,7 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     template; or the template with its model_answer filled in. replies: {place: the judge's reply}.
     """
     texts, coverage = _mmhal_answers(template, answers, partial)
-    given = [place for place in replies if place in texts or place not in range(len(template))]
-    join(given, dict.fromkeys(texts, "replies"), partial, "replies", "answers")
+    join_replies(replies, texts, range(len(template)), partial, "answers")
     items = []
     for place in texts:
         if place in replies:
@@ -427,17 +408,14 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     total, draws = add_up(items, _mmhal_counts, resamples=resamples)
     by_category = {}
     for kind in MMHAL:
-        if total[kind, "n"]:
-            measured = scored(_mmhal_ratios, total.of(kind), draws.of(kind))
-            by_category[kind] = measured | {"n": total[kind, "n"]}
-    n = total["all", "n"]
+        if n := total[kind, "n"]:
+            by_category[kind] = scored(_mmhal_ratios, total.of(kind), draws.of(kind)) | {"n": n}
     return {"mode": mode,
             **scored(_mmhal_ratios, total.of("all"), draws.of("all")),
             "by_category": by_category,
             "unparsed": total["all", "unparsed"],
-            "n": n,
-            "coverage": coverage | {"answered": len(items)},
-            "remarks": [] if n else ["no reply can be read, so there is no score"]}, items
+            "n": total["all", "n"],
+            "coverage": coverage | {"answered": len(items)}}, items
 
 
 def _mmhal_counts(item):

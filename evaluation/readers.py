@@ -80,8 +80,8 @@ RATING = re.compile(r"\b(?:rating|score|rate)\b\W{0,6}?(?:is|of|as|at)?[\s*_`:=\
 
 
 def rating(reply, mode="robust"):
-    """A judge's reply -> 0..6, or None. Official: the one s for which "rating: s" stands in it, so that 10 is
-    1. Robust: whole numbers behind "rating" or "score" in whatever dress, if they agree; or nothing but a
+    """A judge's reply -> 0..6, or None. Official: the one s for which "rating: s" is in it, so that 10 is 1.
+    Robust: whole numbers behind "rating" or "score" in whatever dress, if they agree; or nothing but a
     number."""
     text = reply.lower()
     if mode == "official":

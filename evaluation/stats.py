@@ -29,6 +29,11 @@ class Answer(NamedTuple):
     text: str
     line: dict
 
+    @property
+    def question(self):
+        """What was asked, "" where the line does not say."""
+        return str(first(self.line, "prompt", "question", "query") or "")
+
 
 TEXTS = ("answer", "response", "model_answer", "text")    # the first that is there; a question may be a text
 
@@ -73,23 +78,35 @@ def read(answers, benchmark=None):
     return found
 
 
-def join(names, parts, partial, what="answers", of="questions"):
-    """Refuse duplicates, strangers and gaps among the names. `parts` maps each id that can be answered to its
-    part; a part that is answered at all must be answered whole, unless `partial`. -> the coverage"""
+def once(names, what="answers"):
+    """Refuse names that appear twice."""
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
         raise UserError(f"{len(twice)} {what} appear twice (ids {few(twice)}); keep one of each")
+
+
+def join(names, parts, partial, what="answers", of="questions"):
+    """Refuse duplicates, strangers and gaps among the names. `parts` maps each id that can be answered to its
+    part; a part that is answered at all must be answered whole, unless `partial`. -> the coverage"""
+    once(names, what)
     strangers = [name for name in names if name not in parts]
     if strangers:
         raise UserError(f"{len(strangers)} {what} belong to none of the {of} (ids {few(strangers)}); give "
                         f"the {of} that they belong to")
-    begun, answered = {parts[name] for name in names}, set(names)
+    begun = {parts[name] for name in names}
     asked = [name for name, part in parts.items() if part in begun]
+    answered = set(names)
     missing = [name for name in asked if name not in answered]
     if missing and not partial:
         raise UserError(f"{len(missing)} of {len(asked)} {of} have no answer (ids {few(missing)}); "
                         "complete them, or score what is there with --partial")
     return {"answered": len(names), "of": len(asked)}
+
+
+def join_replies(replies, asked, known, partial, of):
+    """Join the replies to what was `asked`; those to what was not, but is known, are passed over."""
+    given = [name for name in replies if name in asked or name not in known]
+    return join(given, dict.fromkeys(asked, "replies"), partial, "replies", of)
 
 
 # ---- sums ----
@@ -174,7 +191,7 @@ def percent(sums, measure):
 
 
 def paired(a_items, b_items, sums, lower=()):
-    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p", "n"}} of items with equal ids.
+    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p"}} of items with equal ids.
 
     sums: an item -> {measure: (top, bottom)}. Both sides see the same draws of images, which is what pairs
     them. lower: the measures of which less is better, for the counts of items that got better and worse.
@@ -202,8 +219,7 @@ def paired(a_items, b_items, sums, lower=()):
                           "interval": interval(changes, b - a),
                           "better": better,
                           "worse": worse,
-                          "p": sign_test(better, worse),
-                          "n": len(both)}
+                          "p": sign_test(better, worse)}
     return found
 
 

@@ -114,36 +114,32 @@ def lemma(word):
         return word[:-2] + "an"
     if len(word) < 3 or not word.endswith("s") or not word.islower() or word in KEEP:
         return word
-    if word.endswith(("ss", "us", "is")) and word not in ONLY_S:
-        return word
     single = word[:-1]
+    if word in ONLY_S:
+        return single
+    if word.endswith(("ss", "us", "is")):
+        return word
     if word.endswith("ves"):
         single = next(iter(F_TO_VES & {word[:-3] + "f", word[:-3] + "fe"}), single)
-    elif word in ONLY_S:
-        pass                                                                    # ties: not ty
     elif word.endswith("ies") and len(word) > 4:
         single = word[:-3] + "y"
     elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
         single = word[:-2]
-    elif word.endswith("ses") and (word[:-2] in ONLY_S | KEEP or re.search("[bcdfghkmtwy]ses$", word)):
-        return lemma(word[:-2])                                                        # doubled: "adultses"
     return word if single in UNLISTED else single
 
 
 # The plurals of the first CHAIR, which knew no dictionary: the first rule that fits, at a word's end.
+STAY = re.compile(r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
+                  r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$")
+ENDINGS = dict(pair.split(":") for pair in """children:child geese:goose feet:foot teeth:tooth men:man
+leaves:leaf loaves:loaf people:person oxen:ox oxens:oxs axes:axe moves:move kine:cow brethren:brother
+opera:opus shoes:shoe oes:o buses:bus movies:movie erves:erve""".split())
 SINGULAR = [(re.compile(pattern), to) for pattern, to in (
-    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$", None),     # stay plural
-    (r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", None),
-    (r"children$", "child"), (r"geese$", "goose"), (r"feet$", "foot"), (r"teeth$", "tooth"), (r"men$", "man"),
-    (r"leaves$", "leaf"), (r"loaves$", "loaf"), (r"people$", "person"), (r"oxen$", "ox"), (r"^oxens$", "oxs"),
-    (r"axes$", "axe"), (r"moves$", "move"), (r"kine$", "cow"), (r"brethren$", "brother"), (r"opera$", "opus"),
-    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"), (r"shoes$", "shoe"),
-    (r"oes$", "o"), (r"buses$", "bus"), (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"),
-    (r"movies$", "movie"), (r"([^aeiouy]|qu)ies$", r"\1y"), (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"),
-    (r"([nlw]i)ves$", r"\1fe"), (r"erves$", "erve"), (r"([lr])ves$", r"\1f"),
+    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"),
+    (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"),
+    (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"), (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"),
     (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
-    (r"([hdronbp]|cl)oses$", r"\1ose"),
-    (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
+    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
 
 
 @lru_cache(maxsize=65536)
@@ -152,9 +148,14 @@ def singular(word):
     gives "bu" and "ties" "ty", so they are no mentions there."""
     if word.endswith("'"):
         return singular(word[:-1]) + "'s"
+    if STAY.search(word):
+        return word
+    for plural, single in ENDINGS.items():
+        if word.endswith(plural):
+            return word.removesuffix(plural) + single
     for pattern, to in SINGULAR:
         if pattern.search(word):
-            return word if to is None else pattern.sub(to, word)
+            return pattern.sub(to, word)
     return word
 
 
@@ -196,7 +197,7 @@ coffee horse dog court stage glass desk ball football range path apple chair dru
 
 
 def _counts(word, single, two_before, before, after, two_after):
-    """Whether a word (and its lemma) is to count as a noun, by what stands around it, lower-cased."""
+    """Whether a word (and its lemma) is to count as a noun, by the words around it, lower-cased."""
     if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
         return False
     if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
@@ -219,7 +220,7 @@ def nouns(text):
             if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
 
 
-# What stands before the noun in an object's name, and what the official tagger takes for that.
+# What comes before the noun in an object's name, and what the official tagger takes for that.
 ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
 long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
 cold wet dry bright dark beautiful colorful various several many two three four five other different same

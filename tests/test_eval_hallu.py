@@ -509,7 +509,7 @@ def test_score_pope_over_three_splits(tmp_path, capsys):
                                                                   said[split])) for split in rows]
     assert score(tmp_path, "pope", apart, "--questions", tmp_path / "data")[0] == scores
     one, _ = score(tmp_path, "pope", apart[1], "--questions", tmp_path / "data")
-    assert one["n"] == 6 and one["by_split"].keys() == {"popular"}          # found by the questions' words
+    assert one["n"] == 6 and one["by_split"].keys() == {"popular"}                # by the file's name
     with pytest.raises(data.UserError, match="x.jsonl: of several answers files, each needs the name"):
         score(tmp_path, "pope", [apart[0], write_json(tmp_path / "x.jsonl", pope_answers(rows["random"]))],
               "--questions", tmp_path / "data")
