@@ -2,7 +2,7 @@
 
     python eval_hallu.py answers pope --model M --adapter runs/NAME/adapter \\
         --data coco/ --images val2014/ --out answers.jsonl
-            batched and greedy; killed and called again it goes on.
+            batched and greedy; the same command continues a killed run.
             Two GPUs: torchrun --nproc_per_node 2 eval_hallu.py answers ...
     python eval_hallu.py score pope --answers answers.jsonl --questions coco/ \\
         --out scores.json
@@ -18,7 +18,7 @@
 Benchmarks: classroom (the built-in world: ten seconds on a CPU), and by the paths of their published files
 pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Object HalBench's among them.
 --mode official equals the official scorers to the digit; robust, the default, also reads what they misread,
-and reports what it cannot read. metrics.py defines the measures, benchmarks.py the benchmarks' files.
+and reports what it cannot read. evaluation/metrics.py defines the measures.
 """
 import hashlib
 import json
@@ -35,7 +35,7 @@ from model import ask as chat
 # ---- answers ----
 def run_answers(o):
     questions = None
-    if o.benchmark != "classroom":          # before torch and the model are loaded in vain
+    if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
@@ -78,7 +78,7 @@ def score_amber(o, lines):
 
 def score_chair(o, lines):
     original = o.scorer == "original"
-    literal = original and o.mode == "official"                   # their reader keeps blanks as they stand
+    literal = original and o.mode == "official"                   # the official reader keeps all blanks
     table = objects.synonyms(data.read_text(o.synonyms), literal)
     lemmatize = words.singulars if original else words.lemmas
     if o.nouns != "builtin":
@@ -111,9 +111,9 @@ def score_mmhal(o, lines):
 def ask(o, who, source, prompts, read, path, text):
     """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
 
-    Replies are kept beside --out. read: reads a reply, None where it cannot: a server is then asked again.
+    Replies are kept beside --out. read: reads a reply, None if it cannot: a server is then asked again.
     path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts are not
-    comparable. Raises UserError where a reply is missing, unless o.partial.
+    comparable. Raises UserError if a reply is missing, unless o.partial.
     """
     asked = {str(i): i for i in prompts}
     rows = chat.ask(source, [chat.Question(name, prompts[i]) for name, i in asked.items()],
@@ -173,7 +173,7 @@ NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "
          "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response", "score": "score, 0 to 6",
          "informativeness": "informativeness", "hallucination_rate": "hallucination rate"}
 FRACTIONS = ("pope", "chair", "mmhal")          # these are fractions in scores.json, shown in percent
-PLAIN = ("score", "mean_words")                 # and these are no share of anything
+PLAIN = ("score", "mean_words")                 # and these are not shares
 
 
 def table(benchmark, scores):
@@ -208,7 +208,7 @@ def measure(benchmark, key, name, value, interval):
 
 
 def notes(scores):
-    """What was scored: which questions, how many answers, who judged them by which prompt, what is odd."""
+    """What was scored: which questions, how many answers, who judged them by which prompt, and remarks."""
     lines = [scores["version"]] if "version" in scores else []
     note, covered = f"{scores['n']} answers", scores.get("coverage", {})
     if "images" in scores:
@@ -250,9 +250,9 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score what is answered, and say how much that is", action="store_true")}
 CHAT_MODEL = {
-    "--chat_model": text("the server's name for the model, where it serves several")}
+    "--chat_model": text("the server's name for the model, if it serves several")}
 
-# name: (what runs it, what it does, {argument: what argparse is told of it})
+# name: (what runs it, what it does, {argument: its settings for argparse})
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
@@ -299,7 +299,7 @@ COMMANDS = {
         "b": text("answers of the other to the same questions", type=Path),
         "--out": path("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
-        "--items": path("what `score` wrote per item, where the answers do not hold the truth themselves",
+        "--items": path("what `score` wrote per item, for answers that do not hold the truth themselves",
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
         "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}

@@ -3,7 +3,7 @@
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html --images val2014/
     python eval_hallu.py score votes votes-ann.json votes-bob.json --out preference.json
 
-`compare` prints B - A of each measure. Where the answers files hold no truth themselves (AMBER, CHAIR,
+`compare` prints B - A of each measure. If the answers files hold no truth themselves (AMBER, CHAIR,
 MMHal), --items takes what `score` wrote per item for each of them. Intervals: 95%, bootstrap over images,
 both files seeing the same draws. The sign test asks how often a fair coin would divide the items on which the
 two differ as unevenly as this: exact, two-sided.
@@ -30,7 +30,7 @@ LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "halluci
 
 # ---- the paired difference ----
 def question(answer):
-    """The question in an answer's line, "" where it does not say."""
+    """The question in an answer's line, "" if it is not there."""
     found = stats.first(answer.line, "question", "prompt", "query")
     return found if isinstance(found, str) else ""
 
@@ -124,7 +124,7 @@ def report(a, b, out, images=None, items=None, n=100, seed=0):
                  "B.items.jsonl for the paired difference."]
     if set(sizes) != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
-    without = "" if images else "; without pictures, for want of --images"
+    without = "" if images else "; without pictures, as --images is not given"
     return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
 
 
@@ -240,7 +240,7 @@ show();
 
 
 def a_is_first(seed, item):
-    """The side of A, drawn for each item by itself: it cannot be told from its neighbours'."""
+    """The side of A, drawn for each item by itself: its neighbours do not give it away."""
     return bool(data.hash64(seed, "side", *item) & 1)
 
 
@@ -287,7 +287,7 @@ def read_votes(paths):
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no file of votes as the page downloads it; ask its rater for it "
+            raise UserError(f"{path} is not a file of votes as the page downloads it; ask its rater for it "
                             "again") from error
         if len(shown) > 1:
             raise UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
@@ -300,7 +300,7 @@ def read_votes(paths):
 
 
 def _chosen(votes, key):
-    """{item: win, tie or loss of A}; any error where the votes are not the page's."""
+    """{item: win, tie or loss of A}; any error if the votes are not the page's."""
     found = {}
     for vote in votes:
         item = vote["item"]

@@ -3,7 +3,7 @@
     chosen, rest = parse(Options, argv, "synth.py", __doc__)     a dataclass is the command line
     ranks = join()                                               who is who under torchrun
     lock = claim(out)                                            one run in a folder
-    rows = Store(path, ranks).work(items, make)                  what is done stays done
+    rows = Store(path, ranks).work(items, make)                  finished work is kept
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
@@ -42,7 +42,7 @@ def parse(kind, argv, prog, description, positional=()):
     """argv -> ({field: value} of what was given, {positional: value}). Raises UserError for a bad value.
 
     kind: the dataclass. positional: (name, choices, default, help) of each argument without dashes. What was
-    not given is absent, so that a preset can stand between the dataclass's defaults and the command line.
+    not given is absent, so that a preset can come between the dataclass's defaults and the command line.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     rare = {name: field for name, field in fields.items() if "behind_set" in field.metadata}
@@ -92,7 +92,7 @@ def _add(parser, name, field):
 
 
 def value(where, text, field):
-    """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
+    """A field's value from its text. Raises UserError if it is none; `where` is what the user wrote."""
     kind, about = field.type, field.metadata
     try:
         if kind is bool:
@@ -186,7 +186,7 @@ def join(device="", backend=""):
     if found.type == "cuda":
         torch.cuda.set_device(found)
     alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
+    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours
     dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
@@ -202,7 +202,7 @@ def place(device=""):
 
 
 def leave(ranks):
-    """The end of join: every rank has come here before the group is taken down."""
+    """Undo join: wait for every rank, then close the group."""
     if ranks.world > 1:
         import torch.distributed as dist
         dist.barrier()
@@ -210,7 +210,7 @@ def leave(ranks):
 
 
 def free():
-    """Give the memory of what nothing refers to any more to the next model."""
+    """Free the memory of objects that nothing refers to any more, for the next model."""
     import gc
 
     import torch
@@ -221,12 +221,12 @@ def free():
 
 # ---- the folder ----
 def claim(out):
-    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
+    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError if it is in use."""
     import fcntl
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         lock = open(Path(out) / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released by the system in any case
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
     except OSError as e:
@@ -274,14 +274,14 @@ class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
     An item is a dict with an `id` and a `hash` over all that it is made from; a line is the item and what
-    `make` found. While work runs each rank appends to a part of its own beside the file, one line for each
-    group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
+    `make` found. While work runs, each rank appends to a part of its own beside the file, one line for each
+    group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
     """
     def __init__(self, path, ranks=None, head=None, shape=lambda row: row, unshape=lambda n, line: line):
-        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
-        others is refused. shape: a row -> its line in the finished file; unshape: (the line's number without
-        the head, from 0; the line) -> its row, where a line has no id and hash.
+        """head: {"settings": {name: value}}, the first line, on which all others depend: a file begun with
+        other ones is refused. shape: a row -> its line in the finished file; unshape: (the line's number
+        without the head, from 0; the line) -> its row, if a line has no id and hash.
         """
         self.path, self.ranks = Path(path), ranks or Ranks()
         self.head, self.shape, self.unshape = head, shape, unshape
@@ -306,7 +306,7 @@ class Store:
         return found
 
     def check_head(self, file, begun):
-        """Raise UserError where a file was begun with other settings: what differs is named."""
+        """Raise UserError if a file was begun with other settings; it names the differences."""
         was, now = begun.get("settings"), self.head["settings"]
         if not isinstance(was, dict):
             raise UserError(f"{file} has no settings in its first line; give another --out")
@@ -332,7 +332,7 @@ class Store:
         """
         had, ranks = self.kept(items), self.ranks
         self.there = len(had)
-        ranks.barrier()                                     # everyone has read what is there before it grows
+        ranks.barrier()                                     # everyone has read the files before they grow
         groups = [items[at:at + size] for at in range(0, len(items), size)]
         mine = [g for g in groups[ranks.rank::ranks.world] if any(item["id"] not in had for item in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
@@ -347,14 +347,14 @@ class Store:
                 bar.update(len(new) * ranks.world)
         ranks.barrier()
         found = self.kept(items)
-        ranks.barrier()                                     # everyone has read the parts before they go
+        ranks.barrier()                                     # everyone has read the parts: delete them
         rows = [found[item["id"]] for item in items if item["id"] in found]
         if ranks.rank == 0:
             self.write(rows)
         return rows
 
     def write(self, rows):
-        """The file, in one move; the parts go."""
+        """Write the file in one move; delete the parts."""
         lines = [self.shape(row) for row in rows]
         if self.head:
             lines.insert(0, self.head)
@@ -364,6 +364,6 @@ class Store:
 
 
 def positive(name, number):
-    """Raise UserError where an option's number is not above 0 and finite."""
+    """Raise UserError if an option's number is not above 0 and finite."""
     if not 0 < number < math.inf:
         raise UserError(f"{name} is {number}: it must be a number above 0")

@@ -1,4 +1,4 @@
-"""Prompts and questions for synth.py: from text files, a template or a chat model, none nearly twice."""
+"""Prompts and questions for synth.py: from files, a template or a chat model, without near-duplicates."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
@@ -75,8 +75,8 @@ def numbered(lines, per_topic):
 
 
 def written(o, folder):
-    """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or TURNS
-    are over. `folder` keeps what was said."""
+    """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or after
+    TURNS. `folder` keeps the replies."""
     topics = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
     found, lists = {topic: [] for topic in topics}, -(-o.per_topic // 10)
     for turn in range(TURNS):
