@@ -283,7 +283,7 @@ def scores(run, name):
         found["look"] = look.look(run.model, *held_out, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
-                              o.eval_annotations, o.eval_synonyms, description=f"{name}: questions")
+                              o.eval_annotations, o.eval_synonyms)
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 

@@ -259,14 +259,6 @@ def read_tokenizer(folder):
     return data.from_folder(AutoTokenizer, folder, "tokenizer", "copy its files")
 
 
-def own_template(folder, tokenizer):
-    """The chat template that a folder brings: beside its tokenizer or its processor; None without one."""
-    found = tokenizer.chat_template
-    for name in ("chat_template.json", "processor_config.json"):
-        found = found or data.read_json(folder / name, {}).get("chat_template")
-    return found
-
-
 def open_folder(folder, template=None, preparation=""):
     """The family of a llava-hf folder, from its files alone.
 
@@ -281,6 +273,7 @@ def open_folder(folder, template=None, preparation=""):
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
     if preparation not in ("", "pad"):
@@ -308,10 +301,14 @@ def check_tokens(folder, config, tokenizer):
 
 
 def choose_template(front, asked):
-    """(name, Jinja) of the template asked for, else the folder's own, else the family's usual one."""
-    if asked:
-        return (asked, TEMPLATES[asked]) if asked in TEMPLATES else ("given", asked)
-    if own := own_template(front.folder, front.tokenizer):
+    """(name, Jinja) of the template asked for, else the folder's own, else the family's usual one.
+
+    A folder's own is beside its tokenizer or its processor.
+    """
+    own = front.tokenizer.chat_template
+    for file in ("chat_template.json", "processor_config.json"):
+        own = own or data.read_json(front.folder / file, {}).get("chat_template")
+    if own and not asked:
         return "folder", own
-    name = front.usual_template()
-    return name, TEMPLATES[name]
+    name = asked or front.usual_template()
+    return (name, TEMPLATES[name]) if name in TEMPLATES else ("given", name)

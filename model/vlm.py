@@ -21,7 +21,6 @@ Departures from the published code:
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import bisect
 import contextlib
 import copy
 import ctypes
@@ -34,14 +33,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
 import lora
 import losses
 from model import front
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -74,24 +73,36 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
     UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
     """
-    import transformers
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+    from transformers.masking_utils import sdpa_mask
     opened = isinstance(folder, front.Llava)
     family = folder if opened else front.open_folder(folder, template, preparation)
-    _register_attention()
-    for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):        # Departure 2
-        if hasattr(family.config.text_config, name):
-            setattr(family.config.text_config, name, 0.0)
-    kind = getattr(transformers, family.architecture)
-    model, found = data.from_folder(kind, family.folder, "model", "copy the checkpoint again",
-                                    dtype="auto", config=family.config, output_loading_info=True)
+
+    # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+    text = family.config.text_config
+    for name in vars(text):
+        if name.endswith(("_pdrop", "_dropout")):
+            setattr(text, name, 0.0)
+
+    # ---- the weights ----
+    model, found = data.from_folder(AutoModelForImageTextToText, family.folder,
+                                    "model", "copy the checkpoint again",
+                                    dtype="auto",
+                                    config=family.config,
+                                    output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for weight in model.parameters():      # mapped until here, not read; in the file they lie unaligned, and
-        mapped, weight.data = weight.data, weight.data.to(device, dtype, copy=True)    # products are slower
+        mapped = weight.data               # products are slower
+        weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
     family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
+
+    # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
     words, weight = family.image_token_id, model.lm_head.weight
     if weight[words:].any():
@@ -127,11 +138,12 @@ def forget(mapped):
 
     Without it loading would need the memory of the weights twice.
     """
-    page = mmap.PAGESIZE
-    first, last = -(-mapped.data_ptr() // page) * page, (mapped.data_ptr() + mapped.nbytes) // page * page
-    if sys.platform == "linux" and last > first:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    if LIBC:
+        page, start = mmap.PAGESIZE, mapped.data_ptr()
+        first = -(-start // page) * page
+        pages = (start + mapped.nbytes - first) // page                                 # that are all its own
+        if pages > 0:
+            LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(pages * page), mmap.MADV_DONTNEED)
 
 
 def keep_memory():
@@ -140,11 +152,9 @@ def keep_memory():
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        trim_threshold, mmap_max = -1, -4                                          # as malloc.h numbers them
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-1, -1)                           # M_TRIM_THRESHOLD, as malloc.h numbers it: without end
+        LIBC.mallopt(-4, 0)                            # M_MMAP_MAX: none
 
 
 # -------------------------------------------------------------------------------- images in the model
@@ -155,30 +165,26 @@ def encode_images(m, batch):
     """
     n = len(batch.images)
     found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
-    features = Features(found[:n], found[n:])
-    check_places(m, [(p.id, p.prompt, p.sizes) for p in batch.pairs], features.images)
+    prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
     if batch.images_rejected:
-        check_places(m, [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs], features.rejected)
-    return features
-
-
-def check_places(m, prompts, features):
-    """Raise UserError for a prompt whose places its images' features do not fill."""
-    lengths = iter([len(x) for x in features])
+        prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]
+    shown = iter(found)
     for id, ids, sizes in prompts:
-        places, filled = ids.count(m.front.image_token_id), sum(next(lengths, 0) for _ in sizes)
+        places = ids.count(m.front.image_token_id)
+        filled = sum(len(next(shown, ())) for _ in sizes)
         if places != filled:
             raise data.UserError(f"{id}: its prompt has {places} places for images, the vision tower gives "
                                  f"{filled} features: config.json in {m.front.folder} is not this model's")
+    return Features(found[:n], found[n:])
 
 
 def embed(m, ids, features):
     """ids (..., T), the features [(K, D)] of their images in order -> embeddings (..., T, D)."""
-    at_image = ids == m.front.image_token_id
-    embeddings = m.model.get_input_embeddings()(ids.masked_fill(at_image, 0))
-    if not features:
-        return embeddings
-    return embeddings.masked_scatter(at_image[..., None], torch.cat(features).to(embeddings.dtype))
+    embeddings = m.model.get_input_embeddings()(ids)
+    if features:
+        at_image = (ids == m.front.image_token_id)[..., None]
+        embeddings = embeddings.masked_scatter(at_image, torch.cat(features).to(embeddings.dtype))
+    return embeddings
 
 
 # -------------------------------------------------------------------------------- forward: naive
@@ -187,37 +193,41 @@ def naive(m, pairs, features, needs):
 
     pairs: list of data.Pair. features: their Features. needs: the fields of losses.Logps to compute.
     """
-    rows, shown = [(p.prompt, p.sizes, p.chosen) for p in pairs], [*features.images]
+    rows = [(p.prompt, p.sizes, p.chosen) for p in pairs]
+    shown = [*features.images]
     if "rejected" in needs:
         rows += [(p.prompt, p.sizes, p.rejected) for p in pairs]
         shown += features.images
     if "image_rejected" in needs:
         rows += [(p.prompt_rejected, p.sizes_rejected, p.chosen) for p in pairs]
         shown += features.rejected
-    ids = _pad([prompt + response for prompt, _, response in rows], m.front.eos_id)             # (R, T)
-    labels = _pad([[-100] * len(prompt) + response for prompt, _, response in rows], -100)      # (R, T)
-    positions = []
-    for prompt, sizes, _ in rows:
+
+    # ---- rows of one length: right padding needs no mask, no real token can see the padding behind it ----
+    longest = max(len(prompt) + len(response) for prompt, _, response in rows)
+    ids, labels, positions = [], [], []
+    for prompt, sizes, response in rows:
+        padding = longest - len(prompt) - len(response)
+        ids.append(prompt + response + [m.front.eos_id] * padding)
+        labels.append([-100] * len(prompt) + response + [-100] * padding)
         own = m.front.positions(prompt, sizes)                                             # (P,) or (3, P)
-        after = data.positions_after(own, ids.shape[1] - len(prompt))
-        positions.append(torch.cat([own, after], -1))
-    positions = torch.stack(positions, -2).to(m.device)                              # (R, T) or (3, R, T)
-    # Right padding needs no mask under causal attention: no real token can see the padding behind it.
-    logits = m.model(inputs_embeds=embed(m, ids.to(m.device), shown), position_ids=positions,
-                     use_cache=False).logits[..., :m.words]                                     # (R, T, V)
-    return _logps(losses.response_logps(logits, labels.to(m.device)), pairs, needs)
+        positions += [own, data.positions_after(own, longest - len(prompt))]
+    ids, labels = torch.tensor([ids, labels], device=m.device)                          # (R, T) each
+    positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
-
-def _pad(rows, value, side="right"):
-    rows = [torch.tensor(row) for row in rows]
-    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+    # ---- the model, and the log-probability of each response ----
+    outputs = m.model(inputs_embeds=embed(m, ids, shown),
+                      position_ids=positions,
+                      use_cache=False)
+    logits = outputs.logits[..., :m.words]                                              # (R, T, V)
+    return _logps(losses.response_logps(logits, labels), pairs, needs)
 
 
 def _logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
-    fields = [name for name in ("chosen", "rejected", "image_rejected") if name == "chosen" or name in needs]
-    parts = dict(zip(fields, sums.split(len(pairs)), strict=True))
-    return losses.Logps(**parts, chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
+    parts = iter(sums.split(len(pairs)))
+    found = {name: next(parts) for name in ("chosen", "rejected", "image_rejected") if name in needs}
+    return losses.Logps(**found,
+                        chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
                         rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
 
 
@@ -228,42 +238,42 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
     query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
+    from torch.nn.attention.bias import causal_lower_right
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    window = kwargs.get("sliding_window")
-    longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
-    if window and longest > window:
-        raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
-                             f"{window}: pass --forward naive, or a smaller --set max_length")
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    window = kwargs.get("sliding_window")
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
-    lengths, out = [n for s in segments for n in (s.prompt + s.chosen, s.rejected)], []
-    queries, keys, values = (x.split(lengths, 2) for x in (query, key, value))
-    for i, segment in enumerate(segments):
-        q, k, v = queries[2 * i], keys[2 * i], values[2 * i]                         # prompt + chosen
+    lengths = []
+    for s in segments:
+        lengths += [s.prompt + s.chosen, s.rejected]
+    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    out = []
+    for s in segments:
+        longest = s.prompt + max(s.chosen, s.rejected)
+        if window and longest > window:
+            raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
+                                 f"{window}: pass --forward naive, or a smaller --set max_length")
+        q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
-        if segment.rejected:
-            k = torch.cat([k[:, :, :segment.prompt], keys[2 * i + 1]], 2)
-            v = torch.cat([v[:, :, :segment.prompt], values[2 * i + 1]], 2)
-            mask = causal_lower_right(segment.rejected, k.shape[2])
-            out.append(attend(queries[2 * i + 1], k, v, attn_mask=mask))
+        q, k_own, v_own = next(pieces)                                          # of rejected
+        if s.rejected:
+            k = torch.cat([k[:, :, :s.prompt], k_own], 2)
+            v = torch.cat([v[:, :, :s.prompt], v_own], 2)
+            mask = causal_lower_right(s.rejected, s.prompt + s.rejected)
+            out.append(attend(q, k, v, attn_mask=mask))
     return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
-
-
-def _register_attention():
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def packed(m, pairs, features, needs):
     """The fast forward: the numbers of `naive` (same arguments) from one row, no padding, no prompt twice."""
     row = data.pack(pairs, needs, m.front.positions)
-    shown = [*features.images, *(features.rejected if "image_rejected" in needs else [])]
-    logps = packed_token_logps(m, row, shown)
-    return _logps(torch.stack([response.sum() for response in logps.split(row.lengths)]), pairs, needs)
+    shown = [*features.images]
+    if "image_rejected" in needs:
+        shown += features.rejected
+    logps = packed_token_logps(m, row, shown).split(row.lengths)
+    return _logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 
 def packed_token_logps(m, row, features):
@@ -274,43 +284,47 @@ def packed_token_logps(m, row, features):
     ids, positions = row.ids.to(m.device), row.positions.to(m.device)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
-    hidden = m.language_model(
-        inputs_embeds=embed(m, ids, features)[None], position_ids=positions.unsqueeze(-2),
-        attention_mask=ids.new_zeros(1, 1, 1, 1), segments=row.segments, use_cache=False,
-        **m.front.language_inputs(row, features)).last_hidden_state[0]
-    hidden = hidden[row.predict.to(m.device)]                          # (T, D) -> (N, D)
-    weight, target, chunk = m.model.lm_head.weight[:m.words], row.target.to(m.device), 1024
+    outputs = m.language_model(inputs_embeds=embed(m, ids, features)[None],        # (1, T, D)
+                               position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
+                               attention_mask=ids.new_zeros(1, 1, 1, 1),
+                               segments=row.segments,
+                               use_cache=False,
+                               **m.front.language_inputs(row, features))
+    hidden = outputs.last_hidden_state[0, row.predict.to(m.device)]                         # (N, D)
+    return chunked_logps(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device))
+
+
+def chunked_logps(hidden, weight, target, chunk=1024):
+    """log p(target) of hidden states (N, D) under the lm_head (V, D), a chunk's logits at a time: (N,)."""
+    work = FrozenHead.apply
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
-        return torch.cat([checkpoint(_token_logps, h, weight, y, use_reentrant=False)
-                          for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True)])
-    return ChunkedLogps.apply(hidden, weight, target, chunk)
+        work = partial(checkpoint, _trained_head, use_reentrant=False)
+    chunks = zip(hidden.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([work(h, weight, y) for h, y in chunks])
 
 
-def _token_logps(hidden, weight, target):
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))           # (n, V)
-    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+def _trained_head(hidden, weight, target):
+    return losses.token_logps(hidden @ weight.T, target)
 
 
-class ChunkedLogps(torch.autograd.Function):
-    """log p(target) of hidden states (N, D) under the frozen lm_head (V, D): never over chunk x V logits.
+class FrozenHead(torch.autograd.Function):
+    """_trained_head for a weight that does not train: never over its logits (n, V) twice.
 
-    The gradient is taken in the forward, with a chunk's probabilities at hand: d logp / dh = W[y] - p W.
+    The gradient is taken in the forward, with the probabilities at hand: d logp / dh = W[y] - p W.
     """
     @staticmethod
-    def forward(ctx, hidden, weight, target, chunk):
-        logps, gradients = [], []
-        for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
-            logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))             # (n, V)
-            logps.append(logits.gather(1, y[:, None])[:, 0] - logits.logsumexp(1))
-            if ctx.needs_input_grad[0]:
-                gradients.append(weight[y] - logits.softmax(1).to(weight.dtype) @ weight)       # (n, D)
-        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
-        return torch.cat(logps)
+    def forward(ctx, hidden, weight, target):
+        logits = hidden @ weight.T                                                              # (n, V)
+        logps = losses.token_logps(logits, target)
+        if ctx.needs_input_grad[0]:
+            probabilities = logits.softmax(1, dtype=logps.dtype).to(weight.dtype)
+            ctx.save_for_backward(weight[target] - probabilities @ weight)                      # (n, D)
+        return logps
 
     @staticmethod
     def backward(ctx, grad):
         gradient, = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None
 
 
 FORWARDS = {"packed": packed, "naive": naive}
@@ -319,20 +333,21 @@ FORWARDS = {"packed": packed, "naive": naive}
 @torch.no_grad()
 def word_logps(m, image, question, answer):
     """[(word, log-prob)] of an answer about one PIL image; white space parts words."""
-    words = list(re.finditer(r"\S+", answer))
-    if not words:
+    if not answer.strip():
         return []
     encoded = m.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     prompt = m.front.prompt_ids(question, [image.size])
     pair = data.Pair("", prompt, prompt, encoded.input_ids, [], (image.size,))
-    features = encode_images(m, data.Batch([pair], m.front.prepare([image])))
     row = data.pack([pair], {"chosen"}, m.front.positions)
-    logps = packed_token_logps(m, row, features.images).tolist()
+    features = m.front.encode(m.model, m.front.prepare([image]))
+    logps = packed_token_logps(m, row, features).tolist()
+    found, done = [], 0
     # A token belongs to the first word that ends behind its start: white space goes with what follows it.
-    ends, sums = [word.end() for word in words], [0.0] * len(words)
-    for (start, _), logp in zip(encoded.offset_mapping, logps, strict=True):
-        sums[min(bisect.bisect_right(ends, start), len(words) - 1)] += logp
-    return [(word.group(), logp) for word, logp in zip(words, sums, strict=True)]
+    for word in re.finditer(r"\S+(\s+$)?", answer):
+        until = sum(start < word.end() for start, _ in encoded.offset_mapping)
+        found.append((word.group().strip(), sum(logps[done:until], 0.0)))
+        done = until
+    return found
 
 
 # -------------------------------------------------------------------------------- generation
@@ -350,36 +365,36 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     Batches are left-padded, prompts of similar length together. An answer ends at any token that
     generation_config.json calls an end, or the tokenizer.
     """
-    ends = end_ids(m)
-    options = dict(do_sample=False, eos_token_id=ends, pad_token_id=m.front.eos_id,
-                   max_new_tokens=max_new_tokens)
+    own = m.model.generation_config.eos_token_id
+    ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
+    options = {"do_sample": False}
     if sample_seed is not None:
-        options |= dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    prompts = [m.front.prompt_ids(question, [picture.size for picture in shown])
-               for question, shown in zip(questions, images, strict=True)]
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    prompts = []
+    for question, shown in zip(questions, images, strict=True):
+        prompts.append(m.front.prompt_ids(question, [picture.size for picture in shown]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = {}
     with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for at in range(0, len(order), batch_size):
             batch = order[at:at + batch_size]
-            ids = _pad([prompts[i] for i in batch], m.front.eos_id, "left")                     # (R, T)
-            mask = _pad([[1] * len(prompts[i]) for i in batch], 0, "left")                      # (R, T)
-            inputs = {"input_ids": ids.to(m.device), "attention_mask": mask.to(m.device)}
+            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
+                                           padding_side="left", return_tensors="pt").to(m.device)
             if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            new = m.model.generate(**inputs, **options)[:, ids.shape[1]:].tolist()              # (R, new)
-            texts = m.front.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text, tokens in zip(batch, texts, new, strict=True):
-                found[i] = Completion(text.strip(), not set(ends).isdisjoint(tokens))
-    return [found[i] for i in range(len(prompts))]
+            new = m.model.generate(**inputs,
+                                   **options,
+                                   max_new_tokens=max_new_tokens,
+                                   eos_token_id=[*ends],
+                                   pad_token_id=m.front.eos_id)
+            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
+            for i, tokens in zip(batch, new.tolist(), strict=True):
+                text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+                found[i] = Completion(text.strip(), not ends.isdisjoint(tokens))
+    return [found[i] for i in sorted(found)]
 
 
 def generate(*arguments, **options):
     """The texts of complete(), which takes the same arguments."""
     return [completion.text for completion in complete(*arguments, **options)]
-
-
-def end_ids(m):
-    own = m.model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    return sorted({m.front.eos_id, *own} - {None})

@@ -42,26 +42,25 @@ def read_weights(path):
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    torn = OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, TypeError
     files, state = [Path(path)], {}
-    if Path(path).is_dir():
-        files = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.pt"))
+    if files[0].is_dir():
+        files = sorted(files[0].glob("*.safetensors")) or sorted(files[0].glob("*.pt"))
     for file in files:
         try:
             if file.suffix == ".safetensors":
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except torn as error:
-            raise UserError(f"{file} cannot be read as weights ({first_line(error)}); "
-                            "copy the published file again") from error
+        except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read as weights ({brief(error)}); copy the published file "
+                            "again") from error
     if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise UserError(f"{path}: no weights there, or other things too; give the published file or folder")
     return state
 
 
-def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def brief(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def beside(weights, config, default=None):
@@ -69,8 +68,10 @@ def beside(weights, config, default=None):
     folder = Path(weights)
     if not folder.is_dir():
         folder = folder.parent
-    if not isinstance(config, dict):
-        config = data.read_json(config or folder / "config.json", None if config else default)
+    if config is None:
+        config = data.read_json(folder / "config.json", default)
+    elif not isinstance(config, dict):
+        config = data.read_json(config)
     return folder, config
 
 
@@ -86,36 +87,34 @@ PUBLISHED = {
              "intermediate_size": 3072, "encoder_hidden_size": 1024, "vocab_size": 30524,
              "max_position_embeddings": 512, "layer_norm_eps": 1e-12}}
 LINEAR = (0, 2, 4, 6, 7)                # the head's linear maps; dropouts have the numbers between
-# Published names to ours: how they begin, what is inside; parts of the file that the reward does not use.
-NAMES = (("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
-         ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
-         ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
-         ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
-         ("blip.visual_encoder.norm.", "vision.post_layernorm."),
-         ("blip.text_encoder.", "text."), ("mlp.layers.", "mlp."))
-INNER = ((".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
+# Published names to ours, ^ at their beginning; parts of the file that the reward does not use.
+NAMES = (("^blip.visual_encoder.cls_token", "^vision.embeddings.class_embedding"),
+         ("^blip.visual_encoder.pos_embed", "^vision.embeddings.position_embedding"),
+         ("^blip.visual_encoder.patch_embed.proj.", "^vision.embeddings.patch_embedding."),
+         ("^blip.visual_encoder.blocks.", "^vision.encoder.layers."),
+         ("^blip.visual_encoder.norm.", "^vision.post_layernorm."),
+         ("^blip.text_encoder.", "^text."), ("^mlp.layers.", "^mlp."),
+         (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
          (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
 DROPPED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
 
 
 def to_ours(name):
     """A name in ImageReward.pt -> in our module; None for a dropped part, the name itself if unknown."""
-    return None if name.startswith(DROPPED) else _renamed(name, NAMES, INNER)
+    if name.startswith(DROPPED):
+        return None
+    name = f"^{name}"
+    for published, ours in NAMES:
+        name = name.replace(published, ours)
+    return name[1:]
 
 
 def to_published(name):
     """The inverse of to_ours, for weights that are trained here and stored as the published ones are."""
-    return _renamed(name, [pair[::-1] for pair in NAMES], [pair[::-1] for pair in INNER])
-
-
-def _renamed(name, beginnings, insides):
-    for old, new in beginnings:
-        if name.startswith(old):
-            name = new + name[len(old):]
-            break
-    for old, new in insides:
-        name = name.replace(old, new)
-    return name
+    name = f"^{name}"
+    for published, ours in NAMES:
+        name = name.replace(ours, published)
+    return name[1:]
 
 
 def preprocess(image, size):
@@ -125,16 +124,14 @@ def preprocess(image, size):
     centre crop (half a pixel rounds to even), and only then RGB: an RGBA image differs if converted first.
     """
     width, height = image.size
-    long = int(size * max(width, height) / min(width, height))
-    width, height = (size, long) if width <= height else (long, size)
+    longer = int(size * max(width, height) / min(width, height))
+    width, height = (size, longer) if width <= height else (longer, size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean = torch.tensor(MEAN, dtype=torch.float32)[:, None, None]
-    std = torch.tensor(STD, dtype=torch.float32)[:, None, None]
-    return (pixels - mean) / std
+    pixels = (np.array(image, np.float32) / 255 - MEAN.astype(np.float32)) / STD.astype(np.float32)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class ImageReward(nn.Module):
@@ -176,16 +173,12 @@ class ImageReward(nn.Module):
             across = math.isqrt(state["vision.embeddings.position_embedding"].shape[1])
             shown = {"patch_size": patch, "image_size": patch * across}
             widths = [len(state[f"mlp.{place}.bias"]) for place in LINEAR]
-            with torch.device("meta"):                       # no memory and no time for random weights
-                model = cls.build(shown | config.get("vision", {}), config.get("text", {}), widths=widths)
-            model.load_state_dict(state, assign=True)
+            model = cls.build(shown | config.get("vision", {}), config.get("text", {}), widths=widths)
+            model.load_state_dict(state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            why = " ".join(str(error).split())[:300]
-            raise UserError(f"{weights} is not ImageReward's state dict, or does not fit its config ({why}); "
-                            "give the published ImageReward.pt, or the two that belong together") from error
-        for module in model.modules():                       # the only buffers, not in the file: 0, 1, 2, ...
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = torch.arange(buffer.numel()).view(buffer.shape)
+            raise UserError(f"{weights} is not ImageReward's state dict, or does not fit its config "
+                            f"({brief(error)}); give the published ImageReward.pt, or the two that belong "
+                            "together") from error
         model.tokenizer = bert_tokenizer(vocab or folder)
         return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
 
@@ -203,13 +196,12 @@ class ImageReward(nn.Module):
         """Rewards of pictures (paths or PIL images, or one of them) for a prompt, a list of floats."""
         if isinstance(images, str | Path | Image.Image):
             images = [images]
-        device, scores = self.mlp["0"].weight.device, []
-        size = self.vision.config.image_size
         text = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=MAX_PROMPT,
-                              return_tensors="pt").to(device)
+                              return_tensors="pt").to(self.vision.device)
+        size, scores = self.vision.config.image_size, []
         for at in range(0, len(images), batch_size):
             pixels = [preprocess(opened(image), size) for image in images[at:at + batch_size]]
-            pixels = torch.stack(pixels).to(device, self.vision.dtype)
+            pixels = torch.stack(pixels).to(self.vision.device, self.vision.dtype)
             ids = text.input_ids.expand(len(pixels), -1)
             mask = text.attention_mask.expand(len(pixels), -1)
             scores += self(ids, mask, self.vision(pixel_values=pixels).last_hidden_state).tolist()
@@ -337,7 +329,7 @@ class ArmoRM(nn.Module):
             if wrong:
                 raise ValueError(f"{len(wrong)} names differ, among them {min(wrong).replace('/', '.')}")
         except (ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{weights} does not fit ArmoRM or its config ({first_line(error)}); give both "
+            raise UserError(f"{weights} does not fit ArmoRM or its config ({brief(error)}); give both "
                             "as published") from error
         temperature, pad_id = config.get("gating_temperature", 10), config.get("pad_token_id")
         model = cls(llama, head, temperature, token_pattern, pad_id)

@@ -148,7 +148,7 @@ def test_chunked_logps_equal_log_softmax(chunk):
     expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(7), target]
     up = torch.randn(7, dtype=torch.float64)
     wanted, = torch.autograd.grad(expected, hidden, up)
-    got = vlm.ChunkedLogps.apply(hidden, weight, target, chunk)
+    got = vlm.chunked_logps(hidden, weight, target, chunk)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, hidden, up)[0], wanted)
 

@@ -94,20 +94,16 @@ class Pairs:
     def read(self, place, epoch=0):
         """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.records[self.good[place]]
-        images = []
-        rejected = []
-        if o.image_rejected != "none":
-            images = [data.read_image(x) for x in record["images"]]
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
-        of_pixels = twice and o.crop_pixels and not record["images_rejected"]
-        if twice and not of_pixels:
+        images, rejected = [data.read_image(x) for x in shown(record, o)], []
+        if twice and (record["images_rejected"] or not o.crop_pixels):
             rejected = self.rejected_images(place, record, images, seed)
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
         rejected = prepared[len(images):]
         images = prepared[:len(images)]
-        if of_pixels:                                     # as the official code of mDPO crops
+        if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
@@ -160,6 +156,11 @@ def rejected_pixels(strategy, pixels, seed, id):
     return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
 
 
+def shown(record, o):
+    """The images in a record's prompt, as records.py has them."""
+    return [] if o.image_rejected == "none" else record["images"]
+
+
 def named(record, n):
     """What the draw for a record's n-th image is keyed by."""
     return f"{record['id']}/{n}" if n else record["id"]
@@ -203,8 +204,8 @@ def usable(front, records, o, needs, folder):
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
             record = records[i]
-            images = record["images"] if o.image_rejected != "none" else []
-            pair, lost = tokenise(front, record, o, tuple(data.image_size(x) for x in images))
+            sizes = tuple(data.image_size(x) for x in shown(record, o))
+            pair, lost = tokenise(front, record, o, sizes)
             if lost and "rejected" in needs and pair.chosen == pair.rejected:
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
                                      "raise --set max_length or drop the record")

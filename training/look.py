@@ -63,7 +63,8 @@ def look(m, records, good, o, name, kept=None):
     Nothing is left changed, random generators included. Raises UserError.
     """
     read = (records[i] for i in good)
-    shown = list(islice((record for record in read if len(record["images"]) == 1), o.look))
+    usable = (record for record in read if len(record["images"]) == 1)
+    shown = list(islice(usable, o.look))
     if len(shown) < 2:
         return {}
     jobs = jobs_of(shown, o.eval_seed)
@@ -88,7 +89,8 @@ def look(m, records, good, o, name, kept=None):
     found = {"n": n}
     change = policy - reference
     for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
-        margins = by_kind(jobs, n, scale * (logps[:, 0] - logps[:, 1]))
+        margin = scale * (logps[:, 0] - logps[:, 1])                                           # (J,)
+        margins = by_kind(jobs, n, margin)
         found[measure] = {kind: mean(x) for kind, x in margins.items()}
         true = margins.pop("true")
         found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
@@ -112,12 +114,16 @@ def jobs_of(shown, seed):
     """The Jobs of all records, kind by kind."""
     images = [record["images"][0] for record in shown]
     themes = [record["meta"].get("theme") for record in shown]
-    groups = [theme or image for theme, image in zip(themes, images, strict=True)]
-    own = {i: i for i in range(len(shown))}
+    n = len(shown)
+    groups = [themes[i] or images[i] for i in range(n)]
+    own = {i: i for i in range(n)}
     other, alike = partners(groups, seed)
     alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
     kinds = {"true": own, "blank": own, "other": other, "same_theme": alike}
-    return [Job(kind, i, j) for kind, image_of in kinds.items() for i, j in image_of.items()]
+    jobs = []
+    for kind, image_of in kinds.items():
+        jobs += [Job(kind, i, j) for i, j in image_of.items()]
+    return jobs
 
 
 def partners(groups, seed):
@@ -141,14 +147,16 @@ def partners(groups, seed):
 
 def next_to(row, step):
     """{each of a row: the one so many steps further}, the row being a ring."""
-    return dict(zip(row, row[step:] + row[:step], strict=True))
+    further = row[step:] + row[:step]
+    return dict(zip(row, further, strict=True))
 
 
 # ---- log-probs ----
 def scores(m, shown, jobs, o, name):
     """log p of the two responses of every job, chosen first: (J, 2)."""
-    cases = (case_of(m.front, shown, job, o) for job in jobs)
-    return logps_of(m, tqdm(cases, f"{name}: looking", len(jobs)), o, ["chosen", "rejected"])
+    bar = tqdm(jobs, f"{name}: looking")
+    cases = (case_of(m.front, shown, job, o) for job in bar)
+    return logps_of(m, cases, o, ["chosen", "rejected"])
 
 
 def case_of(front, shown, job, o):
@@ -166,15 +174,16 @@ def divergence(m, shown, o):
     pictures = [data.read_image(record["images"][0]) for record in shown]
     questions = [record["question"] for record in shown]
     size = 64 if front.is_classroom else 16
-    texts = vlm.generate(m, [[picture] for picture in pictures], questions, o.max_new_tokens, size,
-                         sample_seed=o.eval_seed)
+    images = [[picture] for picture in pictures]
+    texts = vlm.generate(m, images, questions, o.max_new_tokens, size, sample_seed=o.eval_seed)
     cases = []
     for question, picture, text in zip(questions, pictures, texts, strict=True):
-        prompt = front.prompt_ids(question, (picture.size,))
+        sizes = (picture.size,)
+        prompt = front.prompt_ids(question, sizes)
         ids = front.tokenizer(text, add_special_tokens=False).input_ids
         answer = [token for token in ids if token != front.image_token_id]
         answer = [*answer, front.eos_id][:o.max_new_tokens]
-        pair = data.Pair("", prompt, prompt, answer, [], (picture.size,))
+        pair = data.Pair("", prompt, prompt, answer, [], sizes)
         cases.append((pair, picture))
     policy = logps_of(m, cases, o, ["chosen"])
     with vlm.base_of(m) as base:
@@ -189,9 +198,11 @@ def logps_of(m, cases, o, fields):
     rows = []
     while some := [*islice(cases, o.micro_batch)]:
         pairs, pictures = zip(*some, strict=True)
-        features = vlm.encode_images(m, data.Batch(pairs, m.front.prepare(pictures)))
+        batch = data.Batch(pairs, m.front.prepare(pictures))
+        features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
-        rows.append(torch.stack([getattr(found, field) for field in fields], 1))
+        columns = [getattr(found, field) for field in fields]
+        rows.append(torch.stack(columns, 1))
     return torch.cat(rows).double().cpu().numpy()
 
 
@@ -213,5 +224,6 @@ def interval(values, images, seed):
             items.append({"image": image, "sum": x})
     _, draws = stats.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
     point = sum(item["sum"] for item in items) / len(items)
-    low, high = stats.interval(draws["sum"] / draws["n"], point)
+    means = draws["sum"] / draws["n"]
+    low, high = stats.interval(means, point)
     return [round(float(x), 6) for x in (point, low, high)]

@@ -30,43 +30,48 @@ class Zero2:
     def __init__(self, parameters, make, ranks, clip=0.0):
         """parameters: {name: weight}. make: [weight] -> torch.optim.Optimizer. clip: largest norm of the
         gradient, 0 for any. Raises UserError for an optimiser that does not work element by element."""
-        kind = type(make([torch.nn.Parameter(torch.zeros(2, 2))])).__name__
+        matrix = torch.nn.Parameter(torch.zeros(2, 2))
+        kind = type(make([matrix])).__name__
         if kind in WHOLE:
             raise UserError(f"{kind} does not work element by element, and a rank has only a slice of the "
                             "weights: take AdamW, SGD, RMSprop, Adagrad or another that does")
         self.ranks = ranks
         self.clip = clip
-        self.divided = {name: p for name, p in parameters.items() if hasattr(p, "to_local")}        # DTensors
-        whole = {name: p for name, p in parameters.items() if name not in self.divided}
-        self.shapes = {name: p.shape for name, p in whole.items()}
-        first = next(iter(whole.values()))
+        # a DTensor, and the part of it that this rank holds and steps
+        self.parts = {name: (p, torch.nn.Parameter(p.detach().to_local()))
+                      for name, p in parameters.items() if hasattr(p, "to_local")}
+        self.weights = {name: p for name, p in parameters.items() if name not in self.parts}
+        first = next(iter(self.weights.values()))
         master = torch.promote_types(first.dtype, torch.float32)
-        size = -(-sum(p.numel() for p in whole.values()) // ranks.world)             # of a slice, rounded up
+        numbers = sum(p.numel() for p in self.weights.values())
+        size = math.ceil(numbers / ranks.world)                              # of a slice
         self.flat = first.new_zeros(size * ranks.world)
         self.grad = torch.zeros_like(self.flat, dtype=master)
-        weights = self.views(self.flat)
+        places = self.views(self.flat)
         gradients = self.views(self.grad)
-        for name, p in whole.items():
-            weights[name].copy_(p.data)
-            p.data = weights[name]
+        for name, p in self.weights.items():
+            places[name].copy_(p.data)
+            p.data = places[name]
             if p.dtype == master:
                 p.grad = gradients[name]
             else:
                 p.register_post_accumulate_grad_hook(partial(add_and_clear, gradients[name]))
-        self.own = slice(ranks.rank * size, (ranks.rank + 1) * size)
-        self.mine = torch.nn.Parameter(self.flat[self.own].to(master))       # if float32, the weights' memory
+        self.mine = torch.nn.Parameter(self.own(self.flat).to(master))       # if float32, the weights' memory
         self.mine.grad = torch.zeros_like(self.mine)
-        parts = [torch.nn.Parameter(p.detach().to_local()) for p in self.divided.values()]
-        self.stepped = [self.mine, *parts]
+        self.stepped = [self.mine, *(part for _, part in self.parts.values())]
         self.optimiser = make(self.stepped)
+
+    def own(self, flat):
+        """This rank's slice of a flat vector."""
+        return flat.chunk(self.ranks.world)[self.ranks.rank]
 
     def views(self, flat):
         """{name: its piece of a flat vector, in the weight's shape}."""
         found = {}
         at = 0
-        for name, shape in self.shapes.items():
-            found[name] = flat[at:at + shape.numel()].view(shape)
-            at += shape.numel()
+        for name, p in self.weights.items():
+            found[name] = flat[at:at + p.numel()].view(p.shape)
+            at += p.numel()
         return found
 
     def step(self, lr):
@@ -77,10 +82,14 @@ class Zero2:
             dist.reduce_scatter_tensor(received, wire(self.grad))
         self.mine.grad.copy_(received)
         self.grad.zero_()
-        for part, p in zip(self.stepped[1:], self.divided.values(), strict=True):
+        for p, part in self.parts.values():
             part.grad = p.grad.to_local()
             p.grad = None
-        norm = self.norm()
+
+        # ---- the norm of all ranks' parts, then the update ----
+        exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
+        square = sum(part.grad.to(exact).square().sum() for part in self.stepped).item()
+        norm = math.sqrt(sum(self.ranks.gather(square)))
         if math.isfinite(norm):
             if self.clip:
                 for part in self.stepped:
@@ -90,12 +99,6 @@ class Zero2:
             self.optimiser.step()
             self.spread()
         return norm
-
-    def norm(self):
-        """The norm of the gradient of all ranks' parts."""
-        exact = torch.float32 if self.grad.device.type == "mps" else torch.float64      # MPS has no float64
-        square = sum(part.grad.to(exact).square().sum() for part in self.stepped)
-        return math.sqrt(sum(self.ranks.gather(square.item())))
 
     def spread(self):
         """The masters of all ranks become the weights."""
@@ -130,18 +133,17 @@ class Zero2:
 
     def each(self, kind):
         """(name, tensor) of one kind, whole on every rank, one after another."""
-        mine, *parts = [self.held(part)[kind] for part in self.stepped]
-        yield from self.views(self.gather(mine)).items()
-        for (name, p), part in zip(self.divided.items(), parts, strict=True):
+        whole = self.gather(self.held(self.mine)[kind])
+        yield from self.views(whole).items()
+        for name, (p, part) in self.parts.items():
             like = torch.empty_like(p)
-            like.to_local().copy_(part)
+            like.to_local().copy_(self.held(part)[kind])
             yield name, like.full_tensor()
 
     def load(self, tensors):
         """Take up state() of any number of ranks."""
         for kind in {key.partition("/")[0] for key in tensors}:
-            pieces = [tensors[kind]] * len(self.stepped) if kind in tensors else self.pieces(tensors, kind)
-            for part, piece in zip(self.stepped, pieces, strict=True):
+            for part, piece in zip(self.stepped, self.pieces(tensors, kind), strict=True):
                 if kind == "weight":
                     part.data.copy_(piece)
                 else:
@@ -150,14 +152,17 @@ class Zero2:
 
     def pieces(self, tensors, kind):
         """The opposite of whole: for each of `stepped` its part of {kind/name: tensor}."""
+        if kind in tensors:                                                          # one number for all
+            return [tensors[kind]] * len(self.stepped)
         flat = torch.zeros_like(self.grad)
         for name, view in self.views(flat).items():
             view.copy_(tensors[f"{kind}/{name}"])
-        found = [flat[self.own]]
-        for name, p in self.divided.items():
+        found = [self.own(flat)]
+        for name, (p, _) in self.parts.items():
             from torch.distributed.tensor import distribute_tensor
-            there = tensors[f"{kind}/{name}"].to(p.device)
-            found.append(distribute_tensor(there, p.device_mesh, p.placements, src_data_rank=None).to_local())
+            whole = tensors[f"{kind}/{name}"].to(p.device)
+            divided = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            found.append(divided.to_local())
         return found
 
 

@@ -130,7 +130,7 @@ def show(o):
     """The plan of a run, line by line: for this machine's GPUs, or for a machine without any."""
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
-    from tools import import_checkpoint
+    from model import import_checkpoint
     yield from import_checkpoint.describe(o.model)
     front = families.open_folder(o.model, o.template or None, o.images)
     pairs = batches.checked(front, o.data, o, options.needs_of(o), command.Ranks())

@@ -34,7 +34,8 @@ class Reference:
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
-        stale = not torch.equal(self.key[batch.places], keys)
+        known = self.key[batch.places]
+        stale = not torch.equal(known, keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
@@ -42,7 +43,8 @@ class Reference:
             self.key[batch.places] = keys
             self.new += batch.places
         exact = torch.promote_types(self.model.model.dtype, torch.float32)
-        kept = self.logps[batch.places].to(exact).to(self.model.device)                         # (B, 3)
+        kept = self.logps[batch.places].to(exact)
+        kept = kept.to(self.model.device)                                                       # (B, 3)
         fields = {field: kept[:, i] for field, i in self.columns.items()}
         for name in ("chosen", "rejected"):
             lengths = [len(getattr(pair, name)) for pair in batch.pairs]
@@ -60,11 +62,12 @@ class Reference:
                 features = vlm.encode_images(base, batch)
             found = self.forward(base, batch.pairs, features, self.needs)
         for field, i in self.columns.items():
-            self.logps[batch.places, i] = getattr(found, field).cpu().double()
+            logps = getattr(found, field)
+            self.logps[batch.places, i] = logps.cpu().double()
 
     def sync(self):
         """Share new log-probs among the ranks: a pair is scored by one rank."""
-        added = (self.new, self.logps[self.new], self.key[self.new])
+        added = self.new, self.logps[self.new], self.key[self.new]
         for places, logps, key in self.ranks.gather(added):
             self.logps[places] = logps
             self.key[places] = key
