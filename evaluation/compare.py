@@ -133,7 +133,8 @@ STYLE = """
 main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
 font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
 .bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
-#picture{width:auto;max-width:100%;max-height:32vh;margin:auto}.two{display:grid;gap:14px;align-items:start;
+#picture{width:auto;max-width:100%;max-height:32vh;margin:auto;object-fit:contain}
+#picture.pixel{height:32vh}.two{display:grid;gap:14px;align-items:start;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}.two p,.ask{white-space:pre-wrap}
 .ask{font-weight:600;margin-top:0}.two p{margin:.3em 0}
 @media(min-width:900px){.see.with{grid-template-columns:minmax(0,36%) 1fr;align-items:start}
@@ -232,6 +233,7 @@ $("anew").addEventListener("click", () => {
   if (!confirm("Forget these votes? Download them first.")) return;
   state = {rater: "", votes: {}}; at = 0; $("rater").value = ""; keep(); show();
 });
+$("picture").onload = e => e.target.classList.toggle("pixel", e.target.naturalHeight <= 160);
 $("rater").value = state.rater;
 $("rater").addEventListener("change", () => { state.rater = $("rater").value.trim(); keep(); });
 while (state.votes[at]) at += 1;

@@ -44,6 +44,7 @@ dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;fon
 display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
 """
+TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left:0}"     # no number is broken
 
 
 def num(x, form=None):

@@ -247,4 +247,4 @@ def whole_page(run, ranked, analysis):
     body += tables(analysis)
     body += page.section("Prompts", "Evenly spaced through the run: none was picked.",
                          f'<div class="grid" style="--w:560px">{cards}</div>')
-    return page.page(f"Synthesis: {run.out.name}", body)
+    return page.page(f"Synthesis: {run.out.name}", body, page.TABLES)

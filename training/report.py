@@ -69,8 +69,8 @@ def before_and_after(summary):
     form, body = "z.4g", []
     if images:
         form = "z.1f"
-        note = (f"Percent, on {page.num(images)} images apart from the pairs, with 95% intervals. "
-                "The change is paired by image, and bold where its interval leaves out 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair, with 95% intervals. "
+                "The change is paired by image, and bold if its interval leaves out 0.")
     for name, before, after, change in rows(summary):
         body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, bold=True)))
     return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
@@ -137,7 +137,7 @@ def held_out(lines):
     if not found:
         return ""
     first, *others = found
-    sides, changes, head = [first], [], ["log p(chosen) − log p(rejected), by the image shown", "before"]
+    sides, changes, head = [first], [], ["image", "before"]
     if others:
         last = others[-1]
         sides, changes = [first, last], [last["margin"], last["margin_true_minus"]]
@@ -148,10 +148,11 @@ def held_out(lines):
         cells += [cell(change.get(kind, [None]), "+z.2f", bold=True) for change in changes]
         body.append((IMAGES[kind], *cells))
     for key, name in ONCE.items():
-        body.append((name, *(cell(look[key], "z.2f") for look in sides)))
-    note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
-            "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
-            "training taught the model to look; at 0 it changed words alone.")
+        cells = [cell(look[key], "z.2f") for look in sides]
+        body.append((name, *cells, *[""] * len(changes)))
+    note = (f"log p(chosen) − log p(rejected) of {page.num(first['n'])} held-out pairs with their own and "
+            "other images, in nats, with 95% intervals. The margin is β × the change. Last column, pair by "
+            "pair: above 0 if training taught the model to look; 0 if it changed words alone.")
     return f'<p class="soft">{note}</p>{page.table(head, body)}'
 
 
@@ -228,7 +229,7 @@ def write(run):
     body += page.section("Does the model look?", "", held_out([first, *more]) + word_rewards(run))
     if "difference" in summary:
         body += answers(run)
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body))
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
     return run / "report.html"
 
 
