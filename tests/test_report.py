@@ -22,7 +22,7 @@ def lines(path, items):
 
 
 def make_run(run, evil="x", images=14, steps=30):
-    """A finished run of the classroom: a caption and a question an image; training mends the captions."""
+    """A finished run of the classroom: a caption and a question an image; training corrects the captions."""
     (run / "scenes" / "images").mkdir(parents=True)
     options = {"loss": "mdpo", "beta": .1, "model": evil, "lr": 1e-4, "seed": 0}
     lines(run / "log.jsonl", [{"options": options, "commit": evil, "losses_source": "def dpo(): ..."}]
@@ -36,7 +36,7 @@ def make_run(run, evil="x", images=14, steps=30):
             side.append(base | {"question": f"describe {evil}", "kind": "caption",
                                 "answer": f"{caption} {evil}",
                                 "truth": {"present": ["dog"], "absent": ["cat"]}})
-            side.append(base | {"question": "is there a cat ?", "kind": "existence",
+            side.append(base | {"id": f"{i}q{evil}", "question": "is there a cat ?", "kind": "existence",
                                 "answer": "yes" + evil,
                                 "truth": {"answer": "no", "choices": ["yes", "no"], "set": "random"}})
     for name, side in sides.items():
