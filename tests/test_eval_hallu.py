@@ -305,7 +305,7 @@ def ask(m, benchmark, path, out, **more):
 
 
 def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
-    """--template and --pad go to the model, and stand in the settings: other ones do not continue a file."""
+    """--template and --pad go to the model and into the settings: other ones do not continue a file."""
     model, (path, _) = write_llava(tmp_path / "model"), pope_file(tmp_path / "data")
     argv = ["answers", "pope", "--model", model, "--data", path, "--out", tmp_path / "a.jsonl", "--limit", 2]
     code, _, err = run(*argv, "--template", "vicuna", "--pad")
@@ -497,7 +497,7 @@ def test_score_pope_by_hand(tmp_path, capsys):
 
 
 def test_score_pope_over_three_splits(tmp_path, capsys):
-    """One file with `split` in its lines, or one file a split, told by its name; the mean of the three."""
+    """One file with `split` in its lines, or one file a split, given by its name; the mean of the three."""
     rows = {split: pope_file(tmp_path / "data", split)[1] for split in benchmarks.SPLITS}
     said = dict(zip(benchmarks.SPLITS, ("yes", "no", "yes"), strict=True))
     together = write_json(tmp_path / "a.jsonl", [line for split in rows for line in
