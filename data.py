@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _reflowed(text):
-    """A docstring for a terminal: paragraphs are filled anew, indented lines (commands) stay as they are."""
+    """A docstring for a terminal: paragraphs are wrapped anew, indented lines (commands) are kept."""
     found = []
     for block in (text or "").strip().split("\n\n"):
         indented = "\n    " in "\n" + block
@@ -74,7 +74,7 @@ def atomic_write(path, content):
     except OSError as e:
         raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
-        with contextlib.suppress(OSError):      # where all went well it has been renamed
+        with contextlib.suppress(OSError):      # gone already if all went well: renamed
             tmp.unlink()
 
 
@@ -83,12 +83,12 @@ def _json_line(record):
 
 
 def write_jsonl(path, rows):
-    """An object a line: the whole file, or the old one as it was. Raises UserError."""
+    """Write one object per line: the whole file, or the old one stays. Raises UserError."""
     atomic_write(path, "".join(map(_json_line, rows)))
 
 
 def append_jsonl(path, record):
-    """One line more, or none; a last line that a killed run left torn is cut off first. Raises UserError."""
+    """Append one line, or none of it; a killed run's torn last line is cut off first. Raises UserError."""
     try:
         with open(path, "ab+", buffering=0) as file:
             size = _end_line(file)
@@ -119,7 +119,7 @@ def _end_line(file):
 
 @contextlib.contextmanager
 def reading(path):
-    """The open file of a path. Raises UserError where it cannot be read."""
+    """The open file of a path. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -226,7 +226,7 @@ def from_folder(kind, folder, what, fix, **options):
 
 # ---- images ----
 NARROW = 100                                            # longer side by shorter, at most
-SMALL = 160                                             # pixels: so small, a page shows a picture as PNG
+SMALL = 160                                             # pixels: pages show smaller pictures as PNG
 
 
 @contextlib.contextmanager
@@ -270,8 +270,8 @@ def image_size(source):
 
 
 def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels where that is given; in its own size a JPEG
-    or PNG stays as it is, byte by byte, and what else it may be becomes a PNG."""
+    """A file's image as a data: URL, no larger than `side` pixels if that is given. In its own size, a JPEG
+    or PNG keeps its bytes, and any other format becomes a PNG."""
     raw = read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
@@ -285,8 +285,8 @@ def image_url(path, side=None):
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
 #
-# record: as records.py reads it. image: the PIL image to replace. other: a function that reads the image of
-# another record. rng: a random generator; a draw is keyed by what it is for, never by the order of calls.
+# record: as training/records.py reads it. image: the PIL image to replace. other: a function that reads the
+# image of another record. rng: a random generator, keyed by its purpose and not by the order of calls.
 
 def hash64(*key):
     text = "\0".join(map(str, key)).encode("utf-8", "surrogatepass")
@@ -401,7 +401,7 @@ class Batch(NamedTuple):
     """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
     pairs: list
     images: list
-    images_rejected: list = ()    # none where the loss reads none
+    images_rejected: list = ()    # empty if the loss reads none
     places: list = ()             # of the pairs among all that are trained on
     keys: list = ()               # of each pair, a hash over all of it
     counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
@@ -443,7 +443,7 @@ def plain_positions(ids, sizes):
 
 
 def positions_after(positions, n):
-    """Positions of n tokens that follow a prompt, whose are (T,) or (3, T): they go on from the largest."""
+    """Positions of n tokens after a prompt with positions (T,) or (3, T): they continue from the largest."""
     import torch
     more = torch.arange(n) + positions.max() + 1
     return more.expand(*positions.shape[:-1], n)
@@ -453,7 +453,7 @@ def pack(pairs, needs, positions_of=plain_positions):
     """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
 
     needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then.
-    positions_of(ids, sizes): a family's, of a prompt; both responses go on from its largest.
+    positions_of(ids, sizes): a family's, of a prompt; both responses continue from its largest.
     """
     import torch
     twice, rejected = "image_rejected" in needs, "rejected" in needs

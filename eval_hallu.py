@@ -2,7 +2,7 @@
 
     python eval_hallu.py answers pope --model M --adapter runs/NAME/adapter \\
         --data coco/ --images val2014/ --out answers.jsonl
-            batched and greedy; killed and called again it goes on.
+            batched and greedy; the same command continues a killed run.
             Two GPUs: torchrun --nproc_per_node 2 eval_hallu.py answers ...
     python eval_hallu.py score pope --answers answers.jsonl --questions coco/ \\
         --out scores.json
@@ -18,7 +18,7 @@
 Benchmarks: classroom (the built-in world: ten seconds on a CPU), and by the paths of their published files
 pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Object HalBench's among them.
 --mode official equals the official scorers to the digit; robust, the default, also reads what they misread,
-and reports what it cannot read. metrics.py defines the measures, benchmarks.py the benchmarks' files.
+and reports what it cannot read. evaluation/metrics.py defines the measures.
 """
 import hashlib
 import json
@@ -111,9 +111,9 @@ def score_mmhal(o, lines):
 def replied(o, who, source, prompts, read, path, text):
     """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
 
-    Replies are kept beside --out. read: reads a reply, None where it cannot: a server is then asked again.
+    Replies are kept beside --out. read: reads a reply, None if it cannot: a server is then asked again.
     path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts are not
-    comparable. Raises UserError where a reply is missing, unless o.partial.
+    comparable. Raises UserError if a reply is missing, unless o.partial.
     """
     asked = {str(i): i for i in prompts}
     questions = [ask.Question(name, prompts[i]) for name, i in asked.items()]
@@ -212,7 +212,7 @@ def measure(benchmark, key, name, value, interval):
 
 
 def notes(scores):
-    """What was scored: which questions, how many answers, who judged them by which prompt, what is odd."""
+    """What was scored: which questions, how many answers, who judged them by which prompt, and remarks."""
     lines = [scores["version"]] if "version" in scores else []
     note, covered = f"{scores['n']} answers", scores.get("coverage", {})
     if "images" in scores:
@@ -254,9 +254,9 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score what is answered, and say how much that is", action="store_true")}
 CHAT_MODEL = {
-    "--chat_model": text("the server's name for the model, where it serves several")}
+    "--chat_model": text("the server's name for the model, if it serves several")}
 
-# name: (what runs it, what it does, {argument: what argparse is told of it})
+# name: (what runs it, what it does, {argument: its settings for argparse})
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
@@ -303,7 +303,7 @@ COMMANDS = {
         "b": text("answers of the other to the same questions", type=Path),
         "--out": path("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
-        "--items": path("what `score` wrote per item, where the answers do not hold the truth themselves",
+        "--items": path("what `score` wrote per item, for answers that do not hold the truth themselves",
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
         "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}

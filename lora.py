@@ -27,7 +27,7 @@ import torch
 import data
 from data import UserError
 
-# What an adapter of PEFT's can hold, or do to the base, that A and B do not say.
+# Settings of a PEFT adapter that A and B cannot express.
 UNREAD = ("bias", "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
           "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config")
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -67,7 +67,7 @@ def add_lora(model, r, alpha, targets=None, seed=0):
     if layers(model):
         raise UserError("the model already carries an adapter: merge it or load the model anew")
     if r < 1:
-        raise UserError(f"LoRA of rank {r} is no adapter: give a rank of at least 1")
+        raise UserError(f"LoRA cannot have rank {r}: give a rank of at least 1")
     names = targeted([n for n, m in model.named_modules() if type(m) is torch.nn.Linear], targets)
     model.requires_grad_(False)
     for name in names:
@@ -189,7 +189,7 @@ def load(model, folder):
 
 
 def read_adapter(folder):
-    """(adapter_config.json, the tensors under PEFT's names). Raises UserError for what is no plain LoRA."""
+    """(adapter_config.json, the tensors under PEFT's names). Raises UserError for anything but plain LoRA."""
     try:
         config = data.read_json(Path(folder, "adapter_config.json"), kind=dict)
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
@@ -199,7 +199,7 @@ def read_adapter(folder):
     if str(config.get("init_lora_weights")).startswith(REBASED):
         odd.append("init_lora_weights")
     if odd or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is no plain LoRA ({', '.join(odd) or 'peft_type'}): let PEFT merge it")
+        raise UserError(f"{folder} is not plain LoRA ({', '.join(odd) or 'peft_type'}): let PEFT merge it")
     return config, tensors
 
 
@@ -212,7 +212,7 @@ def setting(config, key, patterns, name):
     for pattern, value in reversed((config.get(patterns) or {}).items()):       # the first that matches holds
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
-            raise UserError(f"{patterns} has {pattern!r}, which is no layer's name: let PEFT merge it")
+            raise UserError(f"{patterns} has {pattern!r}, which is not a layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
             found = value
     return found
@@ -234,7 +234,7 @@ def merge_folder(model, adapter, out, dtype="auto"):
 def write_folder(model, source, out, weights=None):
     """A folder that transformers alone loads, whole or not at all: `model`, the rest as it is in `source`.
 
-    weights: {name: tensor} in the place of what other ranks hold a part of.
+    weights: {name: tensor}, the whole ones of those that are sharded over ranks.
     """
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     state = dict(model.state_dict())

@@ -14,7 +14,7 @@ joined by + are summed (`--loss dpo+mine`), and an argument named `anchors` rece
     rejected          y_l       the other one
     image             m_w       the image that the question q is about
     image_rejected    m_l       another image. The FIELD of this name is log π(y_w | m_l, q): the chosen
-                                response's log-probability where that image stands in its place
+                                response's log-probability when m_l replaces its own image
     policy            π_θ       the model in training
     reference         π_ref     the same model with its adapter switched off
     beta, delta       β, δ      strength of the reward, height of the anchor
@@ -52,7 +52,7 @@ class Logps:
 
 
 def response_logps(logits, labels):
-    """Each row's log-probability of its labels, summed: (R, T, V), (R, T) -> (R,). Label -100 is no label."""
+    """Each row's summed log-probability of its labels: (R, T, V), (R, T) -> (R,). Label -100: skipped."""
     logits, labels = logits[:, :-1], labels[:, 1:]                         # position t predicts token t + 1
     mask = labels != -100                                                  # (R, T - 1)
     logps = token_logps(logits[mask], labels[mask])                        # (N,): of responses only
@@ -105,7 +105,7 @@ LOSSES = {"dpo": dpo, "copo": copo, "ancpo": ancpo, "mdpo": mdpo, "sft": sft}
 
 
 def resolve(name, anchors="w"):
-    """The sum that `dpo+copo` names, f(policy, reference, beta, delta); binds `anchors` where it is taken."""
+    """The sum that `dpo+copo` names, f(policy, reference, beta, delta); `anchors` go to AncPO."""
     terms = []
     for part in name.split("+"):
         if part not in LOSSES:
@@ -125,7 +125,7 @@ EXAMPLE = Logps(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2
 
 
 def needs(loss):
-    """The fields of Logps that a loss reads, found by calling it on two pairs that take notes.
+    """The fields of Logps that a loss reads, found by calling it on two pairs that record what it reads.
 
     Raises ValueError for a loss that reads another field, or that gives no (B,) of finite numbers with a
     gradient.

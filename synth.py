@@ -20,12 +20,12 @@ Each stage reads the files before its own and writes one, JSON lines:
     pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl
                                   (what, why) and card.md
 
-Kill it anywhere and call it again: parts/ holds what each stage has made, by a
-hash of all that it came from (texts, images, model files, settings). What fits
-is kept, the rest is made. Each stage loads its models and frees them:
-generator, reward and responders are never in memory together.
+You can kill it at any time and run it again: parts/ keeps the results of each
+stage under a hash of everything they depend on (texts, images, model files,
+settings), and only missing ones are made. Each stage loads its models and frees
+them: generator, reward and responders are never in memory together.
 
-Departures from the official pipeline; --as_official goes back on 1 to 4:
+Departures from the official pipeline; --as_official undoes 1 to 4:
 
  1. Responders get their chat template and answer without an echo (official:
     raw text, whose echo is scored).
@@ -81,7 +81,7 @@ class Options:
                            at_least=0)
     batch: int = option(8, "responses at once", above=0)
     as_official: bool = option(False, "the published pipeline, faults included")
-    device: str = option("", "cuda, mps or cpu; none: what is there")
+    device: str = option("", "cuda, mps or cpu; none: the first available")
     attributes: str = behind_set("gated", "of ArmoRM: gated, or paper (the mean of HelpSteer's five)",
                                  choices=("gated", "paper"))
     max_new_tokens: int = behind_set(1000, "of a response")
@@ -195,7 +195,7 @@ class Run:
         return found
 
     def needs(self, option, what):
-        """The option's value. Raises UserError where it has none."""
+        """The option's value. Raises UserError if it has none."""
         if not getattr(self.o, option):
             raise UserError(f"--{option} is missing: give {what}")
         return getattr(self.o, option)
@@ -268,7 +268,7 @@ def paint(run, groups):
                         o.chunk)
     for (item,), pictures in zip(groups, painted, strict=True):
         for k, picture in enumerate(pictures, 1):
-            picture.save(run.out / f"images/{item['id']}-{k}.png")  # one that a kill tears is painted again
+            picture.save(run.out / f"images/{item['id']}-{k}.png")  # a file torn by a kill is painted again
         yield [{}]
 
 
@@ -364,7 +364,7 @@ def response(question, row, as_official):
 
 
 def named(sources):
-    """{short name: source} of sources with commas; a name that is taken gets a number behind it."""
+    """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
         short = Path(source).name

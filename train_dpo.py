@@ -96,7 +96,7 @@ def prepare(o, out, ranks):
         val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, out / "checked")
     ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
-    # ---- the model and what trains of it ----
+    # ---- the model and its trainable weights ----
     dtype = getattr(torch, options.dtype_of(o, ranks.device.type))
     if sharded:
         from training import shard
@@ -120,7 +120,7 @@ def prepare(o, out, ranks):
 
 
 def load(family, o, dtype, device):
-    """The VLM with what trains: LoRA, or all but the vision tower."""
+    """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
     model = vlm.load(family, dtype=dtype, device=device)
     if o.lora_r:
         lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
@@ -188,7 +188,7 @@ def learning_rate(t, steps, o):
 
 
 def measures(policy, reference, loss, beta):
-    """What is logged, summed over a micro-batch, under TRL's names; what a loss does not read is left out."""
+    """Sums over a micro-batch for the log, under TRL's names, of the log-probs that the loss reads."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
     found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
     if rejected is not None:
@@ -202,7 +202,7 @@ def measures(policy, reference, loss, beta):
 
 # ---------------------------------------------------------------------------------------- the loop
 def train(run):
-    """Evaluate, take all steps that are left, evaluate again. Returns the summary."""
+    """Evaluate, take the remaining steps, evaluate again. Returns the summary."""
     o = run.o
     before = evaluate(run, "before")                         # first: restore() loads trained weights
     checkpoint.restore(run)
@@ -331,12 +331,12 @@ def finish(run, before, after, weights):
 
 # ---------------------------------------------------------------------------------------- the command
 def launch(o, ranks):
-    """Train what is left of the run; rank 0 prints its table."""
+    """Train the rest of the run; rank 0 prints its table."""
     out = options.run_folder(o)
     lock = []                                            # kept, and with it the folder, until this returns
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
-        raise data.UserError(f"--out {out} is not what rank 0 sees: give a folder that all nodes share")
+        raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
     if not (out / "summary.json").exists():
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
@@ -368,7 +368,7 @@ def main():
     except torch.OutOfMemoryError:
         sys.exit(f"train_dpo.py: {plan.out_of_memory(o, int(os.environ.get('WORLD_SIZE', 1)))}")
     except KeyboardInterrupt:
-        sys.exit("train_dpo.py: stopped; the same command goes on from its checkpoint" if rank == 0 else 1)
+        sys.exit("train_dpo.py: stopped; the same command continues from its checkpoint" if rank == 0 else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

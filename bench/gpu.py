@@ -52,7 +52,7 @@ def main():
             for field in ("shape", "device", "dtype", "rounds", "threads", "results"):
                 asked += [f"--{field}", str(getattr(o, field))]
             if subprocess.run(asked).returncode:
-                sys.exit(f"bench/gpu.py: bench/{name}.py failed; what it said stands above")
+                sys.exit(f"bench/gpu.py: bench/{name}.py failed; its output is above")
             found[name] = json.loads(out.read_text())
     about = {key: found["limit"][key] for key in machine(o.device)}
     report(table(found, o, about), {**found, **about}, o)

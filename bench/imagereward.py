@@ -31,7 +31,7 @@ def published_shapes():
 
 
 def seconds(images, device):
-    """What is printed, of so many pictures."""
+    """The lines to print, for so many pictures."""
     import numpy as np
     import torch
     from PIL import Image

@@ -148,7 +148,7 @@ class Ours:
                                self.ranks, clip=1.0)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
-        """The mean loss of a micro-batch, its gradient added to the adapter's, and what is logged."""
+        """The mean loss of a micro-batch, its gradient added to the adapter's, and its log."""
         loss_of = losses.resolve(loss)
         needs = losses.needs(loss_of) | {"chosen"}
         reference = self.references.get((loss, forward))
@@ -174,7 +174,7 @@ def as_train_dpo(device):
 
 
 def clock(device):
-    """Seconds, when what was asked of the device is done.
+    """Seconds, once the device has finished its work.
 
     Of one thread, its processor's seconds: other programs on the machine take their turns in between, and a
     step never waits for anything. Else the wall's.

@@ -49,7 +49,7 @@ def sweep(part, shape, o):
     """[{"size", "seconds": (median, least, most), "pairs_per_second"}] of a step as one size grows."""
     found, sizes = [], (TINY if o.shape == "tiny" else SIZES)[part]
     sides, pairs, folders = {}, {}, []
-    for size in sizes:                                   # all stand at once, so that they can be interleaved
+    for size in sizes:                                   # all in memory, so that they can be interleaved
         changed = shape._replace(**{FIELD[part]: size}) if part in FIELD else shape
         folders.append(tempfile.TemporaryDirectory())
         side = Ours(write_model(folders[-1].name, changed, o.dtype, o.device), changed, o.dtype, o.device)
@@ -205,7 +205,7 @@ def ranks(o):
                 for process in processes:
                     process.join()
                 if any(process.exitcode for process in processes):
-                    sys.exit("bench/scale.py: a rank failed; what it said stands above")
+                    sys.exit("bench/scale.py: a rank failed; its output is above")
                 taken[kind] += ends[0][0].recv()
     one, two, apart = map(middle, taken.values())
     return {"one": one, "two": two, "apart": apart, "ratio": one[0] / two[0],

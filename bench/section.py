@@ -75,7 +75,7 @@ def heading(title, about, how):
 
 
 def report(lines, found, o):
-    """Print a section, append it where --results says, write what was found to --out."""
+    """Print a section, append it to --results, write the numbers to --out."""
     text = "\n".join(lines) + "\n"
     print(text)
     if o.out:
@@ -86,7 +86,7 @@ def report(lines, found, o):
 
 
 def command():
-    """This run's command, without where it wrote."""
+    """This run's command, without its output files."""
     words, kept = iter(sys.argv[1:]), []
     for word in words:
         if word in ("--out", "--results"):
@@ -107,6 +107,6 @@ def arguments(description, n):
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float64"],
         help="of the base model (%(default)s)")
     add("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    add("--out", help="a JSON file for what was found")
+    add("--out", help="a JSON file for the numbers")
     add("--results", default=str(RESULTS), help="a file to append the table to; '': none (bench/RESULTS.md)")
     return parser

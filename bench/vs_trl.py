@@ -136,7 +136,7 @@ class TRL:
             self.trainer.model.activation_checkpointing_enable()
 
     def take(self, ours):
-        """The adapter of ours, as it now stands."""
+        """Our adapter as it is now."""
         for name, p in lora.lora_parameters(ours.m.model).items():
             self.weight(name).data.copy_(p.data.T)
 
@@ -171,7 +171,7 @@ class TRL:
 
 # ------------------------------------------------------------------------------------------------- our sides
 def concatenated(m, pairs, features, needs):
-    """vlm.packed without sharing: every response stands behind a prompt of its own, and nothing is padded."""
+    """vlm.packed without sharing: every response follows a prompt of its own, and nothing is padded."""
     rows, shown = list(pairs), [*features.images]
     if "rejected" in needs:
         rows += [p._replace(chosen=p.rejected) for p in pairs]
@@ -187,7 +187,7 @@ def concatenated(m, pairs, features, needs):
 
 
 def equality(ours, theirs, batch, collated, loss):
-    """(relative difference of the loss, of the flat LoRA gradient), or SystemExit where one is too large."""
+    """(relative difference of the loss, of the flat LoRA gradient), or SystemExit if one is too large."""
     theirs.take(ours)
     value, other = ours.loss(batch, loss, cached=False), theirs.loss(collated)
     square = error = 0.0
@@ -277,7 +277,7 @@ def ratios(taken, base="trl"):
 
 
 def memory(side, folder, shape, o):
-    """{"before", "peak"}: MiB of this process when the model stands, and at most during two steps."""
+    """{"before", "peak"}: MiB of this process once the model is loaded, and at most during two steps."""
     loss, kind = side.split("/")
     records = random_records(shape)
     if kind.startswith("trl"):
@@ -294,7 +294,7 @@ def memory(side, folder, shape, o):
 
 
 def memories(folder, o, sides):
-    """memory() of each side, every one in a process of its own, started anew."""
+    """memory() of each side, each in a new process."""
     found = {}
     for side in sides:
         asked = [sys.executable, str(Path(__file__).resolve()), "--memory", side, "--model", str(folder),

@@ -230,7 +230,7 @@ def save(model, tokenizer, out, card):
 def statistics(folder, split, n, seed=0):
     """The stored model's measures on n scenes and 2n questions of a split, greedily answered.
 
-    A kind's prior is what its most frequent answer would score; for relations and false premises a coin: a
+    A kind's prior is the score of its most frequent answer; for relations and false premises a coin: a
     relation's question offers two words, and false premises are asked as often as colours, in the same words.
     """
     from PIL import Image
@@ -275,13 +275,13 @@ def main():
     parser = data.Parser(prog="make.py", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the weights, scenes and words (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the model")
-    parser.add_argument("--measure", type=Path, help="train nothing, measure what is shipped into this file")
+    parser.add_argument("--measure", type=Path, help="train nothing; measure the shipped bases into it")
     parser.add_argument("--level", type=float, default=.6,
-                        help="how often the observer adds what tempts (%(default)s)")
+                        help="how often the observer adds a tempting object (%(default)s)")
     parser.add_argument("--omit", type=float, default=.08,
-                        help="how often the observer omits what is there (%(default)s)")
+                        help="how often the observer omits a present object (%(default)s)")
     parser.add_argument("--order", choices=("random", "last"), default="random",
-                        help="where what is not there stands in a careless caption (%(default)s)")
+                        help="where a careless caption names the absent object (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.,
                         help="multiplies the steps of every stage (%(default)s)")
     parser.add_argument("--scenes", type=int, default=1000,

@@ -276,7 +276,7 @@ def sd3(minutes):
 
     def loss_of(step):
         """Flow matching (SD3, arXiv 2403.03206): noise minus picture, at a logit-normal time, moved towards
-        the noise, where it is decided what stands in which cell."""
+        the noise, where it is decided which object is in which cell."""
         some = torch.randint(len(latents), (64,), generator=draw)
         x, none = latents[some], torch.rand(len(some), generator=draw).to(latents.device) < .1  # for guidance
         noise = torch.randn(x.shape, generator=draw).to(x.device)

@@ -3,7 +3,7 @@
 Everything is a pure function of a `random.Random`: the same generator gives the same scene, words and pixels.
 
 A scene has a theme (its background) and two to five object types on a 4x4 grid of 20-pixel cells; every type
-has one colour and stands there once or twice. Types are typical of a theme by rank, which is what a model
+has one colour and is there once or twice. Types are typical of a theme by rank, which is what a model
 that does not look can guess from; one scene in five has an object of another theme.
 
 Captions   `a picture of a street . you can see a car , two trees , a bike . [a speculative closing sentence]`
@@ -46,7 +46,7 @@ SPLITS = {"train": range(0, 60), "tune": range(60, 80), "print": range(80, 100)}
 class Thing:
     type: str
     colour: str
-    places: tuple  # one (column, row, size, dx, dy) for each that stands there, dx and dy inside the cell
+    places: tuple  # one (column, row, size, dx, dy) for each that is there, dx and dy inside the cell
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def split_of(types):
 
 
 def scene(rng, split="train", typical=True):
-    """A random scene; with `typical` False any types stand together, and the theme suggests nothing."""
+    """A random scene; with `typical` False any types are combined, and the theme suggests nothing."""
     while True:  # by rejection until the combination is of the wanted split
         theme = rng.choice(list(THEMES))
         types = [t for t, p in zip(THEMES[theme], PRESENCE, strict=True) if rng.random() < p]
@@ -285,7 +285,7 @@ def existence(rng, s, what):
 
 
 def colour_question(rng, s, present=True):
-    """The colour of what is there once (attribute), or of what is not there (false premise)."""
+    """The colour of an object that is there once (attribute), or of an absent one (false premise)."""
     if present:
         thing = rng.choice([t for t in s.things if len(t.places) == 1])
         kind, right = thing.type, thing.colour
@@ -308,7 +308,7 @@ def counting(rng, s):
 
 
 def relation(rng, s):
-    """Two types that stand there once and differ in column or in row; None where there are no two such."""
+    """Two types that are there once and differ in column or in row; None if there are no such two."""
     once = [t for t in s.things if len(t.places) == 1]
     tries = [(a, b, axis) for a in once for b in once for axis in (0, 1)
              if a.places[0][axis] != b.places[0][axis]]
@@ -323,7 +323,7 @@ def relation(rng, s):
 
 
 def ask(rng, s, kind):
-    """A question as the bases learn it: existence balanced, half of what is absent tempting."""
+    """A question as the bases learn it: existence balanced, half of the absent objects tempting."""
     if kind == "existence":
         return existence(rng, s, rng.choice(("yes", "yes", "random", "adversarial")))
     if kind == "relation":

@@ -45,8 +45,8 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
              partial=False, resamples=1000):
     """-> {"chair", "cover", "hal", "cog"} of the captions; {"accuracy", "precision", "recall", "f1"} of the
     questions where all three dimensions are answered; the same by dimension and type under "by_type";
-    "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. What is not
-    answered at all has no key.
+    "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. Parts that
+    are not answered at all have no key.
 
     queries: AMBER's query files {"id", "image", "query"} in one list, for the images and the questions'
     words; may be []. annotations, relation: its files. nouns: a function text -> nouns in the singular, or
@@ -111,7 +111,7 @@ def credits(nouns, truth, hallu, relation, safe_words, near):
 
     The associations of all truths come before the truths themselves, and a noun credits the first entry that
     it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun found
-    among those is still compared with both lists, and is forgiven where it resembles a truth: the official
+    among those is still compared with both lists, and is forgiven if it resembles a truth: the official
     code does so, whatever was meant. A safe word is a mention and nothing else. near: see similar_words.
     """
     present, added = _entries(truth, relation), _entries(hallu, relation)
@@ -148,7 +148,7 @@ def similar_words(similarity, threshold=0.8):
     for key, value in similarity.items():
         words = key.split(" ")
         if len(words) != 2 or not isinstance(value, int | float):
-            raise UserError(f"{key!r} in the similarity file is no pair of words with a number; correct it")
+            raise UserError(f"{key!r} in the similarity file is not a pair of words with a number; fix it")
         if value > threshold:
             for word in words:
                 near.setdefault(word, {word}).update(words)

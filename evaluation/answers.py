@@ -7,7 +7,7 @@
 For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
 {"settings": ...}, then the benchmark's lines in order, each with an "answer". Which answers share a batch can
 move a near-tie by rounding, so a continued run, and one on other ranks, keeps the batches of the first: it
-ends with the same bytes where the device is deterministic.
+ends with the same bytes if the device is deterministic.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
@@ -93,7 +93,7 @@ def _texts(m, read, max_new_tokens, batch_size, groups):
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
                   ranks=None):
-    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; called again it goes on."""
+    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
     scenes, file = read_scenes(scenes_path)
     questions = []
     for scene in scenes:
@@ -110,7 +110,7 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
 
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
                      max_new_tokens=512, ranks=None):
-    """Let a model answer a published benchmark: what benchmarks.questions read; called again it goes on."""
+    """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues."""
     settings = describe(m,
                         benchmark=benchmark,
                         prompt=prompt,
@@ -129,7 +129,7 @@ def read_answers(path):
     wanted = settings.get("questions", len(lines))
     if len(lines) != wanted:
         raise UserError(f"{path} answers {len(lines)} of {wanted} questions; run the same `answers` command "
-                        "again, it goes on where it stopped")
+                        "again to continue it")
     return settings, lines
 
 
@@ -151,7 +151,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     scored by CHAIR with COCO's annotations and a synonyms file. out_path: where the answers go. options: of
     answer_questions, such as batch_size.
     """
-    Path(out_path).unlink(missing_ok=True)                       # of other weights, where a run was resumed
+    Path(out_path).unlink(missing_ok=True)                       # of other weights, if the run was resumed
     first, *_ = benchmarks.records(path, (), "question file")
     kind = "pope" if "label" in first else "objhal"
     questions = benchmarks.questions(kind, [path], images)

@@ -27,7 +27,7 @@ from evaluation import objects, words
 
 SPLITS = ("random", "popular", "adversarial")
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
-NAME = 300                                     # characters: what is longer is no file's name, but base64
+NAME = 300                                     # characters: anything longer is base64, not a file's name
 
 
 class Question(NamedTuple):
@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 
 def read_image(image):
-    """The image of a Question, upright and in RGB. Raises UserError where it cannot be read."""
+    """The image of a Question, upright and in RGB. Raises UserError if it cannot be read."""
     if isinstance(image, bytes):
         try:
             image = base64.b64decode(image, validate=True)
@@ -55,15 +55,15 @@ def records(path, keys, what):
     for number, record in enumerate(found, 1):
         for key in keys:
             if record.get(key) is None:
-                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give that")
+                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give one")
     if not found:
         raise UserError(f"{path} is empty: it holds no {what}; copy it again")
     return found
 
 
 def prompt(path, own, places):
-    """The text of a prompt's file, or of our own. Raises UserError where a place is not as often in it as in
-    `places`."""
+    """The text of a prompt's file, or of our own. Raises UserError if a place occurs in it more or less often
+    than in `places`."""
     text = data.read_text(path or Path(__file__).with_name(own))
     if any(text.count(place) != places.count(place) for place in places):
         raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
@@ -106,7 +106,7 @@ def _files(path, pattern):
 def questions(benchmark, paths, images=None, prompt="{question}"):
     """[Question] of a benchmark's file or folder (POPE: or several files).
 
-    images: the folder that holds the images; None where they lie beside the questions.
+    images: the folder that holds the images; None if they lie beside the questions.
     prompt: what is asked, with {question} for the benchmark's own text. Raises UserError for a wrong file and
     where images are missing, which is found before a model is loaded.
     """
@@ -155,8 +155,8 @@ def _objhal(paths):
         if digits := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.\w+)?", str(image_id)):
             image_id = int(digits[1])
         if text is None or image_id is None:
-            raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is no file "
-                            "of questions about images; give another file")
+            raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is not a "
+                            "file of questions about images; give another file")
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
         yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
 
@@ -191,7 +191,7 @@ def find_images(root, lines):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
     that is the image itself, as base64, stays."""
     if not os.path.isdir(root):
-        raise UserError(f"--images {root} is no folder; give the one that holds the images")
+        raise UserError(f"--images {root} is not a folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
     for line in lines:
         if isinstance(line, bytes):
@@ -251,8 +251,8 @@ def amber_nouns(path):
     for line in records(path, ("id",), "file of nouns"):
         named = line.get("nouns", line.get("nouns_in_vocab"))
         if line["id"] in found or not isinstance(named, list):
-            raise UserError(f"{path}: id {line['id']} is there twice or has no list of `nouns`: this is no "
-                            "file of nouns; give builtin, nltk, or such a file")
+            raise UserError(f"{path}: id {line['id']} appears twice or has no list of `nouns`: this is not "
+                            "a file of nouns; give builtin, nltk, or such a file")
         found[line["id"]] = named
     return found
 
@@ -261,7 +261,7 @@ def lemmas(path):
     """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
     table = data.read_json(path, kind=dict)
     if not all(isinstance(single, str) for single in table.values()):
-        raise UserError(f"{path} is no table of words; give builtin, nltk or such a table")
+        raise UserError(f"{path} is not a table of words; give builtin, nltk or such a table")
     return lambda text: [table.get(word, word) for word in words.tokens(text.lower())]
 
 

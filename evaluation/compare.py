@@ -3,7 +3,7 @@
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html --images val2014/
     python eval_hallu.py score votes votes-ann.json votes-bob.json --out preference.json
 
-`compare` prints B - A of each measure. Where the answers files hold no truth themselves (AMBER, CHAIR,
+`compare` prints B - A of each measure. If the answers files hold no truth themselves (AMBER, CHAIR,
 MMHal), --items takes what `score` wrote per item for each of them. Intervals: 95%, bootstrap over images,
 both files seeing the same draws. The sign test asks how often a fair coin would divide the items on which the
 two differ as unevenly as this: exact, two-sided.
@@ -127,7 +127,8 @@ STYLE = """
 main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
 font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
 .bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
-#picture{width:auto;max-width:100%;max-height:32vh;margin:auto}.two{display:grid;gap:14px;align-items:start;
+#picture{width:auto;max-width:100%;max-height:32vh;margin:auto;object-fit:contain}
+#picture.pixel{height:32vh}.two{display:grid;gap:14px;align-items:start;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}.two p,.ask{white-space:pre-wrap}
 .ask{font-weight:600;margin-top:0}.two p{margin:.3em 0}
 @media(min-width:900px){.see.with{grid-template-columns:minmax(0,36%) 1fr;align-items:start}
@@ -226,6 +227,7 @@ $("anew").addEventListener("click", () => {
   if (!confirm("Forget these votes? Download them first.")) return;
   state = {rater: "", votes: {}}; at = 0; $("rater").value = ""; keep(); show();
 });
+$("picture").onload = e => e.target.classList.toggle("pixel", e.target.naturalHeight <= 160);
 $("rater").value = state.rater;
 $("rater").addEventListener("change", () => { state.rater = $("rater").value.trim(); keep(); });
 while (state.votes[at]) at += 1;
@@ -234,7 +236,7 @@ show();
 
 
 def a_is_first(seed, item):
-    """The side of A, drawn for each item by itself: it cannot be told from its neighbours'."""
+    """The side of A, drawn for each item by itself: its neighbours do not give it away."""
     return bool(data.hash64(seed, "side", *item) & 1)
 
 
@@ -278,7 +280,7 @@ def read_votes(paths):
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no file of votes as the page downloads it; ask its rater for it "
+            raise UserError(f"{path} is not a file of votes as the page downloads it; ask its rater for it "
                             "again") from error
         if len(shown) > 1:
             raise UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
@@ -291,7 +293,7 @@ def read_votes(paths):
 
 
 def _chosen(votes, key):
-    """{item: win, tie or loss of A}; any error where the votes are not the page's."""
+    """{item: win, tie or loss of A}; any error if the votes are not the page's."""
     found = {}
     for vote in votes:
         item = vote["item"]

@@ -17,12 +17,12 @@ AMBER's are in amber.py. All are ratios of sums over images, with 95% intervals 
 
 An answer to a benchmark is {"question_id" or "id", "answer" or "response" or "text"}. In mode "official" the
 numbers equal the official scorers' to the digit, faults included; "robust", the default, departs from them:
-  1. Yes and no are understood in any spelling and in sentences; what says neither is `unparsed`, and wrong.
+  1. Yes and no are understood in any spelling and in sentences; any other answer is `unparsed`, and wrong.
   2. Ratings are understood in the forms that judges use; a reply without one is `unparsed`, and left out.
   3. Nothing is rounded, and no 0.001 is added to a denominator (AMBER's code does both).
 And in both modes:
-  4. Answers join their questions by id (the POPE and MMHal scripts join by line), and duplicates, strangers
-     and gaps are refused.
+  4. Answers join their questions by id (the POPE and MMHal scripts join by line), and duplicates, unknown
+     ids and gaps are refused.
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
 if __name__ == "__main__":
@@ -113,7 +113,7 @@ def _choice_sums(said, truth, kind):
 
 def classroom(answers, resamples=1000):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
-    "unparsed", "intervals": {key: [low, high]}}. A measure that no question is about is None."""
+    "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
     total, draws = add_up(items, lambda item: parts(item["sums"]), resamples=resamples)
     found = scored(lambda sums: {key: percent(sums, key) for key, _ in total}, total, draws)
@@ -148,7 +148,7 @@ COUNTS = ("tp", "fp", "tn", "fn", "unparsed", "n")
 def pope(questions, answers, mode="robust", partial=False, resamples=1000):
     """-> {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed", "n",
     "version", "by_split", ...} in fractions, and the items. Over several splits the counts are sums, and the
-    ratios means of the splits. An unparsed answer counts as the wrong one; it is no yes in yes_ratio.
+    ratios means of the splits. An unparsed answer is wrong, and not a yes in yes_ratio.
 
     questions: one split's lines {"question_id", "image", "text", "label"}, or {split: lines}. An answer is to
     the split that it names in `split`, which may be absent where there is only one.
@@ -303,7 +303,7 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
             more |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
         items.append(item | more)
     if unread and mode == "official" and not partial:
-        raise UserError(f"{len(unread)} replies are no list of objects (ids {few(unread)}); ask for them "
+        raise UserError(f"{len(unread)} replies are not a list of objects (ids {few(unread)}); ask for them "
                         "again, or score the others with --partial")
     total, draws = add_up(items, _chair_counts, resamples=resamples)
     return {"mode": mode,
@@ -318,7 +318,7 @@ def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="rob
 
 
 def _extracted(reply, table, phrase, mode):
-    """The nouns that an extractor lists, each once; None where its reply cannot be read."""
+    """The nouns that an extractor lists, each once; None if its reply cannot be read."""
     listed = object_list(reply, mode)
     if listed is None:
         return None

@@ -4,10 +4,10 @@ classes.
     objects.hallucinated(answer, truth)                              the words of an answer that are not there
     table = objects.synonyms(text of a synonyms file)                {word: class}
     truth = objects.coco_truth(instances, captions, table, lemmatize, images)
-    objects.coco_objects(words, table)                               [(word, class)], "hot dog" being no dog
+    objects.coco_objects(words, table)                               [(word, class)], "hot dog" is not a dog
 
 Pure functions for metrics.py; the words of a caption come from words.py or from NLTK, the vocabularies from
-the benchmarks' files. What is known of a question of the built-in world is its `truth`, by the question's
+the benchmarks' files. A question of the built-in world has a `truth`, by its
 kind:
 
     caption      {"present": [words of the objects in the image], "absent": [the world's other object words]}
@@ -59,7 +59,7 @@ def hallucinated(answer, truth):
 
 
 def check_truth(item, where):
-    """Raise UserError where what is known of a question would not do to score an answer to it."""
+    """Raise UserError if an answer to a question cannot be scored by its `truth`."""
     where = f"{where} (id {item.get('id')})"
     for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
         if not isinstance(item.get(key), types):
@@ -102,7 +102,7 @@ def synonyms(text, literal=False):
 @lru_cache(maxsize=8)
 def _pairs(words):
     """{two words that are one: what they are}: a table's own, and those that would fire for a wrong class (a
-    baby bear is no person). "wine glas" is what the first CHAIR's singular leaves of a wine glass."""
+    baby bear is not a person). "wine glas" is the first CHAIR's singular of wine glass."""
     stripped = [word.strip() for word in (*words, "home plate", "train track")]
     pairs = {word: word for word in stripped if " " in word}
     for animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split():
@@ -125,19 +125,19 @@ def joined(words, table, alone=True):
 
 
 def coco_objects(words, table):
-    """[(word, its class)] of the words that a table knows; a seat beside a toilet is no chair."""
+    """[(word, its class)] of the words that a table knows; a seat beside a toilet is not a chair."""
     aside = "seat" if "toilet" in words else None
     return [(word, table[word]) for word in words if word in table and word != aside]
 
 
 def image_ids(answers):
-    """The COCO images that answers to CHAIR or Object HalBench are about; settings are passed over."""
+    """The COCO images that answers to CHAIR or Object HalBench are about; settings are skipped."""
     numbers = {image_number(first(line, "image_id", "image")) for line in answers if isinstance(line, dict)}
     return numbers - {None}
 
 
 def coco_truth(instances, captions, table, lemmatize, images):
-    """What is in the images, as CHAIR has it: the classes of COCO's instances, and those that its captions
+    """The objects in the images by CHAIR's rule: the classes of COCO's instances, and those that its captions
     name.
 
     instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; lemmatize: as

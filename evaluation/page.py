@@ -3,7 +3,7 @@
     page.page("My run", page.section("Answers", "On held-out pairs.", page.table(head, rows)))
 
 A page is one HTML file that needs nothing else, bright or dark, wide or narrow. Text is escaped, images are
-encoded anew, and its policy lets it load nothing and run no script but the one it is given.
+re-encoded, and its policy lets it load nothing and run no script but the one it is given.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
@@ -44,10 +44,11 @@ dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;fon
 display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
 """
+TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left:0}"     # no number is broken
 
 
 def num(x, form=None):
-    """A number for reading, with the digits that matter unless told otherwise; "–" for what is none."""
+    """A number for reading, with the digits that matter unless `form` is given; "–" for None and nan."""
     if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
         return "–"
     if form is None:
@@ -73,7 +74,7 @@ content="{policy}"><style>{CSS}{style}</style></head>
 
 
 def section(title, note, body):
-    """A heading, a note and a body in HTML; nothing where the body is empty."""
+    """A heading, a note and a body in HTML; nothing if the body is empty."""
     note = note and f'<p class="soft">{note}</p>'
     return f"<h2>{title}</h2>{note}{body}" if body else ""
 
@@ -108,7 +109,7 @@ def picture(root, image, says=""):
 
 
 def marked(text, words):
-    """Escaped text in which `words` stand out as invented."""
+    """Escaped text in which `words` are marked as invented."""
     parts, body = [text], ""
     if words:
         parts = re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", text, flags=re.I)

@@ -1,10 +1,10 @@
-"""What a text says: yes or no, a rating, a list of objects. A reader gives None where it cannot read.
+"""What a text says: yes or no, a rating, a list of objects. A reader returns None if it cannot read.
 
     readers.yes_no("There isn't a dog.", "Is there a dog in the image?")    "no"
     readers.rating("**Rating:** 4, no hallucination")                       4
     readers.object_list('Sure! ["dog", "ball"]')                            ["dog", "ball"]
 
-For eval_hallu.py. Here evaluators differ most: beside each reader of ours is the official one, with its
+For eval_hallu.py. Evaluators differ most in this: beside each reader of ours is the official one, with its
 faults.
 """
 if __name__ == "__main__":
@@ -44,7 +44,7 @@ def strict_yes_no(text):
 
 
 def yes_no(text, question=""):
-    """"yes", "no", or None where an answer says neither. Its first word decides; else a clause that is a yes
+    """"yes", "no", or None if an answer says neither. Its first word decides; else a clause that is a yes
     or a no; else a statement in the question's own words, or one that points at them ("there is one", "I see
     it")."""
     text = re.sub(r"<[^<>]*>", " ", text.lower().replace("\u2019", "'"))

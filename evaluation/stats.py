@@ -1,13 +1,13 @@
 """What eval_hallu.py's measures share: answers joined to questions, counts added up, intervals and tests.
 
     found = stats.read(answers, "pope")                 [Answer(id, text, line)]
-    stats.join(names, {id: part}, partial)              duplicates, strangers and gaps are refused
+    stats.join(names, {id: part}, partial)              duplicates, unknown ids and gaps are refused
     total, draws = stats.add_up(items, counts, ...)     sums over all items, and over draws of their images
     stats.scored(measure, total, draws)                 a measure of the sums, with 95% intervals
     stats.paired(a_items, b_items, sums)                B - A of each measure, with intervals and a sign test
 
-An item is what is known of one answer: a dict with an `id` and the `image` that it is about. Intervals are
-bootstrap intervals over images: images are drawn with replacement, and every ratio is formed anew. Pure
+An item is a scored answer: a dict with an `id` and the `image` that it is about. Intervals are
+bootstrap intervals over images: images are drawn with replacement, and every ratio is taken again. Pure
 functions; errors are UserError.
 """
 if __name__ == "__main__":
@@ -55,12 +55,12 @@ def image_number(image):
 
 
 def read(answers, benchmark=None):
-    """-> [Answer]. Settings are passed over; another benchmark's file, and a line without id or text, are
+    """-> [Answer]. Settings are skipped; another benchmark's file, and a line without id or text, are
     refused. benchmark: None for any."""
     found = []
     for number, line in enumerate(answers, 1):
         if not isinstance(line, dict):
-            raise UserError(f"answer {number} is no JSON object; give the file that holds the answers")
+            raise UserError(f"answer {number} is not a JSON object; give the file that holds the answers")
         if "settings" in line:
             other = line["settings"].get("benchmark", benchmark)
             if benchmark and other != benchmark:
@@ -136,7 +136,7 @@ def under(parts, counts):
 def add_up(items, counts, seed=0, resamples=1000):
     """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
 
-    counts: an item -> {name: number}, whole numbers where the total is read.
+    counts: an item -> {name: number}, whole numbers if the total is read.
     """
     images = {}
     for item in items:
@@ -149,7 +149,7 @@ def add_up(items, counts, seed=0, resamples=1000):
         return Sums(), Sums()
     table = np.stack(list(columns.values()), 1)                                 # (images, names)
     draws, rng = [np.zeros((0, len(columns)))], np.random.default_rng(seed)
-    for start in range(0, resamples, 100):                               # in blocks, for the memory's sake
+    for start in range(0, resamples, 100):                               # in blocks, to save memory
         drawn = rng.integers(len(images), size=(min(100, resamples - start), len(images)))
         times = [np.bincount(draw, minlength=len(images)) for draw in drawn]
         draws.append(np.stack(times) @ table)
@@ -236,7 +236,7 @@ def _signs(both, measure):
 
 
 def sign_test(better, worse):
-    """The exact two-sided p of so uneven a split under a fair coin; ties do not count."""
+    """The exact two-sided p of a split this uneven under a fair coin; ties do not count."""
     n, term, total = better + worse, 1, 0
     for k in range(min(better, worse) + 1):                     # term is n over k
         total += term

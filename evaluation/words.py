@@ -1,6 +1,6 @@
 """The nouns of a caption without a package or a download, for eval_hallu.py's CHAIR and AMBER.
 
-    words.nouns("A dog chases two mice.")     ["A", "dog", "chase", ...]: what may be nouns, for AMBER
+    words.nouns("A dog chases two mice.")     ["A", "dog", "chase", ...]: words that may be nouns, for AMBER
     words.lemmas("Dogs on the BEACHES")       ["dog", "on", "the", "beach"]: for CHAIR's scorer objhal
     words.singulars("Dogs on the BEACHES")    the same as the first CHAIR knew it, for its scorer original
     words.phrase("red traffic lights")        an object out of an extractor's reply: words, and runs of nouns
@@ -15,7 +15,7 @@ right. The departures:
      where "next to" follows ("a sofa next to a bed"). So do we, but for a list of nouns that fill newspapers.
   3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives
      "vas", and plurals of words that WordNet does not know ("hairdryers", "smartphones") stay as they are.
-  4. A sentence ends at a full stop that is no abbreviation's; NLTK learnt its abbreviations from text.
+  4. A sentence ends at a full stop that is not an abbreviation's; NLTK learnt its abbreviations from text.
 bench/nouns.py prints how far the scores, and these lemmas, are from the official ones.
 """
 if __name__ == "__main__":
@@ -145,7 +145,7 @@ SINGULAR = [(re.compile(pattern), to) for pattern, to in (
 @lru_cache(maxsize=65536)
 def singular(word):
     """The singular that the first CHAIR's rules make of any word: "buses" and "glasses" come out right, "bus"
-    gives "bu" and "ties" "ty", so they are no mentions there."""
+    gives "bu" and "ties" "ty", so they do not count as mentions there."""
     if word.endswith("'"):
         return singular(word[:-1]) + "'s"
     if STAY.search(word):
@@ -260,7 +260,7 @@ def _nltk():
 
 
 def nltk_nouns(text):
-    """The official extraction for AMBER. Raises UserError where NLTK or its data are absent."""
+    """The official extraction for AMBER. Raises UserError if NLTK or its data are missing."""
     tokenize, tag, lemmatize = _nltk()
     return [lemmatize(word) for word, kind in tag(tokenize(text)) if kind.startswith("NN")]
 

@@ -10,8 +10,8 @@ A folder is a vision-language model that vlm.py loads, or a language model that 
 serve any other and give its URL. A server's key is read from OPENAI_API_KEY and written nowhere. No torch is
 imported until a folder is asked.
 
-What was said is appended to `out` as it comes; the same call asks only for what is missing. A request that
-the server fails is tried again, a bounded number of times, then counted and left out: no reply is made up.
+Replies are appended to `out` as they come; the same call asks only for those that are missing. A request that
+fails is tried again, a limited number of times, then counted and left out: no reply is made up.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
@@ -62,7 +62,7 @@ def ask(source, questions, out=None, *, description="asking", **options):
     """-> {id: {"reply", ...}} in the questions' order; what got no reply is absent, counted on stderr.
 
     source, options: as `connect` takes them, or what it returned. out: JSON lines {"id", "hash", "asked",
-    "reply"}, to go on from. Raises UserError for a wrong source, and where a server refuses us (401, 404).
+    "reply"}, to continue from. Raises UserError for a wrong source, and if a server refuses us (401, 404).
     """
     asked = {q.id: digest(q) for q in questions}
     if repeated := len(questions) - len(asked):
@@ -97,8 +97,8 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     """-> a Server, File or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server, a file of saved replies or a model folder. model:
-    the server's name for it; None where it serves one. accept: reply -> bool; a server is asked again for a
-    reply that it turns down, also in a later call. The last attempt's is kept all the same: what cannot be
+    the server's name for it; None if it serves one. accept: reply -> bool; a server is asked again for a
+    reply that it rejects, also in a later call. The last attempt's is kept all the same: what cannot be
     read is for the caller to count. timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
     if isinstance(source, Server | File | Folder):
@@ -117,12 +117,12 @@ def is_url(source):
 
 
 def public(source):
-    """A source as it may be shown, written and named: of a URL neither user, password nor query."""
+    """A source as it may be shown and written: a URL without user, password and query."""
     return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", source) if is_url(source) else source
 
 
 def messages(text, images=()):
-    """A user's turn as servers take it. images: what stands for each of them."""
+    """A user's turn as servers take it. images: the text that goes with each, such as its data URL."""
     content = [*images, {"type": "text", "text": text}] if images else text
     return [{"role": "user", "content": content}]
 
@@ -138,7 +138,7 @@ def _hash(value):
 
 
 def reply_of(answer):
-    """The text in a server's answer; None where there is none."""
+    """The text in a server's answer; None if there is none."""
     try:
         text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
@@ -160,7 +160,7 @@ class File:
         self.path, self.reason = path, f"{path} does not contain it"
 
     def ask(self, questions, done=()):
-        """Yield (id, {..., "reply", "asked": None where the file does not say it}). Raises UserError."""
+        """Yield (id, {..., "reply", "asked": None if the file does not say it}). Raises UserError."""
         asked, rows, other = {q.id: digest(q) for q in questions}, {}, set()
         lines = [line for line in data.read_records(self.path) if not line.get("error")]
         for number, line in enumerate(lines):
@@ -204,7 +204,7 @@ class Server:
     timeout: float
     attempts: int
     workers: int
-    accept: object                  # reply -> whether it will do
+    accept: object                  # reply -> whether it is acceptable
 
     def __post_init__(self):
         self.reason, self.stop, valid = "", threading.Event(), False        # reason: of the last failure
@@ -220,7 +220,7 @@ class Server:
         self.base = f"{parts.scheme}://{self.host}{self.path}"
 
     def ask(self, questions, done=()):
-        """Yield (id, {"reply", "model", "finish"}) as the replies come; what fails is passed over."""
+        """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
         body = self.settings | {"model": self.model}
         body = {name: value for name, value in body.items() if value is not None}
         self.stop.clear()
@@ -243,7 +243,7 @@ class Server:
 
     @functools.cached_property
     def model(self):
-        """The model's name: as given, or where the server lists exactly one. None: many servers need none."""
+        """The model's name: as given, or the only one that the server lists. None: many servers need none."""
         if self.settings["model"]:
             return self.settings["model"]
         try:
@@ -278,8 +278,8 @@ class Server:
     def request(self, path, body=None):
         """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
 
-        Seconds: None where the server does not say, inf where another attempt would not help. Raises
-        UserError where the server refuses us.
+        Seconds: None if the server does not say, inf if another attempt would not help. Raises
+        UserError if the server refuses us.
         """
         start, answer = time.monotonic(), None
         try:
@@ -296,7 +296,7 @@ class Server:
                 answer = json.loads(raw)
             return answer, f"no reply in {said!r}" if status else said, None
         reason = f"the server answered {status}: {said}"
-        if status in (400, 413, 422):                   # about this one request: the others may do
+        if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, math.inf
         if status in (408, 425, 429) or status >= 500:
             after = headers.get("Retry-After", "")
@@ -356,7 +356,7 @@ class Folder:
 
     def __post_init__(self):
         if not Path(self.source).is_dir() and self.source != "classroom":
-            raise UserError(f"{self.source} is no URL, no file of replies and no model folder; give one of "
+            raise UserError(f"{self.source} is not a URL, a file of replies or a model folder; give one of "
                             "these")
         self.folder = data.model_folder(self.source)
         self.settings = self.settings | {"model": command.identity(self.folder)}
@@ -365,7 +365,7 @@ class Folder:
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "finish"}).
 
-        Batches are those of the whole list, so that a call that goes on draws what the first one would have:
+        Batches are those of the whole list, so that a continued call draws the same tokens as the first:
         a batch that lacks a reply is computed again as a whole.
         """
         for at in range(0, len(questions), self.batch):

@@ -3,7 +3,7 @@
     chosen, rest = parse(Options, argv, "synth.py", __doc__)     a dataclass is the command line
     ranks = join()                                               who is who under torchrun
     lock = claim(out)                                            one run in a folder
-    rows = Store(path, ranks).work(items, make)                  what is done stays done
+    rows = Store(path, ranks).work(items, make)                  finished work is kept
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
@@ -42,7 +42,7 @@ def parse(kind, argv, prog, description, positional=()):
     """argv -> ({field: value} of what was given, {positional: value}). Raises UserError for a bad value.
 
     kind: the dataclass. positional: (name, choices, default, help) of each argument without dashes. What was
-    not given is absent, so that a preset can stand between the dataclass's defaults and the command line.
+    not given is absent, so that a preset can come between the dataclass's defaults and the command line.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}
     rare = {name: field for name, field in fields.items() if "behind_set" in field.metadata}
@@ -92,7 +92,7 @@ def _add(parser, name, field):
 
 
 def value(where, text, field):
-    """A field's value from its text. Raises UserError where it is none; `where` is what the user wrote."""
+    """A field's value from its text. Raises UserError if it is none; `where` is what the user wrote."""
     kind, about = field.type, field.metadata
     try:
         if kind is bool:
@@ -181,7 +181,7 @@ def join(device="", backend=""):
     if found.type == "cuda":
         torch.cuda.set_device(found)
     alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours, and is no fault
+    # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours
     dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
@@ -197,7 +197,7 @@ def place(device=""):
 
 
 def leave(ranks):
-    """The end of join: every rank has come here before the group is taken down."""
+    """Undo join: wait for every rank, then close the group."""
     if ranks.world > 1:
         import torch.distributed as dist
         dist.barrier()
@@ -205,7 +205,7 @@ def leave(ranks):
 
 
 def free():
-    """Give the memory of what nothing refers to any more to the next model."""
+    """Free the memory of objects that nothing refers to any more, for the next model."""
     import gc
 
     import torch
@@ -216,12 +216,12 @@ def free():
 
 # ---- the folder ----
 def claim(out):
-    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError where it is in use."""
+    """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError if it is in use."""
     import fcntl
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         lock = open(Path(out) / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # let go by the system however the run ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released by the system in any case
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
     except OSError as e:
@@ -269,8 +269,8 @@ class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
     An item is a dict with an `id` and a `hash` over all that it is made from; a line is the item and what
-    `make` found. While work runs each rank appends to a part of its own beside the file, one line for each
-    group of items, which is there or not whenever the process is killed; in the end rank 0 puts the parts in
+    `make` found. While work runs, each rank appends to a part of its own beside the file, one line for each
+    group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
     """
     def __init__(self, path, ranks=None, head=None, shape=None):
@@ -339,7 +339,8 @@ class Store:
         groups = data.chunks(items, size)[ranks.rank::ranks.world]
         mine = [group for group in groups if any(item["id"] not in had for item in group)]
         hidden = True if ranks.rank else None               # None: shown on a terminal only
-        with tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, disable=hidden) as bar:
+        name = description or self.path.stem
+        with tqdm(total=len(items), initial=len(had), desc=name, disable=hidden) as bar:
             for group, rows in zip(mine, make(mine), strict=True) if mine else ():
                 new = []
                 for item, row in zip(group, rows, strict=True):
@@ -349,7 +350,7 @@ class Store:
                 bar.update(len(new) * ranks.world)
         ranks.barrier()
         found = self.kept(items)
-        ranks.barrier()                                     # everyone has read the parts before they go
+        ranks.barrier()                                     # everyone has read the parts: delete them
         rows = [found[item["id"]] for item in items if item["id"] in found]
         if ranks.rank == 0:
             lines = [self.shape(row) for row in rows] if self.shape else rows

@@ -14,8 +14,8 @@ A family is a class, and a line in FAMILIES. A new one inherits from Llava and s
     language_model(model)           the part that reads embeddings
     language_inputs(row, features)  what that takes besides embeddings and positions, of a data.Row
 
-What is asked about an image before it is read is a function of its size: checking the pairs and planning a
-run need no pixels.
+Everything that is needed of an image before it is read is a function of its size: checking the pairs and
+planning a run need no pixels.
 
 Images are prepared as the folder's own image processor does it: llava-hf's published folders resize and cut
 out the middle; what model/import_checkpoint.py wrote pads to a square with the mean colour first, as the
@@ -131,7 +131,7 @@ class Llava:
 
         sizes: (width, height) of each image. history: earlier [user, assistant] turns; the images are in the
         first user turn. BOS comes once, whether the template writes it or the tokenizer adds it. Raises
-        UserError where the text contains IMAGE.
+        UserError if the text contains IMAGE.
         """
         text = self.tokenizer.apply_chat_template(messages(question, len(sizes), history), tokenize=False,
                                                   chat_template=self.template, add_generation_prompt=True)
@@ -234,7 +234,7 @@ def read_config(folder):
     """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise data.UserError(f"{path} is missing: {folder} is no folder of a transformers model")
+        raise data.UserError(f"{path} is missing: {folder} is not the folder of a transformers model")
     config = data.read_json(path, kind=dict)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
@@ -277,7 +277,7 @@ def open_folder(folder, template=None, preparation=""):
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
     if preparation not in ("", "pad"):
-        raise data.UserError(f"images={preparation} is no preparation: give one of '', 'pad'")
+        raise data.UserError(f"images={preparation} is unknown: give one of '', 'pad'")
     if preparation:
         if not family.squares or not getattr(processor, "image_mean", None):
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
@@ -287,7 +287,7 @@ def open_folder(folder, template=None, preparation=""):
 
 
 def check_tokens(folder, config, tokenizer):
-    """Raise UserError where the tokenizer is not this model's."""
+    """Raise UserError if the tokenizer is not this model's."""
     found = tokenizer.convert_tokens_to_ids(IMAGE)
     if found in (None, tokenizer.unk_token_id):
         raise data.UserError(f"{folder}: its tokenizer does not know {IMAGE}: copy the tokenizer of a "

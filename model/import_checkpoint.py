@@ -10,7 +10,7 @@ so that a 13 GB checkpoint needs little memory and some minutes of disk. DST app
 --vision_tower: the folder of CLIP or SigLIP, needed where the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
 
-What is not the same as in the published folders:
+Differences from the published folders:
  1. `<image>` becomes a token behind the vocabulary: a row of zeros in the embedding and in lm_head. It is
     never predicted (generation_config's suppress_tokens), and vlm.py leaves it out of the softmax.
  2. A tower published in another type than the language model (CLIP: float32) is cast to that one's.
@@ -54,7 +54,7 @@ class Weight(NamedTuple):
 
 # -------------------------------------------------------------------------------- the source
 def shards(folder):
-    """The weights files of a published folder. Raises UserError where one that the index names is absent."""
+    """The weights files of a published folder. Raises UserError if one that the index names is missing."""
     for index, single in (("model.safetensors.index.json", "model.safetensors"),
                           ("pytorch_model.bin.index.json", "pytorch_model.bin")):
         names = sorted(set(data.read_json(folder / index, {}).get("weight_map", {}).values()))
@@ -139,26 +139,26 @@ def family(src):
     """(config.json, "llava" or "bunny") of an original checkpoint. Raises UserError for anything else."""
     config = data.read_json(src / "config.json", {})
     if not config or not isinstance(config, dict):
-        why = "contains no JSON object" if config else "is missing or empty"
-        raise data.UserError(f"{src}/config.json {why}: {src} is no folder of a model")
+        why = "is not a JSON object" if config else "is missing or empty"
+        raise data.UserError(f"{src}/config.json {why}: {src} is not a model's folder")
     if isinstance(config.get("text_config"), dict):
         raise data.UserError(f"{src} is a transformers folder already: give it to --model as it is")
     if "mm_vision_tower" not in config:
         raise data.UserError(f"{src} is a text-only model ({config.get('model_type')}), it has no vision "
                              "tower: give the folder of LLaVA-1.5 or Bunny itself, not of its language model")
     kind = {"llava": "llava", "llava_llama": "llava", "bunny-phi": "bunny"}.get(config.get("model_type"))
-    amiss = {"model_type": kind is None, "mm_projector_type": config.get("mm_projector_type") != "mlp2x_gelu",
+    tests = {"model_type": kind is None, "mm_projector_type": config.get("mm_projector_type") != "mlp2x_gelu",
              "mm_use_im_start_end": bool(config.get("mm_use_im_start_end")),
              "mm_patch_merge_type": config.get("mm_patch_merge_type", "flat") != "flat",
              "image_aspect_ratio": config.get("image_aspect_ratio", "pad") != "pad"}
-    if odd := [f"{k} {config.get(k)!r}" for k, wrong in amiss.items() if wrong]:
+    if odd := [f"{k} {config.get(k)!r}" for k, wrong in tests.items() if wrong]:
         raise data.UserError(f"{src}/config.json has {', '.join(odd)}: only LLaVA-1.5 and Bunny-v1.0-3B can "
                              "be imported (LLaVA-1.6: take its llava-hf folder)")
     return config, kind
 
 
 def vision_config(kind, tower, found):
-    """The tower's config, from its folder where there is one, else from shapes and the published model."""
+    """The tower's config, from its folder if there is one, else from shapes and the published model."""
     from transformers import CLIPVisionConfig, SiglipVisionConfig
     given = data.read_json(tower / "config.json", {}) if tower else {}
     given = given.get("vision_config", given) or {}
@@ -284,7 +284,7 @@ def tokenizer_of(src, kind, config):
 
 # -------------------------------------------------------------------------------- the copy
 class Plan(NamedTuple):
-    """All that is to be written, checked before a byte is."""
+    """All that will be written, checked before the first byte."""
     config: Any
     tokenizer: Any
     kind: str
@@ -433,7 +433,7 @@ def run(src, dst, tower=None, report=print):
 def describe(folder):
     """Lines that say what a llava-hf folder is, from its files alone.
 
-    What is torn or missing is said, not raised, except where config.json is not a llava-hf folder's.
+    Torn or missing files are reported, not raised, unless config.json is not a llava-hf folder's.
     """
     folder = data.model_folder(folder)
     config = families.read_config(folder)
@@ -458,7 +458,7 @@ def describe(folder):
 
 
 def attempt(faults, work, *arguments):
-    """What work gives, or None where it raises a UserError, whose text joins the faults."""
+    """The result of work, or None if it raises a UserError, whose text joins the faults."""
     try:
         return work(*arguments)
     except data.UserError as e:

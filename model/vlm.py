@@ -48,7 +48,7 @@ class VLM:
     """A loaded model and what belongs to it."""
     front: Any                 # its family's object: tokenizer, template, images
     model: Any                 # transformers' class, frozen (LoRA comes on top)
-    words: int                 # rows of lm_head that are tokens: those that the softmax goes over
+    words: int                 # rows of lm_head that are tokens: the softmax's
     frozen: Any = None         # where the model itself trains: a VLM, the copy that does not
 
     @property
@@ -148,7 +148,7 @@ def forget(mapped):
 
 
 def keep_memory():
-    """What tensors free stays with the process, for the next ones of their size. For a main to call on CPUs.
+    """Keep freed tensors' memory in the process, for the next ones of their size. For a main to call on CPUs.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
@@ -162,7 +162,7 @@ def keep_memory():
 def encode_images(m, batch):
     """Features of a data.Batch; no graph unless something in front of the language model trains.
 
-    Raises UserError where an image has not as many features as it has places in the prompt.
+    Raises UserError if an image's features are not as many as its places in the prompt.
     """
     n = len(batch.images)
     found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
@@ -283,8 +283,8 @@ def packed_token_logps(m, row, features):
     features: [(K, D)] of the row's images.
     """
     ids, positions = row.ids.to(m.device), row.positions.to(m.device)
-    # The 4D tensor is no mask: transformers hands it through, where it would else guess packed sequences from
-    # the restarted positions and cut `rejected` off from its prompt. packed_attention does not read it.
+    # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
+    # from the restarted positions, and cut `rejected` off from its prompt.
     outputs = m.language_model(inputs_embeds=embed(m, ids, features)[None],        # (1, T, D)
                                position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
                                attention_mask=ids.new_zeros(1, 1, 1, 1),

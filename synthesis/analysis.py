@@ -1,4 +1,4 @@
-"""What a synthesis run made: the paper's analyses (arXiv 2412.17417) on its files, and a page of examples.
+"""The paper's analyses (arXiv 2412.17417) of a synthesis run's files, and a page of examples.
 
     python synth.py analyse --out D         analysis.json and gallery.html
 
@@ -274,6 +274,6 @@ def whole_page(run, ranked, analysis):
     body = page.section("What was left out", f"{len(ranked)} prompts, {len(made['pairs'])} pairs.",
                         page.table(("reason", "n"), reasons.items()))
     body += tables(analysis)
-    body += page.section("Prompts", "Evenly spaced through the run: nothing is picked.",
+    body += page.section("Prompts", "Evenly spaced through the run: none was picked.",
                          f'<div class="grid" style="--w:560px">{cards}</div>')
-    return page.page(f"Synthesis: {run.out.name}", body)
+    return page.page(f"Synthesis: {run.out.name}", body, page.TABLES)

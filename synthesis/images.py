@@ -9,11 +9,11 @@ Memory on a GPU in float16, from the published parameter counts: encoding 11.2 G
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
 
 Departures from the published pipeline:
- 1. The scales are one batch, guided each by its own (diffusers takes one number): the numbers of single calls
-    to rounding (tests/test_synth.py: at most one step of an 8-bit pixel).
+ 1. The scales are one batch, each guided by its own (diffusers takes one number): the numbers equal those of
+    single calls to rounding (tests/test_synth.py: at most one step of an 8-bit pixel).
  2. Scales of 1 and less are guided as the formula says, eps(empty) + g (eps(prompt) - eps(empty)); diffusers
     leaves guidance out there and paints as for 1.
- 3. A T5 tokenizer that says that it takes fewer than 256 tokens gets no more (the built-in one takes 12).
+ 3. A T5 tokenizer with a limit below 256 tokens gets no more than that (the built-in one takes 12).
  4. Seeds are a CPU generator's, so that every device starts from the same noise.
 """
 if __name__ == "__main__":
@@ -37,7 +37,7 @@ def _pipeline():
     """diffusers' class, with a scale for each image of the batch."""
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging
-    logging.set_verbosity_error()       # else it says for every long prompt what CLIP cut off
+    logging.set_verbosity_error()       # else it warns of every long prompt that CLIP cut
     logging.disable_progress_bar()
 
     class PerImageGuidance(StableDiffusion3Pipeline):
@@ -46,7 +46,7 @@ def _pipeline():
 
 
 def _load(folder, device, dtype, without):
-    """The pipeline without these parts, and without those it was saved without: diffusers has to be told."""
+    """The pipeline without these parts, and without those that were not saved: diffusers wants both named."""
     index = data.read_json(Path(folder) / "model_index.json")
     absent = [name for name, part in index.items() if isinstance(part, list) and part[0] is None]
     pipeline = data.from_folder(

@@ -1,11 +1,11 @@
 """From scored responses to preference pairs, for synth.py: faults, choice, length gap, formats, data card.
 
-A response's faults, each found on what is left when an echo of the question is taken off:
+A response's faults, each found after an echo of the question is removed:
     echoed   it begins with the question           empty    no letter and no digit
-    foreign  most letters are of another script    cut off  the model ran into its limit (where that is not
+    foreign  most letters are of another script    cut off  the model ran into its limit (if that is not
              than the question's                            known: a long text that ends within a sentence)
-A prompt gives no pair where fewer than two of its responses are without fault, where the best and the worst
-are the same text, or where their scores lie within `margin` standard deviations of the scorer's scores.
+A prompt gives no pair if fewer than two of its responses are without fault, if the best and the worst are
+the same text, or if their scores lie within `margin` standard deviations of the scorer's scores.
 
 `official=True` is the published pipeline: nothing is filtered, the first maximum is chosen and the first
 minimum rejected, whatever they are; the echo is taken off after it was scored, and newlines become blanks.
@@ -23,8 +23,8 @@ from pathlib import Path
 import data
 from model import command
 
-LONG = 12                               # words from which a text without a full stop is taken for cut off
-TELLING = .65                           # share of pairs that length alone tells apart, from which to warn
+LONG = 12                               # words: a text this long without a full stop counts as cut off
+TELLING = .65                           # warn if length alone decides this share of the pairs
 
 
 def grouped(rows, field):
@@ -56,7 +56,7 @@ def is_foreign(question, text):
 
 
 def faults(question, response, finished=None):
-    """The faults of a response. finished: whether the model ended it by itself; None where not known."""
+    """The faults of a response. finished: whether the model ended it by itself; None if not known."""
     text, echoed = unecho(question, response)
     text = text.strip()
     if finished is None:
@@ -143,7 +143,7 @@ def conversations(pair):
             "rejected_conversations": [asked, {"from": "gpt", "value": pair["rejected"]}]}
 
 
-# ---- what to know before training on them ----
+# ---- about the pairs, before training on them ----
 
 def lengths(pairs):
     """Words in the mean, and how often the chosen response is the longer one (ties count half)."""

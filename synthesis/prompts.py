@@ -1,4 +1,4 @@
-"""Prompts and questions for synth.py: from text files, a template or a chat model, none nearly twice."""
+"""Prompts and questions for synth.py: from files, a template or a chat model, without near-duplicates."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 

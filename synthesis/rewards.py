@@ -36,7 +36,7 @@ from data import MEAN, STD, UserError
 def read_weights(path):
     """{name: tensor} of a .pt or .safetensors file, or of a folder's safetensors; pickled code is never run.
 
-    Raises UserError for what is not there, is torn, or holds something other than tensors.
+    Raises UserError for a file that is missing or torn, or that holds more than tensors.
     """
     import pickle
 
@@ -56,7 +56,7 @@ def read_weights(path):
             raise UserError(f"{file} cannot be read as weights ({brief(error)}); copy the published file "
                             "again") from error
     if not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path}: no weights there, or more than them; give the published file or folder")
+        raise UserError(f"{path}: no weights there, or other things too; give the published file or folder")
     return state
 
 
@@ -101,7 +101,7 @@ DROPPED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "bl
 
 
 def to_ours(name):
-    """A name in ImageReward.pt -> in our module; None for what is dropped, the name itself if unknown."""
+    """A name in ImageReward.pt -> in our module; None for a dropped part, the name itself if unknown."""
     if name.startswith(DROPPED):
         return None
     name = f"^{name}"
@@ -163,7 +163,7 @@ class ImageReward(nn.Module):
         """weights: ImageReward.pt or its folder, in the published key names. vocab: bert-base-uncased's
         vocab.txt or its folder; None: beside the weights. config: {"vision": {...}, "text": {...}} or a JSON
         file of it; None: beside the weights (config.json). What it leaves out has the published size, and a
-        picture's and its patches' size show in the weights. Raises UserError for what does not fit.
+        picture's and its patches' size show in the weights. Raises UserError if they do not fit.
         """
         folder, config = beside(weights, config, {})
         state = {to_ours(name): x for name, x in read_weights(weights).items()}
@@ -347,7 +347,7 @@ class ArmoRM(nn.Module):
         return model.requires_grad_(False).eval().to(device)
 
     def prompt_end(self, input_ids, real):
-        """Where the last whole occurrence of the pattern starts: (B,). Raises UserError where none is."""
+        """Where the last whole occurrence of the pattern starts: (B,). Raises UserError if there is none."""
         n, found = len(self.pattern), torch.zeros_like(real[:, :1])
         if input_ids.shape[1] >= n:
             pattern = torch.tensor(self.pattern, device=input_ids.device)
@@ -365,7 +365,7 @@ class ArmoRM(nn.Module):
 
         No mask: every id but the padding's is real.
         """
-        if attention_mask is None:                      # an id that never is: every token is real
+        if attention_mask is None:                      # an id that never occurs: every token is real
             attention_mask = input_ids != (-1 if self.pad_id is None else self.pad_id)
         real, head = attention_mask.bool(), self.head
         start, rows = self.prompt_end(input_ids, real), range(len(input_ids))

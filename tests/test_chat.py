@@ -412,7 +412,7 @@ def test_another_model_of_the_same_name_is_asked_anew(talker, tmp_path):
 
 
 def test_what_is_no_source_is_refused(talker, tmp_path):
-    with pytest.raises(data.UserError, match="gpt-4o is no URL, no file of replies and no model folder"):
+    with pytest.raises(data.UserError, match="gpt-4o is not a URL, a file of replies or a model folder"):
         ask.replies("gpt-4o", requests(1))
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(data.UserError, match="was asked about an image"):
@@ -424,6 +424,6 @@ def test_what_is_no_source_is_refused(talker, tmp_path):
 
 
 def test_importing_chat_loads_no_model_code():
-    code = "import sys, chat; print({'torch', 'transformers', 'vlm'} & set(sys.modules))"
+    code = "import sys, model.ask; print({'torch', 'transformers', 'model.vlm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n"

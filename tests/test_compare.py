@@ -226,7 +226,7 @@ BAD = {"choice": lambda v: v["votes"][0].update(choice="left"),
 def test_votes_that_were_not_downloaded_so_are_refused(tmp_path, page, fault):
     file = votes(page, "Ann", likes("no cat"))
     BAD[fault](file)
-    with pytest.raises(data.UserError, match="votes-0.json is no file of votes"):
+    with pytest.raises(data.UserError, match="votes-0.json is not a file of votes"):
         count(tmp_path, file)
     assert not (tmp_path / "preference.json").exists()
 

@@ -1,4 +1,4 @@
-"""eval_hallu.py, answers.py, benchmarks.py, judge.py: answers that survive a kill, scores without a model."""
+"""eval_hallu.py, its answers and benchmarks: answers that survive a kill, scores without a model."""
 import base64
 import hashlib
 import json
@@ -305,7 +305,7 @@ def ask(m, benchmark, path, out, **more):
 
 
 def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
-    """--template and --pad go to the model, and stand in the settings: other ones do not continue a file."""
+    """--template and --pad go to the model and into the settings: other ones do not continue a file."""
     model, (path, _) = write_llava(tmp_path / "model"), pope_file(tmp_path / "data")
     argv = ["answers", "pope", "--model", model, "--data", path, "--out", tmp_path / "a.jsonl", "--limit", 2]
     code, _, err = run(*argv, "--template", "vicuna", "--pad")
@@ -398,7 +398,7 @@ def test_images_are_found_under_their_published_names(tmp_path):
     ("pope", "mmhal", "no 'question_id', so this is no POPE"),
     ("amber", "pope", "no 'id', so this is no AMBER query file"),
     ("mmhal", "pope", "no 'question_type', so this is no MMHal-Bench"),
-    ("objhal", "amber", "no question or no image, so this is no file of questions"),
+    ("objhal", "amber", "no question or no image, so this is not a file of questions"),
 ])
 def test_another_benchmarks_file_is_refused_by_name(tmp_path, benchmark, given, says):
     path, _ = FILES[given](tmp_path / "data")
@@ -412,7 +412,7 @@ def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_
     (tmp_path / "data" / rows[0]["image"]).unlink()
     with pytest.raises(data.UserError, match=r"lacks 3 of 6 images \(first: COCO_val2014_000000000000.jpg\)"):
         benchmarks.questions("pope", [path])
-    with pytest.raises(data.UserError, match="--images .*nowhere is no folder"):
+    with pytest.raises(data.UserError, match="--images .*nowhere is not a folder"):
         benchmarks.questions("pope", [path], tmp_path / "nowhere")
     write_json(path, [{**rows[0], "image": "../secret.png"}])
     with pytest.raises(data.UserError, match="secret.png leaves the folder"):
@@ -497,7 +497,7 @@ def test_score_pope_by_hand(tmp_path, capsys):
 
 
 def test_score_pope_over_three_splits(tmp_path, capsys):
-    """One file with `split` in its lines, or one file a split, told by its name; the mean of the three."""
+    """One file with `split` in its lines, or one file a split, given by its name; the mean of the three."""
     rows = {split: pope_file(tmp_path / "data", split)[1] for split in benchmarks.SPLITS}
     said = dict(zip(benchmarks.SPLITS, ("yes", "no", "yes"), strict=True))
     together = write_json(tmp_path / "a.jsonl", [line for split in rows for line in
@@ -594,7 +594,7 @@ def test_score_amber_whole_and_in_parts(tmp_path, capsys, mode):
     table = write_json(tmp_path / "table.json", {"bird dog": 0.9, "bird cat": 0.9}, lines=False)
     assert score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--similarity",
                  table)[0]["cog"] == 50
-    with pytest.raises(data.UserError, match="this is no file of nouns"):
+    with pytest.raises(data.UserError, match="this is not a file of nouns"):
         score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--nouns",
               tmp_path / "captions.json")
 
@@ -656,7 +656,7 @@ def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
     with pytest.raises(data.UserError, match="list instead of a record"):
         score(tmp_path, "chair", answers, *coco, "--nouns", write_json(tmp_path / "t.json", [], lines=False))
     mixed = write_json(tmp_path / "t.json", {"grass": "cat", "Grass.": ["grass"]}, lines=False)
-    with pytest.raises(data.UserError, match="is no table of words"):
+    with pytest.raises(data.UserError, match="is not a table of words"):
         score(tmp_path, "chair", answers, *coco, "--nouns", mixed)
 
 

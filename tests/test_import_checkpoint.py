@@ -422,7 +422,7 @@ def test_a_whole_siglip_folder_serves_bunny_without_its_last_layer(tmp_path):
     ({"num_hidden_layers": 3}, "weights are missing"),
     ({"num_hidden_layers": 1}, "have no place in the model"),
     ({"eos_token_id": 5}, "the tokenizer's eos_token_id"),
-    ("{", "broken JSON"), ("[1]", "no JSON object"), (None, "missing or empty")])
+    ("{", "broken JSON"), ("[1]", "not a JSON object"), (None, "missing or empty")])
 def test_what_is_no_such_checkpoint_is_one_sentence_and_leaves_nothing(copy, tmp_path, change, said):
     _, src, tower = copy
     path = src / "config.json"

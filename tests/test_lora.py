@@ -392,7 +392,7 @@ def test_a_pattern_that_is_no_plain_name_is_refused_at_once(model, base, tmp_pat
     save(model, tmp_path, None)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {patterns: {pattern: 3}}))
-    with pytest.raises(UserError, match=f"{patterns} has .*, which is no layer's name"):
+    with pytest.raises(UserError, match=f"{patterns} has .*, which is not a layer's name"):
         load(copy.deepcopy(base), tmp_path)
 
 

@@ -123,7 +123,7 @@ def test_only_the_positions_before_labels_count():
     assert response_logps(logits, torch.full((1, 5), -100)) == 0
 
 
-# ---- names, and what is computed for them
+# ---- names, and the fields computed for them
 
 def test_needs_names_what_a_loss_reads():
     assert needs(dpo) == {"chosen", "rejected"}

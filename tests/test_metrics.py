@@ -153,7 +153,7 @@ def test_settings_are_passed_over():
     ([], "no answers"),
     ([{"settings": {}}], "no answers"),
     ([{"id": "x", "answer": "a"}], "id x.*`kind`"),
-    (["text"], "answer 1 is no JSON object"),
+    (["text"], "answer 1 is not a JSON object"),
     ([caption("x", None, ["dog"])], "id x.*no text.*answer it again"),
     ([caption("x", "a", ["dog"], truth={"present": ["dog"]})], "id x.*absent"),
     ([question("x", "a", "red", "attribute", ["blue"])], "id x.*choices"),
@@ -248,7 +248,7 @@ TWO = pope_questions(["yes", "no"])
 
 
 @pytest.mark.parametrize("answers, says", [
-    ([], "no answers"), ([{"settings": {}}], "no answers"), (["Yes"], "answer 1 is no JSON object"),
+    ([], "no answers"), ([{"settings": {}}], "no answers"), (["Yes"], "answer 1 is not a JSON object"),
     (pope_answers(["Yes"]), "1 of 2 questions have no answer .ids pope 2.*--partial"),
     (pope_answers(["Yes", "No", "No"]), "1 answers belong to none of the questions .ids pope 3"),
     (pope_answers(["Yes", "No"]) + pope_answers(["Yes"]), "1 answers appear twice .ids pope 1"),
@@ -506,7 +506,7 @@ def test_chair_replies_that_are_missing_strange_or_unreadable():
     assert score({0: '["dog"]'}, partial=True)[0]["coverage"] == {"answered": 1, "of": 2}
     scores, items = score({0: '["dog"]', 1: "I see a man."})                  # left out, and counted
     assert (scores["unparsed"], scores["n"], scores["chair_s"]) == (1, 1, 0) and items[1]["unparsed"]
-    with pytest.raises(UserError, match="1 replies are no list of objects .ids 1"):
+    with pytest.raises(UserError, match="1 replies are not a list of objects .ids 1"):
         score({0: '["dog"]', 1: "I see a man."}, mode="official")
 
 

@@ -1,4 +1,4 @@
-"""plan.py as specification: what is certain, what cannot fit, what is refused and with which advice."""
+"""training/plan.py as specification: exact sizes, runs that cannot fit, refusals and their advice."""
 import dataclasses
 import sys
 

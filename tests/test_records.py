@@ -270,7 +270,7 @@ def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
 def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
     pytest.importorskip("pyarrow")
     (folder / "d.parquet").write_bytes(b"PAR1....")
-    with pytest.raises(UserError, match="d.parquet is no readable parquet .*; fetch it again"):
+    with pytest.raises(UserError, match="d.parquet is not readable parquet .*; fetch it again"):
         Records(folder / "d.parquet")
     (folder / "image_data.json").write_text("[1")
     with pytest.raises(UserError, match="image_data.json, line 1: broken JSON"):

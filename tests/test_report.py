@@ -22,7 +22,7 @@ def lines(path, items):
 
 
 def make_run(run, evil="x", images=14, steps=30):
-    """A finished run of the classroom: a caption and a question an image; training mends the captions."""
+    """A finished run of the classroom: a caption and a question an image; training corrects the captions."""
     (run / "scenes" / "images").mkdir(parents=True)
     options = {"loss": "mdpo", "beta": .1, "model": evil, "lr": 1e-4, "seed": 0}
     lines(run / "log.jsonl", [{"options": options, "commit": evil, "losses_source": "def dpo(): ..."}]

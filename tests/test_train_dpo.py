@@ -379,9 +379,9 @@ def test_without_lora_two_ranks_with_half_the_model_and_of_the_copy_equal_one(wo
         assert one == pytest.approx(two, rel=1e-5, abs=1e-6)
         assert look == pytest.approx(other, rel=1e-5, abs=1e-5)
     layers = vlm.load(world[0]).model.model.language_model.layers
-    dealt = sum(p.nbytes for p in layers.parameters())
+    sharded = sum(p.nbytes for p in layers.parameters())
     whole, half = (log_of(tmp_path / name)[0]["base_bytes"] for name in ("one", "two"))
-    assert half == whole - dealt // 2                                  # of the frozen copy
+    assert half == whole - sharded // 2                                  # of the frozen copy
 
 
 # ---------------------------------------------------------------------------------------- --shard
@@ -405,9 +405,9 @@ def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
         assert looks[0]["kl"] == pytest.approx(looks[1]["kl"], abs=1e-4)
     first = log_of(tmp_path / "two")[0]
     layers = vlm.load(deep[0]).model.model.language_model.layers
-    dealt = sum(p.nbytes for p in layers.parameters())
+    sharded = sum(p.nbytes for p in layers.parameters())
     assert first["ranks"] == 2
-    assert first["base_bytes"] == log_of(tmp_path / "one")[0]["base_bytes"] - dealt // 2
+    assert first["base_bytes"] == log_of(tmp_path / "one")[0]["base_bytes"] - sharded // 2
 
 
 @pytest.mark.parametrize("more", [(), ("--forward", "naive", "--set", "checkpointing=true")])
@@ -826,7 +826,7 @@ def test_a_full_disk_is_said_and_what_was_written_is_kept(world, tmp_path, unint
 
 @pytest.mark.parametrize("preset", ["mdpo-bunny", "mdpo-llava", "pds-llava"])
 def test_official_takes_the_official_codes_values_and_names_each(preset):
-    """An option of one's own goes first, and is then not named."""
+    """An option that the user gave takes precedence, and is then not named."""
     argv = ["--preset", preset, "--model", "M", "--data", "D", "--set", "official=true"]
     o = options.parse(argv, "")
     wanted = {k: value for k, (value, _) in options.OFFICIAL[preset].items()}

@@ -634,7 +634,7 @@ def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, t
     assert (m.template_name, m.template) == (name, front.TEMPLATES[name])
 
 
-# ---- what is amiss with a folder ----
+# ---- faults of a folder ----
 
 def test_a_text_only_model_and_an_original_folder_are_told_apart(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')

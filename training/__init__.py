@@ -5,7 +5,7 @@
     batches.py     which pairs a step takes, read ahead and made into tokens and pixels
     reference.py   the frozen reference's log-probs, kept per pair
     optimiser.py   ZeRO-2 by hand around any elementwise torch optimiser
-    shard.py       --shard: a base that one GPU cannot hold, over ranks
+    shard.py       --shard: splits a base that one GPU cannot hold over ranks
     checkpoint.py  save, resume, log, stop
     plan.py        steps, tokens, GiB per GPU, and what cannot fit
     look.py        does the model look? margins with its own and other images, KL

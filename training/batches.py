@@ -74,7 +74,7 @@ def make(folder, arguments):
 
 
 def built_in(o):
-    """Whether the model is the classroom's: its scores are then the classroom's."""
+    """Whether the model is one of the classroom's, which gets the classroom's scores."""
     return (data.model_folder(o.model) / "classroom.json").exists()
 
 
@@ -83,7 +83,7 @@ class Pairs:
     """Records that were checked, and how one is read. A place is an index of `good`."""
     records: Records
     good: list                # indices of records
-    tokens: list              # of each one's packed row
+    tokens: list              # of each record's packed row
     front: Any                # a family of model/front.py
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
@@ -189,7 +189,7 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks, folder=None):
     """Pairs of a file, which rank 0 has checked. Raises UserError.
 
-    folder: of the run, where the outcome of the records' check stays.
+    folder: of the run, where the result of the records' check is kept.
     """
     records = Records(path, o.image_root or None)
     good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
@@ -264,7 +264,7 @@ class Batches:
                 for micro in self.share(micros)]
 
     def share(self, micros):
-        """This rank's: the longest first, back and forth, so that all ranks have much the same tokens."""
+        """This rank's: the longest first, back and forth, so that all ranks have about as many tokens."""
         if self.ranks.world == 1:
             return micros
         micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))

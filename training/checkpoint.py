@@ -1,4 +1,4 @@
-"""What a killed run goes on from: last/checkpoint.safetensors, the log, and how a run is stopped.
+"""How a run is saved, continued and stopped: last/checkpoint.safetensors and the log.
 
 Part of train_dpo.py.
 """
@@ -39,7 +39,7 @@ def save(run):
 
 
 def restore(run):
-    """Go on from the last checkpoint, if there is one. Raises UserError for one of other inputs."""
+    """Continue from the last checkpoint, if there is one. Raises UserError for one of other inputs."""
     from safetensors import safe_open
     file = run.out / FILE
     if file.exists():
@@ -72,14 +72,14 @@ def opening(run):
 
 
 def log(run, line):
-    """A line of log.jsonl, which rank 0 writes; a resumed run cuts it to where its checkpoint was."""
+    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
 
 
 class Stop:
-    """SIGTERM and Ctrl-C: inside the `with` they are heard at the end of a step; a second one, and any behind
-    the `with`, acts at once."""
+    """SIGTERM and Ctrl-C: inside the `with`, the first takes effect at the end of a step; a second one, and
+    any after the `with`, at once."""
     asked = False
 
     def __enter__(self):

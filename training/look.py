@@ -13,7 +13,7 @@ reward, beta * (policy - reference), 0 for all before training.
     preference       log p(chosen) - log p(rejected) of the policy, with one of these images in the prompt:
                      true        the pair's own
                      blank       one colour, of the same size: zeros once normalised
-                     other       another pair's, of another theme where the records' meta.theme allows it
+                     other       another pair's, of another theme if the records' meta.theme allows it
                      same_theme  another pair's of the same theme; left out for records without meta.theme
     preference_true_minus  the same with the true image minus with another: 0 for a model that does not look
     margin                 r(chosen) - r(rejected), with each of these images: what training did to preference
@@ -24,8 +24,8 @@ reward, beta * (policy - reference), 0 for all before training.
                            reference's. It is unbiased and noisy: an interval may reach below 0. Before
                            training it is 0, and nothing is drawn.
 
-`other` gives every image to exactly one other pair, and so does `same_theme` within its theme: their means
-differ from that of `true` by who sees which image, and by nothing else.
+`other` gives every image to exactly one other pair, and so does `same_theme` within its theme: the same
+images are seen as under `true`, by other pairs.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def look(m, records, good, o, name, kept=None):
-    """The numbers above, of the model as it is; {} where fewer than two records have one image.
+    """The numbers above, of the model as it is; {} if fewer than two records have one image.
 
     records, good: held-out pairs, and the indices that may be read. o: train_dpo.py's options (look, beta,
     micro_batch, forward, max_length, max_new_tokens, eval_seed). name: which evaluation; in `before` policy
@@ -129,7 +129,7 @@ def jobs_of(shown, seed):
 def partners(groups, seed):
     """({i: another, of another group where no group holds more than half}, {i: another of the same group}).
 
-    Both are one-to-one; who is alone in its group has none there. groups: one hashable name for each.
+    Both are one-to-one; one that is alone in its group has none there. groups: one hashable name for each.
     """
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
@@ -208,7 +208,7 @@ def logps_of(m, cases, o, fields):
 
 # ---- means ----
 def by_kind(jobs, n, values):
-    """{kind: (n,)} of the jobs' values (J,), n pairs; nan where a pair has no job of a kind."""
+    """{kind: (n,)} of the jobs' values (J,), n pairs; nan if a pair has no job of a kind."""
     found = {}
     for job, value in zip(jobs, values, strict=True):
         of_kind = found.setdefault(job.kind, np.full(n, np.nan))
@@ -217,7 +217,7 @@ def by_kind(jobs, n, values):
 
 
 def interval(values, images, seed):
-    """[mean, low, high] of values (n,), those that are nan left out; the images are what is drawn anew."""
+    """[mean, low, high] of values (n,), leaving out nan; resamples draw the images."""
     items = []
     for image, x in zip(images, values, strict=True):
         if not np.isnan(x):

@@ -23,9 +23,9 @@ WHOLE = ("Muon", "Adafactor", "LBFGS", "SparseAdam")         # need matrices, al
 
 
 class Zero2:
-    """A torch optimiser whose float32 masters and state are divided among the ranks.
+    """A torch optimiser whose float32 masters and state are sharded over the ranks.
 
-    Of weights that shard.py has divided already a rank steps the part that it holds; FSDP2 sums its gradient.
+    Of weights that shard.py has already split, a rank steps the part that it holds; FSDP2 sums its gradient.
     """
     def __init__(self, parameters, make, ranks, clip=0.0):
         """parameters: {name: weight}. make: [weight] -> torch.optim.Optimizer. clip: largest norm of the
@@ -118,7 +118,7 @@ class Zero2:
         return {"weight": part.detach(), **self.optimiser.state[part]}
 
     def state(self):
-        """{kind/name: tensor} of masters and state, whole; {kind: it} for what is one number."""
+        """{kind/name: tensor} of masters and state, whole; {kind: tensor} for single numbers."""
         found = {}
         for kind, value in self.held(self.mine).items():
             if value is not None and value.ndim == 0:
@@ -151,7 +151,7 @@ class Zero2:
         self.spread()
 
     def pieces(self, tensors, kind):
-        """The opposite of whole: for each of `stepped` what belongs to it of {kind/name: tensor}."""
+        """The opposite of whole: for each of `stepped` its part of {kind/name: tensor}."""
         if kind in tensors:                                                          # one number for all
             return [tensors[kind]] * len(self.stepped)
         flat = torch.zeros_like(self.grad)
@@ -173,5 +173,5 @@ def add_and_clear(total, p):
 
 
 def wire(x):
-    """A tensor where the backend can send it from: gloo sends from the CPU, NCCL from the GPU."""
+    """A tensor on the device that the backend sends from: gloo's is the CPU, NCCL's the GPU."""
     return x.cpu() if dist.get_backend() == "gloo" else x.cuda()

@@ -1,4 +1,4 @@
-"""What a run can be told: the options, the fields behind --set, the presets; and what its folder is called.
+"""The options of a run, the fields behind --set, the presets, and the name of a run's folder.
 
 Every value of a preset is tagged: p = the paper, c = its official code, o = ours. Sources: mDPO, arXiv
 2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
@@ -54,7 +54,7 @@ class Options:
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float64"))
-    dry_run: bool = option(False, "only say what the run would need: steps, tokens, GiB a GPU")
+    dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
 
     lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
@@ -64,7 +64,7 @@ class Options:
     adam_beta1: float = behind_set(0.9, "AdamW's first beta")
     adam_beta2: float = behind_set(0.999, "AdamW's second beta")
     clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of all steps in which the learning rate rises", at_least=0)
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -87,11 +87,11 @@ class Options:
     look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
                            at_least=0)
     max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
-    eval_data: str = behind_set("", "a small file of POPE's, or of questions about COCO images, asked too")
+    eval_data: str = behind_set("", "a small POPE file, or questions about COCO images, evaluated too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
-    eval_annotations: str = behind_set("", "for questions about COCO images: COCO's annotations, for CHAIR")
+    eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
-    device: str = behind_set("", "cuda, mps or cpu (default: the first of these that is there)",
+    device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
                              choices=("", "cuda", "mps", "cpu"))
 
 
@@ -139,7 +139,7 @@ def parse(argv, description):
 
 
 def check(o):
-    """Raise UserError where a value does not fit another."""
+    """Raise UserError if two values do not fit together."""
     try:
         needs = needs_of(o)
     except ValueError as e:
@@ -154,7 +154,7 @@ def check(o):
         raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
                              f"{o.image_rejected}")
     if o.batch % o.micro_batch:
-        raise UserError(f"--batch {o.batch} is no multiple of --micro_batch {o.micro_batch}: change one")
+        raise UserError(f"--batch {o.batch} is not a multiple of --micro_batch {o.micro_batch}: change one")
 
 
 def loss_of(o):
@@ -200,13 +200,13 @@ def losses_source():
 
 
 def claim(out, o):
-    """Lock the folder; returns the lock. Raises UserError where another run uses it, or has other options."""
+    """Lock the folder; returns the lock. Raises UserError if it is in use or holds a run of other options."""
     lock = command.claim(out)
     log = out / "log.jsonl"
     first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
     if not first:
         return lock
-    there = asdict(Options()) | first.get("options", {})           # a log of before an option was there
+    there = asdict(Options()) | first.get("options", {})           # the log is older than an option
     differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in asdict(o).items()
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():

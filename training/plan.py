@@ -3,8 +3,8 @@
     python train_dpo.py --dry_run --preset mdpo-llava --model llava-1.5-7b --data pairs.jsonl [its options]
 
 Part of train_dpo.py. Weights, LoRA, gradients and the optimiser's state are counted exactly, on a model
-without storage; of what autograd keeps only a floor, one hidden state a layer. What is refused cannot fit;
-what passes may still not, and then `out_of_memory` says what to change.
+without storage; of autograd's memory only a lower bound, one hidden state a layer. A refused run cannot fit;
+another may still not, and then `out_of_memory` says what to change.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
@@ -68,7 +68,7 @@ def memory(model, o, tokens, world=1):
 
 
 def lora_sides(model, o):
-    """Inputs and outputs, added up, of the linear layers that LoRA goes on."""
+    """The summed inputs and outputs of the linear layers that LoRA goes on."""
     linear = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
     chosen = [linear[name] for name in lora.targeted(list(linear), o.lora_targets.split(","))]
     return sum(m.in_features + m.out_features for m in chosen)
@@ -97,7 +97,7 @@ LARGER = "shard the base over more GPUs (torchrun, --shard), or take a smaller m
 
 
 def advice(model, o, tokens, world, room):
-    """The first change of options after which a run might fit, in words; or what it would take."""
+    """The first change of options with which a run might fit, in words; else the hardware that it needs."""
     for words, change in CHANGES.items():
         if sum(memory(model, replace(o, **change), tokens, world).values()) <= room:
             return f"pass {words}"
@@ -105,7 +105,7 @@ def advice(model, o, tokens, world, room):
 
 
 def refuse(config, o, tokens, ranks):
-    """Raise UserError, with advice, where a run cannot fit. tokens: of each pair."""
+    """Raise UserError, with advice, if a run cannot fit. tokens: of each pair."""
     room, name = capacity(ranks.device)
     model, o = skeleton(config), replace(o, dtype=options.dtype_of(o, ranks.device.type))
     need = sum(memory(model, o, tokens, ranks.world).values())
@@ -127,7 +127,7 @@ def out_of_memory(o, world=1):
 
 # -------------------------------------------------------------------------------- --dry_run
 def show(o):
-    """The plan of a run, line by line: for this machine's GPUs, or for one that is not here."""
+    """The plan of a run, line by line: for this machine's GPUs, or for a machine without any."""
     if o.data == "classroom":
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
     from model import import_checkpoint

@@ -16,10 +16,10 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
 Ours, where a format leaves a choice:
  1. vlfeedback: only ids `llava-...` (LLaVA-Instruct, as in mDPO) where there are any; best against worst mean
-    rating; of more than 10,000 pairs a sample by a hash of the id. `Records.dropped` counts what is left out.
+    rating; of more than 10,000 pairs a sample by a hash of the id. `Records.dropped` counts the rest.
  2. ha-dpo: images lie where Visual Genome's image_data.json in the image root says, else at VG_100K/ID.jpg;
     `correct` answers are left out (official); a description's texts are one seeded draw per image.
- 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs is in `meta`."""
+ 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs in `meta`."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
@@ -152,9 +152,9 @@ def _by_rating(raw):
     return [texts[k] for k in sorted(means, key=means.get)]
 
 
-# ---- what the papers leave out: all raw records -> {number: the reason} ----
+# ---- records that the papers leave out: all raw records -> {number: the reason} ----
 def _not_sampled(raws):
-    """LLaVA-Instruct's part of VLFeedback stays, where there is any, without ties: at most SAMPLE records."""
+    """Keep LLaVA-Instruct's part of VLFeedback, if there is any, without ties: at most SAMPLE records."""
     ids, reasons = [], {}
     for k, raw in enumerate(raws):
         ids.append(str(raw.get("id")))
@@ -246,7 +246,7 @@ def _parquet(path, group=None):
     except ImportError as error:
         raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
     except ValueError as error:                         # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is no readable parquet ({error}); fetch it again") from error
+        raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
 
 def _opened(path):
@@ -365,8 +365,8 @@ def _genome(root):
 def check(records, needs_image=False, skip_bad=False, cache_dir=None):
     """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
 
-    Every image is decoded once. cache_dir: a folder of the run; the outcome stays there, and holds until the
-    data or an image changes size or time."""
+    Every image is decoded once. cache_dir: a folder of the run; the result is kept there, and holds until the
+    data or an image changes its size or time."""
     faults = _kept_check(records, needs_image, cache_dir)
     for _, _, text in faults:
         print(text, file=sys.stderr)
@@ -394,7 +394,7 @@ def _kept_check(records, needs_image, folder):
                 return found["faults"]
     faults, images = _full_check(records, needs_image)
     if folder:
-        with contextlib.suppress(OSError, UserError):   # a full disk, or a folder to read only: nothing stays
+        with contextlib.suppress(OSError, UserError):   # a full disk or a read-only folder: nothing is kept
             kept.parent.mkdir(parents=True, exist_ok=True)
             data.atomic_write(kept, json.dumps({"images": images, "faults": faults}))
     return faults
@@ -455,7 +455,7 @@ def _text_faults(record, needs_image):
 
 
 def _image_fault(records, key):
-    """A sentence where an image cannot be read, or one of the record with this index."""
+    """A sentence if an image, or one of the record with this index, cannot be read."""
     try:
         for image in [key] if isinstance(key, str) else _images(records[key]):
             read_image(image)

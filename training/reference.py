@@ -1,4 +1,4 @@
-"""The frozen reference's log-probs, kept per pair under a key of all that they were made from.
+"""The frozen reference's log-probs, kept per pair under a hash of everything they depend on.
 
 The key covers token ids (so texts and template) and pixels (so images, their preparation and the draw of the
 rejected image); which base it was is checked when a run resumes. Part of train_dpo.py.
@@ -17,8 +17,8 @@ FIELDS = ("chosen", "rejected", "image_rejected")
 class Reference:
     """reference(batch, features) -> losses.Logps of the model as it was before training.
 
-    What was scored is in `logps` (n, 3), under `key` (n,): both are part of the checkpoint. A pair whose key
-    differs, as all do in each epoch with `--set redraw=true`, is scored anew.
+    Log-probs are kept in `logps` (n, 3), under `key` (n,): both are part of the checkpoint. A pair whose key
+    has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
     def __init__(self, n, model, forward, needs, ranks, together=False):
         """needs: the fields to compute. together: all ranks run a forward, or none (--shard)."""
@@ -53,7 +53,7 @@ class Reference:
 
     @torch.no_grad()
     def score(self, batch, features):
-        """Keep the log-probs of a batch. Where something in front of the language model trains, the policy's
+        """Keep the log-probs of a batch. If something in front of the language model trains, the policy's
         features are not the base's."""
         trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
         in_front = [name for name in trained if not {"language_model", "lm_head"} & {*name.split(".")}]
@@ -66,7 +66,7 @@ class Reference:
             self.logps[batch.places, i] = logps.cpu().double()
 
     def sync(self):
-        """Give every rank what the others have added: a pair is scored by one rank."""
+        """Share new log-probs among the ranks: a pair is scored by one rank."""
         added = self.new, self.logps[self.new], self.key[self.new]
         for places, logps, key in self.ranks.gather(added):
             self.logps[places] = logps

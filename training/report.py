@@ -1,6 +1,6 @@
 """A run as one HTML file.
 
-    python report.py runs/NAME         writes runs/NAME/report.html, in a second
+    python -m training.report runs/NAME         writes runs/NAME/report.html, in a second
 
 train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
 curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
@@ -43,7 +43,7 @@ def measures(side):
 
 
 def rows(summary):
-    """[(name, before, after, change)], measures, for what both sides have."""
+    """[(name, before, after, change)], measures that both sides have."""
     before, after, change = (measures(summary.get(part) or {}) for part in ("before", "after", "difference"))
     found = []
     for name, new in after.items():
@@ -69,8 +69,8 @@ def before_and_after(summary):
     form, body = "z.4g", []
     if images:
         form = "z.1f"
-        note = (f"Percent, on {page.num(images)} images apart from the pairs, with 95% intervals. "
-                "The change is paired by image, and bold where its interval leaves out 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair, with 95% intervals. "
+                "The change is paired by image, and bold if its interval leaves out 0.")
     for name, before, after, change in rows(summary):
         body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, True)))
     return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
@@ -198,14 +198,14 @@ def answers(run):
         _, caption = pairs[0]
         there = ", ".join(caption["truth"].get("present", ()))
         body += f'<div class="card row">{page.picture(root, image, there)}<div>{said}</div></div>'
-    note = ("The first images examined, in their order: nothing is picked. Below each, what is in it. "
-            "<mark>Underlined in red</mark>: words that the image denies.")
+    note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
+            "<mark>Underlined in red</mark>: words that the image contradicts.")
     return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
 
 
 # ---- the page ----
 def write(run):
-    """Write report.html into a run's folder and return its path. Raises UserError where no run is."""
+    """Write report.html into a run's folder and return its path. Raises UserError if there is no run."""
     run = Path(run)
     first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
     steps = [line for line in more if "step" in line]
@@ -227,7 +227,7 @@ def write(run):
     body += page.section("Does the model look?", "", held_out([first, *more]) + word_rewards(run))
     if "difference" in summary:
         body += answers(run)
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body))
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
     return run / "report.html"
 
 

@@ -1,6 +1,6 @@
 """--shard: the decoder layers, nine tenths of a 7B, under PyTorch's FSDP2. Part of train_dpo.py.
 
-They are the frozen base's or, without an adapter, those that train and those of the frozen copy. Tested with
+These are the frozen base's or, without an adapter, those that train and those of the frozen copy. Tested with
 two ranks over gloo on a CPU, as one node and as two; NCCL has not been run.
 """
 if __name__ == "__main__":

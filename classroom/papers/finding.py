@@ -1,4 +1,4 @@
-"""A finding of reproduce.py: its keys, and what is said of it as plain texts, for page.py and figures.py.
+"""A finding of reproduce.py: its keys, and its texts, for page.py and figures.py.
 
 A finding is a dict with the keys of FINDING, its rows with those of ROW; reproduce.py leaves out what it has
 not. A number is (mean, low, high), or as much of it as there is. A cell of a table may have a second line.

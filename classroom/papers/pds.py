@@ -2,7 +2,7 @@
 
 Read from results/synthesis.json: what `synth.py analyse` found on the run behind scorers.py's pairs. The
 paper's models and judge are large; here all are the classroom's small ones. What the pairs are worth to DPO,
-the paper's Tables 2 and 3, are runs like all others and stand in findings.py.
+the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))

@@ -128,7 +128,7 @@ def started(command):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        why = (done.stderr.strip() or "no word why").splitlines()[-1]
+        why = (done.stderr.strip() or "no message").splitlines()[-1]
         raise data.UserError(f"{' '.join(command)} failed: {why}")
 
 
