@@ -174,12 +174,16 @@ class ImageReward(nn.Module):
             shown = {"patch_size": patch, "image_size": patch * across}
             widths = [len(state[f"mlp.{place}.bias"]) for place in LINEAR]
             vision, text = shown | config.get("vision", {}), config.get("text", {})
-            model = cls.build(vision, text, widths=widths)
-            model.load_state_dict(state)
+            with torch.device("meta"):                      # no memory and no time for random weights
+                model = cls.build(vision, text, widths=widths)
+            model.load_state_dict(state, assign=True)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{weights} is not ImageReward's state dict, or does not fit its config "
                             f"({brief(error)}); give the published ImageReward.pt, or the two that belong "
                             "together") from error
+        for module in model.modules():                      # the only buffers, not in the file: 0, 1, 2, ...
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.arange(buffer.numel()).view(buffer.shape)
         model.tokenizer = bert_tokenizer(vocab or folder)
         return model.requires_grad_(False).eval().to(device=device, dtype=dtype)
 
