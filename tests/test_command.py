@@ -96,7 +96,7 @@ def test_presets_are_defaults_below_the_command_line():
 
 def test_a_folder_is_claimed_once_and_free_again_when_the_run_ends(tmp_path):
     lock = command.claim(tmp_path / "deep" / "run")
-    code = f"import command; command.claim({str(tmp_path / 'deep' / 'run')!r})"
+    code = f"from model import command; command.claim({str(tmp_path / 'deep' / 'run')!r})"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode and "in use by another run" in other.stderr
     lock.close()
