@@ -221,11 +221,6 @@ def from_folder(kind, folder, what, fix, **options):
         raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
-def chunks(items, size):
-    """The slices of `size` items of a list or a range; the last may be shorter."""
-    return [items[at:at + size] for at in range(0, len(items), size)]
-
-
 # ---- images ----
 NARROW = 100                                            # longer side by shorter, at most
 SMALL = 160                                             # pixels: pages show smaller pictures as PNG

@@ -41,7 +41,6 @@ import json
 import re
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class Options:
     imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
     clip: str = option("", "folder of a CLIP, as ranker and as scorer")
     blip: str = option("", "folder of a BLIP for retrieval")
-    threshold: float = option(0., "what the best image must score; 0 is ImageReward's average")
+    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average")
     instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
     responders: str = option("", "folders or URLs of vision-language models, with commas")
     scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
@@ -87,7 +86,7 @@ class Options:
     max_new_tokens: int = behind_set(1000, "of a response")
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
-    model_name: str = behind_set("", "what a server calls the model, where it serves several")
+    model_name: str = behind_set("", "the server's name for the model, if it serves several")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     encoder: str = behind_set("", "for analyse: folder of a sentence encoder; none: shared words")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
@@ -135,7 +134,7 @@ class Run:
         """A line of log.jsonl and of the terminal."""
         if self.ranks.rank == 0:
             data.append_jsonl(self.out / "log.jsonl", {"stage": stage, **line})
-            print(stage, *(f" {name.replace('_', ' ')} {n}" for name, n in line.items()), flush=True)
+            print(stage, *(f" {name.replace('_', ' ')} {n}" for name, n in line.items()))
 
     def made(self, name, items, make, made_by, size=1):
         """The items' rows in their order, without those that failed; only what is missing is made.
@@ -148,10 +147,15 @@ class Run:
         for item in items:
             text = json.dumps([item, made_by], sort_keys=True)
             keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
-        rows = store.work(keyed, functools.partial(make, self), size, name)
+        make = functools.partial(make, self)
+        rows = store.work(keyed, make, size, name)
         command.free()
-        self.say(name, items=len(items), there=store.there, made=len(rows) - store.there,
-                 failed=len(items) - len(rows), seconds=round(time.time() - start, 1))
+        self.say(name,
+                 items=len(items),
+                 there=store.there,
+                 made=len(rows) - store.there,
+                 failed=len(items) - len(rows),
+                 seconds=round(time.time() - start, 1))
         return rows
 
     def replies(self, name, source, asked, **options):
@@ -160,14 +164,17 @@ class Run:
         o, ranks = self.o, self.ranks
         options["model"] = o.model_name or None
         if Path(source).is_dir():
+            questions = {question.id: question for question in asked}
             items = [{"id": question.id, "asked": ask.digest(question)} for question in asked]
             made_by = [command.identity(source), options, o.dtype]
-            how = options | {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
-            make = functools.partial(answer, source, how, {question.id: question for question in asked})
-            return {row["id"]: row for row in self.made(name, items, make, made_by, o.batch)}
+            place = {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
+            make = functools.partial(answer, source, options | place, questions)
+            rows = self.made(name, items, make, made_by, o.batch)
+            return {row["id"]: row for row in rows}
         if ranks.rank:
             return {}
-        return ask.ask(source, asked, self.out / "parts" / f"{name}.jsonl", description=name, **options)
+        replies = self.out / "parts" / f"{name}.jsonl"
+        return ask.ask(source, asked, replies, description=name, **options)
 
     def dtype(self, on_cuda):
         import torch
@@ -178,10 +185,12 @@ class Run:
 
     def asked(self):
         """An ask.Question for each question about its image."""
-        found, image = [], {row["id"]: row["image"] for row in self.rows("ranked", "rank")}
+        found, image = [], {}
+        for row in self.rows("ranked", "rank"):
+            image[row["id"]] = self.out / row["image"]
         for row in self.rows("instructions", "instruct"):
             id = row["id"]
-            found.append(ask.Question(id, row["question"], [self.out / image[id]]))
+            found.append(ask.Question(id, row["question"], [image[id]]))
         return found
 
     def needs(self, option, what):
@@ -218,13 +227,14 @@ def make_prompts(run):
         lines = prompts.written(o, run.out / "parts")
     else:
         lines = prompts.read(run.needs("prompts", "a text file, or a folder of them"))
-    kept = [lines[place] for place in prompts.distinct([text for _, text in lines], o.similar)]
+    texts = [text for _, text in lines]
+    kept = [lines[place] for place in prompts.distinct(texts, o.similar)]
     if not kept:
         raise UserError(f"no prompts: see {run.out}/parts for what --writer said, or check --prompts")
     rows = prompts.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    run.say("prompts", prompts=len(rows), topics=len({row["topic"] for row in rows}),
-            near_duplicates=len(lines) - len(kept))
+    named = {row["topic"] for row in rows}
+    run.say("prompts", prompts=len(rows), topics=len(named), near_duplicates=len(lines) - len(kept))
 
 
 # ---- 2 images ----
@@ -237,19 +247,24 @@ def make_images(run):
         for k, scale in enumerate(o.guidance, 1):
             seed = 10 ** 7 * o.seed + 1000 * row["number"]
             seeds.append(seed if o.paired_seeds else seed + k)
-            rows.append({"id": f"{id}-{k}", "prompt_id": id, "guidance": scale, "seed": seeds[-1],
+            rows.append({"id": f"{id}-{k}",
+                         "prompt_id": id,
+                         "guidance": scale,
+                         "seed": seeds[-1],
                          "image": f"images/{id}-{k}.png"})
         items.append({"id": id, "_prompt": row["prompt"], "_seeds": seeds})
-    run.made("images", items, paint, [command.identity(generator), o.guidance, o.steps, o.size, o.dtype])
+    made_by = [command.identity(generator), o.guidance, o.steps, o.size, o.dtype]
+    run.made("images", items, paint, made_by)
     run.write("images", rows)
 
 
 def paint(run, groups):
     """The images of a prompt are painted in one call."""
     from synthesis import images
-    o, kind = run.o, run.dtype("float16")
+    o, device = run.o, run.ranks.device
     jobs = [(item["_prompt"], item["_seeds"]) for (item,) in groups]
-    painted = images.paint(o.generator, jobs, o.guidance, run.ranks.device, kind, o.steps, o.size, o.chunk)
+    painted = images.paint(o.generator, jobs, o.guidance, device, run.dtype("float16"), o.steps, o.size,
+                        o.chunk)
     for (item,), pictures in zip(groups, painted, strict=True):
         for k, picture in enumerate(pictures, 1):
             picture.save(run.out / f"images/{item['id']}-{k}.png")  # a file torn by a kill is painted again
@@ -269,10 +284,13 @@ def rank(run):
     scores = {row["id"]: {} for row in asked}
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
-        for row in run.made(f"rank-{name}", items, functools.partial(rank_by, name), made_by):
+        make = functools.partial(rank_by, name)
+        for row in run.made(f"rank-{name}", items, make, made_by):
             scores[row["id"]][name] = row["scores"]
-    threshold = None if o.as_official else o.threshold
-    found = [pairing.best_image(row, shown[row["id"]], scores[row["id"]], threshold) for row in asked]
+    found, threshold = [], None if o.as_official else o.threshold
+    for row in asked:
+        id = row["id"]
+        found.append(pairing.best_image(row, shown[id], scores[id], threshold))
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
@@ -293,11 +311,14 @@ def instruct(run):
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
-        asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=prompt)) for id, prompt in kept.items()]
+        asked = []
+        for id, prompt in kept.items():
+            text = prompts.ASK_QUESTION.format(prompt=prompt)
+            asked.append(ask.Question(id, text))
         (name, source), = named(o.instruct).items()
         said = run.replies(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
         found = {id: " ".join(row["reply"].split()) for id, row in said.items()}
-    rows = [{"id": id, "question": question} for id, question in found.items() if question]
+    rows = [{"id": id, "question": text} for id, text in found.items() if text]
     run.write("instructions", rows)
     run.say("instruct", questions=len(rows), failed=len(kept) - len(rows))
 
@@ -305,15 +326,16 @@ def instruct(run):
 # ---- 5 respond ----
 def respond(run):
     """One model after another answers all questions."""
-    o, asked, said, found = run.o, run.asked(), {}, []
+    o, said, found = run.o, {}, []
     run.needs("responders", "folders or URLs of vision-language models, with commas")
-    template = prompts.RAW if o.as_official else None
+    asked, template = run.asked(), prompts.RAW if o.as_official else None
     for name, source in named(o.responders).items():
         said[name] = run.replies(f"respond-{name}", source, asked, max_tokens=o.max_new_tokens,
                                  template=template)
     for question in asked:
         for name, rows in said.items():
-            if row := response(question.text, rows.get(question.id), o.as_official):
+            row = response(question.text, rows.get(question.id), o.as_official)
+            if row:
                 found.append({"id": question.id, "model": name} | row)
     run.write("responses", found)
     run.say("respond", responses=len(found), failed=len(asked) * len(said) - len(found))
@@ -323,16 +345,18 @@ def answer(source, options, questions, run, groups):
     """What a model folder says about each group of questions."""
     model = ask.connect(source, **options)
     for group in groups:
-        yield [row for _, row in model.ask([questions[item["id"]] for item in group])]
+        asked = [questions[item["id"]] for item in group]
+        yield [row for _, row in model.ask(asked)]
 
 
 def response(question, row, as_official):
-    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None where that
+    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None if that
     is not known. as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
     if not row:
         return None
-    text, finished = row["reply"], {"stop": True, "length": False}.get(row.get("finish"))
+    text = row["reply"]
+    finished = {"stop": True, "length": False}.get(row.get("finish"))
     if as_official:
         text = f"{question} {text}".replace("\n", " ")
     return {"response": text, "finished": finished}
@@ -342,7 +366,9 @@ def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = ask.public(source).split("//")[-1] if ask.is_url(source) else Path(source).name
+        short = Path(source).name
+        if ask.is_url(source):
+            short = ask.public(source).split("//")[-1]
         short = re.sub(r"[^\w.-]+", "-", short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
@@ -384,38 +410,16 @@ def score_by(run, groups):
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            scores = [data.draw(o.seed, "scorer", item["id"], k).random() for k in range(len(texts))]
+            draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
+            scores = [draw.random() for draw in draws]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 
 # ---- 7 pairs ----
 def make_pairs(run):
-    o, scores = run.o, {}
-    ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
-    asked = [ranked[row["id"]] | row for row in run.rows("instructions", "instruct")]
-    said = pairing.grouped(run.rows("responses", "respond"), "id")
-    for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
-        score = row["score"]
-        if o.attributes == "paper" and o.scorer == "armorm":
-            score = sum(row["rewards"][:5]) / 5
-        scores[row["id"], row["model"]] = score
-    found, unpaired, faulty = pairing.select(asked, said, scores, o.margin, o.as_official)
-    dropped = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
-    dropped += unpaired
-    run.write("pairs", found)
-    run.write("dropped", dropped)
-    run.write("faults", faulty)
-    published = json.dumps([pairing.conversations(pair) for pair in found], indent=1, ensure_ascii=False)
-    data.atomic_write(run.out / "pds_dpo.json", published + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), pairs=len(found))
-    counts["responses"] = sum(map(len, said.values()))
-    counts.update(row["reason"] for row in dropped)
-    counts.update(fault for row in faulty for fault in row["faults"])
-    run.say("pairs", **counts)
-    settings = {name: value for name, value in vars(o).items() if name not in ("out", "device", *MODELS)}
-    card = pairing.card(run.out.name, models(o), settings, counts, found)
-    data.atomic_write(run.out / "card.md", card)
-    print(pairing.length_report(found))
+    apart = ("out", "device", *MODELS)
+    settings = {name: value for name, value in vars(run.o).items() if name not in apart}
+    pairing.make(run, models(run.o), settings)
 
 
 def models(o):
@@ -431,7 +435,7 @@ def models(o):
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
           "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
-ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
+ALONE = ("prompts", "pairs", "analyse")                 # stages of rank 0 alone
 
 
 def options(argv):

@@ -1,15 +1,16 @@
 """Train a vision-language model on preference pairs: DPO, CoPO, AncPO, mDPO, SFT, or a loss of your own.
 
-    python train_dpo.py                          the built-in world: a CPU, 2 minutes
-    python train_dpo.py --loss dpo --image_rejected none                 another loss
-    python train_dpo.py --preset mdpo-llava --model DIR --data FILE      7B, on a GPU
-    torchrun --nproc_per_node 2 train_dpo.py --preset ...         the same run on two
-    python train_dpo.py --dry_run --preset ...                     what it would need
+    python train_dpo.py                                     the built-in world
+    python train_dpo.py --loss dpo --image_rejected none    another loss
+    python train_dpo.py --preset mdpo-llava --model DIR --data FILE
+                                                            a 7B, on one GPU
+    torchrun --nproc_per_node 2 train_dpo.py --preset ...   the same on two
+    python train_dpo.py --dry_run --preset ...              what it would need
 
-A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out): log.jsonl, summary.json, adapter/ (PEFT's format),
-or model/ (a llava-hf folder) with --no-lora, report.html, last/ (the checkpoint). The same command continues
-a killed run, bit for bit on a CPU; a finished run prints its table again. Papers: mDPO,
-arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+The first takes two minutes on two CPU cores. A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out):
+log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a llava-hf folder) with --no-lora, report.html,
+last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a
+finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
 
@@ -293,7 +294,7 @@ def validate(run, name):
     """Loss, margin and accuracy on val_data, by the same step_loss."""
     n = len(run.val)
     sums = Counter()
-    for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
+    for places in tqdm(command.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
         micro = batches.Micro([*places], len(places), n)
         batch = run.val.batch(micro, [run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
@@ -339,7 +340,7 @@ def launch(o, ranks):
     if not (out / "summary.json").exists():
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
-            vlm.keep_memory()                            # what a step frees, the next one takes
+            vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))

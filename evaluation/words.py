@@ -219,7 +219,7 @@ def nouns(text):
             if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
 
 
-# What stands before the noun in an object's name, and what the official tagger takes for that.
+# Words before the noun in an object's name, and those that the official tagger mistakes for such.
 ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
 long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
 cold wet dry bright dark beautiful colorful various several many two three four five other different same

@@ -270,6 +270,11 @@ def identity(source):
 
 
 # ---- work that resumes ----
+def chunks(items, size):
+    """The slices of `size` items of a list or a range; the last may be shorter."""
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -333,7 +338,7 @@ class Store:
         had, ranks = self.kept(items), self.ranks
         self.there = len(had)
         ranks.barrier()                                     # everyone has read the files before they grow
-        groups = [items[at:at + size] for at in range(0, len(items), size)]
+        groups = chunks(items, size)
         mine = [g for g in groups[ranks.rank::ranks.world] if any(item["id"] not in had for item in g)]
         bar = tqdm(total=len(items), initial=len(had), desc=description or self.path.stem, unit=unit,
                    disable=ranks.rank > 0 or None)

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 import data
 
@@ -101,6 +100,7 @@ class Llava:
         return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
     def inputs(self, prepared):
+        from torch.nn.utils.rnn import pad_sequence
         found = {}
         for name in prepared[0]:
             found[name] = pad_sequence([image[name] for image in prepared], batch_first=True)

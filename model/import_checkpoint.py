@@ -7,7 +7,7 @@ DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaPro
 others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor,
 so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or not at all.
 
---vision_tower: the folder of CLIP or SigLIP, needed where the checkpoint leaves the tower out (LLaVA-1.5);
+--vision_tower: the folder of CLIP or SigLIP, needed if the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
 
 Differences from the published folders:
@@ -27,14 +27,12 @@ from math import isqrt, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import data
 from model import front as families
 
 SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
-TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TYPES = {f"torch.{name}": short for short, name in NAMES.items()}
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Key maps, first match first; None drops a buffer that old files carry, or what the model has no place for.
 COMMON = [(r"(\.rotary_emb\.inv_freq|\.position_ids)$", None),
@@ -71,12 +69,13 @@ def shards(folder):
 
 def weights(file):
     """The tensors of a weights file. Raises UserError if it is torn or not a file of tensors."""
+    import torch
     size = file.stat().st_size
     if file.suffix != ".safetensors":
         tensors = unpickle(file)
         if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
             raise data.UserError(f"{file} ({size:,} bytes) is torn or not a weights file: download it again")
-        return [Weight(file, n, TYPES.get(t.dtype, str(t.dtype)), tuple(t.shape), -1)
+        return [Weight(file, n, TYPES.get(str(t.dtype), str(t.dtype)), tuple(t.shape), -1)
                 for n, t in tensors.items()]
     header = read_header(file)
     start = size - max(about["data_offsets"][1] for about in header.values())
@@ -102,6 +101,8 @@ def read_header(path):
 def unpickle(file):
     """The state dict of a pickle, memory-mapped, nothing in it executed. Raises UserError."""
     import pickle
+
+    import torch
     try:
         try:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
@@ -219,6 +220,7 @@ def llava_config(src, config, kind, vision, image_id, rows):
 
 def expected(config):
     """{name: shape} of what transformers' model of a config holds."""
+    import torch
     from transformers import LlavaForConditionalGeneration
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -332,7 +334,7 @@ def shards_there(folder):
 def write_weights(todo, dst, report=print):
     """The plan's tensors as safetensors of at most SHARD bytes with an index, one in memory at a time."""
     groups, total = [[]], 0
-    sizes = {n: BYTES[todo.type] * torch.Size(todo.shapes[n]).numel() for n in todo.tensors}
+    sizes = {n: BYTES[todo.type] * prod(todo.shapes[n]) for n in todo.tensors}
     for name, size in sizes.items():
         if total + size > SHARD and groups[-1]:
             groups, total = [*groups, []], 0
@@ -365,7 +367,8 @@ def write_weights(todo, dst, report=print):
 
 
 def content(weight, pickled, type):
-    """The bytes of a tensor, cast to `type` where it has another."""
+    """The bytes of a tensor, cast to `type` if it has another."""
+    import torch
     if weight.start < 0:
         tensor = pickled[weight.name]
     else:
@@ -378,6 +381,7 @@ def content(weight, pickled, type):
 
 def raw(tensor):
     """The memory of a tensor."""
+    import torch
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
@@ -427,7 +431,7 @@ def run(src, dst, tower=None, report=print):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, from its files alone.
+    """A description of a llava-hf folder in lines, from its files alone.
 
     Torn or missing files are reported, not raised, unless config.json is not a llava-hf folder's.
     """

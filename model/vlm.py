@@ -45,11 +45,11 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass
 class VLM:
-    """A loaded model and what belongs to it."""
+    """A loaded model and its parts."""
     front: Any                 # its family's object: tokenizer, template, images
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: the softmax's
-    frozen: Any = None         # where the model itself trains: a VLM, the copy that does not
+    frozen: Any = None         # if the model itself trains: a VLM, the frozen copy
 
     @property
     def device(self):
@@ -73,21 +73,22 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
     UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+    import transformers
     from transformers.masking_utils import sdpa_mask
     opened = isinstance(folder, front.Llava)
     family = folder if opened else front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
+    transformers.AttentionInterface.register("packed", packed_attention)
+    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = family.config.text_config
     for name in vars(text):
         if name.endswith(("_pdrop", "_dropout")):
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    model, found = data.from_folder(AutoModelForImageTextToText, family.folder,
+    kind = getattr(transformers, family.architecture)
+    model, found = data.from_folder(kind, family.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
                                     config=family.config,

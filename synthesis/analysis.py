@@ -34,8 +34,9 @@ WORDS = 4096                            # places of a vector of word counts
 # ---- numbers ----
 def guidance(ranked):
     """{topic: {scale: share}}, `all` first."""
-    shares, scales = {}, sorted({image["guidance"] for row in ranked for image in row["candidates"]})
-    for topic, rows in ({"all": ranked} | pairing.grouped(ranked, "topic")).items():
+    scales = sorted({image["guidance"] for row in ranked for image in row["candidates"]})
+    topics, shares = {"all": ranked} | pairing.grouped(ranked, "topic"), {}
+    for topic, rows in topics.items():
         picked = [row["guidance"] for row in rows]
         shares[topic] = {scale: picked.count(scale) / len(rows) for scale in scales}
     return shares
@@ -51,21 +52,27 @@ def agreement(ranked):
     """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers. All prompts have as
     many candidates, which all rankers scored."""
     found, (first, *_) = [], ranked
-    names, n, size = first["scores"], len(ranked), len(first["candidates"])
-    for rankers in (*itertools.combinations(names, 2), *itertools.combinations(names, 3)):
-        for k in range(1, size):
+    names, n = first["scores"], len(ranked)
+    twos, threes = itertools.combinations(names, 2), itertools.combinations(names, 3)
+    for rankers in (*twos, *threes):
+        for k in range(1, len(first["candidates"])):
             common = 0.
             for row in ranked:
                 tops = [top(row["scores"][name], k) for name in rankers]
                 common += len(set.intersection(*tops)) / k
-            chance = (k / size) ** (len(rankers) - 1)
-            found.append({"rankers": rankers, "k": k, "agree": common / n, "chance": chance, "n": n})
+            chance = (k / len(first["candidates"])) ** (len(rankers) - 1)
+            found.append({"rankers": rankers,
+                          "k": k,
+                          "agree": common / n,
+                          "chance": chance,
+                          "n": n})
     return found
 
 
 def duel(row, seed):
     """{ranker: the place of its pick} of the first two rankers, in random order."""
-    names, picks = list(row["scores"])[:2], {}
+    picks = {}
+    names = list(row["scores"])[:2]
     if data.draw(seed, "judge", row["id"]).integers(2) == 0:
         names.reverse()
     for name in names:
@@ -76,23 +83,30 @@ def duel(row, seed):
 def judged(run, ranked):
     """Table 5's counts, or None without --judge or with one ranker."""
     o, asked, meant = run.o, [], {}
-    names, count = list(ranked[0]["scores"])[:2], dict.fromkeys(("wins", "losses", "ties", "unread"), 0)
+    names = list(ranked[0]["scores"])[:2]
+    count = {"wins": 0, "losses": 0, "ties": 0, "unread": 0}
     if not o.judge or len(names) < 2:
         return None
     for row in ranked:
         id, picks = row["id"], duel(row, o.seed)
-        files = [run.out / row["candidates"][place]["image"] for place in picks.values()]
+        shown = [row["candidates"][place] for place in picks.values()]
+        files = [run.out / image["image"] for image in shown]
         if len(set(files)) == 2:
-            asked.append(ask.Question(id, ASK_JUDGE.format(prompt=row["prompt"]), files))
-            first, second = ("wins", "losses") if [*picks] == names else ("losses", "wins")
-            meant[id] = {"a": first, "b": second, "tie": "ties"}
-    said = ask.replies(o.judge, asked, run.out / "parts" / "judge.jsonl", model=o.model_name or None,
-                        max_tokens=16, description="judge")
+            text = ASK_JUDGE.format(prompt=row["prompt"])
+            asked.append(ask.Question(id, text, files))
+            meant[id] = {"a": "losses", "b": "wins", "tie": "ties"}
+            if list(picks) == names:
+                meant[id] |= {"a": "wins", "b": "losses"}
+    replies = run.out / "parts" / "judge.jsonl"
+    said = ask.replies(o.judge, asked, replies, model=o.model_name or None, max_tokens=16,
+                        description="judge")
     for id, text in said.items():
         vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", text, re.I)
-        count[meant[id][vote[1].lower()] if vote else "unread"] += 1
+        outcome = meant[id][vote[1].lower()] if vote else "unread"
+        count[outcome] += 1
     wins, decided = count["wins"], count["wins"] + count["losses"]
-    return {"rankers": names, **count,
+    return {"rankers": names,
+            **count,
             "not_answered": len(asked) - len(said),
             "same_pick": len(ranked) - len(asked),
             "win_rate": wins / decided if decided else None,
@@ -102,7 +116,8 @@ def judged(run, ranked):
 def wilson(k, n, z=1.96):
     """95% interval of a share k of n; of none (0, 1)."""
     middle, total = k + z * z / 2, n + z * z
-    width = z * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
+    spread = k * (n - k) / max(n, 1) + z * z / 4
+    width = z * math.sqrt(spread)
     return [(middle - width) / total, (middle + width) / total]
 
 
@@ -132,31 +147,37 @@ def counted(texts):
     found = np.zeros((len(texts), WORDS), np.float32)
     for row, own in zip(found, words, strict=True):
         for word in own:
-            row[data.hash64(word) % WORDS] += math.log((1 + len(texts)) / seen[word])
+            rarity = math.log((1 + len(texts)) / seen[word])
+            row[data.hash64(word) % WORDS] += rarity
     return found
 
 
 def mean_similarity(unit):
     """Each vector's mean cosine with the others: (N,); empty for a single vector."""
-    own, n = (unit * unit).sum(1), len(unit)
-    return (unit @ unit.sum(0) - own) / (n - 1) if n > 1 else np.zeros(0)
+    n = len(unit)
+    if n < 2:
+        return np.zeros(0)
+    own = (unit * unit).sum(1)
+    return (unit @ unit.sum(0) - own) / (n - 1)
 
 
 def similarity(run):
     """{"prompts", "responses": {"n", "mean", "deciles"}} of each one's mean cosine with all others, of a
     response with those to the same question."""
-    groups, found = {"prompts": [[row["prompt"] for row in run.rows("prompts")]], "responses": []}, {}
+    prompts = [row["prompt"] for row in run.rows("prompts")]
+    groups, found = {"prompts": [prompts], "responses": []}, {}
     for rows in pairing.grouped(run.rows("responses"), "id").values():
         groups["responses"].append([row["response"] for row in rows])
     for name, some in groups.items():
-        unit = vectors(sum(some, []), run.o.encoder, run.ranks.device)
-        cosines = []
+        texts, cosines = sum(some, []), []
+        unit = vectors(texts, run.o.encoder, run.ranks.device)
         for texts in some:
             cosines += mean_similarity(unit[:len(texts)]).tolist()
             unit = unit[len(texts):]
         if cosines:
             deciles = np.quantile(cosines, np.arange(1, 10) / 10).tolist()
-            found[name] = {"n": len(cosines), "mean": float(np.mean(cosines)), "deciles": deciles}
+            mean = float(np.mean(cosines))
+            found[name] = {"n": len(cosines), "mean": mean, "deciles": deciles}
     return found
 
 
@@ -190,14 +211,16 @@ def entry(run, row, made):
     for asked in here["instructions"]:
         question = asked["question"]
     for pair in here["pairs"]:
-        roles = dict(zip(pair["meta"]["models"], ("chosen", "rejected"), strict=True))
+        chosen, rejected = pair["meta"]["models"]
+        roles = {chosen: "chosen", rejected: "rejected"}
     for scored in here["scores"]:
         notes[scored["model"]] += f", {page.num(scored['score'])}"
     for fault in here["faults"]:
         notes[fault["model"]] += f", {', '.join(fault['faults'])}"
     for said in here["responses"]:
         model = said["model"]
-        lines.append([(said["response"] or "–", model + notes[model]), roles.get(model, "neither")])
+        role = roles.get(model, "neither")
+        lines.append([(said["response"] or "–", model + notes[model]), role])
     body = candidates(run, row) + page.table((question, ""), lines)
     return f'<div class="card"><h3>{escape(row["prompt"])}</h3>{body}</div>'
 
@@ -211,16 +234,19 @@ def tables(analysis):
             rows = [rows] if rows else []
         elif name != "agreement":
             rows = [{"of": key} | row for key, row in rows.items()]
-        cells = [map(shown, row.values()) for row in rows]
-        body += page.section(name.capitalize(), note, page.table(rows[0] if rows else (), cells))
+        for row in rows[:1]:
+            cells = [map(shown, each.values()) for each in rows]
+            body += page.section(name.capitalize(), note, page.table(row, cells))
     return body
 
 
 def shown(value):
     """A number, a text, or a list of them, in a table."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
-    return value if isinstance(value, str) else page.num(value)
+    return page.num(value)
 
 
 def analyse(run):
@@ -230,7 +256,8 @@ def analyse(run):
              "agreement": agreement(ranked),
              "judge": judged(run, ranked),
              "similarity": similarity(run)}
-    data.atomic_write(run.out / "analysis.json", json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found, indent=1)
+    data.atomic_write(run.out / "analysis.json", text + "\n")
     data.atomic_write(run.out / "gallery.html", whole_page(run, ranked, found))
     run.say("analyse", prompts=len(ranked), page=str(run.out / "gallery.html"))
 
@@ -239,9 +266,11 @@ def whole_page(run, ranked, analysis):
     made = {name: run.rows(name) for name in SHOWN}
     made["scores"] = run.rows(f"scores-{run.o.scorer}")
     reasons = Counter(row["reason"] for row in made["dropped"])
-    reasons.update(fault for row in made["faults"] for fault in row["faults"])
+    for row in made["faults"]:
+        reasons.update(row["faults"])
     apart = max(1, len(ranked) // max(1, run.o.gallery))
-    cards = "".join(entry(run, row, made) for row in ranked[::apart][:run.o.gallery])
+    shown = ranked[::apart][:run.o.gallery]
+    cards = "".join(entry(run, row, made) for row in shown)
     body = page.section("What was left out", f"{len(ranked)} prompts, {len(made['pairs'])} pairs.",
                         page.table(("reason", "n"), reasons.items()))
     body += tables(analysis)

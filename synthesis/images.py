@@ -98,8 +98,7 @@ class Painter:
 def paint(folder, jobs, guidance, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
     """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
     jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
-    for at in range(0, len(jobs), chunk):
-        some = jobs[at:at + chunk]
+    for some in command.chunks(jobs, chunk):
         encoded = encode(folder, [prompt for prompt, _ in some], device, dtype)
         command.free()
         painter = Painter(folder, device, dtype)

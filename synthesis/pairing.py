@@ -13,12 +13,14 @@ minimum rejected, whatever they are; the echo is taken off after it was scored, 
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
+import json
 import re
 import statistics
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import data
 from model import command
 
 LONG = 12                               # words: a text this long without a full stop counts as cut off
@@ -50,10 +52,7 @@ def scripts(text):
 def is_foreign(question, text):
     """Whether less than half of the text's letters are of the question's most frequent script."""
     own, there = scripts(question), scripts(text)
-    if not own or not there:
-        return False
-    (script, _), *_ = own.most_common(1)
-    return 2 * there[script] < there.total()
+    return bool(own) and 2 * there[max(own, key=own.get)] < there.total()
 
 
 def faults(question, response, finished=None):
@@ -71,7 +70,7 @@ def faults(question, response, finished=None):
 # ---- the choice ----
 
 def best_image(prompt, candidates, scores, threshold=None):
-    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` where it scores
+    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` if it scores
     below the threshold. scores: {ranker: those of the candidates}."""
     picks, dropped = next(iter(scores.values())), None
     image = candidates[picks.index(max(picks))]
@@ -110,17 +109,16 @@ def select(asked, responses, scores, margin=0., official=False):
 
 def choose(rows, gap, official):
     """(why there is no pair or None, the best row, the worst row); of equals the first."""
-    scored = [row for row in rows if row["score"] is not None]
+    scored, reason = [row for row in rows if row["score"] is not None], None
     if len(scored) < 2:
-        reason = "not scored" if len(rows) > 1 else "fewer than two responses without fault"
-        return reason, None, None
-    best, worst = (pick(scored, key=lambda row: row["score"]) for pick in (max, min))
-    reason = None
-    if not official and best["score"] - worst["score"] <= gap:
+        return "not scored" if len(rows) > 1 else "fewer than two responses without fault", None, None
+    best = max(scored, key=lambda row: row["score"])
+    worst = min(scored, key=lambda row: row["score"])
+    if best["score"] - worst["score"] <= gap:
         reason = "nearly tied"
-    elif not official and best["response"].split() == worst["response"].split():
+    elif best["response"].split() == worst["response"].split():
         reason = "identical"
-    return reason, best, worst
+    return None if official else reason, best, worst
 
 
 def pair(prompt, best, worst, official):
@@ -169,6 +167,37 @@ def length_report(pairs):
     more = "longer" if gap["chosen_longer"] > .5 else "shorter"
     return (f"{text}.\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the pairs: "
             f"DPO will learn to write {more} answers. Compare with --scorer length, or balance the pairs")
+
+
+# ---- the stage ----
+
+def make(run, models, settings):
+    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md."""
+    o, scores = run.o, {}
+    ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
+    asked = [ranked[row["id"]] | row for row in run.rows("instructions", "instruct")]
+    said = grouped(run.rows("responses", "respond"), "id")
+    for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
+        score = row["score"]
+        if o.attributes == "paper" and o.scorer == "armorm":
+            score = sum(row["rewards"][:5]) / 5
+        scores[row["id"], row["model"]] = score
+    pairs, unpaired, faulty = select(asked, said, scores, o.margin, o.as_official)
+    dropped = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    dropped += unpaired
+    run.write("pairs", pairs)
+    run.write("dropped", dropped)
+    run.write("faults", faulty)
+    published = [conversations(pair) for pair in pairs]
+    text = json.dumps(published, indent=1, ensure_ascii=False)
+    data.atomic_write(run.out / "pds_dpo.json", text + "\n")
+    counts = Counter(prompts=len(ranked), questions=len(asked), pairs=len(pairs))
+    counts["responses"] = sum(map(len, said.values()))
+    counts.update(row["reason"] for row in dropped)
+    counts.update(fault for row in faulty for fault in row["faults"])
+    run.say("pairs", **counts)
+    data.atomic_write(run.out / "card.md", card(run.out.name, models, settings, counts, pairs))
+    print(length_report(pairs))
 
 
 CARD = """# {title}

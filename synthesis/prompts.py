@@ -48,18 +48,14 @@ def distinct(texts, similar):
     return list(kept)
 
 
-def read(source, flag="--prompts"):
+def read(source):
     """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
     path, found = Path(source), []
-    try:
-        for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            found += [(file.stem, line.strip()) for line in lines if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {source} cannot be read ({error}); give a text file or a folder of "
-                        "them") from error
+    for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+        lines = [line.strip() for line in data.read_text(file).splitlines()]
+        found += [(file.stem, line) for line in lines if line]
     if not found:
-        raise UserError(f"{flag} {source} holds no lines; write one a line into TOPIC.txt")
+        raise UserError(f"{source} holds no lines; write one a line into TOPIC.txt")
     return found
 
 
@@ -77,15 +73,18 @@ def numbered(lines, per_topic):
 def written(o, folder):
     """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or after
     TURNS. `folder` keeps the replies."""
-    topics = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
-    found, lists = {topic: [] for topic in topics}, -(-o.per_topic // 10)
+    named, lists = o.topics.split(","), -(-o.per_topic // 10)
+    if not o.topics:
+        named = [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
+    found = {topic: [] for topic in named}
     for turn in range(TURNS):
         asked = []
         for topic, texts in found.items():
-            if len(distinct(texts, o.similar)) < o.per_topic:
-                for k in range(turn * lists, (turn + 1) * lists):
-                    text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
-                    asked.append(ask.Question(f"{topic}/{k}", text))
+            if len(distinct(texts, o.similar)) >= o.per_topic:
+                continue
+            for k in range(turn * lists, (turn + 1) * lists):
+                text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
+                asked.append(ask.Question(f"{topic}/{k}", text))
         if not asked:
             break
         said = ask.replies(o.writer, asked, folder / f"writer-{turn}.jsonl", model=o.model_name or None,
@@ -105,5 +104,5 @@ def template(path, ids, seed=0):
     """{id: question}, by a hash of the id, of QUESTIONS ("template") or of a text file's lines."""
     asked = QUESTIONS
     if path != "template":
-        asked = [line for _, line in read(path, "--instruct")]
+        asked = [line for _, line in read(path)]
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}

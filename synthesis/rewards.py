@@ -14,7 +14,7 @@ published files load as they are. Papers: ImageReward, arXiv 2304.05977; ArmoRM,
 
 Departures from the official codes:
  1. ArmoRM takes from the attention mask where a conversation ends, on whichever side it is padded. The
-    official forward takes the token before the first padding id: right where it is padded on the right.
+    official forward takes the token before the first padding id: right if it is padded on the right.
  2. ArmoRM's heads compute in float32 whatever the tower's type (official: all bfloat16).
 """
 if __name__ == "__main__":
@@ -44,7 +44,8 @@ def read_weights(path):
     from safetensors.torch import load_file
     files, state = [Path(path)], {}
     if files[0].is_dir():
-        files = sorted(files[0].glob("*.safetensors")) or sorted(files[0].glob("*.pt"))
+        folder = files[0]
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pt"))
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -130,7 +131,8 @@ def preprocess(image, size):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.crop((left, top, left + size, top + size)).convert("RGB")
-    pixels = (np.array(image, np.float32) / 255 - MEAN.astype(np.float32)) / STD.astype(np.float32)
+    pixels = np.array(image, np.float32) / 255
+    pixels = (pixels - MEAN.astype(np.float32)) / STD.astype(np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -152,8 +154,6 @@ class ImageReward(nn.Module):
         from transformers import BlipTextConfig, BlipVisionConfig
         text = PUBLISHED["text"] | text
         text["encoder_hidden_size"] = text.pop("encoder_width", text["encoder_hidden_size"])
-        for name in ("model_type", "architectures"):
-            text.pop(name, None)
         text |= {"is_decoder": True, "attention_probs_dropout_prob": 0., "hidden_dropout_prob": 0.,
                  "bos_token_id": None, "sep_token_id": None}             # is_decoder: with cross-attention
         return cls(BlipVisionConfig(**PUBLISHED["vision"] | vision), BlipTextConfig(**text), **options)
@@ -173,7 +173,8 @@ class ImageReward(nn.Module):
             across = math.isqrt(state["vision.embeddings.position_embedding"].shape[1])
             shown = {"patch_size": patch, "image_size": patch * across}
             widths = [len(state[f"mlp.{place}.bias"]) for place in LINEAR]
-            model = cls.build(shown | config.get("vision", {}), config.get("text", {}), widths=widths)
+            vision, text = shown | config.get("vision", {}), config.get("text", {})
+            model = cls.build(vision, text, widths=widths)
             model.load_state_dict(state)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"{weights} is not ImageReward's state dict, or does not fit its config "
@@ -198,19 +199,23 @@ class ImageReward(nn.Module):
             images = [images]
         text = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=MAX_PROMPT,
                               return_tensors="pt").to(self.vision.device)
-        size, scores = self.vision.config.image_size, []
+        vision, scores = self.vision, []
+        size = vision.config.image_size
         for at in range(0, len(images), batch_size):
-            pixels = [preprocess(opened(image), size) for image in images[at:at + batch_size]]
-            pixels = torch.stack(pixels).to(self.vision.device, self.vision.dtype)
-            ids = text.input_ids.expand(len(pixels), -1)
-            mask = text.attention_mask.expand(len(pixels), -1)
-            scores += self(ids, mask, self.vision(pixel_values=pixels).last_hidden_state).tolist()
+            some = images[at:at + batch_size]
+            pixels = torch.stack([preprocess(opened(image), size) for image in some])
+            seen = vision(pixel_values=pixels.to(vision.device, vision.dtype)).last_hidden_state
+            ids = text.input_ids.expand(len(some), -1)
+            mask = text.attention_mask.expand(len(some), -1)
+            scores += self(ids, mask, seen).tolist()
         return scores
 
 
 def opened(image):
     """The PIL image of a path or of itself, in its own mode and as it is stored."""
-    return image if isinstance(image, Image.Image) else data.read_image(image, as_stored=True)
+    if isinstance(image, Image.Image):
+        return image
+    return data.read_image(image, as_stored=True)
 
 
 def bert_tokenizer(vocab):
@@ -245,18 +250,20 @@ class Similarity:
             raise UserError(f"{folder}: model_type {kind} is neither clip nor blip; give one of them")
         processor = data.from_folder(AutoProcessor, folder, "processor", "copy it again")
         model = data.from_folder(kinds[kind], folder, "model", "copy it again", dtype=dtype)
-        return cls(model.requires_grad_(False).eval().to(device), processor, kind == "blip")
+        model.requires_grad_(False).eval().to(device)
+        return cls(model, processor, kind == "blip")
 
     @torch.no_grad()
     def texts(self, texts):
-        """Unit vectors (N, D) of texts, cut to what the model reads."""
+        """Unit vectors (N, D) of texts, cut to the model's limit."""
         model = self.model
         limit = model.config.text_config.max_position_embeddings
         x = self.processor.tokenizer(list(texts), padding=True, truncation=True, max_length=limit,
                                      return_tensors="pt").to(model.device)
-        x = {k: x[k] for k in ("input_ids", "attention_mask")}
+        x = {"input_ids": x.input_ids, "attention_mask": x.attention_mask}
         if self.blip:
-            found = model.text_proj(model.text_encoder(**x).last_hidden_state[:, 0])
+            hidden = model.text_encoder(**x).last_hidden_state
+            found = model.text_proj(hidden[:, 0])
         else:
             found = model.get_text_features(**x).pooler_output
         return F.normalize(found.float(), dim=-1)
@@ -269,18 +276,21 @@ class Similarity:
         pixels = self.processor.image_processor(images=pictures, return_tensors="pt").pixel_values
         pixels = pixels.to(model.device, model.dtype)
         if self.blip:
-            found = model.vision_proj(model.vision_model(pixel_values=pixels).last_hidden_state[:, 0])
+            hidden = model.vision_model(pixel_values=pixels).last_hidden_state
+            found = model.vision_proj(hidden[:, 0])
         else:
             found = model.get_image_features(pixel_values=pixels).pooler_output
         return F.normalize(found.float(), dim=-1)
 
     def score(self, prompt, images):
         """One text against several pictures."""
-        return (self.images(images) @ self.texts([prompt])[0]).tolist()
+        text, = self.texts([prompt])
+        return (self.images(images) @ text).tolist()
 
     def score_texts(self, image, texts):
         """One picture against several texts, as CLIP-DPO (arXiv 2408.10433) ranks answers."""
-        return (self.texts(texts) @ self.images([image])[0]).tolist()
+        seen, = self.images([image])
+        return (self.texts(texts) @ seen).tolist()
 
 
 # ---- ArmoRM ----
@@ -316,14 +326,13 @@ class ArmoRM(nn.Module):
         from transformers import AutoTokenizer, LlamaConfig, LlamaModel
         folder, config = beside(weights, config)
         tower, head = {}, {}
-        sizes = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "architectures")}
         for name, x in read_weights(weights).items():
             if name.startswith("model."):
                 tower[name.removeprefix("model.")] = x
             else:
                 head[name.replace(".", "/")] = x.float()
         try:
-            llama, info = LlamaModel.from_pretrained(None, config=LlamaConfig(**sizes), state_dict=tower,
+            llama, info = LlamaModel.from_pretrained(None, config=LlamaConfig(**config), state_dict=tower,
                                                      dtype=dtype, output_loading_info=True)
             wrong = HEAD - head.keys() | info["missing_keys"] | info["unexpected_keys"]
             if wrong:
@@ -341,7 +350,8 @@ class ArmoRM(nn.Module):
         """Where the last whole occurrence of the pattern starts: (B,). Raises UserError if there is none."""
         n, found = len(self.pattern), torch.zeros_like(real[:, :1])
         if input_ids.shape[1] >= n:
-            same = input_ids.unfold(1, n, 1) == torch.tensor(self.pattern, device=input_ids.device)
+            pattern = torch.tensor(self.pattern, device=input_ids.device)
+            same = input_ids.unfold(1, n, 1) == pattern
             found = (same & real.unfold(1, n, 1)).all(-1)                                         # (B, T-n+1)
         for row, there in enumerate(found.any(1).tolist(), 1):
             if not there:
@@ -363,7 +373,8 @@ class ArmoRM(nn.Module):
         hidden = self.llama(input_ids=input_ids, attention_mask=real.long(), position_ids=places,
                             use_cache=False).last_hidden_state                                    # (B, T, D)
         rewards = F.linear(hidden[rows, last(real)].float(), head["regression_layer/weight"])     # (B, O)
-        x, k = hidden[rows, start].float(), 0
+        x = hidden[rows, start].float()
+        k = 0
         while f"gating/layers/{k}/weight" in head:
             x = x.relu() if k else x
             weight, bias = head[f"gating/layers/{k}/weight"], head[f"gating/layers/{k}/bias"]

@@ -487,7 +487,7 @@ def test_an_interrupted_import_leaves_no_half_folder(original, tmp_path, monkeyp
 def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
     arguments = [str(tmp_path / "absent"), str(tmp_path / "dst")]
     monkeypatch.setattr(sys, "argv", ["model/import_checkpoint.py", *arguments])
-    with pytest.raises(SystemExit, match="model/import_checkpoint.py: .*absent: no such folder"):
+    with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
         import_checkpoint.main()
     assert Path(import_checkpoint.__file__).parent.name == "tools"
 

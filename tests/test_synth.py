@@ -873,7 +873,7 @@ def test_the_oracle_and_its_judge_go_by_the_prompt(tmp_path):
     (["all", "--as_official", "perhaps", "--out", "OUT"], "unrecognized arguments: perhaps"),
     (["all", "--set", "dtype=int8", "--out", "OUT"], "give one of auto"),
     (["all", "--set", "nothing=1", "--out", "OUT"], "with KEY one of attributes, "),
-    (["all", "--prompts", "/nowhere", "--out", "OUT"], "cannot be read"),
+    (["all", "--prompts", "/nowhere", "--out", "OUT"], "could not be read"),
     (["paint", "--out", "OUT"], "invalid choice"),
     (["prompts", "--out", "/proc/nothing"], "cannot be written")])
 def test_a_users_mistake_is_one_sentence(tmp_path, argv, says):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
+from model import command
 from training.records import Records, check
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -189,7 +190,7 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks, folder=None):
     """Pairs of a file, which rank 0 has checked. Raises UserError.
 
-    folder: of the run, where the result of the records' check is kept.
+    folder: of the run; it keeps the result of the records' check.
     """
     records = Records(path, o.image_root or None)
     good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
@@ -255,8 +256,8 @@ class Batches:
     def begin(self, t):
         """[(Micro, a future of each Read)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
-        places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
-        some = data.chunks(places, self.o.micro_batch)
+        places = command.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
+        some = command.chunks(places, self.o.micro_batch)
         micros = [Micro(each, len(each), len(places)) for each in some]
         while self.o.shard and len(micros) % self.ranks.world:
             micros.append(micros[0]._replace(counts=0))
