@@ -115,7 +115,7 @@ def unpickle(file):
                              f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
         reason = str(e).strip().partition("\n")[0]
-        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
+        raise data.UserError(f"{file} is torn or not a weights file ({reason}): download it again") from None
 
 
 def collect(files, keep=lambda name: True):
