@@ -122,7 +122,7 @@ def replied(o, who, source, prompts, read, path, text):
     lost = len(asked) - len(rows)
     if lost and not o.partial:
         raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
-                        "call again, or score what is there with --partial")
+                        "call again, or score the others with --partial")
     models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
     prompt = str(path or "built-in, in our own words: no match for the published one's scores")
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -252,7 +252,7 @@ SCORED = {
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
-    "--partial": text("score what is answered, and say how much that is", action="store_true")}
+    "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 CHAT_MODEL = {
     "--chat_model": text("the server's name for the model, if it serves several")}
 
@@ -267,7 +267,7 @@ COMMANDS = {
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--out": path("answers.jsonl; an unfinished one is continued"),
-        "--prompt": text("what is asked, with {question} [{question}]", default="{question}"),
+        "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
         "--batch_size": number("questions at once [classroom: 64, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),

@@ -78,7 +78,7 @@ def copo(policy, reference, beta, delta=0.0):
 
 
 def ancpo(policy, reference, beta, delta=0.0, anchors="w"):
-    """Hold the reward of y_w above delta and, where asked, those of y_l ("l") and of m_l ("m") below it."""
+    """Hold the reward of y_w above delta and, if asked, those of y_l ("l") and of m_l ("m") below it."""
     if not anchors or set(anchors) - set("wlm"):
         raise ValueError(f"anchors {anchors!r} is not made of the letters w, l and m: give w, wl or wlm.")
     loss = 0.0

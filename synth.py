@@ -72,7 +72,7 @@ class Options:
     imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
     clip: str = option("", "folder of a CLIP, as ranker and as scorer")
     blip: str = option("", "folder of a BLIP for retrieval")
-    threshold: float = option(0., "what the best image must score; 0 is ImageReward's average")
+    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average")
     instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
     responders: str = option("", "folders or URLs of vision-language models, with commas")
     scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
@@ -87,7 +87,7 @@ class Options:
     max_new_tokens: int = behind_set(1000, "of a response")
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
-    model_name: str = behind_set("", "what a server calls the model, where it serves several")
+    model_name: str = behind_set("", "the server's name for the model, if it serves several")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     encoder: str = behind_set("", "for analyse: folder of a sentence encoder; none: shared words")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
@@ -351,7 +351,7 @@ def answer(source, options, questions, run, groups):
 
 
 def response(question, row, as_official):
-    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None where that
+    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None if that
     is not known. as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
     if not row:
@@ -436,7 +436,7 @@ def models(o):
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
           "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
-ALONE = ("prompts", "pairs", "analyse")                 # what rank 0 does by itself
+ALONE = ("prompts", "pairs", "analyse")                 # stages of rank 0 alone
 
 
 def options(argv):

@@ -9,7 +9,7 @@
 
 The first takes two minutes on two CPU cores. A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out):
 log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a llava-hf folder) with --no-lora, report.html,
-last/ (the checkpoint). The same command again goes on where a killed run stopped, bit for bit on a CPU; a
+last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a
 finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
@@ -340,7 +340,7 @@ def launch(o, ranks):
     if not (out / "summary.json").exists():
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
-            vlm.keep_memory()                            # what a step frees, the next one takes
+            vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))

@@ -143,7 +143,7 @@ def _credit(words, entries, credited):
 
 
 def similar_words(similarity, threshold=0.8):
-    """{noun: it and what is more similar to it than the threshold}, by a table {"word word": number}."""
+    """{noun: itself and nouns more similar to it than the threshold}, by a table {"word word": number}."""
     near = {}
     for key, value in similarity.items():
         words = key.split(" ")
@@ -221,7 +221,7 @@ def _share(top, bottom, added=0):
 
 
 def counters(total, added):
-    """The official scorer's counters by their names, with what it adds to those that it divides by."""
+    """The official scorer's counters by their names, with its additions to those that it divides by."""
     triples = {"non_hallu": ("generative", "non_hallu", "n")}
     for part, code in COUNTERS.items():
         if part in CAPTIONS:

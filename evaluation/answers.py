@@ -81,7 +81,7 @@ def answer(m, questions, read, out_path, settings, batch_size, description, rank
 
 
 def _texts(m, read, max_new_tokens, batch_size, groups):
-    """For each group of items: what the model says, [{"answer"}]."""
+    """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
     for group in groups:
         questions = [item["_question"] for item in group]
@@ -133,7 +133,7 @@ def read_answers(path):
     return settings, lines
 
 
-# ---- what training asks for ----
+# ---- for training ----
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
     return metrics.classroom(read_answers(answers_path)[1])

@@ -114,6 +114,6 @@ def marked(text, words):
     if words:
         parts = re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", text, flags=re.I)
     for k, part in enumerate(parts):
-        invented = k % 2 == 1                                # re.split puts what it found in between
+        invented = k % 2 == 1                                # re.split puts its matches in between
         body += f'<mark title="not in the image">{escape(part)}</mark>' if invented else escape(part)
     return body or "–"

@@ -99,7 +99,7 @@ def join(names, parts, partial, what="answers", of="questions"):
     missing = [name for name in asked if name not in answered]
     if missing and not partial:
         raise UserError(f"{len(missing)} of {len(asked)} {of} have no answer (ids {few(missing)}); "
-                        "complete them, or score what is there with --partial")
+                        "complete them, or score the others with --partial")
     return {"answered": len(names), "of": len(asked)}
 
 

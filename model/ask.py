@@ -183,7 +183,7 @@ class File:
         yield from ((i, rows[i]) for i in asked if i in rows)
 
     def pair(self, line):
-        """(id, reply) of a line; None for what it lacks."""
+        """(id, reply) of a line; None for a missing one."""
         if "custom_id" in line:                         # OpenAI's Batch API
             return line["custom_id"], reply_of((line.get("response") or {}).get("body"))
         if "choices" in line:                           # its id is the server's

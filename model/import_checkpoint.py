@@ -7,7 +7,7 @@ DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaPro
 others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor,
 so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or not at all.
 
---vision_tower: the folder of CLIP or SigLIP, needed where the checkpoint leaves the tower out (LLaVA-1.5);
+--vision_tower: the folder of CLIP or SigLIP, needed if the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
 
 Differences from the published folders:
@@ -115,7 +115,7 @@ def unpickle(file):
                              f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
         reason = str(e).strip().partition("\n")[0]
-        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
+        raise data.UserError(f"{file} is torn or not a weights file ({reason}): download it again") from None
 
 
 def collect(files, keep=lambda name: True):
@@ -367,7 +367,7 @@ def write_weights(todo, dst, report=print):
 
 
 def content(weight, pickled, type):
-    """The bytes of a tensor, cast to `type` where it has another."""
+    """The bytes of a tensor, cast to `type` if it has another."""
     import torch
     if weight.start < 0:
         tensor = pickled[weight.name]
@@ -431,7 +431,7 @@ def run(src, dst, tower=None, report=print):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, from its files alone.
+    """A description of a llava-hf folder in lines, from its files alone.
 
     Torn or missing files are reported, not raised, unless config.json is not a llava-hf folder's.
     """

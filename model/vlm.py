@@ -45,11 +45,11 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 @dataclass
 class VLM:
-    """A loaded model and what belongs to it."""
+    """A loaded model and its parts."""
     front: Any                 # its family's object: tokenizer, template, images
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: the softmax's
-    frozen: Any = None         # where the model itself trains: a VLM, the copy that does not
+    frozen: Any = None         # if the model itself trains: a VLM, the frozen copy
 
     @property
     def device(self):

@@ -70,7 +70,7 @@ def faults(question, response, finished=None):
 # ---- the choice ----
 
 def best_image(prompt, candidates, scores, threshold=None):
-    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` where it scores
+    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` if it scores
     below the threshold. scores: {ranker: those of the candidates}."""
     picks, dropped = next(iter(scores.values())), None
     image = candidates[picks.index(max(picks))]

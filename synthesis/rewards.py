@@ -14,7 +14,7 @@ published files load as they are. Papers: ImageReward, arXiv 2304.05977; ArmoRM,
 
 Departures from the official codes:
  1. ArmoRM takes from the attention mask where a conversation ends, on whichever side it is padded. The
-    official forward takes the token before the first padding id: right where it is padded on the right.
+    official forward takes the token before the first padding id: right if it is padded on the right.
  2. ArmoRM's heads compute in float32 whatever the tower's type (official: all bfloat16).
 """
 if __name__ == "__main__":
@@ -259,7 +259,7 @@ class Similarity:
 
     @torch.no_grad()
     def texts(self, texts):
-        """Unit vectors (N, D) of texts, cut to what the model reads."""
+        """Unit vectors (N, D) of texts, cut to the model's limit."""
         model = self.model
         limit = model.config.text_config.max_position_embeddings
         x = self.processor.tokenizer(list(texts), padding=True, truncation=True, max_length=limit,

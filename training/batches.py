@@ -189,7 +189,7 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks, folder=None):
     """Pairs of a file, which rank 0 has checked. Raises UserError.
 
-    folder: of the run, where the result of the records' check is kept.
+    folder: of the run; it keeps the result of the records' check.
     """
     records = Records(path, o.image_root or None)
     good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))

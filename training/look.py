@@ -17,7 +17,7 @@ reward, beta * (policy - reference), 0 for all before training.
                      same_theme  another pair's of the same theme; left out for records without meta.theme
     preference_true_minus  the same with the true image minus with another: 0 for a model that does not look
     margin                 r(chosen) - r(rejected), with each of these images: what training did to preference
-    margin_true_minus      0 where training changed words alone, > 0 where it taught the model to look
+    margin_true_minus      0 if training changed words alone, > 0 if it taught the model to look
     logps_chosen           log p(chosen) with the true image; logps_chosen_change: minus the reference's
     kl                     KL(policy || reference) of an answer, in nats. One answer a pair is drawn from the
                            policy at temperature 1, cut at max_new_tokens; the mean of its log p minus the

@@ -114,7 +114,7 @@ class Zero2:
 
     # ---- the checkpoint ----
     def held(self, part):
-        """{kind: what this rank has of it}: the master ("weight"), and what the optimiser keeps."""
+        """{kind: this rank's part of it}: the master ("weight"), and the optimiser's state."""
         return {"weight": part.detach(), **self.optimiser.state[part]}
 
     def state(self):

@@ -116,7 +116,7 @@ def refuse(config, o, tokens, ranks):
 
 
 def out_of_memory(o, world=1):
-    """The sentence for a step that has run out of memory: pass what saves memory and is not set yet."""
+    """The sentence for a step that has run out of memory: it names memory-saving options that are not set."""
     ways = {"--set checkpointing=true": not o.checkpointing, "--micro_batch 1": o.micro_batch > 1,
             "--shard": world > 1 and not o.shard}
     unset = [words for words, saves in ways.items() if saves]

@@ -250,7 +250,7 @@ def _parquet(path, group=None):
 
 
 def _opened(path):
-    """A file's raw records, by what the file begins with."""
+    """A file's raw records; its first bytes decide how they are read."""
     with data.reading(path) as file:
         head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
@@ -280,7 +280,7 @@ class Records:
 
     def _detected(self):
         """The name of the format, by the first record that can be read."""
-        for i in range(len(self)):                      # one broken record must not hide what the others are
+        for i in range(len(self)):                      # one broken record must not hide the others' format
             with contextlib.suppress(UserError):
                 keys = self._raw(i).keys()
                 break

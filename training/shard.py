@@ -45,7 +45,7 @@ def models(m):
 
 
 def divide(m, device, mesh):
-    """Put a model's decoder layers under FSDP2; what trains of them is float32 and computes in their type."""
+    """Put a model's decoder layers under FSDP2; trainable weights are float32 and compute in their type."""
     language, adapter = m.language_model, set(lora.lora_parameters(m.model).values())
     divided = {p for layer in language.layers for p in layer.parameters()} - adapter
     for x in {*m.model.parameters(), *m.model.buffers()} - divided:
