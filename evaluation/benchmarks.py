@@ -24,8 +24,8 @@ from typing import NamedTuple
 import data
 from data import UserError
 from evaluation import objects, words
+from evaluation.metrics import SPLITS
 
-SPLITS = ("random", "popular", "adversarial")
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
 NAME = 300                                     # characters: anything longer is base64, not a file's name
 

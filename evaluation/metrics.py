@@ -142,6 +142,7 @@ def difference(before, after):
 
 
 # ---- POPE ----
+SPLITS = ("random", "popular", "adversarial")             # as published
 COUNTS = ("tp", "fp", "tn", "fn", "unparsed", "n")
 
 
@@ -208,8 +209,11 @@ def _pope_questions(splits):
 
 
 def _pope_names(found, splits):
-    """["split id"] of the answers: by their `split`, which may be absent where there is only one."""
+    """["split id"] of the answers: by their `split`, which may be absent where there is only one. Questions
+    of one's own make one split, whatever the answers call theirs."""
     only = next(iter(splits))
+    if len(splits) == 1 and only not in SPLITS:
+        return [f"{only} {answer.id}" for answer in found]
     if len(splits) > 1 and not all("split" in answer.line for answer in found):
         raise UserError(f"answers to the splits {', '.join(splits)} do not all name theirs: write its "
                         "`split` into each answer, or give the question file of one split")

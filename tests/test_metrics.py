@@ -233,6 +233,14 @@ def test_pope_of_several_splits_each_answer_names_its_own():
         metrics.pope(splits, pope_answers(["Yes", "No"]))
 
 
+def test_pope_answers_to_questions_of_ones_own_may_call_their_split_anything():
+    """A file's name that holds the name of a split says nothing there; to a published split it does."""
+    questions, answers = pope_questions(["yes", "no"]), pope_answers(["Yes", "No"], split="random")
+    assert metrics.pope({"my_pope": questions}, answers)[0]["accuracy"] == 1
+    with pytest.raises(UserError):
+        metrics.pope({"adversarial": questions}, answers)
+
+
 def test_pope_intervals_are_by_image():
     """Two images with 100 questions each, all right and all wrong: an interval as wide as can be."""
     questions = [{"question_id": i, "image": f"{i // 100}.jpg", "text": "q", "label": "yes"}
