@@ -4,8 +4,8 @@
     python -m model.import_checkpoint Bunny-v1_0-3B  bunny-3b        (its SigLIP tower lies in the checkpoint)
 
 DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
-others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied tensor by tensor,
-so that a 13 GB checkpoint needs little memory and some minutes of disk. DST appears whole or not at all.
+others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied one by one: 13 GB
+need little memory and some minutes. DST appears whole or not at all.
 
 --vision_tower: the folder of CLIP or SigLIP, needed if the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
@@ -14,8 +14,7 @@ Differences from the published folders:
  1. `<image>` becomes a token behind the vocabulary: a row of zeros in the embedding and in lm_head. It is
     never predicted (generation_config's suppress_tokens), and vlm.py leaves it out of the softmax.
  2. A tower published in another type than the language model (CLIP: float32) is cast to that one's.
- 3. Of SigLIP's layers the last is dropped, as Bunny's code does while loading: the features are the output of
-    the last but one, before the final norm.
+ 3. SigLIP's last layer is dropped, as Bunny's code does: features are the output of the one before, unnormed.
 """
 import importlib.util
 import json
@@ -431,10 +430,8 @@ def run(src, dst, tower=None, report=print):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """A description of a llava-hf folder in lines, from its files alone.
-
-    Torn or missing files are reported, not raised, unless config.json is not a llava-hf folder's.
-    """
+    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing. Raises UserError
+    only if its config.json is not a llava-hf folder's."""
     folder = data.model_folder(folder)
     config = families.read_config(folder)
     found, lines, faults = [], [], []

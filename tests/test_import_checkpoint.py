@@ -489,7 +489,7 @@ def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["model/import_checkpoint.py", *arguments])
     with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
         import_checkpoint.main()
-    assert Path(import_checkpoint.__file__).parent.name == "tools"
+    assert Path(import_checkpoint.__file__).parent.name == "model"
 
 
 # ---- what the command prints in the end ----
