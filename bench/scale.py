@@ -28,7 +28,7 @@ import torch.distributed as dist
 from limit import Ours, as_train_dpo, batch_of, middle, pin, random_records, rounds, write_model
 from section import SHAPES, arguments, command, heading, machine, report
 
-from model import front as families
+from model import front
 from model.command import Ranks
 from training import batches, options
 from training.records import Records
@@ -125,10 +125,10 @@ def reading(n):
     found, needs = [], {"chosen", "rejected", "image_rejected"}
     with tempfile.TemporaryDirectory() as folder:
         path = pictures(Path(folder), n)
-        front, records = families.open_folder(Path(folder) / "model"), Records(path)
+        family, records = front.open_folder(Path(folder) / "model"), Records(path)
         for count in WORKERS:
             o = options.Options(data=str(path), batch=16, micro_batch=4, workers=count)
-            pairs = batches.Pairs(records, range(n), [1] * n, front, o, frozenset(needs))
+            pairs = batches.Pairs(records, range(n), [1] * n, family, o, frozenset(needs))
 
             def steps(busy, pairs=pairs, o=o):
                 return waiting(batches.Batches(pairs, o, Ranks(), STEPS + 1), busy)

@@ -17,8 +17,7 @@ import torch
 
 import data
 import lora
-from model import command
-from model import front as families
+from model import command, front
 from training import batches, options
 
 GIB = 2 ** 30
@@ -30,7 +29,7 @@ def skeleton(config):
     """transformers' model of a config, with shapes and no storage."""
     import transformers
     with torch.device("meta"):
-        return getattr(transformers, families.FAMILIES[config.model_type].architecture)(config)
+        return getattr(transformers, front.FAMILIES[config.model_type].architecture)(config)
 
 
 def memory(model, o, tokens, world=1):
@@ -52,7 +51,7 @@ def memory(model, o, tokens, world=1):
         found["LoRA"] = 2 * master * adapter                          # and its gradient
         found["optimiser"] = 3 * master * adapter / world             # two moments, the slice's gradient
     else:
-        tower = families.FAMILIES[model.config.model_type].tower
+        tower = front.FAMILIES[model.config.model_type].tower
         whole = sum(n for name, n in size.items() if not name.startswith(tower)) - sharded
         copies = 3 + (e < master)                                     # the same, and a slice of masters
         found["weights"] += e * whole + master * sharded / world
@@ -132,8 +131,8 @@ def show(o):
         raise data.UserError("--data classroom is made when it trains, in a minute: there is nothing to plan")
     from model import import_checkpoint
     yield from import_checkpoint.describe(o.model)
-    front = families.open_folder(o.model, o.template or None, o.images)
-    pairs = batches.checked(front, o.data, o, options.needs_of(o), command.Ranks())
+    family = front.open_folder(o.model, o.template or None, o.images)
+    pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
     yield f"pairs           {len(tokens):,} of {len(records):,} in {records.path}"
@@ -144,7 +143,7 @@ def show(o):
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
-    model, o = skeleton(front.config), replace(o, dtype=options.dtype_of(o, device.type))
+    model, o = skeleton(family.config), replace(o, dtype=options.dtype_of(o, device.type))
     parts = memory(model, o, tokens, world)
     need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     yield (f"memory          at least {need / GIB:.1f} GiB on each {device.type} device of {world}, "
