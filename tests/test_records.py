@@ -279,7 +279,7 @@ def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
 
 # ---- the index ----
 
-def test_the_records_of_an_array_are_not_misled_by_strings(folder):
+def test_the_lines_of_an_array_are_not_misled_by_strings(folder):
     """Brackets, quotes and runs of backslashes in strings."""
     nasty = ['"', "\\", '\\"', "}]", '{"a": [', "\\\\\\", '"}, {"', "\n", "é\u2028", ""]
     rows = [pair(i, question=a + b, meta={"deep": [[{"k": a}]]}) for i, (a, b) in
@@ -290,7 +290,8 @@ def test_the_records_of_an_array_are_not_misled_by_strings(folder):
         assert len(records) == len(rows)
         for i in (0, 13, 57, 99):
             assert records[i]["question"] == rows[i]["question"].strip() and records[i]["id"] == f"p{i}"
-            assert records.where(i) == f"{folder}/d.json, record {i + 1} (id p{i})"
+            above = 1 + sum(len(json.dumps(row, indent=1).splitlines()) for row in rows[:i]) if indent else 0
+            assert records.where(i) == f"{folder}/d.json, line {1 + above} (id p{i})"
 
 
 def test_lines_are_found_in_any_order_between_blank_ones(folder):
@@ -356,7 +357,7 @@ def test_a_broken_array_names_the_line(folder, capsys, spoil, line):
 
 def test_an_array_of_other_things_is_a_sentence(folder):
     (folder / "d.json").write_text('["a", 3]')
-    with pytest.raises(UserError, match="d.json, record 1: str instead of a record"):
+    with pytest.raises(UserError, match="d.json, line 1: str instead of a record"):
         Records(folder / "d.json")
 
 
@@ -507,8 +508,8 @@ def test_real_pds_dpo_names_its_two_empty_responses(tmp_path, capsys):
     records = Records(need(SHARED / "real/pds10/step3_sanity.json"))
     out, _ = faults(records, capsys, cache_dir=tmp_path)
     assert records.format == "llava" and len(records) == 10 and len(out) == 2
-    assert "record 2 (id art-2): the rejected response is empty" in out[0]
-    assert "record 3 (id art-3): the rejected response is empty" in out[1]
+    assert "line 26 (id art-2): the rejected response is empty" in out[0]
+    assert "line 50 (id art-3): the rejected response is empty" in out[1]
     assert check(records, skip_bad=True, cache_dir=tmp_path) == [0, 3, 4, 5, 6, 7, 8, 9]
     assert records[0]["question"].startswith("How does the use of bold strokes")
 
@@ -517,8 +518,8 @@ def test_real_mdpo_names_its_two_absent_images(tmp_path, capsys):
     records = Records(need(SHARED / "real/mdpo/sample_data.json"))
     out, _ = faults(records, capsys, cache_dir=tmp_path)
     assert records.format == "mdpo" and len(out) == 2
-    assert "record 1 (id sample_data:0): image images/llava-reasoning-3730.jpg is missing" in out[0]
-    assert "record 2 (id sample_data:1): image images/llava-reasoning-5951.jpg is missing" in out[1]
+    assert "line 2 (id sample_data:0): image images/llava-reasoning-3730.jpg is missing" in out[0]
+    assert "line 8 (id sample_data:1): image images/llava-reasoning-5951.jpg is missing" in out[1]
     assert records[0]["question"] == (
         "How might the atmosphere of this photo appear to be, and what is one possible "
         "reason these people have gathered outside?"

@@ -255,7 +255,7 @@ def test_a_signal_saves_and_leaves_and_the_next_call_goes_on(world, tmp_path, un
         Zero2.step = counted
     argv = arguments(world, tmp_path / "run", "--set", "save_every=2")
     code, text = run(argv, arm)
-    assert code == 1 and "the same command goes on" in text
+    assert code == 1 and "the same command continues" in text
     assert len(log_of(tmp_path / "run")[1]) in (5, 6)     # this step or, if it was asking already, the next
     trained(argv)
     assert adapter(tmp_path / "run") == adapter(uninterrupted)

@@ -707,7 +707,8 @@ def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder
 
 MEASURE = """
 import sys
-import torch, transformers, vlm
+import torch, transformers
+from model import vlm
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 def peak():                          # of this program; ru_maxrss would begin at what its parent had
     status = open("/proc/self/status").read()

@@ -228,12 +228,26 @@ class Parquet:
         return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
 
 
-def _array(path):
+class Array(list):
     """A JSON array, or the values of one object {image id: record} (HA-DPO's), read whole."""
-    rows = data.read_json(path)
-    if isinstance(rows, dict):
-        rows = [{"image_id": name, **row} for name, row in rows.items()]
-    return rows
+    def __init__(self, path):
+        self.path, rows = path, data.read_json(path)
+        if isinstance(rows, dict):
+            rows = [{"image_id": name, **row} for name, row in rows.items()]
+        super().__init__(rows)
+
+    @functools.cached_property
+    def numbers(self):
+        """The line in which each record begins: found when the first fault is to be named."""
+        text, decoder, at, end, line, found = data.read_text(self.path), json.JSONDecoder(), 0, 0, 1, []
+        before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
+        for _ in self:
+            begin = before.match(text, end).end()
+            line += text.count("\n", at, begin)
+            found.append(line)
+            _, end = decoder.raw_decode(text, begin)
+            at = begin
+        return found
 
 
 @functools.lru_cache(maxsize=2)
@@ -256,7 +270,7 @@ def _opened(path):
     if head.startswith(b"PAR1"):
         return Parquet(path)
     if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
-        return _array(path)
+        return Array(path)
     return Lines(path)
 
 
@@ -297,9 +311,9 @@ class Records:
         return len(self.keep)
 
     def place(self, i):
-        """FILE, line N (of an array or parquet: record N): for messages."""
+        """FILE, line N (in parquet: record N): for messages."""
         k = self.keep[i]
-        where = f"line {self.raw.numbers[k]}" if isinstance(self.raw, Lines) else f"record {k + 1}"
+        where = f"record {k + 1}" if isinstance(self.raw, Parquet) else f"line {self.raw.numbers[k]}"
         return f"{self.path}, {where}"
 
     def where(self, i):
