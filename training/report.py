@@ -1,6 +1,6 @@
 """A run as one HTML file.
 
-    python -m training.report runs/NAME    writes runs/NAME/report.html, in a second
+    python -m training.report runs/NAME    writes runs/NAME/report.html
 
 train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
 curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
