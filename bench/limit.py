@@ -45,24 +45,15 @@ BETA = 0.1
 # ------------------------------------------------------------------------------------- a model and its pairs
 def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
     """A llava-hf folder of random weights; its tokens are <unk> <pad> <s> </s> <image> and numbered words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(5, shape.vocabulary))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>",
-                                        bos_token="<s>", eos_token="</s>",
-                                        additional_special_tokens=["<image>"])
+    transformers_quietly()
+    random_model(shape, dtype, device, seed).save_pretrained(folder)
+    return write_front(folder, shape)
+
+
+def llava_config(shape):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
     hidden, inner, layers, heads = shape.vision
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
                                        num_attention_heads=heads, image_size=shape.pixels, patch_size=14),
         text_config=LlamaConfig(hidden_size=shape.hidden, intermediate_size=shape.inner,
@@ -70,22 +61,39 @@ def write_model(folder, shape, dtype="float32", device="cpu", seed=0):
                                 num_key_value_heads=shape.heads, vocab_size=shape.vocabulary,
                                 bos_token_id=2, eos_token_id=3, pad_token_id=1, tie_word_embeddings=False),
         image_token_id=4, tie_word_embeddings=False)
-    transformers_quietly()
+
+
+def random_model(shape, dtype="float32", device="cpu", seed=0):
+    """transformers' model, made on the device."""
+    from transformers import LlavaForConditionalGeneration
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
-            model = LlavaForConditionalGeneration(config)
+            return LlavaForConditionalGeneration(llava_config(shape))
     finally:
         torch.set_default_dtype(before)
-    model.save_pretrained(folder)
+
+
+def write_front(folder, shape):
+    """All of a llava-hf folder but the weights. Returns the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(5, shape.vocabulary))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>",
+                                        bos_token="<s>", eos_token="</s>",
+                                        additional_special_tokens=["<image>"])
     side = {"height": shape.pixels, "width": shape.pixels}
     pictures = CLIPImageProcessorPil(size={"shortest_edge": shape.pixels}, crop_size=side)
     LlavaProcessor(pictures, tokenizer, patch_size=14, vision_feature_select_strategy="default",
                    num_additional_image_tokens=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     pictures.save_pretrained(folder)
+    if not (Path(folder) / "config.json").exists():
+        llava_config(shape).save_pretrained(folder)
     return Path(folder)
 
 

@@ -16,6 +16,16 @@ import data  # noqa: E402
 
 CARDS, FREE, TOKENS = (24e9, 80e9), .9, 4000
 
+# Stable Diffusion 3 medium's parts.
+T5 = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+      "feed_forward_proj": "gated-gelu"}
+SD3 = {"sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+       "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+       "in_channels": 16, "out_channels": 16, "patch_size": 2, "pos_embed_max_size": 192}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
+       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+       "use_quant_conv": False, "use_post_quant_conv": False}
+
 
 def count(build):
     """Numbers in a model that `build` makes."""
@@ -46,23 +56,15 @@ def stages():
     )
 
     from synthesis import rewards
-    t5 = T5Config(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128,
-                  feed_forward_proj="gated-gelu")
     small = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                            num_attention_heads=12, projection_dim=768)
     large = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
                            num_attention_heads=20, projection_dim=1280)
-    sd3 = {"sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-           "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-           "in_channels": 16, "out_channels": 16, "patch_size": 2, "pos_embed_max_size": 192}
-    vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
-           "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-           "use_quant_conv": False, "use_post_quant_conv": False}
-    texts = {"T5-XXL": count(lambda: T5EncoderModel(t5)),
+    texts = {"T5-XXL": count(lambda: T5EncoderModel(T5Config(**T5))),
              "CLIP-G": count(lambda: CLIPTextModelWithProjection(large)),
              "CLIP-L": count(lambda: CLIPTextModelWithProjection(small))}
-    paint = {"transformer": count(lambda: SD3Transformer2DModel(**sd3)),
-             "VAE": count(lambda: AutoencoderKL(**vae))}
+    paint = {"transformer": count(lambda: SD3Transformer2DModel(**SD3)),
+             "VAE": count(lambda: AutoencoderKL(**VAE))}
     found = [("encode prompts", texts, 2, 0), ("paint", paint, 2, 0),
              ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(**rewards.PUBLISHED))}, 4, 0)]
     vicuna = {"vocab_size": 32064, "max_position_embeddings": 4096}

@@ -143,20 +143,6 @@ def test_real_pairs_come_in_file_order_without_the_empty_ones(tmp_path):
     assert all(record["prompt"].count("<image>") == 1 for record in records)
 
 
-# ---- in one command
-
-def test_the_gpus_command_makes_one_table_of_both(monkeypatch, tmp_path):
-    """Here on a CPU, and with figures in the place of TRL's side, which is run above."""
-    import gpu
-    argv = ("--device", "cpu", "--dtype", "float32", "--only", "limit")
-    found, section = run(gpu, monkeypatch, tmp_path, *argv)
-    assert set(found) >= {"limit", "machine"} and "How near the step is" in section
-    found["vs_trl"] = {"ratios": dict.fromkeys(gpu.KINDS, 1.234), "memory_ratio": 0.5}
-    lines = gpu.table(found, Namespace(shape="tiny", dtype="float32"), found)
-    rows = [line for line in lines if line.startswith("| mDPO, later epochs |")]
-    assert rows[0].count("|") == 6 and rows[0].endswith("| 1.23 |") and "Peak memory" in section
-
-
 # ---- what is imported
 
 def test_importing_every_script_takes_under_three_seconds_beyond_torch():
