@@ -164,7 +164,7 @@ def section(lines):
     done = {name: line["found"] for name, line in lines.items() if "found" in line}
     title, model = "On a GPU", "LLaVA-1.5-7B in bfloat16"
     if about["tiny"]:
-        title = f"bench/gpu.py rehearsed on {about['device']} with tiny shapes; its figures for a GPU: not run"
+        title = f"bench/gpu.py rehearsed on {about['device']} with tiny shapes; figures for a GPU: not run"
         model = "a tiny LLaVA in bfloat16"
     out = heading(title, about, about["command"])
     if about["tiny"]:
