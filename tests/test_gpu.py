@@ -143,6 +143,14 @@ def test_what_does_not_fit_into_the_minutes_is_skipped_and_listed(two, tmp_path,
     assert "Not run: hardware (skipped), packed (skipped)." in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_part_runs_only_if_its_estimate_fits(two, tmp_path):
+    """Three seconds are left for parts of half a minute and of less than a second."""
+    two.setattr(gpu_parts.Bench, "__init__", lambda bench, tiny: vars(bench).update(tiny=False, device="cpu"))
+    two.setattr(gpu, "PARTS", {"hardware": 0.5, "packed": 0.01})
+    call(tmp_path, "--minutes", "0.05")
+    assert [line["part"] for line in lines_of(tmp_path)] == ["packed", "hours"]
+
+
 def test_a_part_that_takes_too_long_is_ended(two, tmp_path):
     two.setattr(gpu_parts, "hardware", lambda bench: time.sleep(60))
     call(tmp_path, "--minutes", "0.02")
