@@ -1,9 +1,9 @@
 """All that there is to measure on a GPU, in one command of a few minutes, without a network.
 
-    python bench/gpu.py --minutes 8 --out gpu
-    python bench/gpu.py --minutes 5 --out gpu     again: what is missing
-    python bench/gpu.py --minutes 0 --out gpu --results bench/RESULTS.md
-    python bench/gpu.py --tiny --out tiny         does it run? a minute
+    python bench/gpu.py --minutes 8 --out runs/gpu
+    python bench/gpu.py --minutes 5 --out runs/gpu     again: what is missing
+    python bench/gpu.py --minutes 0 --out runs/gpu --results bench/RESULTS.md
+    python bench/gpu.py --tiny --out runs/tiny        does it run? a minute
 
 First the hardware and whether the numbers are right; then LLaVA-1.5-7B's step in bfloat16 with random
 weights, and TRL's beside it; then generation, the main command, and Stable Diffusion 3's sizes. The models
@@ -220,7 +220,7 @@ def main():
     parser = data.Parser(prog="bench/gpu.py", description=__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=8, help="so many at most; 0: only write the tables (%(default)s)")
-    add("--out", default="gpu", help="the folder of gpu.jsonl and gpu.md (%(default)s)")
+    add("--out", default="runs/gpu", help="the folder of gpu.jsonl and gpu.md (%(default)s)")
     add("--results", help="a file to append the tables to")
     add("--tiny", action="store_true", help="tiny shapes on a GPU, too")
     o = parser.parse_args()
