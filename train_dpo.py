@@ -312,7 +312,7 @@ def log_look(run, name, found, **more):
 
 
 def finish(run, before, after, weights):
-    """adapter/ or model/, words.json, summary.json. weights: see lora.write_folder. Returns the summary."""
+    """adapter/ or model/, and summary.json. weights: see lora.write_folder. Returns the summary."""
     out = run.out
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
@@ -323,8 +323,6 @@ def finish(run, before, after, weights):
         lora.write_folder(model.model, model.front.folder, out / "model", weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
-        rewards = answers.word_rewards(model, out, run.o.beta)
-        data.atomic_write(out / "words.json", json.dumps(rewards, indent=1))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

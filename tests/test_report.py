@@ -45,11 +45,6 @@ def make_run(run, evil="x", images=14, steps=30):
     summary |= {"difference": metrics.difference(*sides.values()), "pairs": 1000, "steps": steps,
                 "seconds": 90.5, "options": options}
     (run / "summary.json").write_text(json.dumps(summary))
-    words = [{"word": "dog", "true": 1.25, "other": -.5}, {"word": "cat" + evil, "true": .001, "other": .001}]
-    (run / "words.json").write_text(json.dumps([
-        {"id": evil, "image": "scenes/images/0.png", "other_image": "scenes/images/1.png", "question": evil,
-         "answer_before": evil, "answer_after": "dog cat", "truth": {"present": ["dog"], "absent": ["cat"]},
-         "words": words}]))
     return run
 
 
@@ -122,14 +117,6 @@ def test_a_dozen_images_with_hallucinated_words_marked(tmp_path):
     assert wrong == '<mark title="not in the image">yes</mark> .'
 
 
-def test_rewards_of_words_with_both_images(tmp_path):
-    html = read(make_run(tmp_path / "run"))
-    looks = html[html.index("<h2>Does the model look"):html.index("<h2>Answers")]
-    assert looks.count("<img") == 2
-    assert 'title="true: +1.2500">+1.25</i>' in looks and 'title="other: -0.5000">−0.50</i>' in looks
-    assert ">true: +1.25</small>" in looks and ">other: −0.50</small>" in looks
-
-
 def found(shift):
     """What training/look.py would have found, all numbers moved by `shift`."""
     def means(**values):
@@ -179,11 +166,10 @@ def test_hostile_text_is_escaped_everywhere(tmp_path):
 def test_an_image_outside_the_run_is_not_read(tmp_path):
     run = make_run(tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
-    words = json.loads((run / "words.json").read_text())
-    words[0]["image"] = "../secret.png"
-    (run / "words.json").write_text(json.dumps(words))
+    after = (run / "after.jsonl").read_text()
+    (run / "after.jsonl").write_text(after.replace("images/1.png", "../../secret.png"))
     html = read(run)
-    assert "image: ../secret.png leaves the folder" in html
+    assert "image: ../../secret.png leaves the folder" in html
     (run / "scenes" / "images" / "0.png").unlink()
     assert "0.png is missing" in read(run)                            # a sentence in its place, not an error
 
@@ -196,7 +182,7 @@ def test_large_images_are_made_small(tmp_path):
 
 def test_a_run_without_a_classroom_has_its_loss_and_no_answers(tmp_path):
     run = make_run(tmp_path / "run")
-    for name in ("before.jsonl", "after.jsonl", "words.json"):
+    for name in ("before.jsonl", "after.jsonl"):
         (run / name).unlink()
     sides = {"before": {"loss": .6931, "margin": 0, "n": 9}, "after": {"loss": .5, "margin": .75, "n": 9}}
     (run / "summary.json").write_text(json.dumps({**sides, "pairs": 10, "steps": 2, "seconds": 1}))

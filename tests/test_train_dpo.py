@@ -430,7 +430,6 @@ def test_rank_0_answers_alone_from_everyones_shards(tmp_path):
     trained([*argv, "--out", str(tmp_path / "two"), "--shard"], ranks=2)
     for name in ("before.jsonl", "before.json"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
-    assert (tmp_path / "two" / "words.json").exists()
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 2)
 
 

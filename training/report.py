@@ -3,8 +3,8 @@
     python -m training.report runs/NAME    writes runs/NAME/report.html
 
 train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
-curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
-(words.json), and the first dozen images with both answers (before.jsonl, after.jsonl).
+curves and held-out pairs with other images (log.jsonl), and the first dozen images with both answers
+(before.jsonl, after.jsonl).
 """
 import sys
 from html import escape
@@ -26,7 +26,6 @@ CURVES = (                                                 # title, what it says
     ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
-SIDES = {"true": "image", "other": "other_image"}           # whose reward of a word; keys of words.json
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
 
 
@@ -152,34 +151,6 @@ def held_out(lines):
     return f'<p class="soft">{note}</p>{page.table(head, body)}'
 
 
-def word_rewards(run):
-    """Answers word by word: the reward of each with its own and with another image."""
-    entries, body = data.read_json(run / "words.json", []), ""
-    rewards = [word[side] for entry in entries for word in entry["words"] for side in SIDES]
-    most = max(map(abs, rewards), default=0)
-    form = "+z.2f" if most >= .2 else "+z.3f"
-    for entry in entries:
-        pictures, words = "", '<div class="w soft">image<i>true</i><i>other</i></div>'
-        for word in entry["words"]:
-            invented = metrics.hallucinated(word["word"], entry["truth"])
-            words += f'<div class="w">{page.marked(word["word"], invented)}'
-            for side in SIDES:
-                reward = word[side]
-                colour, strength = "pos" if reward > 0 else "neg", .6 * abs(reward) / (most or 1)
-                words += (f'<i style="background:rgba(var(--{colour}),{strength:.2f})" '
-                          f'title="{side}: {reward:+.4f}">{page.num(reward, form)}</i>')
-            words += "</div>"
-        for side, key in SIDES.items():
-            if key in entry:
-                total = sum(word[side] for word in entry["words"])
-                pictures += page.picture(run, entry[key], f"{side}: {page.num(total, form)}")
-        body += f'<div class="card row">{pictures}<div>{words}</div></div>'
-    note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
-            "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
-            "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")
-    return body and f'<p class="soft">{note}</p><div class="grid" style="--w:100%">{body}</div>'
-
-
 # ---- answers ----
 def answers(run):
     """The first dozen images, each with the answers to its first three questions before and after."""
@@ -224,7 +195,7 @@ def write(run):
     if not summary:
         said += ", not finished"
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += page.section("Does the model look?", "", held_out([first, *more]) + word_rewards(run))
+    body += page.section("Does the model look?", "", held_out([first, *more]))
     if "difference" in summary:
         body += answers(run)
     data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
