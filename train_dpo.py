@@ -218,7 +218,7 @@ def train(run):
             line = step(run, t)
             state.step = done = t + 1
             state.seconds = time.monotonic() - began
-            checkpoint.log(run, line | {"seconds": round(state.seconds, 2)} | warning(run, line))
+            checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
@@ -233,24 +233,6 @@ def train(run):
     log_look(run, "after", after)
     weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
     return run.first(partial(finish, run, before, after, weights))
-
-
-def warning(run, line):
-    """{"warning": a sentence}, once, when the chosen reward keeps falling."""
-    state = run.state
-    state.chosen = [*state.chosen, line["rewards/chosen"]][-40:]
-    if state.warned or not falling(state.chosen):
-        return {}
-    state.warned = True
-    text = "the chosen reward keeps falling below zero: add ancpo to --loss, lower --lr, or raise --beta"
-    if run.ranks.rank == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
-    return {"warning": text}
-
-
-def falling(chosen):
-    """Whether the chosen reward keeps falling below zero: negative over 20 steps, and under the 20 before."""
-    return len(chosen) == 40 and sum(chosen[20:]) < min(0, sum(chosen[:20]))
 
 
 # ---------------------------------------------------------------------------------------- before and after

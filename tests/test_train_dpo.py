@@ -606,13 +606,6 @@ def test_a_step_that_runs_out_of_memory_is_told_what_to_change(world, tmp_path):
     assert "train_dpo.py: out of memory: pass --set checkpointing=true --micro_batch 1" in text
 
 
-def test_a_warning_when_the_chosen_reward_keeps_falling_below_zero():
-    assert train_dpo.falling([-0.01 * i for i in range(40)])
-    assert not train_dpo.falling([0.01 * i for i in range(40)])
-    assert not train_dpo.falling([-1.0 + 0.02 * i for i in range(40)])       # below zero, and rising
-    assert not train_dpo.falling([-0.1] * 39)
-
-
 def test_the_learning_rate_warms_up_and_ends_at_zero():
     from transformers import get_cosine_schedule_with_warmup
     o = options.Options(lr=1.0, warmup=0.1)

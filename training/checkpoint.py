@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import json
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import data
 from training import options
@@ -21,8 +21,6 @@ class State:
     step: int = 0                                            # steps that are done
     seconds: float = 0.0                                     # of training
     log_bytes: int = 0
-    chosen: list = field(default_factory=list)               # the chosen reward of the last 40 steps
-    warned: bool = False
 
 
 def save(run):
