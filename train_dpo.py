@@ -90,10 +90,10 @@ def prepare(o, out, ranks):
     path = ranks.first(partial(batches.classroom_files, o, out))
     family = front.open_folder(o.model, o.template or None, o.images)
     needs = options.needs_of(o)
-    pairs = batches.checked(family, path, o, needs, ranks, out / "checked")
+    pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if o.val_data:                                              # a margin needs the rejected response
-        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, out / "checked")
+        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks)
     ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
     # ---- the model and its trainable weights ----

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from training.records import Records, check
+from training.records import Records, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
 
@@ -186,21 +186,18 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     return data.truncate(pair, o.max_length)
 
 
-def checked(front, path, o, needs, ranks, folder=None):
-    """Pairs of a file, which rank 0 has checked. Raises UserError.
-
-    folder: of the run; it keeps the result of the records' check.
-    """
+def checked(front, path, o, needs, ranks):
+    """Pairs of a file, which rank 0 has checked. Raises UserError."""
     records = Records(path, o.image_root or None)
-    good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
+    good, tokens = ranks.first(partial(usable, front, records, o, needs))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 
 
-def usable(front, records, o, needs, folder):
-    """(indices of the good records, tokens of each one's packed row). Faults are printed, one a line, and cut
-    responses counted. Raises UserError."""
-    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad, cache_dir=folder)
-    kept, tokens, cut = [], [], 0
+def usable(front, records, o, needs):
+    """(indices of the good records, tokens of each one's packed row). Cut responses are counted, and faults
+    end the run as in records.drop."""
+    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
+    faults, tokens, cut = [], [], 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
             record = records[i]
@@ -210,17 +207,14 @@ def usable(front, records, o, needs, folder):
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
                                      "raise --set max_length or drop the record")
         except UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
+            faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue
         cut += lost > 0
-        kept.append(i)
         tokens.append(len(data.pack([pair], needs).ids))
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        raise UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
-                             "used (listed above): fix them, or pass --skip_bad")
+    good = drop(records, good, faults, o.skip_bad)
     if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, tokens
+        print(f"{cut} of {len(good)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
+    return good, tokens
 
 
 # ---- steps ----

@@ -376,52 +376,8 @@ def _genome(root):
 
 
 # ---- the full check ----
-def check(records, needs_image=False, skip_bad=False, cache_dir=None):
-    """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
-
-    Every image is decoded once. cache_dir: a folder of the run; the result is kept there, and holds until the
-    data or an image changes its size or time."""
-    faults = _kept_check(records, needs_image, cache_dir)
-    for _, _, text in faults:
-        print(text, file=sys.stderr)
-    bad = {i for i, _, _ in faults}
-    share = f"{len(bad)} of {len(records)} records of {records.path}"
-    if bad and not skip_bad:
-        raise UserError(f"{share} are faulty (listed above); fix them or pass --skip_bad")
-    if len(bad) == len(records):
-        raise UserError(f"{records.path} has no usable record; fix it or give an --image_root")
-    if bad:
-        kinds = Counter(kind for _, kind, _ in faults)
-        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        print(f"--skip_bad left out {share} ({counts})", file=sys.stderr)
-    return [i for i in range(len(records)) if i not in bad]
-
-
-def _kept_check(records, needs_image, folder):
-    """_full_check's faults, or those that an earlier check has left in `folder`."""
-    path = os.path.abspath(records.path)
-    kept = Path(folder or "") / f"check-{hash64(path, _stat(path), records.root, needs_image)}.json"
-    if folder and kept.exists():
-        with contextlib.suppress(UserError):            # torn
-            found = data.read_json(kept)
-            if all(_stat(image) == stat for image, stat in found["images"].items()):
-                return found["faults"]
-    faults, images = _full_check(records, needs_image)
-    if folder:
-        with contextlib.suppress(OSError, UserError):   # a full disk or a read-only folder: nothing is kept
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            data.atomic_write(kept, json.dumps({"images": images, "faults": faults}))
-    return faults
-
-
-def _stat(path):
-    with contextlib.suppress(OSError):
-        stat = os.stat(path)
-        return [stat.st_size, stat.st_mtime_ns]
-
-
-def _full_check(records, needs_image):
-    """([(index, kind, sentence)], {an image's path: its size and time}). Threads decode the images."""
+def check(records, needs_image=False, skip_bad=False):
+    """The indices of the good records; the others are `drop`ped. Threads decode every image once."""
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
     for i in _progress(range(len(records)), "records"):
         try:
@@ -437,13 +393,30 @@ def _full_check(records, needs_image):
             faults.add((i, "duplicate id", says))
         for image in _images(record):
             shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
-    stats = {image: _stat(image) for image in shown_by if isinstance(image, str)}
     with ThreadPoolExecutor() as pool:
         looked = pool.map(functools.partial(_image_fault, records), shown_by)
         for indices, says in _progress(zip(shown_by.values(), looked, strict=True), "images", len(shown_by)):
             for i in indices if says else ():
                 faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
-    return sorted(faults), stats
+    return drop(records, range(len(records)), sorted(faults), skip_bad)
+
+
+def drop(records, indices, faults, skip_bad):
+    """The indices without a fault. Faults, (index, kind, sentence), go to stderr, one a line, and end the run
+    unless skip_bad."""
+    for _, _, text in faults:
+        print(text, file=sys.stderr)
+    bad = {i for i, _, _ in faults}
+    share = f"{len(bad)} of {len(records)} records of {records.path}"
+    if bad and not skip_bad:
+        raise UserError(f"{share} are faulty (listed above); fix them or pass --skip_bad")
+    if len(bad) == len(indices):
+        raise UserError(f"{records.path} has no usable record; fix it or give an --image_root")
+    if bad:
+        kinds = Counter(kind for _, kind, _ in faults)
+        counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        print(f"--skip_bad left out {share} ({counts})", file=sys.stderr)
+    return [i for i in indices if i not in bad]
 
 
 def _progress(work, what, total=None):
