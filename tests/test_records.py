@@ -173,7 +173,6 @@ def test_parquet_with_image_bytes_and_many_row_groups(tmp_path):
     assert (
         records[3]["images"] == [png(seed=3)]
         and records[3]["id"] == "d:3"
-        and records[3]["meta"]["idx"] == "3"
     )
     assert check(records) == list(range(300))
 
@@ -208,30 +207,18 @@ def test_earlier_turns_and_a_system_message_are_kept(folder):
     assert (records[0]["question"], records[0]["chosen"], records[0]["rejected"]) == ("Sure?", "Yes.", "No.")
 
 
-def test_vlfeedback_keeps_llava_instruct_and_a_seeded_sample(folder, monkeypatch):
-    monkeypatch.setattr("training.records.SAMPLE", 5)
+def test_vlfeedback_leaves_out_ties(folder):
     raw = PUBLISHED["vlfeedback"]
     tie = [{"annotations": mark(2), "model": m, "response": m} for m in "ab"]
-    rows = [raw | {"id": f"llava-detail-{i}"} for i in range(9)] + [
-        raw | {"id": "svit-1"},
-        raw | {"id": "llavar-1"},
-    ]
-    rows.append(raw | {"id": "llava-conv-1", "completions": tie})
+    rows = [raw | {"id": "a"}, raw | {"id": "b", "completions": tie}, raw | {"id": "c"}]
     records = Records(lines(folder / "d.jsonl", rows))
-    assert records.dropped == {"not of LLaVA-Instruct": 2, "tied or no ratings": 1, "beyond a sample of 5": 4}
-    ids = {records[i]["id"] for i in range(len(records))}
-    shuffled = Records(lines(folder / "e.jsonl", rows[::-1]))
-    assert len(ids) == 5 and ids == {
-        shuffled[i]["id"] for i in range(5)
-    }  # the sample is of ids, not of places
-    assert records.where(len(records) - 1).startswith(f"{folder}/d.jsonl, line ")
+    assert records.dropped == {"tied or no ratings": 1} and [r["id"] for r in records] == ["a", "c"]
+    assert records.where(1) == f"{folder}/d.jsonl, line 3 (id c)"
 
 
-def test_ha_dpo_descriptions_are_an_object_keyed_by_image_and_visual_genome_names_the_files(folder):
+def test_ha_dpo_descriptions_are_an_object_keyed_by_image_and_visual_genome_is_two_folders(folder):
     (folder / "VG_100K_2").mkdir()
     picture(0).save(folder / "VG_100K_2/2331.jpg")
-    (folder / "image_data.json").write_text(json.dumps(
-        [{"image_id": 2331, "url": "https://cs.stanford.edu/people/rak248/VG_100K_2/2331.jpg"}]))
     answers = {"chosen": ["good 1", "good 2"], "rejected": ["bad 1", "bad 2"]}
     for text in (
         json.dumps({"2331": answers, "5": answers}),
@@ -239,7 +226,8 @@ def test_ha_dpo_descriptions_are_an_object_keyed_by_image_and_visual_genome_name
     ):
         (folder / "desc_data.json").write_text(text)
         records = Records(folder / "desc_data.json")
-        assert len(records) == 2 and records[0]["images"] == [str(folder / "VG_100K_2/2331.jpg")]
+        assert [r["images"] for r in records] == [[str(folder / "VG_100K_2/2331.jpg")],
+                                                  [str(folder / "VG_100K/5.jpg")]]
         assert records[0]["chosen"][:4] == "good" and records[0]["rejected"][:3] == "bad"
         assert records[0] == records[0] and records[0]["question"] in DESCRIBE
 
@@ -265,14 +253,11 @@ def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
         Records(folder / "d.parquet")
 
 
-def test_spoilt_parquet_and_a_spoilt_image_list_are_sentences(folder):
+def test_spoilt_parquet_is_a_sentence(folder):
     pytest.importorskip("pyarrow")
     (folder / "d.parquet").write_bytes(b"PAR1....")
     with pytest.raises(UserError, match="d.parquet is not readable parquet .*; fetch it again"):
         Records(folder / "d.parquet")
-    (folder / "image_data.json").write_text("[1")
-    with pytest.raises(UserError, match="image_data.json, line 1: broken JSON"):
-        Records(lines(folder / "d.jsonl", [PUBLISHED["ha-dpo"]]))
 
 
 # ---- the index ----

@@ -15,11 +15,10 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
 Ours, where a format leaves a choice:
- 1. vlfeedback: only ids `llava-...` (LLaVA-Instruct, as in mDPO) where there are any; best against worst mean
-    rating; of more than 10,000 pairs a sample by a hash of the id. `Records.dropped` counts the rest.
- 2. ha-dpo: images lie where Visual Genome's image_data.json in the image root says, else at VG_100K/ID.jpg;
-    `correct` answers are left out (official); a description's texts are one seeded draw per image.
- 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs in `meta`."""
+ 1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
+ 2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
+    (official); a description's texts are one seeded draw per image.
+ 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
@@ -31,17 +30,17 @@ import re
 import statistics
 import sys
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 import data
-from data import UserError, draw, hash64, read_image
+from data import UserError, draw, read_image
 
 
 # ---- the formats: raw record -> what it has elsewhere than native: image, question, chosen, rejected ----
@@ -61,11 +60,9 @@ def llava(raw):
 
 
 def rlhf_v(raw):
-    """RLHF-V's pair is in `text`, an object or the text of one; RLAIF-V's is in the record itself."""
-    pair = raw.get("text") or raw
-    if isinstance(pair, str):
-        pair = json.loads(pair)
-    return pair | {"image": raw.get("image") or raw.get("image_path")}
+    """The pair is in `text`, an object or the text of one."""
+    pair = raw["text"]
+    return json.loads(pair) if isinstance(pair, str) else pair
 
 
 def vlfeedback(raw):
@@ -96,7 +93,6 @@ def trl(raw):
 
 
 ROLES = ["user", "assistant"]
-SAMPLE = 10_000                                                 # pairs of VLFeedback at most
 DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
             "Could you describe the contents of this image for me?")
@@ -152,24 +148,13 @@ def _by_rating(raw):
     return [texts[k] for k in sorted(means, key=means.get)]
 
 
-# ---- records that the papers leave out: all raw records -> {number: the reason} ----
-def _not_sampled(raws):
-    """Keep LLaVA-Instruct's part of VLFeedback, if there is any, without ties: at most SAMPLE records."""
-    ids, reasons = [], {}
-    for k, raw in enumerate(raws):
-        ids.append(str(raw.get("id")))
-        if not _by_rating(raw):
-            reasons[k] = "tied or no ratings"
-    others = [k for k, id in enumerate(ids) if not id.startswith("llava-")]
-    if len(others) < len(ids):
-        reasons |= dict.fromkeys(others, "not of LLaVA-Instruct")
-    left = [k for k in range(len(ids)) if k not in reasons]
-    left.sort(key=lambda k: hash64("sample", ids[k]))
-    return reasons | dict.fromkeys(left[SAMPLE:], f"beyond a sample of {SAMPLE}")
+# ---- records that are no pairs: raw record -> why it is left out, or None ----
+def _tied(raw):
+    return None if _by_rating(raw) else "tied or no ratings"
 
 
-def _correct(raws):
-    return {k: "answered correctly" for k, raw in enumerate(raws) if raw.get("correct")}
+def _correct(raw):
+    return "answered correctly" if raw.get("correct") else None
 
 
 class Format(NamedTuple):
@@ -177,17 +162,17 @@ class Format(NamedTuple):
     keys: str                   # that it is detected by
     read: Any
     own_ids: bool = True        # False where they are absent or repeat: the id is FILE:index
-    left_out: Any = None        # all raw records -> {number: the reason}
+    left_out: Any = None
 
 
 FORMATS = {                     # in the order in which they are tried
-    "vlfeedback": Format("prompt completions", vlfeedback, left_out=_not_sampled),
+    "vlfeedback": Format("prompt completions", vlfeedback, left_out=_tied),
     "llava-rlhf": Format("output_1 output_2", llava_rlhf, own_ids=False),
     "mdpo": Format("img_path prompt", mdpo),
     "llava": Format("conversations", llava),
     "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, left_out=_correct),
     "rlhf-v": Format("text image", rlhf_v, own_ids=False),
-    "rlaif-v": Format("question ds_name", rlhf_v, own_ids=False),
+    "rlaif-v": Format("question ds_name", native, own_ids=False),
     "native": Format("question", native),
     "trl": Format("prompt chosen", trl)}
 
@@ -218,13 +203,13 @@ class Parquet:
     def __init__(self, path):
         self.path, about = path, _parquet(path)
         sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
-        self.first = np.cumsum([0, *sizes])                         # record of each group
+        self.first = [*accumulate(sizes, initial=0)]                # record of each group
 
     def __len__(self):
-        return int(self.first[-1])
+        return self.first[-1]
 
     def __getitem__(self, k):
-        group = int(np.searchsorted(self.first, k, "right")) - 1
+        group = bisect_right(self.first, k) - 1
         return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
 
 
@@ -281,16 +266,15 @@ class Records:
     def __init__(self, path, image_root=None):
         self.path, self.raw = str(path), _opened(str(path))
         self.root = os.path.realpath(image_root or Path(path).parent)
-        self.keep, self.dropped = np.arange(len(self.raw)), Counter()
+        self.keep, self.dropped = range(len(self.raw)), Counter()
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format = self._detected()
         self.layout = FORMATS[self.format]
-        self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
         if self.layout.left_out:
-            reasons = self.layout.left_out(map(self._raw, range(len(self))))
-            self.dropped = Counter(reasons.values())
-            self.keep = np.delete(self.keep, list(reasons))
+            reasons = [self.layout.left_out(self._raw(k)) for k in self.keep]
+            self.dropped = Counter(filter(None, reasons))
+            self.keep = [k for k, reason in enumerate(reasons) if not reason]
 
     def _detected(self):
         """The name of the format, by the first record that can be read."""
@@ -344,11 +328,10 @@ class Records:
         found = raw | self.layout.read(raw)
         turns = found["question"]
         history, question = _dialogue([turns] if isinstance(turns, str) else turns)
-        own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
         return {"images": self._images(found.get("image")),
                 "images_rejected": self._images(raw.get("image_rejected")) or None,
                 "question": question, "history": history, "chosen": _response(found["chosen"]),
-                "rejected": _response(found["rejected"]), "meta": own | (raw.get("meta") or {})}
+                "rejected": _response(found["rejected"]), "meta": raw.get("meta") or {}}
 
     def _images(self, images):
         """Paths inside the image root, or bytes, of what a record has under an image's key."""
@@ -359,20 +342,19 @@ class Records:
             if isinstance(image, dict):                     # as Hugging Face's datasets hold images
                 image = image.get("bytes") or image.get("path")
             if isinstance(image, str):
-                image = data.inside(self.root, self.genome.get(image, image), "image")
+                if self.format == "ha-dpo":
+                    image = _genome(self.root, image)
+                image = data.inside(self.root, image, "image")
             elif not isinstance(image, bytes):
                 raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
             found.append(image)
         return found
 
 
-def _genome(root):
-    """{VG_100K/ID.jpg: where it is} by Visual Genome's image_data.json in the image root, if it is there."""
-    path, found = os.path.join(root, "image_data.json"), {}
-    for row in data.read_records(path) if os.path.exists(path) else ():
-        _, _, url = row.get("url", "").partition("VG_100K")
-        found[f"VG_100K/{row.get('image_id')}.jpg"] = f"VG_100K{url}"
-    return found
+def _genome(root, image):
+    """Visual Genome comes in two folders: the path of an image in the one that has it."""
+    second = image.replace("VG_100K/", "VG_100K_2/")
+    return second if os.path.exists(os.path.join(root, second)) else image
 
 
 # ---- the full check ----
