@@ -22,9 +22,7 @@ CURVES = (                                                 # title, what it says
     ("Accuracies", "share of pairs with a positive margin",
      {"rewards/accuracies": "answers", "rewards/image_accuracies": "images"}),
     ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
-     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
-    ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
+     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
 
@@ -86,69 +84,56 @@ def cell(measure, form, bold=False):
 # ---- curves ----
 def curves(steps):
     """steps: the lines of log.jsonl that are about a step."""
-    note = "Faint: each step on its own batch. Strong: a running mean, whose first and last values are below."
+    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
     figures = "".join(curve(steps, *about) for about in CURVES)
     return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
 
 
 def curve(steps, title, says, labels):
-    """One figure, lines over the steps: faint as logged, strong as a running mean. labels: see CURVES."""
+    """One figure of means over the steps, in a box of 290 by 120. labels: see CURVES."""
     series = {}
     for key, label in labels.items():
-        points = [(line["step"], line[key]) for line in steps if page.num(line.get(key)) != "–"]
-        if points:
-            series[label] = points
+        values = [line[key] for line in steps if page.num(line.get(key)) != "–"]
+        if values:
+            stretches = np.array_split(values, min(60, len(values)))
+            series[label] = [float(np.mean(some)) for some in stretches]
     if not series:
         return ""
-    places, values = zip(*sum(series.values(), []), strict=True)
-    box = left, right, low, high = min(places), max(places), min(values), max(values)
+    low, high = min(map(min, series.values())), max(map(max, series.values()))
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low)}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high)}</text>
-<text y="147">{page.num(left)}</text><text x="290" y="147" text-anchor="end">{page.num(right)}</text>"""
-    if low < 0 < high:
-        body += path([(left, 0), (right, 0)], "rule", box)
-    for k, (label, points) in enumerate(series.items()):
-        places, values = zip(*points, strict=True)
-        wide = 1 + len(points) // 40 * 2
-        means = np.convolve(values, np.ones(wide) / wide, "valid").tolist()
-        body += path(points, f"s{k} raw", box)
-        body += path([*zip(places[wide // 2:], means, strict=False)], f"s{k}", box)
+<text x="290" y="147" text-anchor="end">{page.num(len(steps))} steps</text>"""
+    for k, (label, means) in enumerate(series.items()):
+        line = "M"
+        for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
+            line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
+        body += f'<path class="s{k}" d="{line}"/>'
         keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
                  f'{page.num(means[0])} → {page.num(means[-1])}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
 
 
-def path(points, kind, box):
-    """A line in a box of 290 by 120; box: the (left, right, low, high) that it shows."""
-    left, right, low, high = box
-    wide, tall = 290 / (right - left or 1), 120 / (high - low or 1)
-    some = points[::max(1, len(points) // 600)]
-    places = " ".join(f"{(x - left) * wide:.1f} {130 - (y - low) * tall:.1f}" for x, y in some)
-    return f'<path class="{kind}" d="M{places}"/>'
-
-
 # ---- does the model look? ----
 def held_out(lines):
     """What `look` found first and last, in a table. lines: those of log.jsonl."""
     found = [line["look"] for line in lines if line.get("look")]
-    if not found:
+    if len(found) < 2:
         return ""
     first, last, body = found[0], found[-1], []
-    columns, head = [first["preference"]], ["log p(chosen) − log p(rejected), by the image shown", "before"]
-    if len(found) > 1:
-        columns += [last["preference"], last["margin"], last["margin_true_minus"]]
-        head += ["after", "margin", "true image’s margin minus it"]
+    columns = first["preference"], last["preference"], last["margin"], last["margin_true_minus"]
+    head = ("log p(chosen) − log p(rejected), by the image shown", "before", "after", "margin",
+            "true image’s margin minus it")
     for kind in first["preference"]:
         cells = [cell(column.get(kind, [None]), "+z.2f", k > 1) for k, column in enumerate(columns)]
         body.append((IMAGES[kind], *cells))
     for key, name in ONCE.items():
-        body.append((name, *(cell(look[key], "z.2f") for look in (first, last)[:len(found)])))
+        body.append((name, *(cell(look[key], "z.2f") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
             "training taught the model to look; at 0 it changed words alone.")
-    return f'<p class="soft">{note}</p>{page.table(head, body)}'
+    return page.section("Does the model look?", note, page.table(head, body))
 
 
 # ---- answers ----
@@ -195,7 +180,7 @@ def write(run):
     if not summary:
         said += ", not finished"
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += page.section("Does the model look?", "", held_out([first, *more]))
+    body += held_out([first, *more])
     if "difference" in summary:
         body += answers(run)
     data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
