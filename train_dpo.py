@@ -346,7 +346,7 @@ def main():
     except data.UserError as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except torch.OutOfMemoryError:
-        sys.exit(f"train_dpo.py: {plan.out_of_memory(o, int(os.environ.get('WORLD_SIZE', 1)))}")
+        sys.exit(f"train_dpo.py: out of memory: {plan.advice(o, int(os.environ.get('WORLD_SIZE', 1)))}")
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command continues from its checkpoint" if rank == 0 else 1)
     finally:
