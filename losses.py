@@ -150,10 +150,9 @@ def needs(loss):
 
 
 def rewards(policy, reference, beta):
-    """{field: r = beta * (policy - reference)}, each (B,), of the log-probs that were computed: for the log."""
-    found = {}
+    """r = beta * (policy - reference) of chosen, rejected, image_rejected, each (B,) or None: for the log."""
+    found = []
     for name in ("chosen", "rejected", "image_rejected"):
-        ours = getattr(policy, name)
-        if ours is not None:
-            found[name] = beta * (ours - getattr(reference, name)).detach()
-    return found
+        ours, theirs = getattr(policy, name), getattr(reference, name)
+        found.append(None if ours is None else beta * (ours - theirs).detach())
+    return tuple(found)

@@ -189,16 +189,14 @@ def learning_rate(t, steps, o):
 
 def measures(policy, reference, loss, beta):
     """Sums over a micro-batch for the log, under TRL's names, of the log-probs that the loss reads."""
-    rewards = losses.rewards(policy, reference, beta)
-    found = {"loss": loss}
-    for name, reward in rewards.items():
-        found[f"logps/{name}"] = getattr(policy, name)
-        found[f"rewards/{name}"] = reward
-    for name, kind in (("rejected", ""), ("image_rejected", "image_")):
-        if name in rewards:
-            margin = rewards["chosen"] - rewards[name]
-            found[f"rewards/{kind}margins"] = margin
-            found[f"rewards/{kind}accuracies"] = margin > 0
+    chosen, rejected, image = losses.rewards(policy, reference, beta)
+    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
+    if rejected is not None:
+        found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
+                  "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
+    if image is not None:
+        found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image,
+                  "rewards/image_accuracies": chosen > image}
     return {name: value.detach().cpu().double().sum().item() for name, value in found.items()}
 
 
