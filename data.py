@@ -63,10 +63,12 @@ def _write_all(file, content):
 
 
 def atomic_write(path, content):
-    """Write the whole file, text or bytes, or leave the old one as it was. Raises UserError."""
+    """Write the whole file, text or bytes, or leave the old one as it was; its folder is made. Raises
+    UserError."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb", buffering=0) as file:
             _write_all(file, content)
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file

@@ -151,8 +151,6 @@ def save(model, folder, base_name):
     tensors = {}
     for name, p in lora_parameters(model).items():
         tensors[f"base_model.model.{name}.weight"] = p.detach().float().T.contiguous().cpu()
-    with contextlib.suppress(OSError):                              # atomic_write says what is wrong
-        os.makedirs(folder, exist_ok=True)
     data.atomic_write(Path(folder, "adapter_model.safetensors"),
                       safetensors.torch.save(tensors, {"format": "pt"}))
     data.atomic_write(Path(folder, "adapter_config.json"), json.dumps(config, indent=1, sort_keys=True))

@@ -64,13 +64,13 @@ for write in (lambda: data.append_jsonl("log.jsonl", {{"a": long}}), lambda: dat
     assert sorted(os.listdir(tmp_path)) == ["f", "log.jsonl"]
 
 
-def test_a_folder_that_does_not_exist_is_a_sentence(tmp_path):
-    for write in (
-        lambda: data.atomic_write(tmp_path / "no" / "f", ""),
-        lambda: data.append_jsonl(tmp_path / "no" / "f", {}),
-    ):
-        with pytest.raises(UserError, match="No such file or directory"):
-            write()
+def test_a_whole_file_makes_its_folder_and_a_line_does_not(tmp_path):
+    data.atomic_write(tmp_path / "a" / "b" / "f", "new")
+    assert (tmp_path / "a" / "b" / "f").read_text() == "new"
+    with pytest.raises(UserError, match="No such file or directory"):
+        data.append_jsonl(tmp_path / "no" / "f", {})
+    with pytest.raises(UserError, match="could not be written"):
+        data.atomic_write(tmp_path / "a" / "b" / "f" / "g", "")
 
 
 def test_json_lines_come_back_as_they_went(tmp_path):

@@ -32,7 +32,6 @@ def save(run):
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), "base": run.base}
-        (run.out / "last").mkdir(exist_ok=True)
         data.atomic_write(run.out / FILE, to_bytes(tensors, about))
 
 
