@@ -382,8 +382,6 @@ def rng_of(strategy, seed, id):
 
 def rejected_image(strategy, image, seed, id, other=None, record=None):
     """A pair's rejected image: the same for the same seed, strategy and id. other, record: see above."""
-    if strategy not in REJECTED:
-        raise UserError(f"--image_rejected {strategy} is not one of {', '.join(REJECTED)}; choose another")
     return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 

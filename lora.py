@@ -66,8 +66,6 @@ def add_lora(model, r, alpha, targets=None, seed=0):
     """Freeze `model` and adapt linear layers: those that `targeted` finds. Returns their names."""
     if layers(model):
         raise UserError("the model already carries an adapter: merge it or load the model anew")
-    if r < 1:
-        raise UserError(f"LoRA cannot have rank {r}: give a rank of at least 1")
     names = targeted([n for n, m in model.named_modules() if type(m) is torch.nn.Linear], targets)
     model.requires_grad_(False)
     for name in names:

@@ -285,11 +285,6 @@ def test_draws_are_keyed_as_they_always_were():
     assert data.rng_of("moco", 0, "a").random() == data.draw(0, "moco", "a", None).random()
 
 
-def test_an_unknown_strategy_is_a_sentence():
-    with pytest.raises(UserError, match="--image_rejected blur is not one of crop, crop20-50"):
-        rejected_image("blur", picture(), 0, "a")
-
-
 # ---- token ids ----
 
 def test_truncation_shortens_responses_only_and_counts():

@@ -258,13 +258,11 @@ class Batches:
                 for micro in self.share(micros)]
 
     def share(self, micros):
-        """This rank's: the longest first, back and forth, so that all ranks have about as many tokens."""
+        """This rank's: the longest first, in turn, so that all ranks have about as many tokens."""
         if self.ranks.world == 1:
             return micros
         micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
-        there_and_back = 2 * self.ranks.world
-        turns = self.ranks.rank, there_and_back - 1 - self.ranks.rank
-        return [micro for k, micro in enumerate(micros) if k % there_and_back in turns]
+        return micros[self.ranks.rank::self.ranks.world]
 
     def read(self, place, epoch):
         """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
