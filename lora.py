@@ -204,14 +204,13 @@ def setting(config, key, patterns, name):
 
     To PEFT it is a regular expression; here it is a plain name, as PEFT writes it, whose dots may be escaped.
     """
-    found = config.get(key, 8)
-    for pattern, value in reversed((config.get(patterns) or {}).items()):       # the first that matches holds
+    for pattern, value in (config.get(patterns) or {}).items():
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
             raise UserError(f"{patterns} has {pattern!r}, which is not a layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
-            found = value
-    return found
+            return value
+    return config.get(key, 8)
 
 
 # ---- a merged folder ----

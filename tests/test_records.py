@@ -212,7 +212,7 @@ def test_vlfeedback_leaves_out_ties(folder):
     tie = [{"annotations": mark(2), "model": m, "response": m} for m in "ab"]
     rows = [raw | {"id": "a"}, raw | {"id": "b", "completions": tie}, raw | {"id": "c"}]
     records = Records(lines(folder / "d.jsonl", rows))
-    assert records.dropped == {"tied or no ratings": 1} and [r["id"] for r in records] == ["a", "c"]
+    assert [r["id"] for r in records] == ["a", "c"]
     assert records.where(1) == f"{folder}/d.jsonl, line 3 (id c)"
 
 
@@ -232,10 +232,13 @@ def test_ha_dpo_descriptions_are_an_object_keyed_by_image_and_visual_genome_is_t
         assert records[0] == records[0] and records[0]["question"] in DESCRIBE
 
 
-def test_ha_dpo_leaves_out_what_was_answered_correctly(folder):
+def test_ha_dpo_leaves_out_what_was_answered_correctly(folder, capsys):
+    (folder / "VG_100K").mkdir()
+    picture(0).save(folder / "VG_100K/7.jpg")
     raw = PUBLISHED["ha-dpo"]
     records = Records(lines(folder / "pope_data.json", [raw, raw | {"correct": True}]))
-    assert len(records) == 1 and records.dropped == {"answered correctly": 1}
+    assert len(records) == 1 and check(records) == [0]
+    assert capsys.readouterr().err == f"1 of 2 records of {folder}/pope_data.json are pairs\n"
 
 
 def test_unknown_keys_are_refused_with_what_was_found_and_what_is_known(folder):

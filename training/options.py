@@ -146,8 +146,6 @@ def check(o):
     if o.crop_pixels and o.image_rejected not in data.AREAS:
         raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
                              f"{o.image_rejected}")
-    if o.batch % o.micro_batch:
-        raise UserError(f"--batch {o.batch} is not a multiple of --micro_batch {o.micro_batch}: change one")
 
 
 def loss_of(o):

@@ -63,7 +63,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     found["optimiser"] = master * (copies * whole / world + 2 * sharded)
 
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
-    row = max(max(tokens), min(o.micro_batch, len(tokens)) * sum(tokens) / len(tokens))
+    row = max(max(tokens), min(o.micro_batch, o.batch, len(tokens)) * sum(tokens) / len(tokens))
     text = config.text_config
     graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
     found["activations"] = e * row * text.hidden_size * graph
@@ -134,7 +134,4 @@ def show(o):
     yield (f"memory          at least {need / GIB:.1f} GiB on each {device.type} device of {world}, "
            f"{options.dtype_of(o, device.type)}: {listed}")
     if gpus or device.type == "cpu":
-        room, name = capacity(device)
-        yield f"room            {room / GIB:.1f} GiB, {name}"
-        if need > room:
-            yield f"does not fit    {advice(o, world)}"
+        refuse(family.config, o, tokens, command.Ranks(0, world, device))

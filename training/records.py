@@ -88,6 +88,11 @@ def ha_dpo(raw):
     return found | {key: rng.choice(some).item() for key, some in texts.items()}
 
 
+def _to_correct(raw):
+    """Whether HA-DPO has something to correct in an answer."""
+    return not raw.get("correct")
+
+
 def trl(raw):
     return {"image": raw.get("images", raw.get("image")), "question": raw["prompt"]}
 
@@ -148,29 +153,20 @@ def _by_rating(raw):
     return [texts[k] for k in sorted(means, key=means.get)]
 
 
-# ---- records that are no pairs: raw record -> why it is left out, or None ----
-def _tied(raw):
-    return None if _by_rating(raw) else "tied or no ratings"
-
-
-def _correct(raw):
-    return "answered correctly" if raw.get("correct") else None
-
-
 class Format(NamedTuple):
     """A published format: `read` is its function above."""
     keys: str                   # that it is detected by
     read: Any
     own_ids: bool = True        # False where they are absent or repeat: the id is FILE:index
-    left_out: Any = None
+    is_pair: Any = None         # raw record -> whether it is one; None: all are
 
 
 FORMATS = {                     # in the order in which they are tried
-    "vlfeedback": Format("prompt completions", vlfeedback, left_out=_tied),
+    "vlfeedback": Format("prompt completions", vlfeedback, is_pair=_by_rating),
     "llava-rlhf": Format("output_1 output_2", llava_rlhf, own_ids=False),
     "mdpo": Format("img_path prompt", mdpo),
     "llava": Format("conversations", llava),
-    "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, left_out=_correct),
+    "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, is_pair=_to_correct),
     "rlhf-v": Format("text image", rlhf_v, own_ids=False),
     "rlaif-v": Format("question ds_name", native, own_ids=False),
     "native": Format("question", native),
@@ -261,20 +257,18 @@ def _opened(path):
 
 # ---- the records ----
 class Records:
-    """A file's records, normalised when asked for; `dropped` counts what the papers leave out."""
+    """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records."""
 
     def __init__(self, path, image_root=None):
         self.path, self.raw = str(path), _opened(str(path))
         self.root = os.path.realpath(image_root or Path(path).parent)
-        self.keep, self.dropped = range(len(self.raw)), Counter()
+        self.keep = range(len(self.raw))
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format = self._detected()
         self.layout = FORMATS[self.format]
-        if self.layout.left_out:
-            reasons = [self.layout.left_out(self._raw(k)) for k in self.keep]
-            self.dropped = Counter(filter(None, reasons))
-            self.keep = [k for k, reason in enumerate(reasons) if not reason]
+        if self.layout.is_pair:
+            self.keep = [k for k in self.keep if self.layout.is_pair(self._raw(k))]
 
     def _detected(self):
         """The name of the format, by the first record that can be read."""
@@ -360,8 +354,10 @@ def _genome(root, image):
 # ---- the full check ----
 def check(records, needs_image=False, skip_bad=False):
     """The indices of the good records; the others are `drop`ped. Threads decode every image once."""
+    if len(records) < len(records.raw):
+        print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
-    for i in _progress(range(len(records)), "records"):
+    for i in tqdm(range(len(records)), "checking records", delay=1, disable=None):
         try:
             record = records[i]
         except UserError as error:
@@ -377,7 +373,8 @@ def check(records, needs_image=False, skip_bad=False):
             shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
     with ThreadPoolExecutor() as pool:
         looked = pool.map(functools.partial(_image_fault, records), shown_by)
-        for indices, says in _progress(zip(shown_by.values(), looked, strict=True), "images", len(shown_by)):
+        looked = tqdm(looked, "checking images", len(shown_by), delay=1, disable=None)
+        for indices, says in zip(shown_by.values(), looked, strict=True):
             for i in indices if says else ():
                 faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
     return drop(records, range(len(records)), sorted(faults), skip_bad)
@@ -399,10 +396,6 @@ def drop(records, indices, faults, skip_bad):
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         print(f"--skip_bad left out {share} ({counts})", file=sys.stderr)
     return [i for i in indices if i not in bad]
-
-
-def _progress(work, what, total=None):
-    return tqdm(work, f"checking {what}", total, delay=1, disable=None)
 
 
 def _images(record):
