@@ -201,12 +201,9 @@ def logps_of(m, cases, o, fields):
 # ---- means ----
 def interval(values, images, seed):
     """[mean, low, high] of values (n,), leaving out nan; resamples draw the images."""
-    items = []
-    for image, x in zip(images, values, strict=True):
-        if not np.isnan(x):
-            items.append({"image": image, "sum": x})
+    there = zip(images, values, strict=True)
+    items = [{"image": image, "sum": x} for image, x in there if not np.isnan(x)]
     _, draws = stats.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
-    point = sum(item["sum"] for item in items) / len(items)
-    means = draws["sum"] / draws["n"]
-    low, high = stats.interval(means, point)
-    return [round(float(x), 6) for x in (point, low, high)]
+    mean = np.nanmean(values)
+    low, high = stats.interval(draws["sum"] / draws["n"], mean)
+    return [round(float(x), 6) for x in (mean, low, high)]

@@ -27,50 +27,48 @@ IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other imag
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
 
 
-# ---- the table: a measure is [value], or [value, low, high] with its 95% interval ----
-def measures(side):
-    """{name: measure} of a side of a summary, or of its difference."""
-    found = {}
-    for name, value in {**side, **side.get("by_kind", {})}.items():
-        if isinstance(value, dict) and "interval" in value:
-            found[name] = [value.get("acc", value.get("change")), *value["interval"]]
-        elif page.num(value) != "–":
-            found[name] = [value, *side.get("intervals", {}).get(name, ())]
+# ---- the table ----
+def values(side):
+    """{measure: number} of a side of a summary."""
+    found = {name: value for name, value in side.items() if page.num(value) != "–"}
+    for kind, about in side.get("by_kind", {}).items():
+        found[kind] = about["acc"]
     return found
 
 
 def rows(summary):
-    """[(name, before, after, change)], measures that both sides have."""
-    before, after, change = (measures(summary.get(part) or {}) for part in ("before", "after", "difference"))
+    """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
+    before, after = (values(summary.get(side) or {}) for side in ("before", "after"))
+    paired = summary.get("difference") or {}
+    paired = paired | paired.get("by_kind", {})
     found = []
     for name, new in after.items():
         if name in before and name not in ("n", "images", "unparsed"):
-            (value, *_), (old, *_) = new, before[name]
-            difference = change.get(name, [value - old])
-            found.append((metrics.CLASSROOM.get(name, name), before[name], new, difference))
+            change, form, spread = new - before[name], ".4f", ""
+            if name in paired:
+                change, form = paired[name]["change"], ".1f"
+                spread = "{:10.1f} to {:.1f}".format(*paired[name]["interval"])
+            title = metrics.CLASSROOM.get(name, name)
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
 
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
     lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
-    for name, (old, *_), (new, *_), (change, *interval) in rows(summary):
-        form = "9.1f" if interval else "9.4f"
-        spread = "{:10.1f} to {:.1f}".format(*interval) if interval else ""
-        lines.append(f"{name:30}{old:{form}}{new:{form}}{change:+{form}}{spread}")
+    for name, before, after, change, spread in rows(summary):
+        lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
     return lines
 
 
 def before_and_after(summary):
-    images, note = (summary.get("after") or {}).get("images"), "On held-out pairs."
-    form, body = "z.4g", []
+    images = (summary.get("after") or {}).get("images")
+    note = "On held-out pairs."
     if images:
-        form = "z.1f"
-        note = (f"Percent, on {page.num(images)} images that are in no pair, with 95% intervals. "
-                "The change is paired by image, and bold if its interval leaves out 0.")
-    for name, before, after, change in rows(summary):
-        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, True)))
-    return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
+        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image, "
+                "and clear where its interval leaves out 0.")
+    head = "", "before", "after", "change", "95% interval of the change"
+    return page.section("Before and after", note, page.table(head, rows(summary)))
 
 
 def cell(measure, form, bold=False):
