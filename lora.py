@@ -27,10 +27,7 @@ import torch
 import data
 from data import UserError
 
-# Settings of a PEFT adapter that A and B cannot express.
-UNREAD = ("bias", "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-          "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config")
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's, which change the base as well
 SHARD = "5GB"                                                   # of a merged folder's files
 
 
@@ -171,7 +168,8 @@ def load(model, folder):
         fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
         if not fits or B.shape != (r, layer.out_features):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
-                            f"the model has {layer}: load it into the model that it was trained on")
+                            f"the model has {layer}: load it into the model that it was trained on, or let "
+                            "PEFT merge it")
         if config.get("use_rslora"):
             alpha *= r ** 0.5
         found[layer] = r, alpha, A, B
@@ -191,11 +189,8 @@ def read_adapter(folder):
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
-    odd = [key for key in UNREAD if config.get(key) and config[key] != "none"]
-    if str(config.get("init_lora_weights")).startswith(REBASED):
-        odd.append("init_lora_weights")
-    if odd or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is not plain LoRA ({', '.join(odd) or 'peft_type'}): let PEFT merge it")
+    if config.get("peft_type") != "LORA" or str(config.get("init_lora_weights")).startswith(REBASED):
+        raise UserError(f"{folder} is not plain LoRA (peft_type, init_lora_weights): let PEFT merge it")
     return config, tensors
 
 

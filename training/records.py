@@ -30,10 +30,9 @@ import re
 import statistics
 import sys
 from array import array
-from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,18 +194,23 @@ class Lines:
 
 
 class Parquet:
-    """Parquet: only a row group or two are in memory."""
+    """Parquet, read whole, in Arrow's layout."""
     def __init__(self, path):
-        self.path, about = path, _parquet(path)
-        sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
-        self.first = [*accumulate(sizes, initial=0)]                # record of each group
+        try:
+            from pyarrow import Table, parquet
+            some = parquet.ParquetFile(path).iter_batches(1000)        # one piece holds 2 GB of images at most
+            self.table = Table.from_batches(some)
+        except ImportError as error:
+            raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
+        except ValueError as error:                         # pyarrow's ArrowInvalid
+            raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
     def __len__(self):
-        return self.first[-1]
+        return len(self.table)
 
     def __getitem__(self, k):
-        group = bisect_right(self.first, k) - 1
-        return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
+        record, = self.table.slice(k, 1).to_pylist()
+        return record
 
 
 class Array(list):
@@ -229,19 +233,6 @@ class Array(list):
             _, end = decoder.raw_decode(text, begin)
             at = begin
         return found
-
-
-@functools.lru_cache(maxsize=2)
-def _parquet(path, group=None):
-    """The metadata of a parquet file, or one of its row groups as a table."""
-    try:
-        import pyarrow.parquet as pq
-        file = pq.ParquetFile(path, memory_map=True)
-        return file.metadata if group is None else file.read_row_group(group)
-    except ImportError as error:
-        raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-    except ValueError as error:                         # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
 
 def _opened(path):
