@@ -198,7 +198,7 @@ class Parquet:
     def __init__(self, path):
         try:
             from pyarrow import Table, parquet
-            some = parquet.ParquetFile(path).iter_batches(1000)        # one piece holds 2 GB of images at most
+            some = parquet.ParquetFile(path).iter_batches(1000)            # a piece holds at most 2 GB
             self.table = Table.from_batches(some)
         except ImportError as error:
             raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
