@@ -277,8 +277,7 @@ def validate(run, name):
     n = len(run.val)
     sums = Counter()
     for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
-        micro = batches.Micro([*places], len(places), n)
-        batch = run.val.batch(micro, [run.val.read(place) for place in places])
+        batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         sums.update(measures(policy, reference, loss, run.o.beta))
     return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,

@@ -121,8 +121,7 @@ def read_pairs(front, path, needs=ALL, **fields):
 
 
 def batch_of(pairs, places, epoch=0):
-    read = [pairs.read(place, epoch) for place in places]
-    return pairs.batch(batches.Micro(list(places), len(places), len(places)), read)
+    return batches.join([pairs.read(place, epoch) for place in places])
 
 
 def adapter(out):
@@ -485,7 +484,7 @@ def test_small_pictures_are_read_once_for_all_epochs(world, monkeypatch, keep, r
         with monkeypatch.context() as patch:
             patch.setattr(batches.Pairs, "read", lambda *args: seen.append(1) or read(*args))
             found = list(feed(step))
-            [future.result() for micro in feed.begun.get(step + 1, ()) for future in micro[1]]
+            [future.result() for micro in feed.begun.get(step + 1, ()) for future in micro[0]]
         for batch in found:
             assert_same(batch, batch_of(pairs, batch.places, step // 3))
     assert len(seen) == reads
@@ -497,7 +496,7 @@ def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(shard):
     tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
     for rank in range(2):
         pairs = batches.Pairs(None, range(10), tokens, None, o, frozenset())
-        pairs.read = lambda place, epoch: batches.Read(place, [], [], place)
+        pairs.read = lambda place, epoch: data.Batch([place], [], [], [place], [place], 1, 1)
         found = list(batches.Batches(pairs, o, command.Ranks(rank, 2), 1)(0))
         assert len(found) == 3 if shard else len(found) in (2, 3)      # five, and a filler
         counting = [batch for batch in found if batch.counts]

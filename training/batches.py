@@ -17,10 +17,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import chain
+from functools import lru_cache, partial, reduce
+from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,21 +29,6 @@ from data import UserError
 from training.records import Records, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
-
-
-class Read(NamedTuple):
-    """A pair as a step takes it: ids, its images as the family prepared them, a hash over all of it."""
-    pair: data.Pair
-    images: list
-    images_rejected: list
-    key: int
-
-
-class Micro(NamedTuple):
-    """A micro-batch before it is read; see data.Batch."""
-    places: list
-    counts: int
-    of: int
 
 
 # ---- pairs ----
@@ -92,7 +77,7 @@ class Pairs:
         return len(self.good)
 
     def read(self, place, epoch=0):
-        """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
+        """The data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.records[self.good[place]]
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
@@ -107,10 +92,11 @@ class Pairs:
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
-        key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
+        digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for x in tensors(images + rejected):
-            key.update(x.numpy().tobytes())
-        return Read(pair, images, rejected, int.from_bytes(key.digest(), "little", signed=True))
+            digest.update(x.numpy().tobytes())
+        key = int.from_bytes(digest.digest(), "little", signed=True)
+        return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
 
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each image."""
@@ -125,11 +111,10 @@ class Pairs:
         index = other_index(seed, record["id"], place, len(self))
         return data.read_image(self.records[self.good[index]]["images"][0])
 
-    def batch(self, micro, read):
-        """data.Batch of a Micro, whose Reads these are."""
-        pairs, images, rejected, keys = zip(*read, strict=True)
-        return data.Batch(pairs, [*chain(*images)], [*chain(*rejected)], micro.places, keys, micro.counts,
-                          micro.of)
+
+def join(batches):
+    """Several data.Batches as one: lists are joined, counts are added."""
+    return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
 def other_index(seed, id, i, n):
@@ -240,29 +225,35 @@ class Batches:
         for ahead in range(t, min(t + 2, self.steps)):
             if ahead not in self.begun:
                 self.begun[ahead] = self.begin(ahead)
-        for micro, futures in self.begun.pop(t):
+        for futures, counts, of in self.begun.pop(t):
             since = time.monotonic()
             read = [future.result() for future in futures]
             self.waited += time.monotonic() - since
-            yield self.pairs.batch(micro, read)
+            yield join(read)._replace(counts=counts, of=of)
 
     def begin(self, t):
-        """[(Micro, a future of each Read)] of step t, on this rank."""
+        """[(futures of the pairs, how many of them count, pairs in the step)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
-        some = data.chunks(places, self.o.micro_batch)
-        micros = [Micro(each, len(each), len(places)) for each in some]
+        micros = [(some, len(some)) for some in data.chunks(places, self.o.micro_batch)]
         while self.o.shard and len(micros) % self.ranks.world:
-            micros.append(micros[0]._replace(counts=0))
-        return [(micro, [self.pool.submit(self.read, place, epoch) for place in micro.places])
-                for micro in self.share(micros)]
+            micros.append((places[:self.o.micro_batch], 0))
+        found = []
+        for some, counts in self.share(micros):
+            futures = [self.pool.submit(self.read, place, epoch) for place in some]
+            found.append((futures, counts, len(places)))
+        return found
 
     def share(self, micros):
         """This rank's: the longest first, in turn, so that all ranks have about as many tokens."""
         if self.ranks.world == 1:
             return micros
-        micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
-        return micros[self.ranks.rank::self.ranks.world]
+        return sorted(micros, key=self.length, reverse=True)[self.ranks.rank::self.ranks.world]
+
+    def length(self, micro):
+        """The tokens of a micro-batch."""
+        places, _ = micro
+        return sum(self.pairs.tokens[place] for place in places)
 
     def read(self, place, epoch):
         """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
