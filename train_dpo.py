@@ -87,13 +87,13 @@ def prepare(o, out, ranks):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path = ranks.first(partial(batches.classroom_files, o, out))
+    path, held_out = ranks.first(partial(batches.classroom_files, o, out))
     family = front.open_folder(o.model, o.template or None, o.images)
     needs = options.needs_of(o)
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
-    if o.val_data:                                              # a margin needs the rejected response
-        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks)
+    if held_out:                                                # a margin needs the rejected response
+        val = batches.checked(family, held_out, o, needs | {"rejected"}, ranks)
     ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
     # ---- the model and its trainable weights ----
@@ -251,7 +251,7 @@ def kept_scores(run, name):
 
 
 def scores(run, name):
-    """The classroom's metrics or those of val_data; whether the model looks; eval_data's questions."""
+    """The classroom's metrics or those of held-out pairs; whether the model looks; eval_data's questions."""
     o = run.o
     out = run.out
     found = {}
@@ -261,9 +261,8 @@ def scores(run, name):
         found = answers.score_classroom(out / f"{name}.jsonl")
     elif run.val:
         found = validate(run, name)
-    held_out = (run.val.records, run.val.good) if run.val else look.made(out)
-    if o.look and held_out:
-        found["look"] = look.look(run.model, *held_out, o, name, out / "before.look.json")
+    if o.look and run.val:
+        found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
                               o.eval_annotations, o.eval_synonyms)
@@ -273,7 +272,7 @@ def scores(run, name):
 
 @torch.no_grad()
 def validate(run, name):
-    """Loss, margin and accuracy on val_data, by the same step_loss."""
+    """Loss, margin and accuracy on held-out pairs, by the same step_loss."""
     n = len(run.val)
     sums = Counter()
     for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):

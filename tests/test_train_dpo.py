@@ -165,7 +165,8 @@ def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_
     assert o.lora_r == 64
     m = vlm.load("classroom", dtype=torch.float64)
     (tmp_path / "scenes").mkdir()                                # no printed scenes are needed
-    pairs = read_pairs(m.front, batches.classroom_files(o, tmp_path))
+    path, _ = batches.classroom_files(o, tmp_path)
+    pairs = read_pairs(m.front, path)
     lora.add_lora(m.model, o.lora_r, o.lora_alpha)
     draw = torch.Generator().manual_seed(0)
     for p in lora.lora_parameters(m.model).values():             # B starts at 0: let it do something

@@ -33,18 +33,22 @@ KEEP = 2 ** 28                                     # bytes of pixels: the classr
 
 # ---- pairs ----
 def classroom_files(o, out):
-    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the pairs' path."""
+    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the paths of the pairs and of
+    held-out ones, "" if there are none."""
     own = built_in(o)
     made = o.data == "classroom"
+    path, held_out = o.data, o.val_data
     if own:
         make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
                              f"--questions {o.questions}")
     if made:
         make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+        path = out / "data" / "pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
         make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
                                f"--n {min(o.look, o.pairs)}")
-    return out / "data" / "pairs.jsonl" if made else Path(o.data)
+        held_out = out / "held_out" / "pairs.jsonl"
+    return path, held_out
 
 
 def make(folder, arguments):
@@ -77,7 +81,7 @@ class Pairs:
         return len(self.good)
 
     def read(self, place, epoch=0):
-        """The data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
+        """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.records[self.good[place]]
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
@@ -172,8 +176,9 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 
 
 def checked(front, path, o, needs, ranks):
-    """Pairs of a file, which rank 0 has checked. Raises UserError."""
-    records = Records(path, o.image_root or None)
+    """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
+    UserError."""
+    records = Records(path, o.image_root if path in (o.data, o.val_data) else None)
     good, tokens = ranks.first(partial(usable, front, records, o, needs))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 

@@ -43,7 +43,6 @@ import data
 from evaluation import stats
 from model import vlm
 from training.batches import tokenise
-from training.records import Records
 
 
 def look(m, records, good, o, name, kept=None):
@@ -90,15 +89,6 @@ def look(m, records, good, o, name, kept=None):
     found["logps_chosen_change"] = mean(change[0, :, 0])
     found["kl"] = mean(drawn)
     return found
-
-
-def made(out):
-    """(records, indices) of the pairs that the classroom's runs hold out; None in another run."""
-    file = out / "held_out" / "pairs.jsonl"
-    if not file.exists():
-        return None
-    records = Records(file)
-    return records, range(len(records))
 
 
 # ---- which pair is shown which image ----
