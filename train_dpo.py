@@ -176,7 +176,7 @@ def step(run, t):
             **{name: value / len(found) for name, value in sums.items()},
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
-            "memory_gib": round(plan.peak(run.ranks.device), 3)}
+            "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
 
 
 def learning_rate(t, steps, o):

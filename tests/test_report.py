@@ -148,12 +148,6 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     assert "true image+2.00+1.50 to +2.25+6.00" in Page(read(run)).text            # a line of their own
 
 
-def test_a_change_is_bold_only_where_its_interval_leaves_out_0():
-    assert report.cell([1., .5, 2.], "+z.1f", bold=True) == ("+1.0", "+0.5 to +2.0", "clear")
-    assert report.cell([1., -.5, 2.], "+z.1f", bold=True) == ("+1.0", "−0.5 to +2.0", "")
-    assert report.cell([1.], "+z.1f", bold=True) == ("+1.0", "", "")
-
-
 def test_hostile_text_is_escaped_everywhere(tmp_path):
     html = read(make_run(tmp_path / "run", evil=EVIL))
     seen = Page(html)

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import os
-import sys
 from collections import Counter
 
 import torch
@@ -76,14 +75,6 @@ def capacity(device):
         about = torch.cuda.get_device_properties(device)
         return about.total_memory, about.name
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
-
-
-def peak(device):
-    """GiB that were in use at most, of the GPU or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
 
 
 # -------------------------------------------------------------------------------- what cannot fit

@@ -272,9 +272,8 @@ class Records:
         for name, layout in FORMATS.items():
             if keys >= set(layout.keys.split()):
                 return name
-        known = "; ".join(f"{name} ({layout.keys} ...)" for name, layout in FORMATS.items())
         raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
-                        f"them to those of one of these: {known}")
+                        f"them to those of one of {', '.join(FORMATS)} (docs/data.md)")
 
     def __len__(self):
         return len(self.keep)

@@ -71,12 +71,10 @@ def before_and_after(summary):
     return page.section("Before and after", note, page.table(head, rows(summary)))
 
 
-def cell(measure, form, bold=False):
-    """A measure as page.table takes it, its interval in small print; bold where that leaves out 0."""
+def cell(measure, form):
+    """[mean, low, high] as page.table takes it, the interval in small print."""
     value, *interval = measure
-    spread = " to ".join(page.num(bound, form) for bound in interval)
-    clear = bold and interval and not min(interval) <= 0 <= max(interval)
-    return page.num(value, form), spread, "clear" if clear else ""
+    return page.num(value, form), " to ".join(page.num(bound, form) for bound in interval)
 
 
 # ---- curves ----
@@ -124,8 +122,7 @@ def held_out(lines):
     head = ("log p(chosen) − log p(rejected), by the image shown", "before", "after", "margin",
             "true image’s margin minus it")
     for kind in first["preference"]:
-        cells = [cell(column.get(kind, [None]), "+z.2f", k > 1) for k, column in enumerate(columns)]
-        body.append((IMAGES[kind], *cells))
+        body.append((IMAGES[kind], *(cell(column.get(kind, [None]), "+z.2f") for column in columns)))
     for key, name in ONCE.items():
         body.append((name, *(cell(look[key], "z.2f") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
