@@ -240,11 +240,8 @@ def _opened(source):
     try:
         with Image.open(source) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
-                raise UserError(f"image {name} is {file.width} x {file.height} pixels, one side more than "
-                                f"{NARROW} times the other; crop it or drop the record")
+                raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
             yield file
-    except UserError:
-        raise
     except FileNotFoundError as error:
         raise UserError(f"image {name} is missing; put it there or give the right --image_root") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error,

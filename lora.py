@@ -27,7 +27,7 @@ import torch
 import data
 from data import UserError
 
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's, which change the base as well
+STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
 
 
@@ -189,7 +189,7 @@ def read_adapter(folder):
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
-    if config.get("peft_type") != "LORA" or str(config.get("init_lora_weights")).startswith(REBASED):
+    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in STARTS:
         raise UserError(f"{folder} is not plain LoRA (peft_type, init_lora_weights): let PEFT merge it")
     return config, tensors
 

@@ -58,6 +58,7 @@ class Run:
     ranks: command.Ranks
     model: vlm.VLM
     sharded: bool                        # --shard: a forward needs all ranks
+    first: Any                           # ranks.first(work), where work() may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
     reference: Reference
@@ -70,13 +71,6 @@ class Run:
     state: checkpoint.State = field(default_factory=checkpoint.State)
     stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
     stopping: bool = False               # any rank was asked to stop
-
-    def first(self, work):
-        """work() on rank 0, which may run the model; its result on every rank."""
-        if not self.sharded:
-            return self.ranks.first(work)
-        from training import shard
-        return shard.first(self.ranks, work, self.model)
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -101,8 +95,10 @@ def prepare(o, out, ranks):
     if sharded:
         from training import shard
         model = shard.load_in_shards(partial(load, family, o, dtype, "cpu"), ranks)
+        first = partial(shard.first, ranks, model)
     else:
         model = load(family, o, dtype, ranks.device)
+        first = ranks.first
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
@@ -113,7 +109,7 @@ def prepare(o, out, ranks):
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
                base=command.identity(family.folder))

@@ -309,7 +309,7 @@ def test_a_sliver_of_a_picture_is_refused_in_a_sentence(tmp_path):
     """20,000 x 10 pixels: the shorter side scaled to 336 would make the longer 672,000."""
     Image.new("RGB", (20_000, 10)).save(tmp_path / "sliver.png")
     for read in (data.read_image, data.image_size):
-        with pytest.raises(data.UserError, match="sliver.png is 20000 x 10 pixels, .* crop it or drop"):
+        with pytest.raises(UserError, match="sliver.png is unreadable .20000 x 10 pixels are too narrow"):
             read(tmp_path / "sliver.png")
     Image.new("RGB", (1000, 10)).save(tmp_path / "narrow.png")
     assert data.read_image(tmp_path / "narrow.png").size == (1000, 10)

@@ -195,7 +195,7 @@ def test_native_holds_several_images_or_none_history_and_rejected_images(folder)
         ["Hi", "Hello"]
     ]
     assert records[0]["meta"]["k"] == 1
-    assert records[1]["images"] == [] and records[1]["images_rejected"] is None
+    assert records[1]["images"] == records[1]["images_rejected"] == []
 
 
 def test_earlier_turns_and_a_system_message_are_kept(folder):

@@ -59,7 +59,7 @@ def make(folder, arguments):
     words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
     done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
-        raise UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        raise UserError(f"{program} failed: {done.stderr.strip()}")
 
 
 def built_in(o):
@@ -85,9 +85,8 @@ class Pairs:
         o, record = self.o, self.records[self.good[place]]
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
-        images, rejected = [data.read_image(x) for x in shown(record, o)], []
-        if twice and (record["images_rejected"] or not o.crop_pixels):
-            rejected = self.rejected_images(place, record, images, seed)
+        images = [data.read_image(x) for x in shown(record, o)]
+        rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
         rejected = prepared[len(images):]
@@ -103,8 +102,8 @@ class Pairs:
         return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
 
     def rejected_images(self, place, record, images, seed):
-        """The record's own rejected images, or one made for each image."""
-        if record["images_rejected"]:
+        """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
+        if record["images_rejected"] or self.o.crop_pixels:
             return [data.read_image(x) for x in record["images_rejected"]]
         other = partial(self.other_image, seed, record, place)
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
@@ -240,25 +239,19 @@ class Batches:
         """[(futures of the pairs, how many of them count, pairs in the step)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
-        micros = [(some, len(some)) for some in data.chunks(places, self.o.micro_batch)]
+        micros = data.chunks(places, self.o.micro_batch)
+        if self.ranks.world > 1:                  # the longest first: each rank has about as many tokens
+            micros.sort(key=lambda some: -sum(self.pairs.tokens[place] for place in some))
+        counts = [len(some) for some in micros]
         while self.o.shard and len(micros) % self.ranks.world:
-            micros.append((places[:self.o.micro_batch], 0))
+            micros.append(micros[-1])
+            counts.append(0)
+        mine = slice(self.ranks.rank, None, self.ranks.world)
         found = []
-        for some, counts in self.share(micros):
+        for some, count in zip(micros[mine], counts[mine], strict=True):
             futures = [self.pool.submit(self.read, place, epoch) for place in some]
-            found.append((futures, counts, len(places)))
+            found.append((futures, count, len(places)))
         return found
-
-    def share(self, micros):
-        """This rank's: the longest first, in turn, so that all ranks have about as many tokens."""
-        if self.ranks.world == 1:
-            return micros
-        return sorted(micros, key=self.length, reverse=True)[self.ranks.rank::self.ranks.world]
-
-    def length(self, micro):
-        """The tokens of a micro-batch."""
-        places, _ = micro
-        return sum(self.pairs.tokens[place] for place in places)
 
     def read(self, place, epoch):
         """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""

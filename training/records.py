@@ -18,7 +18,7 @@ Ours, where a format leaves a choice:
  1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
  2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
     (official); a description's texts are one seeded draw per image.
- 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index."""
+ 3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
@@ -81,15 +81,10 @@ def ha_dpo(raw):
     """A question with its answers, or, without a question, several descriptions of an image."""
     found = {"image": f"VG_100K/{raw['image_id']}.jpg"}
     if "question" in raw:
-        return found | {"rejected": raw.get("reject", raw.get("rejected"))}
+        return found | {"rejected": raw["reject"]}
     rng = draw("ha-dpo", raw["image_id"])
     texts = {"question": DESCRIBE, "chosen": raw["chosen"], "rejected": raw["rejected"]}
     return found | {key: rng.choice(some).item() for key, some in texts.items()}
-
-
-def _to_correct(raw):
-    """Whether HA-DPO has something to correct in an answer."""
-    return not raw.get("correct")
 
 
 def trl(raw):
@@ -108,7 +103,7 @@ def _turn(raw):
     role, text = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text)
-    return {"human": "user", "gpt": "assistant", "llava": "assistant"}.get(role, role), text
+    return {"human": "user", "gpt": "assistant"}.get(role, role), text
 
 
 def _response(turns):
@@ -140,34 +135,33 @@ def _dialogue(turns):
 
 def _by_rating(raw):
     """The texts of VLFeedback's rated completions, worst mean first; [] where all are tied. "N/A" is none."""
-    answers, means, texts = raw.get("completions") or [], {}, {}
+    answers, means = raw.get("completions") or [], {}
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
-    for k, answer in enumerate(answers):
+    for answer in answers:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            texts[k] = answer["response"]
-            means[k] = statistics.fmean(float(mark["Rating"]) for mark in answer["annotations"].values())
+            marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
+            means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
         return []
-    return [texts[k] for k in sorted(means, key=means.get)]
+    return sorted(means, key=means.get)
 
 
 class Format(NamedTuple):
     """A published format: `read` is its function above."""
     keys: str                   # that it is detected by
     read: Any
-    own_ids: bool = True        # False where they are absent or repeat: the id is FILE:index
     is_pair: Any = None         # raw record -> whether it is one; None: all are
 
 
 FORMATS = {                     # in the order in which they are tried
     "vlfeedback": Format("prompt completions", vlfeedback, is_pair=_by_rating),
-    "llava-rlhf": Format("output_1 output_2", llava_rlhf, own_ids=False),
+    "llava-rlhf": Format("output_1 output_2", llava_rlhf),
     "mdpo": Format("img_path prompt", mdpo),
     "llava": Format("conversations", llava),
-    "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, is_pair=_to_correct),
-    "rlhf-v": Format("text image", rlhf_v, own_ids=False),
-    "rlaif-v": Format("question ds_name", native, own_ids=False),
+    "ha-dpo": Format("image_id chosen", ha_dpo, is_pair=lambda raw: not raw.get("correct")),
+    "rlhf-v": Format("text image", rlhf_v),
+    "rlaif-v": Format("question ds_name", native),
     "native": Format("question", native),
     "trl": Format("prompt chosen", trl)}
 
@@ -293,13 +287,21 @@ class Records:
         return data.as_record(found, self.place(i))
 
     def _id(self, raw, i):
-        own = raw.get("id") if self.layout.own_ids else None
-        return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
+        own = raw.get("id")
+        if own is None or self.format == "llava-rlhf":           # whose ids repeat
+            return f"{Path(self.path).stem}:{self.keep[i]}"
+        return str(own)
 
     def __getitem__(self, i):
         raw = self._raw(i)
         try:
-            return {"id": self._id(raw, i), **self._fields(raw)}
+            found = raw | self.layout.read(raw)
+            turns = found["question"]
+            history, question = _dialogue([turns] if isinstance(turns, str) else turns)
+            return {"id": self._id(raw, i), "images": self._images(found.get("image")),
+                    "images_rejected": self._images(raw.get("image_rejected")),
+                    "question": question, "history": history, "chosen": _response(found["chosen"]),
+                    "rejected": _response(found["rejected"]), "meta": raw.get("meta") or {}}
         except KeyError as error:
             problem = f"key {error} is missing; add it"
         except UserError as error:
@@ -307,15 +309,6 @@ class Records:
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             problem = f"not laid out as {self.format} is ({error}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
-
-    def _fields(self, raw):
-        found = raw | self.layout.read(raw)
-        turns = found["question"]
-        history, question = _dialogue([turns] if isinstance(turns, str) else turns)
-        return {"images": self._images(found.get("image")),
-                "images_rejected": self._images(raw.get("image_rejected")) or None,
-                "question": question, "history": history, "chosen": _response(found["chosen"]),
-                "rejected": _response(found["rejected"]), "meta": raw.get("meta") or {}}
 
     def _images(self, images):
         """Paths inside the image root, or bytes, of what a record has under an image's key."""
@@ -353,13 +346,14 @@ def check(records, needs_image=False, skip_bad=False):
         except UserError as error:
             faults.add((i, "unreadable record", str(error)))
             continue
-        for kind, says in _text_faults(record, needs_image):
-            faults.add((i, kind, f"{records.where(i)}: {says}"))
+        problems = [*_text_faults(record, needs_image)]
         before = first.setdefault(record["id"], i)
         if before != i:
-            says = f"{records.where(i)}: the id is a duplicate of that at {records.place(before)}; rename one"
-            faults.add((i, "duplicate id", says))
-        for image in _images(record):
+            says = f"the id is a duplicate of that at {records.place(before)}; rename one"
+            problems.append(("duplicate id", says))
+        for kind, says in problems:
+            faults.add((i, kind, f"{records.where(i)}: {says}"))
+        for image in record["images"] + record["images_rejected"]:
             shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
     with ThreadPoolExecutor() as pool:
         looked = pool.map(functools.partial(_image_fault, records), shown_by)
@@ -388,10 +382,6 @@ def drop(records, indices, faults, skip_bad):
     return [i for i in indices if i not in bad]
 
 
-def _images(record):
-    return record["images"] + (record["images_rejected"] or [])
-
-
 def _text_faults(record, needs_image):
     """Yields (kind, sentence): what is wrong with a record, its images' files apart."""
     texts, images = {name: record[name].strip() for name in ("chosen", "rejected")}, record["images"]
@@ -408,8 +398,12 @@ def _text_faults(record, needs_image):
 
 def _image_fault(records, key):
     """A sentence if an image, or one of the record with this index, cannot be read."""
+    images = [key]
+    if isinstance(key, int):
+        record = records[key]
+        images = record["images"] + record["images_rejected"]
     try:
-        for image in [key] if isinstance(key, str) else _images(records[key]):
+        for image in images:
             read_image(image)
     except UserError as error:
         return str(error).replace(records.root + os.sep, "")       # as the records have it

@@ -33,8 +33,7 @@ class Reference:
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
-        known = self.key[batch.places]
-        stale = not torch.equal(known, keys)
+        stale = not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
@@ -42,8 +41,7 @@ class Reference:
             self.key[batch.places] = keys
             self.new += batch.places
         exact = torch.promote_types(self.model.model.dtype, torch.float32)
-        kept = self.logps[batch.places].to(exact)
-        kept = kept.to(self.model.device)                                                       # (B, F)
+        kept = self.logps[batch.places].to(exact).to(self.model.device)                         # (B, F)
         return vlm.as_logps(kept.T.flatten(), batch.pairs, self.needs)
 
     @torch.no_grad()
@@ -51,9 +49,8 @@ class Reference:
         """Keep the log-probs of a batch. If something in front of the language model trains, the policy's
         features are not the base's."""
         trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
-        in_front = [name for name in trained if not {"language_model", "lm_head"} & {*name.split(".")}]
         with vlm.base_of(self.model) as base:
-            if in_front:
+            if not all("language_model." in name or "lm_head." in name for name in trained):
                 features = vlm.encode_images(base, batch)
             found = self.forward(base, batch.pairs, features, self.needs)
         logps = [getattr(found, field) for field in self.fields]

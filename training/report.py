@@ -38,8 +38,8 @@ def values(side):
 
 def rows(summary):
     """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
-    before, after = (values(summary.get(side) or {}) for side in ("before", "after"))
-    paired = summary.get("difference") or {}
+    before, after = (values(summary.get(side, {})) for side in ("before", "after"))
+    paired = summary.get("difference", {})
     paired = paired | paired.get("by_kind", {})
     found = []
     for name, new in after.items():
@@ -62,7 +62,7 @@ def table(summary):
 
 
 def before_and_after(summary):
-    images = (summary.get("after") or {}).get("images")
+    images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image, "
@@ -165,9 +165,8 @@ def write(run):
     for line in (first, *steps[-1:], summary):
         done |= line
     o = done["options"]
-    taken = page.num(summary.get("steps", done.get("step")))
-    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, {taken} steps in "
-            f"{page.num(done.get('seconds'))} seconds")
+    pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
+    said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
     for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
         if name in o:
             said += f", {name} {o[name]}"
