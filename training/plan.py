@@ -20,7 +20,6 @@ from model import command, front
 from training import batches, options
 
 GIB = 2 ** 30
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 # -------------------------------------------------------------------------------- memory
@@ -48,7 +47,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     whole, sharded = count[True, False], count[True, True] / world
 
     # ---- bytes ----
-    e = BYTES[options.dtype_of(o, device)]
+    e = getattr(torch, options.dtype_of(o, device)).itemsize
     master = max(4, e)
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
