@@ -220,10 +220,10 @@ def naive(m, pairs, features, needs):
                       position_ids=positions,
                       use_cache=False)
     logits = outputs.logits[..., :m.words]                                              # (R, T, V)
-    return _logps(losses.response_logps(logits, labels), pairs, needs)
+    return as_logps(losses.response_logps(logits, labels), pairs, needs)
 
 
-def _logps(sums, pairs, needs):
+def as_logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
     parts = iter(sums.split(len(pairs)))
     found = {name: next(parts) for name in ("chosen", "rejected", "image_rejected") if name in needs}
@@ -274,7 +274,7 @@ def packed(m, pairs, features, needs):
     if "image_rejected" in needs:
         shown += features.rejected
     logps = packed_token_logps(m, row, shown).split(row.lengths)
-    return _logps(torch.stack([response.sum() for response in logps]), pairs, needs)
+    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 
 def packed_token_logps(m, row, features):
