@@ -191,29 +191,6 @@ def test_command_line_answers_a_folder_of_scenes(m, tmp_path):
     assert run("score", "classroom", "--answers", out, "--out", tmp_path / "scores.json")[0] == 0
 
 
-def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
-    """beta (policy - reference), word by word, on the true and on another image of the run's own scenes."""
-    import torch
-
-    import lora
-    from model import vlm
-    scenes, _ = write_scenes(tmp_path / "scenes")
-    policy = vlm.load(m.front.folder)
-    lora.add_lora(policy.model, 2, 4)
-    for name in ("before", "after"):
-        answer(policy, scenes, tmp_path / f"{name}.jsonl")
-    words = answering.word_rewards(policy, tmp_path, 0.1)
-    assert 0 < len(words) <= 4 and all(abs(w["true"]) < 1e-6 for entry in words for w in entry["words"])
-    torch.manual_seed(0)
-    for weight in lora.lora_parameters(policy.model).values():
-        weight.data.normal_(std=.1)
-    words = answering.word_rewards(policy, tmp_path, 0.1)
-    for entry in words:
-        assert " ".join(w["word"] for w in entry["words"]).split() == entry["answer_after"].split()
-        assert entry["image"] != entry["other_image"] and (tmp_path / entry["other_image"]).exists()
-    assert any(w["true"] != w["other"] for entry in words for w in entry["words"])
-
-
 @pytest.mark.skipif(not Path(ROOT, "classroom", "models", "base0", "config.json").exists(),
                     reason="the classroom's model has not been made: python classroom/make.py")
 def test_the_classroom_model_looks(tmp_path):
