@@ -2,7 +2,6 @@
 
     answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's, with a model of vlm.load
     answer_questions(m, "pope", questions, "answers.jsonl")      a published benchmark's, of benchmarks.py
-    read_answers("answers.jsonl")                                -> (settings, answers)
 
 For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
 {"settings": ...}, then the benchmark's lines in order, each with an "answer". Which answers share a batch can
@@ -19,7 +18,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import data
-from data import UserError
 from evaluation import benchmarks, metrics, objects, words
 from model import command
 
@@ -35,14 +33,9 @@ def read_scenes(path):
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"
-    scenes = list(data.read_jsonl(file))
+    scenes = benchmarks.records(file, ("question", "image"), "file of scenes")
     for number, scene in enumerate(scenes, 1):
-        where = f"{file}, line {number}"
-        objects.check_truth(scene, where)
-        if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
-            raise UserError(f"{where} lacks a question or an image; make the scenes again")
-    if not scenes:
-        raise UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
+        objects.check_truth(scene, f"{file}, line {number}")
     return scenes, file
 
 
@@ -67,22 +60,24 @@ def _hash(lines):
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
-    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
-    Question's image -> a PIL image."""
+def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, description, ranks, **more):
+    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. more: settings
+    of the benchmark."""
+    more |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
+    settings = describe(m, **more)
     items = []
     for place, question in enumerate(questions):
         items.append({"id": place, "hash": _hash(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
-    make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
-    store.work(items, make, batch_size, description)
+    store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
 
 
-def _texts(m, read, max_new_tokens, batch_size, groups):
+def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
+    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
     for group in groups:
         questions = [item["_question"] for item in group]
         images = [[read(question.image)] for question in questions]
@@ -99,49 +94,27 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
     for scene in scenes:
         image = data.inside(file.parent, scene["image"], file)
         questions.append(benchmarks.Question(scene, scene["question"], image))
-    settings = describe(m,
-                        benchmark="classroom",
-                        max_new_tokens=max_new_tokens,
-                        questions=len(scenes),
-                        scenes=os.path.relpath(file, Path(out_path).parent),
-                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-    answer(m, questions, data.read_image, out_path, settings, batch_size, description, ranks)
+    answer(m, "classroom", questions, out_path, batch_size, max_new_tokens, description, ranks,
+           scenes=os.path.relpath(file, Path(out_path).parent),
+           scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
 
 
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
                      max_new_tokens=512, ranks=None):
     """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues."""
-    settings = describe(m,
-                        benchmark=benchmark,
-                        prompt=prompt,
-                        max_new_tokens=max_new_tokens,
-                        seed=None,
-                        questions=len(questions),
-                        questions_sha256=_hash([each.line for each in questions]))
-    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
-    answer(m, questions, read, out_path, settings, batch_size, "answering", ranks)
-
-
-def read_answers(path):
-    """-> (settings or {}, answers). Raises UserError for a file that its run has not finished."""
-    lines = data.read_records(path)
-    settings = lines.pop(0)["settings"] if lines and "settings" in lines[0] else {}
-    wanted = settings.get("questions", len(lines))
-    if len(lines) != wanted:
-        raise UserError(f"{path} answers {len(lines)} of {wanted} questions; run the same `answers` command "
-                        "again to continue it")
-    return settings, lines
+    answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, "answering", ranks,
+           prompt=prompt, seed=None, questions_sha256=_hash([each.line for each in questions]))
 
 
 # ---- for training ----
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
-    return metrics.classroom(read_answers(answers_path)[1])
+    return metrics.classroom(data.read_records(answers_path))
 
 
 def difference(before_path, after_path):
     """-> metrics.difference of two answers files."""
-    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
+    return metrics.difference(data.read_records(before_path), data.read_records(after_path))
 
 
 def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):

@@ -17,14 +17,14 @@ if __name__ == "__main__":
 import base64
 import binascii
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import data
 from data import UserError
-from evaluation import objects, words
+from evaluation import objects
 from evaluation.metrics import SPLITS
+from evaluation.stats import first, image_number
 
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
 NAME = 300                                     # characters: anything longer is base64, not a file's name
@@ -90,9 +90,7 @@ def _split(file):
 
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("query_*ive.json"), reverse=True) or _files(path, "query_all.json")
+    files = reversed(_files(path, "query_*ive.json"))
     return [query for file in files for query in records(file, ("id", "image", "query"), "AMBER query file")]
 
 
@@ -148,21 +146,15 @@ def _amber(paths):
 
 def _objhal(paths):
     for place, row in enumerate(records(paths[0], (), "question file")):
-        text = _first_text(row, "question", "prompt", "text")
-        image = _first_text(row, "image", "image_path") or ""
+        text, image = first(row, "question", "prompt", "text"), first(row, "image", "image_path") or ""
         coded = len(image) > NAME
         image_id = row.get("image_id", None if coded else image)
-        if digits := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.\w+)?", str(image_id)):
-            image_id = int(digits[1])
-        if text is None or image_id is None:
+        if image_id is None or not isinstance(text, str):
             raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is not a "
                             "file of questions about images; give another file")
+        image_id = image_number(image_id) or image_id
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
         yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
-
-
-def _first_text(row, *keys):
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
 
 
 def _mmhal(paths):
@@ -180,7 +172,6 @@ def image_names(line, listed=()):
     names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
     if isinstance(line.get("image_src"), str):                                                       # MMHal's
         name = line["image_src"].rpartition("/")[2]
-        names += [f"{line.get('image_id')}.{end}" for end in ("jpg", "png", "jpeg")]
         names += [name, *(other for other in listed if other.endswith(f"_{name}"))]
     elif isinstance(line.get("image_id"), int):
         names += [f"COCO_val2014_{line['image_id']:012d}.jpg", f"{line['image_id']:012d}.jpg"]
@@ -219,8 +210,6 @@ def read_answers(paths):
             raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
                             "give the answers")
         for line in lines:
-            if "caption" in line:                                                 # the first CHAIR's own form
-                line = {"text": line["caption"], **line}
             if split and "settings" not in line:
                 line = {"split": split, **line}
             elif len(paths) > 1 and not line.keys() & {"split", "settings"}:
@@ -257,27 +246,33 @@ def amber_nouns(path):
     return found
 
 
-def lemmas(path):
-    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
-    table = data.read_json(path, kind=dict)
-    if not all(isinstance(single, str) for single in table.values()):
-        raise UserError(f"{path} is not a table of words; give builtin, nltk or such a table")
-    return lambda text: [table.get(word, word) for word in words.tokens(text.lower())]
-
-
 def coco_truth(folder, answers, table, lemmatize):
-    """-> objects.coco_truth of the images that the answers are about, by COCO's 2014 train and val files."""
-    images, found = objects.image_ids(answers), []
+    """-> {image id: the classes in it} of the images that the answers are about, by CHAIR's rule: those of
+    COCO's instances, and those that its captions name, in its train and val files of 2014.
+
+    table: objects.synonyms. lemmatize: as for metrics.chair.
+    """
+    images, truth = {image_number(first(line, "image_id", "image")) for line in answers}, {}
 
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         image = part.get("image_id", part.get("id") if "file_name" in part else None)
-        if image is not None and image not in images:
-            return None
-        return {key: part[key] for key in KEPT if key in part}
+        if image is None or image in images:
+            return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
         part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
-        for key in ("images", "annotations"):
-            part[key] = list(filter(None, part.get(key, [])))
-        found.append(part)
-    return objects.coco_truth(found[:2], found[2:], table, lemmatize, images)
+        names = {category["id"]: category["name"] for category in part.get("categories", [])}
+        for image in filter(None, part["images"]):
+            truth.setdefault(image["id"], set())
+        for mark in filter(None, part["annotations"]):
+            found = truth.setdefault(mark["image_id"], set())
+            if "caption" in mark:
+                named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
+                found.update(kind for _, kind in named)
+                continue
+            name = names.get(mark["category_id"])
+            if name not in table:
+                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
+                                "or of Object HalBench")
+            found.add(table[name])
+    return truth
