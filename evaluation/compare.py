@@ -5,8 +5,7 @@
 
 `compare` prints B - A of each measure. If the answers files hold no truth themselves (POPE, AMBER, CHAIR,
 MMHal), --items takes what `score` wrote per item for each of them. Intervals: 95%, bootstrap over images,
-both files seeing the same draws. The sign test asks how often a fair coin would divide the items on which the
-two differ as unevenly as this: exact, two-sided.
+both files seeing the same draws.
 
 The page works offline: 100 questions with both answers, each on a side drawn from --seed. A rater chooses
 with keys or buttons and downloads the votes, which become win, tie and loss: the human evaluation of mDPO,
@@ -56,13 +55,11 @@ def table(found, names):
     """What stats.paired found, as lines of text."""
     lines = [f"A {names[0]}",
              f"B {names[1]}",
-             f"{'percent':26}       A       B   B - A   95% interval       better  worse  p of sign test"]
+             f"{'percent':26}       A       B   B - A   95% interval"]
     for measure, row in found.items():
         low, high = row["interval"]
-        spread = f"{low:.1f} to {high:.1f}"
-        signs = "" if measure.endswith("f1") else f"{row['better']:8}{row['worse']:7}  {row['p']:.2g}"
         points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
-        lines.append(f"{measure:26}{points}   {spread:16}{signs}")
+        lines.append(f"{measure:26}{points}   {low:.1f} to {high:.1f}")
     return lines
 
 

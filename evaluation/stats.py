@@ -222,12 +222,9 @@ def scored(total, draws, scale=1):
 
 
 # ---- two models ----
-LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "hallucination_rate"}    # the less
-
-
 def paired(a_items, b_items):
-    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p"}} of items with equal ids, shares
-    in percent. Both sides see the same draws of images, which is what pairs them."""
+    """-> {measure: {"a", "b", "change", "interval"}} of items with equal ids, shares in percent. Both sides
+    see the same draws of images, which is what pairs them."""
     others = {(item.get("split"), item["id"]): item for item in b_items}
     both = []
     for item in a_items:
@@ -241,36 +238,9 @@ def paired(a_items, b_items):
     old_draws, new_draws = ratios(draws.of("a"), 100), ratios(draws.of("b"), 100)
     found = {}
     for measure in [measure for measure in old if measure in new]:
-        better, worse = _signs(both, measure)
-        if measure in LOWER:
-            better, worse = worse, better
         change = new[measure] - old[measure]
         found[measure] = {"a": old[measure],
                           "b": new[measure],
                           "change": change,
-                          "interval": interval(new_draws[measure] - old_draws[measure], change),
-                          "better": better,
-                          "worse": worse,
-                          "p": sign_test(better, worse)}
+                          "interval": interval(new_draws[measure] - old_draws[measure], change)}
     return found
-
-
-def _signs(both, measure):
-    """-> (items of which B has more of a measure, of which it has less)."""
-    more = less = 0
-    for pair in both:
-        top, bottom = pair["a"]["sums"].get(measure, (0, 0))
-        new_top, new_bottom = pair["b"]["sums"].get(measure, (0, 0))
-        if bottom and new_bottom:
-            more += new_top / new_bottom > top / bottom
-            less += new_top / new_bottom < top / bottom
-    return more, less
-
-
-def sign_test(better, worse):
-    """The exact two-sided p of a split this uneven under a fair coin; ties do not count."""
-    n, term, total = better + worse, 1, 0
-    for k in range(min(better, worse) + 1):                     # term is n over k
-        total += term
-        term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2 ** n) if n else 1.0

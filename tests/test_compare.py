@@ -49,13 +49,6 @@ def content(page):
 
 
 # ------------------------------------------------------------------------------- paired differences
-def test_the_exact_sign_test_by_hand():
-    assert stats.sign_test(0, 0) == stats.sign_test(3, 3) == 1
-    assert stats.sign_test(9, 0) == 2 / 2 ** 9 and stats.sign_test(0, 9) == stats.sign_test(9, 0)
-    assert stats.sign_test(7, 1) == 2 * (1 + 8) / 2 ** 8
-    assert 0 < stats.sign_test(7600, 7400) < 1                  # thousands of items are no matter
-
-
 def test_two_pope_files_are_compared_by_their_items(tmp_path, capsys):
     questions, rows = pope_file(tmp_path / "data", n=40)
     files, items = [], []
@@ -314,7 +307,7 @@ def test_score_and_compare_work_together(tmp_path, capsys):
     run("compare", tmp_path / "a" / "answers.jsonl", tmp_path / "b" / "answers.jsonl", "--out",
         tmp_path / "page.html", "--items", *(tmp_path / n / "scores.items.jsonl" for n in "ab"))
     said = capsys.readouterr().out
-    assert re.search(r"^accuracy +50.0 +50.0 +\+0.0", said, re.MULTILINE) and " 10     10  1" in said
+    assert re.search(r"^accuracy +50.0 +50.0 +\+0.0", said, re.MULTILINE)
     template, rows = mmhal_file(tmp_path / "mmhal")
     cases = {"chair": ([*coco_files(tmp_path), "--extractor", "{}.jsonl"], CAPTIONS,
                        {"0": '["gull"]', "1": "?"}, "chair_s"),
