@@ -329,5 +329,5 @@ def test_score_and_compare_work_together(tmp_path, capsys):
         run("compare", *files, "--out", tmp_path / "page.html", "--items",
             *(tmp_path / n / "scores.items.jsonl" for n in "ab"))
         row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(measure + " "))
-        assert row.split()[-3:-1] == {"amber": ["0", "0"]}.get(name,
-                                                               ["1" if name == "chair" else "2", "0"]), row
+        changes = {"chair": "-50.0", "mmhal": "-28.6", "amber": "+0.0"}
+        assert row.split()[3] == changes[name], row
