@@ -26,9 +26,6 @@ TYPES = {"generative": ("generative",),
          "action": ("action",),
          "relation": ("relation",),
          "all": ("existence", "state", "number", "action", "relation")}
-CAPTIONS = {"chair": ("hal", "mentions"),                               # by the counts of a caption
-            "cover": ("cover", "cover_num"),
-            "cog": ("cog", "cog_num")}
 # The official names of the counters of a measure, and of a part.
 COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "accuracy": "correct",
             "precision": "ans_no", "recall": "no"}
@@ -117,15 +114,18 @@ def credits(nouns, truth, hallu, relation, safe_words, near):
         _credit({noun}, added, cognised)
         _credit(alike, added, cognised)
         misses += not _credit(alike, present, covered)
-    counts = {"hal": misses,
-              "mentions": len(nouns),
-              "cover": len(covered),
-              "cover_num": len(truth),
-              "cog": len(cognised),
-              "cog_num": len(hallu),
-              "non_hallu": int(not misses)}
-    sums = {measure: (counts[top], counts[bottom]) for measure, (top, bottom) in CAPTIONS.items()}
-    return counts | {"nouns": nouns, "sums": sums | {"hal": (int(misses > 0), 1)}}
+    return {"hal": misses,
+            "mentions": len(nouns),
+            "cover": len(covered),
+            "cover_num": len(truth),
+            "cog": len(cognised),
+            "cog_num": len(hallu),
+            "non_hallu": int(not misses),
+            "nouns": nouns,
+            "sums": {"chair": (misses, len(nouns)),
+                     "cover": (len(covered), len(truth)),
+                     "cog": (len(cognised), len(hallu)),
+                     "hal": (int(misses > 0), 1)}}
 
 
 def _entries(words, relation):

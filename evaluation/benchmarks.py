@@ -203,18 +203,18 @@ def read_answers(paths):
     found = []
     for path in paths:
         lines, split = data.read_records(path), _split(path)
-        for number, line in enumerate(lines, 1):
-            if _is_question(line):
-                raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
         if lines and all(line.get("model_answer") == "" for line in lines):
             raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
                             "give the answers")
-        for line in lines:
-            if split and "settings" not in line:
-                line = {"split": split, **line}
-            elif len(paths) > 1 and not line.keys() & {"split", "settings"}:
-                raise UserError(f"{path}: of several answers files, each needs the name of its split "
-                                f"({', '.join(SPLITS)}) in its own; rename it")
+        for number, line in enumerate(lines, 1):
+            if _is_question(line):
+                raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
+            if not line.keys() & {"split", "settings"}:
+                if split:
+                    line = {"split": split, **line}
+                elif len(paths) > 1:
+                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                    f"({', '.join(SPLITS)}) in its own; rename it")
             found.append(line)
     return found
 
