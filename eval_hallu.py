@@ -174,7 +174,7 @@ def run_compare(o):
 
 
 # ---- tables ----
-NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
+NAMES = {"acc": "accuracy", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
          "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
          "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
          "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
@@ -187,15 +187,12 @@ FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, sh
 def table(benchmark, scores):
     """The measures with their intervals as lines of text, then a line for each category."""
     names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
-    rows, lines = [], [f"{'percent':39}   95% interval"]
+    lines = [f"{'percent':39}   95% interval"]
     for key in filter(scores["intervals"].get, names):
-        rows.append((key, names[key], scores[key], *scores["intervals"][key]))
-    for kind, part in scores.get("by_kind", {}).items():
-        rows.append((kind, f"{kind}, accuracy of {part['n']}", part["acc"], *part["interval"]))
-    for key, name, *numbers in rows:
+        numbers = (scores[key], *scores["intervals"][key])
         value, low, high = (shown(benchmark, key, number) for number in numbers)
-        lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
-    for parts in ("by_split", "by_type", "by_category"):
+        lines.append(f"{names[key]:32}{value:>7}   {low:>5} to {high}")
+    for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for name, part in scores.get(parts, {}).items():
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
                      if key in part]

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
-from evaluation.stats import Asked, intervals, join, ratios, read, remarks, same_id, tally
+from evaluation.stats import intervals, join, ratios, read, remarks, same_id, tally
 
 TYPES = {"generative": ("generative",),
          "existence": ("existence",),                                   # questions by what they make up
@@ -50,12 +50,12 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     query = {same_id(line["id"]): line for line in queries}
     asked = {}
     for name, line in known.items():
-        asked[name] = Asked(kind_of(line["type"]), query.get(name, {}).get("query", ""))
+        asked[name] = {"part": kind_of(line["type"]), "text": query.get(name, {}).get("query", "")}
     found, items = read(answers, "amber"), []
     coverage = join([answer.id for answer in found], found, asked, partial)
     words, near = vocabulary(relation), similar_words(similarity or {})
     for name, text, _ in found:
-        (kind, question), note = asked[name], known[name]
+        kind, note = asked[name]["part"], known[name]
         item = {"id": name, "image": query.get(name, {}).get("image", name), "type": kind}
         if kind == "generative":
             named = nouns(text) if callable(nouns) else nouns.get(name)
@@ -64,7 +64,7 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             named = [noun for noun in named if noun in words]
             item |= credits(named, note["truth"], note["hallu"], relation, safe_words, near)
         else:
-            said = strict_yes_no(text) if added else yes_no(text, question)
+            said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
             item |= _answered(said, note["truth"])
         items.append(item)
     total, draws = tally(items, _parts, resamples)

@@ -115,19 +115,19 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    files = find_images(root, [question.image for question in asked])
+    files = find_images(root, [image for _, image in asked])
     found, missing = [], []
-    for (line, text, image), file in zip(asked, files, strict=True):
+    for (line, image), file in zip(asked, files, strict=True):
         if file is None:
             missing += image_names(image)[:1]
-        found.append(Question(line, prompt.replace("{question}", text), file))
+        found.append(Question(line, prompt.replace("{question}", line["question"]), file))
     if missing:
         raise UserError(f"{root} lacks {len(missing)} of {len(asked)} images (first: {missing[0]}); give "
                         "their folder with --images")
     return found
 
 
-# Each yields Questions; the image is base64, or the record in which its names are.
+# Each yields (a Question's line, its image): as base64, or the record in which its names are.
 def _pope(paths):
     for split, rows in pope_questions(paths).items():
         for row in rows:
@@ -136,12 +136,12 @@ def _pope(paths):
                     "image": row["image"],
                     "question": row["text"],
                     "label": row["label"]}
-            yield Question(line, row["text"], row)
+            yield line, row
 
 
 def _amber(paths):
     for row in amber_queries(Path(paths[0])):
-        yield Question({"id": row["id"], "image": row["image"], "question": row["query"]}, row["query"], row)
+        yield {"id": row["id"], "image": row["image"], "question": row["query"]}, row
 
 
 def _objhal(paths):
@@ -154,14 +154,14 @@ def _objhal(paths):
                             "file of questions about images; give another file")
         image_id = image_number(image_id) or image_id
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
-        yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
+        yield line, image.encode() if coded else row | {"image_id": image_id}
 
 
 def _mmhal(paths):
     keys = ("question_type", "image_id", "image_src", "image_content", "question", "gt_answer")
     for place, row in enumerate(records(paths[0], keys, "MMHal-Bench template")):
         line = {"question_id": place} | {key: row[key] for key in row if key not in ("image", "model_answer")}
-        yield Question(line, row["question"], line)
+        yield line, line
 
 
 def image_names(line, listed=()):

@@ -37,7 +37,6 @@ from data import UserError
 from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
-    Asked,
     few,
     first,
     image_number,
@@ -157,12 +156,11 @@ def pope(splits, answers, mode="robust", partial=False, resamples=1000):
     it names in `split`, which may be absent where there is only one; those without an id are in the
     questions' order, as POPE's own script takes them.
     """
-    lines = _pope_questions(splits)
-    asked = {name: Asked(line["split"], line["text"]) for name, line in lines.items()}
+    asked = _pope_questions(splits)
     found = read(answers, "pope")
     names = _pope_names(found, splits)
     coverage = join(names, found, asked, partial)
-    items = [_pope_item(answer, lines[name], mode) for name, answer in zip(names, found, strict=True)]
+    items = [_pope_item(answer, asked[name], mode) for name, answer in zip(names, found, strict=True)]
     total, draws = tally(items, lambda item: [item["split"]], resamples)
     by_split, counts = {}, Counter()
     for split in dict.fromkeys(item["split"] for item in items):
@@ -188,7 +186,7 @@ def pope(splits, answers, mode="robust", partial=False, resamples=1000):
 
 
 def _pope_questions(splits):
-    """{"split id": the question's line, with its split}. Raises UserError for another label, and for
+    """{"split id": the question's line, its split as its part}. Raises UserError for another label, and for
     duplicates."""
     asked = {}
     for split, lines in splits.items():
@@ -197,7 +195,7 @@ def _pope_questions(splits):
             if line["label"] not in ("yes", "no"):
                 raise UserError(f"question {line['question_id']} of {split} has a `label` that is not yes or "
                                 "no; give POPE's question file")
-            asked[f"{split} {line['question_id']}"] = line | {"split": split}
+            asked[f"{split} {line['question_id']}"] = line | {"part": split}
     return asked
 
 
@@ -223,7 +221,7 @@ def _pope_item(answer, line, mode):
     right, true = int(said == line["label"]), int(line["label"] == "yes")
     found = int(right and true)
     return {"id": answer.id,
-            "split": line["split"],
+            "split": line["part"],
             "image": line.get("image", answer.id),
             "label": line["label"],
             "said": said,
@@ -351,7 +349,7 @@ def _mmhal_answers(template, answers, partial):
     places = {record.get("image_id"): place for place, record in enumerate(template)}
     found = read(answers, "mmhal")
     names = [places.get(answer.line.get("image_id", ""), answer.id) for answer in found]
-    asked = {place: Asked("all", record["question"]) for place, record in enumerate(template)}
+    asked = {place: {"part": "all", "text": record["question"]} for place, record in enumerate(template)}
     coverage = join(names, found, asked, partial)
     said = {name: _caption(answer.text) for name, answer in zip(names, found, strict=True)}
     return dict(sorted(said.items())), coverage

@@ -1,7 +1,7 @@
 """What eval_hallu.py's measures share: answers joined to questions, counts added up, intervals.
 
     found = stats.read(answers, "pope")                 [Answer(id, text, line)]
-    stats.join(names, found, {id: Asked(part, text)})   duplicates, unknown ids and gaps are refused
+    stats.join(names, found, {id: {"part", "text"}})    duplicates, unknown ids and gaps are refused
     total, draws = stats.tally(items, parts)            sums over all items, and over draws of their images
     stats.scored(total.of(part), draws.of(part))        a part's measures, with 95% intervals
     stats.paired(a_items, b_items)                      B - A of each measure, with 95% intervals
@@ -34,12 +34,6 @@ class Answer(NamedTuple):
     def question(self):
         """What was asked, "" where the line does not say."""
         return str(first(self.line, "prompt", "question", "query") or "")
-
-
-class Asked(NamedTuple):
-    """A question: the part of its benchmark, and its text, "" if it is not known."""
-    part: str
-    text: str
 
 
 TEXTS = ("answer", "response", "model_answer", "text", "caption")  # the first there; a question may be a text
@@ -100,23 +94,23 @@ def join(names, found, asked, partial=False):
     """Refuse duplicates, strangers and gaps among the names of the answers found, and answers that were given
     to another text. -> the coverage.
 
-    asked: {name: Asked}. A part that is answered at all must be answered whole, unless `partial`. What an
-    answer says that it was asked may be more than the question.
+    asked: {name: {"part" of the benchmark, "text", "" if it is unknown}}. A part that is answered at all must
+    be answered whole, unless `partial`. What an answer says that it was asked may be more than the question.
     """
     once(names)
     strangers = [name for name in names if name not in asked]
     if strangers:
         raise UserError(f"{len(strangers)} answers belong to none of the questions (ids {few(strangers)}); "
                         "give the questions that they belong to")
-    begun = {asked[name].part for name in names}
-    whole = [name for name, question in asked.items() if question.part in begun]
+    begun = {asked[name]["part"] for name in names}
+    whole = [name for name, question in asked.items() if question["part"] in begun]
     answered = set(names)
     missing = [name for name in whole if name not in answered]
     if missing and not partial:
         raise UserError(f"{len(missing)} of {len(whole)} questions have no answer (ids {few(missing)}); "
                         "complete them, or score the others with --partial")
     others = [name for name, answer in zip(names, found, strict=True)
-              if answer.question and asked[name].text.strip() not in answer.question]
+              if answer.question and asked[name]["text"].strip() not in answer.question]
     if others:
         raise UserError(f"{len(others)} answers are to other questions under these ids (ids {few(others)}); "
                         "give the questions that they answer")
