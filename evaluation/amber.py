@@ -27,8 +27,8 @@ TYPES = {"generative": ("generative",),
          "relation": ("relation",),
          "all": ("existence", "state", "number", "action", "relation")}
 # The official names of the counters of a measure, and of a part.
-COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "accuracy": "correct",
-            "precision": "ans_no", "recall": "no"}
+COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "clean": "non_hallu",
+            "accuracy": "correct", "precision": "ans_no", "recall": "no"}
 CODES = {"generative": "", "all": "qa_", "state": "as_qa_", "number": "an_qa_", "action": "aa_qa_",
          "relation": "asso_qa_", "existence": "ha_qa_"}
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
@@ -125,7 +125,7 @@ def credits(nouns, truth, hallu, relation, safe_words, near):
             "sums": {"chair": (misses, len(nouns)),
                      "cover": (len(covered), len(truth)),
                      "cog": (len(cognised), len(hallu)),
-                     "hal": (int(misses > 0), 1)}}
+                     "clean": (int(not misses), 1)}}
 
 
 def _entries(words, relation):
@@ -196,20 +196,16 @@ def _measured(part, sums, added):
     if part == "attribute":
         added *= 3
     found = {measure: 100 * share for measure, share in ratios(sums, added=added).items()}
+    if "clean" in found:
+        found["hal"] = 100 - found.pop("clean")
     if not added:
         return found
-    if part == "generative":
-        found["hal"] = 100 - 100 * _clean(sums) / (sums["items", "n"] + added)
     found = {measure: round(value, 1) for measure, value in found.items()}
     if "f1" in found:
         small = 1e-3 if part == "existence" else 1e-4
         p, r = found["precision"] / 100, found["recall"] / 100
         found["f1"] = round(2 * p * r / (p + r + small) * 100, 1)
     return found
-
-
-def _clean(sums):
-    return sums["items", "n"] - sums["hal", "top"]
 
 
 def counters(total, added):
@@ -221,6 +217,4 @@ def counters(total, added):
             if (measure, "top") in sums:
                 found[f"{code}{name}_score"] = sums[measure, "top"]
                 found[f"{code}{name}_num"] = sums[measure, "bottom"] + added
-        if ("hal", "top") in sums:
-            found |= {"non_hallu_score": _clean(sums), "non_hallu_num": sums["items", "n"] + added}
     return found

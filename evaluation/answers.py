@@ -77,7 +77,7 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
-    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
+    read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
     for group in groups:
         questions = [item["_question"] for item in group]
         images = [[read(question.image)] for question in questions]

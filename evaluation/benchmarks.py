@@ -15,7 +15,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import base64
-import binascii
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -31,21 +30,10 @@ NAME = 300                                     # characters: anything longer is 
 
 
 class Question(NamedTuple):
-    """What is written beside the answer; what the model is asked; the image as a path, or as base64 bytes."""
+    """What is written beside the answer; what the model is asked; the image: a path, or its file's bytes."""
     line: dict
     prompt: str
     image: object
-
-
-def read_image(image):
-    """The image of a Question, upright and in RGB. Raises UserError if it cannot be read."""
-    if isinstance(image, bytes):
-        try:
-            image = base64.b64decode(image, validate=True)
-        except binascii.Error as error:
-            raise UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
-                            f"({error}); copy the file again") from error
-    return data.read_image(image)
 
 
 # ---- questions ----
@@ -127,7 +115,7 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     return found
 
 
-# Each yields (a Question's line, its image): as base64, or the record in which its names are.
+# Each yields (a Question's line, its image): its file's bytes, or the record in which its names are.
 def _pope(paths):
     for split, rows in pope_questions(paths).items():
         for row in rows:
@@ -154,7 +142,15 @@ def _objhal(paths):
                             "file of questions about images; give another file")
         image_id = image_number(image_id) or image_id
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
-        yield line, image.encode() if coded else row | {"image_id": image_id}
+        yield line, _decoded(image) if coded else row | {"image_id": image_id}
+
+
+def _decoded(image):
+    try:
+        return base64.b64decode(image, validate=True)
+    except ValueError as error:
+        raise UserError(f"an image in the question file, {image[:16]}..., is broken base64 ({error}); copy "
+                        "the file again") from error
 
 
 def _mmhal(paths):
@@ -180,7 +176,7 @@ def image_names(line, listed=()):
 
 def find_images(root, lines):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
-    that is the image itself, as base64, stays."""
+    that is the image itself, as bytes, stays."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is not a folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []

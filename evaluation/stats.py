@@ -216,13 +216,17 @@ def scored(total, draws, scale=1):
 
 
 # ---- two models ----
+def _key(item):
+    return item.get("split"), item["id"]
+
+
 def paired(a_items, b_items):
     """-> {measure: {"a", "b", "change", "interval"}} of items with equal ids, shares in percent. Both sides
     see the same draws of images, which is what pairs them."""
-    others = {(item.get("split"), item["id"]): item for item in b_items}
+    others = {_key(item): item for item in b_items}
     both = []
     for item in a_items:
-        other = others.get((item.get("split"), item["id"]))
+        other = others.get(_key(item))
         if other is not None:
             both.append({"image": item.get("image") or item["id"], "a": item, "b": other})
     if not both:

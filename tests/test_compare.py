@@ -113,7 +113,7 @@ ITEMS = {
               {"chair_s": (100, 0), "chair_s_refine": (100, 0), "chair_i": (50, 0), "recall": (100, 100),
                "mean_words": (5, 2)}),
     "amber": (amber_captions(["dog dog cat dog"] * 6), amber_captions(["dog sky dog sky"] * 6),
-              {"chair": (25, 0), "cover": (50, 100), "hal": (100, 0), "cog": (50, 0)}),
+              {"chair": (25, 0), "cover": (50, 100), "clean": (0, 100), "cog": (50, 0)}),
     "questions": (amber_questions("Yes"), amber_questions("No"),
                   {"accuracy": (0, 100), "precision": (0, 100), "recall": (0, 100), "f1": (0, 100)}),
     "mmhal": (mmhal_items([1, 4, "none"]), mmhal_items([5, 4, 6]),

@@ -356,7 +356,7 @@ def test_pope_is_answered_from_a_folder_or_from_files(tmp_path):
 def test_images_are_found_under_their_published_names(tmp_path):
     path, _ = objhal_file(tmp_path / "objhal")
     first, second, third, fourth = benchmarks.questions("objhal", [path])
-    shown = {benchmarks.read_image(question.image).tobytes() for question in (first, second, third)}
+    shown = {data.read_image(question.image).tobytes() for question in (first, second, third)}
     assert shown == {picture(0).tobytes()}
     assert fourth.image.endswith("COCO_val2014_000000000003.jpg")
     assert [q.line["question_id"] for q in (first, second, third, fourth)] == [0, 1, 2, 7]
