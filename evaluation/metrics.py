@@ -1,6 +1,6 @@
 """The measures of hallucination that eval_hallu.py prints, as pure functions of answers: no model, no file.
 
-    metrics.pope(questions, answers)              accuracy, precision, recall, F1, share of yes; by split
+    metrics.pope({split: questions}, answers)     accuracy, precision, recall, F1, share of yes; by split
     metrics.chair(answers, truth, ...)            CHAIR and Object HalBench: CHAIR_s, CHAIR_i, recall
     metrics.mmhal(template, answers, replies)     score, hallucination rate, by category
     metrics.classroom(answers)                    the built-in world's CHAIR, Cover, POPE, accuracy by kind
@@ -21,8 +21,8 @@ numbers equal the official scorers' to the digit, faults included; "robust", the
   2. Ratings are understood in the forms that judges use; a reply without one is `unparsed`, and left out.
   3. Nothing is rounded, and no 0.001 is added to a denominator (AMBER's code does both).
 And in both modes:
-  4. Answers join their questions by id (the POPE and MMHal scripts join by line), and duplicates, unknown
-     ids and gaps are refused.
+  4. Answers join their questions by id (the POPE and MMHal scripts join by line; so do we where no line has
+     an id), and duplicates, unknown ids, gaps and answers to other questions are refused.
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
 if __name__ == "__main__":
