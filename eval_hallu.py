@@ -188,10 +188,11 @@ def table(benchmark, scores):
     """The measures with their intervals as lines of text, then a line for each category."""
     names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
     lines = [f"{'percent':39}   95% interval"]
-    for key in filter(scores["intervals"].get, names):
-        numbers = (scores[key], *scores["intervals"][key])
-        value, low, high = (shown(benchmark, key, number) for number in numbers)
-        lines.append(f"{names[key]:32}{value:>7}   {low:>5} to {high}")
+    for key, name in names.items():
+        if key in scores["intervals"]:
+            numbers = scores[key], *scores["intervals"][key]
+            value, low, high = (shown(benchmark, key, number) for number in numbers)
+            lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for name, part in scores.get(parts, {}).items():
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES

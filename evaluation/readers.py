@@ -47,7 +47,7 @@ UNSURE = re.compile(
     r"(?: \w+)? (?:tell|say|answer|determined?|know|identify|assist|help|describe)|(?:don't|do not) know|n/a|"
     r"maybe|perhaps|possibly|not (?:\w+ )?(?:sure|certain|clear)|unclear|unsure|unknown)\b")
 POINTS = re.compile(r"(?:i (?:can )?see|i think so|i do|(?:it|they|there)(?:'s| is| are| does| do))\b")
-ASKS = re.compile(r"[^.!?\n]*\?|^\W*[a-h][).:]|[*_`#~>]")           # a question, an option's letter, markdown
+ASKS = re.compile(r"(?<![^.!?\n])[^.!?\n]*\?|^\W*[a-h][).:]|[*_`#~>]")   # a question, an option, markdown
 STOPS = re.compile(r"[,;:.!\n\"(){}\[\]]| but | however | although | while ")
 
 
@@ -103,8 +103,8 @@ def _said(clause, asked):
 # ---- ratings ----
 SCALE = re.compile(r"\(?\b0\s*(?:-|–|to)\s*6\b\)?|(?:/|out of)\s*6\b")
 NUMBER = r"(-?\d++(?:\.\d++)?+)(?:\s*(?:or|to|and|[-–~/])\s*(\d+))?(?!\s*:)"                 # 4, or 3 or 4
-LABELLED = re.compile(rf"\b(?:rating|score|评分)s?\b[\W_]*?(?:[:=]|-\s)[\W_]*?{NUMBER}")
-GIVEN = re.compile(rf"\b(?:rating|score|rate|give)s?\b(?: (?:it|this|is|of|as|at|an?))*[\W_]*?{NUMBER}")
+LABELLED = re.compile(rf"\b(?:rating|score|评分)s?\b[\W_]{{0,20}}?(?:[:=]|-\s)[\W_]{{0,20}}?{NUMBER}")
+GIVEN = re.compile(rf"\b(?:rating|score|rate|give)s?\b(?: (?:it|this|is|of|as|an?))*[\W_]{{0,20}}?{NUMBER}")
 BARE = re.compile(rf"\A[^\w-]*{NUMBER}\W*\Z")
 NAMES = {name: str(n) for n, name in enumerate("zero one two three four five six".split())}
 
@@ -128,7 +128,7 @@ STRING = r'"(?:[^"\\\n]|\\.)*"'
 ITEM = rf"(?:{STRING}|-?\d+(?:\.\d+)?|null)"
 LIST = rf"\[\s*(?:{ITEM}\s*,?\s*)*+\]"
 LISTS = re.compile(rf"(?i)(objects?\W*)?({LIST}(?:[\s,\[\]]*{LIST})*)")  # a list of lists, of lines, is one
-BULLET = re.compile(r'(?m)^[\s>#]*(?:[-*•]|\d+[.)])\s+"?(.+?)"?,?\s*$')
+BULLET = re.compile(r'(?m)^[ \t>#]*(?:[-*•]|\d+[.)])\s+"?(.+?)"?,?\s*$')
 QUOTED = re.compile(rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[\s,.]*')       # names under a head
 NOTHING = re.compile(r"(?i)\W*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*")
 
@@ -150,8 +150,10 @@ def object_list(reply, mode="robust"):
     found = [row for row in found if row[0]] or found
     lists = []
     for _, run in found:
-        lists.append([item.strip('"') for item in re.findall(ITEM, run) if item != "null"])
-    return lists[0] if lists and all(other == lists[0] for other in lists) else None
+        named = [item.strip('"') for item in re.findall(ITEM, run) if item != "null"]
+        if named not in lists:
+            lists.append(named)
+    return lists[0] if len(lists) == 1 else None
 
 
 def _official_list(reply):

@@ -235,7 +235,9 @@ def paired(a_items, b_items):
     old, new = ratios(total.of("a"), 100), ratios(total.of("b"), 100)
     old_draws, new_draws = ratios(draws.of("a"), 100), ratios(draws.of("b"), 100)
     found = {}
-    for measure in [measure for measure in old if measure in new]:
+    for measure in old:
+        if measure not in new:
+            continue
         change = new[measure] - old[measure]
         found[measure] = {"a": old[measure],
                           "b": new[measure],
