@@ -8,7 +8,7 @@ A family is a class, and a line in FAMILIES. A new one inherits from Llava and s
 
     image_ids(size)                 the ids that an image of (width, height) pixels becomes in a prompt
     prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
-    inputs(prepared)                those of a batch, as transformers' forward and generate take them
+    inputs(prepared)                those of a batch, as transformers' forward takes them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image
     positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
     language_model(model)           the part that reads embeddings

@@ -212,7 +212,7 @@ def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
     start = time.monotonic()
     with raw_server(START + b"\r\n", b"x" * (1 << 16), pause=0) as url:
         assert ask.replies(url, requests(1), model="m", attempts=2) == {}
-    assert time.monotonic() - start < 30                                     # long before the timeouts of both
+    assert time.monotonic() - start < 30                                         # long before both timeouts
     assert "no reply in 'xxx" in capsys.readouterr().err
 
 
