@@ -103,7 +103,7 @@ def test_the_table_as_text(tmp_path):
 def test_every_curve_is_drawn_with_its_ends(tmp_path):
     html = read(make_run(tmp_path / "run"))
     assert all(f"<h3>{title}</h3>" in html for title, *_ in report.CURVES)
-    assert 'aria-label="Loss"' in html and "loss 1.97 → 1" in Page(html).text
+    assert 'aria-label="Loss"' in html and "loss 1.970 → 1.000" in Page(html).text
     assert "nan" not in html and "inf" not in html
 
 
@@ -196,7 +196,7 @@ def test_a_run_that_is_under_way_or_diverged(tmp_path):
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo')                                  # killed while writing
     seen = Page(read(run))
-    assert "not finished" in seen.text and "loss 1.5 → 1.5" in seen.text
+    assert "not finished" in seen.text and "loss 1.500 → 1.500" in seen.text
 
 
 def test_long_runs_stay_small(tmp_path):

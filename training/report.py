@@ -65,8 +65,8 @@ def before_and_after(summary):
     images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
-        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image, "
-                "and clear where its interval leaves out 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
+                "it is clear where its interval does not include 0.")
     head = "", "before", "after", "change", "95% interval of the change"
     return page.section("Before and after", note, page.table(head, rows(summary)))
 
@@ -82,7 +82,7 @@ def curves(steps):
     """steps: the lines of log.jsonl that are about a step."""
     note = "Means over stretches of steps, at most 60; the first and the last of them are below."
     figures = "".join(curve(steps, *about) for about in CURVES)
-    return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
+    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
 def curve(steps, title, says, labels):
@@ -97,8 +97,8 @@ def curve(steps, title, says, labels):
         return ""
     low, high = min(map(min, series.values())), max(map(max, series.values()))
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
-<text x="-6" y="134" text-anchor="end">{page.num(low)}</text>
-<text x="-6" y="14" text-anchor="end">{page.num(high)}</text>
+<text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
+<text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
 <text x="290" y="147" text-anchor="end">{page.num(len(steps))} steps</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
@@ -106,7 +106,7 @@ def curve(steps, title, says, labels):
             line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
         body += f'<path class="s{k}" d="{line}"/>'
         keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
-                 f'{page.num(means[0])} → {page.num(means[-1])}</span>')
+                 f'{page.num(means[0], "z.3f")} → {page.num(means[-1], "z.3f")}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
 
