@@ -25,7 +25,6 @@ import contextlib
 import copy
 import ctypes
 import mmap
-import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -330,26 +329,6 @@ class FrozenHead(torch.autograd.Function):
 
 
 FORWARDS = {"packed": packed, "naive": naive}
-
-
-@torch.no_grad()
-def word_logps(m, image, question, answer):
-    """[(word, log-prob)] of an answer about one PIL image; white space parts words."""
-    if not answer.strip():
-        return []
-    encoded = m.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    prompt = m.front.prompt_ids(question, [image.size])
-    pair = data.Pair("", prompt, prompt, encoded.input_ids, [], (image.size,))
-    row = data.pack([pair], {"chosen"}, m.front.positions)
-    features = m.front.encode(m.model, m.front.prepare([image]))
-    logps = packed_token_logps(m, row, features).tolist()
-    found, done = [], 0
-    # A token belongs to the first word that ends behind its start: white space goes with what follows it.
-    for word in re.finditer(r"\S+(\s+$)?", answer):
-        until = sum(start < word.end() for start, _ in encoded.offset_mapping)
-        found.append((word.group().strip(), sum(logps[done:until], 0.0)))
-        done = until
-    return found
 
 
 # -------------------------------------------------------------------------------- generation
