@@ -376,6 +376,7 @@ class Folder:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
 
 

@@ -533,8 +533,7 @@ def test_a_family_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
         ids = torch.tensor([ids + response])
         labels = torch.full_like(ids, -100)
         labels[0, -len(response):] = torch.tensor(response)
-        inputs = m.front.inputs(m.front.prepare(shown))
-        inputs["pixel_values"] = inputs["pixel_values"].double()
+        inputs = m.front.on_device(m.model, m.front.prepare(shown))
         kinds = (ids == m.front.image_token_id).int()
         logits = m.model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits
         return losses.response_logps(logits, labels)[0]
