@@ -222,16 +222,20 @@ class Server:
         body, failed = self.settings | {"model": self.model()}, 0
         body = {name: value for name, value in body.items() if value is not None}
         missing = [question for question in questions if question.id not in done]
+        self.stop = threading.Event()                   # for requests that are under way at the end
         with ThreadPool(self.workers) as pool:
-            for id, row, reason in pool.imap_unordered(functools.partial(self.one, body), missing):
-                if row:
-                    failed = 0
-                    yield id, row
-                    continue
-                self.reason, failed = reason, failed + 1
-                if failed == GIVE_UP:
-                    self.reason = f"{failed} requests in a row failed and the rest was not asked; {reason}"
-                    return
+            try:
+                for id, row, reason in pool.imap_unordered(functools.partial(self.one, body), missing):
+                    if row:
+                        failed = 0
+                        yield id, row
+                        continue
+                    self.reason, failed = reason, failed + 1
+                    if failed == GIVE_UP:
+                        self.reason = f"{failed} requests in a row failed and the rest was not asked; " + reason
+                        break
+            finally:
+                self.stop.set()
 
     def model(self):
         """The model's name: as given, or the only one that the server lists. None: many servers need none."""
@@ -258,9 +262,8 @@ class Server:
             if text is not None and (last or self.accept(text)):
                 finish = answer["choices"][0].get("finish_reason")
                 return question.id, {"reply": text, "model": answer.get("model"), "finish": finish}, ""
-            if last:
+            if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
-            time.sleep(max(wait, BACKOFF * 2 ** (attempt - 1)))
         return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
 
     def request(self, path, body=None):

@@ -159,7 +159,11 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
 
 def test_retry_after_is_honoured_and_bounded(monkeypatch):
     waits, after = [], ["7", "86400", "9" * 5000, "-3", "nan", "soon"]
-    monkeypatch.setattr(ask, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
+
+    class Noting(threading.Event):
+        def wait(self, seconds=None):
+            waits.append(seconds)
+    monkeypatch.setattr(ask, "threading", SimpleNamespace(Event=Noting, Timer=threading.Timer))
 
     def respond(body, n):
         return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)
