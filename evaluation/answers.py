@@ -86,7 +86,7 @@ def _texts(m, max_new_tokens, batch_size, groups):
         yield [{"answer": text} for text in texts]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=256, max_new_tokens=64, description="answering",
+def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
     scenes, file = read_scenes(scenes_path)
