@@ -248,10 +248,11 @@ def digest(path):
 
 
 def identity(source):
-    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
+    """16 hex digits that tell one model from another: of a URL's text without its query; of a file's or a
+    folder's files' digests."""
     source, path = str(source), Path(source)
     if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return hashlib.sha256(source.partition("?")[0].encode()).hexdigest()[:16]
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
     found = hashlib.sha256()
@@ -288,8 +289,8 @@ class Store:
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path and len(lines) == len(items):
-                lines = [line | item for line, item in zip(lines, items, strict=True)]
+            if self.shape and file == self.path:
+                lines = [line | item for line, item in zip(lines, items, strict=False)]
             for line in lines:
                 for row in line.get("rows", [line]):
                     if wanted.get(row.get("id"), "") == row.get("hash"):
@@ -298,7 +299,8 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings", {}), self.head["settings"], []
+        was, now = begun.get("settings", {}), self.head["settings"]
+        differ = [] if was else ["it has no settings"]
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

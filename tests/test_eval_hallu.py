@@ -818,6 +818,40 @@ def test_a_judge_that_rambles_gives_no_number(tmp_path, monkeypatch, capsys):
     assert "1 of them unreadable" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode, unparsed", [("robust", 1), ("official", 1 + 3)])             # **Rating:** 1
+def test_a_rating_in_a_reply_that_is_cut_off_is_no_rating(tmp_path, monkeypatch, capsys, mode, unparsed):
+    """In neither mode: the official scripts know no such reply."""
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    arguments = ["--template", template, "--mode", mode, "--judge"]
+
+    def respond(body, number):
+        cut = "what is this ? 3" in body["messages"][0]["content"]
+        return reply("My first impression is Rating: 2, but", "length") if cut else judged(body, number)
+    with server(respond) as (url, calls):
+        scores, _ = score(tmp_path, "mmhal", answers, *arguments, url, "--judge_tokens", "9")
+        assert calls[0][2]["max_tokens"] == 9
+    assert (scores["unparsed"], scores["n"], len(calls)) == (unparsed, 7, 7 + 4)
+    assert "judge: 1 of 8 replies are cut off" in capsys.readouterr().err
+    (tmp_path / "scores.judge.jsonl").unlink()
+    with server(lambda body, n: reply("Rating: 2, but", "length")) as (url, calls):
+        with pytest.raises(data.UserError, match="none of 8 replies can be read"):
+            score(tmp_path, "mmhal", answers, *arguments, url, "--partial")
+
+
+def test_lists_that_are_cut_off_leave_nothing_to_score(tmp_path, coco, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    for said, says in ((reply('["dog"]', "length"), "none of 1 replies can be read"),
+                       (reply(None, refusal="no"), "the extractor did not reply to 1 of 1 requests")):
+        answers = write_json(tmp_path / "a.jsonl", [{"image_id": 1, "caption": f"a dog and {says}"}])
+        with server(lambda body, n, said=said: said) as (url, calls):
+            with pytest.raises(data.UserError, match=says):
+                score(tmp_path, "chair", answers, *coco, "--extractor", url, "--partial")
+        assert len(calls) == 4
+    assert "{'a refusal': 1}" in capsys.readouterr().err
+
+
 def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
     template, rows = mmhal_file(tmp_path / "data")
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
