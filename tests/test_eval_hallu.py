@@ -1036,7 +1036,8 @@ def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
 
 
 # ------------------------------------------------------------------------------- other people's evaluators
-def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
+@pytest.mark.parametrize("published", [True, False])
+def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path, published):
     """As LMMs-Eval loads and asks a folder (AutoProcessor, its chat template, generate): the answers are
     those of our base with the adapter."""
     import torch
@@ -1047,9 +1048,11 @@ def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
     folder = write_llava(tmp_path / "model", seed=5)
     policy = vlm.load(folder)
     front = policy.front
-    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), front.tokenizer, patch_size=14,
-                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                   chat_template=front.template).save_pretrained(folder)           # published folders have it
+    if published:                                   # with a processor_config.json: else merge writes one
+        LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), front.tokenizer,
+                       patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                       chat_template=front.template).save_pretrained(folder)
+    assert (folder / "processor_config.json").exists() == published
     lora.add_lora(policy.model, 4, 8)
     torch.manual_seed(1)
     for weight in lora.lora_parameters(policy.model).values():
