@@ -361,9 +361,7 @@ def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = Path(source).name
-        if ask.is_url(source):
-            short = ask.public(source).split("//")[-1]
+        short = ask.public(source).partition("//")[2] or Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
         if short in names:
             short = f"{short}-{len(names) + 1}"

@@ -206,7 +206,7 @@ def _pope_names(found, splits):
     waiting = {split: iter(lines) for split, lines in splits.items()}
     names = []
     for answer in found:
-        name, split = answer.id, answer.line.get("split", unsaid)
+        name, split = answer.id, first(answer.line, "split", "category") or unsaid
         if not others and only not in SPLITS:
             split = only
         if split in waiting and not answer.line.keys() & {"question_id", "id"}:

@@ -68,11 +68,11 @@ def ask(source, questions, out=None, *, description="asking", **options):
     (401, 404).
     """
     asked = {q.id: digest(q) for q in questions}
-    file = str(source)
-    if not is_url(file) and (file.endswith((".jsonl", ".json")) or os.path.isfile(file)):
-        rows, reason = saved(file, asked), f"{file} does not contain it"
+    source = str(source)
+    if not is_url(source) and (source.endswith((".jsonl", ".json")) or os.path.isfile(source)):
+        rows, reason = saved(source, asked), f"{source} does not contain it"
     else:
-        model = connect(file, **options)
+        model = connect(source, **options)
         rows = replied(model, questions, asked, out, description)
         reason = model.reason
     found = {i: rows[i] for i in asked if i in rows}
@@ -118,7 +118,6 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     a later call. The last attempt's is kept all the same: what cannot be read is for the caller to count.
     template: of a folder's prompts, as vlm.load takes it. options: fields of a Server or a Folder.
     """
-    source = str(source)
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
         return Server(source, settings, accept, **options)
@@ -239,10 +238,9 @@ class Server:
             raise UserError("a URL cannot be used: give a server's URL, without user and password; a key "
                             "belongs in the variable OPENAI_API_KEY")
         self.host, self.query = parts.netloc, parts.query
-        self.secrets = [self.key, *re.split("[&=]", parts.query)]
+        self.secrets = [text for text in (self.key, *re.split("[&=]", self.query)) if len(text) > 3]
         self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        secure = parts.scheme == "https"
-        self.connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self.connection = getattr(http.client, f"{parts.scheme.upper()}Connection")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
@@ -311,8 +309,7 @@ class Server:
         status, after, text = self.exchange(path, body)
         said, answer = " ".join(text.split()), None
         for secret in self.secrets:                     # some servers repeat what they were given
-            if len(secret) > 3:
-                said = said.replace(secret, "***")
+            said = said.replace(secret, "***")
         said = said[:200]
         if not status:
             return None, said, 0

@@ -50,10 +50,9 @@ def top(scores, k):
 def agreement(ranked):
     """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers. All prompts have as
     many candidates, which all rankers scored."""
-    found, (first, *_) = [], ranked
-    names, n, many = first["scores"], len(ranked), len(first["candidates"])
-    twos, threes = itertools.combinations(names, 2), itertools.combinations(names, 3)
-    for rankers in (*twos, *threes):
+    found, n, first = [], len(ranked), ranked[0]
+    names, many = first["scores"], len(first["candidates"])
+    for rankers in (*itertools.combinations(names, 2), *itertools.combinations(names, 3)):
         for k in range(1, many):
             common = 0.
             for row in ranked:
