@@ -48,7 +48,10 @@ def restore(run):
         run.reference.logps = tensors.pop("reference/logps")
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
-        run.state = State(**json.loads(about["state"]))
+        try:
+            run.state = State(**json.loads(about["state"]))
+        except TypeError as error:
+            raise data.UserError(f"{file} is of another version ({error}): give another --out") from None
     if run.ranks.rank == 0:
         with open(run.out / "log.jsonl", "ab") as file:
             file.truncate(run.state.log_bytes)
