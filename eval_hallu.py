@@ -40,12 +40,10 @@ def run_answers(o):
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
-    import torch
 
     from model import command, vlm
     ranks = command.join()
-    dtype = o.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
-    m = vlm.load(o.model, adapter=o.adapter, dtype=getattr(torch, dtype), device=ranks.device,
+    m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device), device=ranks.device,
                  template=o.template, preparation="pad" if o.pad else "")
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
     if questions is None:

@@ -168,11 +168,7 @@ class Run:
         return {"batch": self.o.batch, "device": self.ranks.device, "dtype": self.dtype("bfloat16")}
 
     def dtype(self, on_cuda):
-        import torch
-        name = self.o.dtype
-        if name == "auto":
-            name = on_cuda if str(self.ranks.device).startswith("cuda") else "float32"
-        return getattr(torch, name)
+        return command.dtype(self.o.dtype, self.ranks.device, on_cuda)
 
     def asked(self):
         """{id: ask.Question} of each question about its image."""

@@ -91,7 +91,7 @@ def prepare(o, out, ranks):
     ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
     # ---- the model and its trainable weights ----
-    dtype = getattr(torch, options.dtype_of(o, ranks.device.type))
+    dtype = command.dtype(o.dtype, ranks.device)
     if sharded:
         from training import shard
         model = shard.load_in_shards(partial(load, family, o, dtype, "cpu"), ranks)

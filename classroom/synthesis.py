@@ -403,8 +403,16 @@ def imagereward(minutes):
         ranking = -F.logsigmoid(better - less).mean() - F.logsigmoid(better - other).mean()
         return ranking + cells(scenes, seen[:48]) + 1e-3 * (better ** 2 + less ** 2).mean()
     fit("imagereward", [*model.parameters(), *head.parameters()], loss_of, 3000, 1.5e-3, minutes)
-    state = {rewards.to_published(k): x.half().contiguous() for k, x in model.state_dict().items()}
+    state = {to_published(k): x.half().contiguous() for k, x in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
+
+
+def to_published(name):
+    """A weight's name in ImageReward's published file: the inverse of rewards.to_ours."""
+    from synthesis import rewards
+    for published, ours in rewards.NAMES:
+        name = name.replace(ours, published)
+    return name
 
 
 def clip(minutes):

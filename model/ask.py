@@ -405,12 +405,11 @@ class Folder:
     @functools.cached_property
     def model(self):
         """A VLM. Raises UserError."""
-        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from model import vlm
         device = command.place(self.device)
-        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = self.dtype or command.dtype(None, device)
         try:
             if "vision_config" in data.read_json(self.source / "config.json", {}):
                 return vlm.load(self.source, dtype=dtype, device=device, template=self.template)

@@ -184,6 +184,14 @@ def join(device="", backend=""):
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
 
+def dtype(name, device, on_cuda="bfloat16"):
+    """torch's type of a name; of auto or none: bfloat16 on a GPU, else float32."""
+    import torch
+    if name in (None, "auto"):
+        name = on_cuda if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
 def place(device=""):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch

@@ -133,10 +133,17 @@ class Llava:
         writes it or the tokenizer adds it. Raises UserError if the text has IMAGE more often.
         """
         leading = len(sizes) - "".join(chain(*history, [question])).count(IMAGE)
-        text = self.tokenizer.apply_chat_template(messages(question, leading, history), tokenize=False,
-                                                  chat_template=self.template, add_generation_prompt=True)
+        said = messages(question, leading, history)
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, chat_template=self.template,
+                                                      add_generation_prompt=True)
+        except Exception as error:                                     # a template may do anything
+            raise data.UserError(f"the chat template of {self.folder} fails ({error}): correct it, or name "
+                                 f"another: {', '.join(TEMPLATES)}") from None
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+        if ids[-1:] == [self.eos_id]:                                  # some tokenizers close every text
+            ids.pop()
         if (places := ids.count(self.image_token_id)) != len(sizes):
             raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
                                  f"{len(sizes)} images in {text[:80]!r}: mind {IMAGE} in the text")

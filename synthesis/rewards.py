@@ -101,13 +101,6 @@ def to_ours(name):
     return name
 
 
-def to_published(name):
-    """The inverse of to_ours, for weights that are trained here and stored as the published ones are."""
-    for published, ours in NAMES:
-        name = name.replace(ours, published)
-    return name
-
-
 def preprocess(image, size):
     """A PIL image as ImageReward sees it: float32 (3, size, size).
 

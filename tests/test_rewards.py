@@ -9,6 +9,7 @@ from conftest import GOLDEN, ROOT, need, picture
 from safetensors.torch import load_file, save_file
 
 import data
+from classroom.synthesis import to_published
 from synthesis import rewards
 
 # float32's noise with random weights, on any processor. The mildest wrong choice errs by 0.8 in ImageReward
@@ -91,7 +92,7 @@ def test_the_published_file_has_625_tensors_and_our_names_go_there_and_back():
     assert shapes["mlp.layers.7.weight"] == (1, 16)
     assert {name for name in shapes if name.startswith(rewards.DROPPED)} == {*UNUSED}
     for name in shapes.keys() - UNUSED.keys():
-        assert rewards.to_published(rewards.to_ours(name)) == name
+        assert to_published(rewards.to_ours(name)) == name
 
 
 def tiny_imagereward(folder, size=32, **options):
@@ -102,7 +103,7 @@ def tiny_imagereward(folder, size=32, **options):
               "text": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 14,
                        "intermediate_size": 24, "encoder_hidden_size": 24, "max_position_embeddings": 40}}
     model = rewards.ImageReward(config["vision"], config["text"])
-    state = {rewards.to_published(k): torch.randn_like(x) * .3 for k, x in model.state_dict().items()}
+    state = {to_published(k): torch.randn_like(x) * .3 for k, x in model.state_dict().items()}
     torch.save(state | options, folder / "ImageReward.pt")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "vocab.txt").write_text("\n".join(("[PAD] [UNK] [CLS] [SEP] [MASK] a red blue cat dog and "

@@ -165,13 +165,6 @@ def steps_of(o, n):
     return min(steps, o.max_steps or steps)
 
 
-def dtype_of(o, device):
-    """The base's type on a kind of device: auto is bfloat16 on a GPU."""
-    if o.dtype != "auto":
-        return o.dtype
-    return "bfloat16" if device == "cuda" else "float32"
-
-
 def departures(o):
     """With official=true: what was taken from the official code, for the log."""
     taken = OFFICIAL.get(o.preset, {}) if o.official else {}

@@ -47,7 +47,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     whole, sharded = count[True, False], count[True, True] / world
 
     # ---- bytes ----
-    e = getattr(torch, options.dtype_of(o, device)).itemsize
+    e = command.dtype(o.dtype, torch.device(device)).itemsize
     master = max(4, e)
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
@@ -122,6 +122,6 @@ def show(o):
     parts = memory(family.config, o, tokens, device.type, world)
     need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     yield (f"memory          at least {need / GIB:.1f} GiB on each {device.type} device of {world}, "
-           f"{options.dtype_of(o, device.type)}: {listed}")
+           f"{command.dtype(o.dtype, device)}: {listed}")
     if gpus or device.type == "cpu":
         refuse(family.config, o, tokens, command.Ranks(0, world, device))
