@@ -184,7 +184,7 @@ def saved(path, asked):
         name, reply, finish = said_in(line)
         if name is None and len(lines) == len(asked):
             name = ids[number]
-        if name is not None and reply is None and finish:                       # a server's refusal or error
+        if reply is None and finish:                    # a server's refusal or error
             continue
         if name is None or not isinstance(reply, str):
             raise UserError(f"{path}: record {number + 1} of {len(lines)} has no id or no reply (`reply`, "

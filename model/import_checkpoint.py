@@ -230,15 +230,13 @@ def expected(config):
 def read_tokenizer(folder, kind, **options):
     """The tokenizer of a published folder, of transformers' class `kind`. Raises UserError."""
     packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        lack = [name for name, module in packages.items() if not installed(module)]
-        if lack:
+    alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    if alone:
+        if lack := [name for name, module in packages.items() if not installed(module)]:
             raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
                                  f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
     tokenizer = data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        return merges_by_score(tokenizer, folder / "tokenizer.model")
-    return tokenizer
+    return merges_by_score(tokenizer, folder / "tokenizer.model") if alone else tokenizer
 
 
 def merges_by_score(tokenizer, file):
@@ -377,8 +375,7 @@ def content(weight, pickled, type):
             f.readinto(raw(tensor))
     tensor = tensor.to(getattr(torch, NAMES[type]))
     if not tensor.isfinite().all():
-        raise data.UserError(f"{weight.file}: {weight.name} is not finite in {NAMES[type]}: the file is "
-                             "broken; download it again")
+        raise data.UserError(f"{weight.file}: {weight.name} is not finite: download it again")
     return raw(tensor)
 
 
