@@ -251,7 +251,7 @@ def _opened(source):
 
 
 def read_image(source, as_stored=False):
-    """A path's or bytes' image in RGB, upright, alpha dropped as official; as_stored: as it is in the file."""
+    """A path's or bytes' image in RGB, upright, alpha dropped as official. as_stored: as the file has it."""
     with _opened(source) as file:
         if as_stored:
             return file.copy()
