@@ -189,8 +189,10 @@ def read_adapter(folder):
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
-    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in STARTS:
-        raise UserError(f"{folder} is not plain LoRA (peft_type, init_lora_weights): let PEFT merge it")
+    odd = config.get("alora_invocation_tokens") or config.get("arrow_config")     # which no tensor shows
+    if odd or config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in STARTS:
+        raise UserError(f"{folder} is not plain LoRA (peft_type, init_lora_weights, alora_invocation_tokens, "
+                        "arrow_config): let PEFT merge it")
     return config, tensors
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from test_vlm import write_next
 
 import data
+import lora
 from data import UserError
 from model import command, front, vlm
 from training import batches, checkpoint, options
@@ -164,6 +165,10 @@ USED = {
     "TRL's implicit prompt": {"images": ["0.png"], "chosen": [*ask({"type": "image"}), *say("A dog.")],
                               "rejected": [*ask({"type": "image"}), *say("A cat.")]},
     "a prompt again in the completions": TRL | {"chosen": [*TRL["prompt"], *say("A dog.")]},
+    "LLaMA-Factory": {"conversations": [USER], "chosen": gpt("A dog."), "rejected": gpt("A cat."),
+                      "images": ["0.png"]},
+    "ms-swift": {"messages": [{"role": "user", "content": "<image>What is it?"}, *say("A dog.")],
+                 "rejected_response": "A cat.", "images": ["0.png"]},
     "mDPO": {"img_path": "0.png", "prompt": "USER: <image>\nWhat is it? ASSISTANT:", "chosen": "A dog.",
              "rejected": "A cat."},
     "LLaVA": LLAVA,
@@ -260,6 +265,24 @@ def test_a_file_of_another_kind_is_named(tiny, folder, capsys, spoil, word):
     path.write_bytes(spoil(json.dumps(pair()) + "\n"))
     said = refused(capsys, tiny["llava"], path)
     assert word in said and str(path) in said and "\n" not in said
+
+
+def test_parquet_is_read_by_row_groups(folder, monkeypatch):
+    """Opening reads none; a record reads its own group, of which a few are kept."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [pair(i, image=None, images=[{"bytes": (folder / f"{i % 4}.png").read_bytes(), "path": None}])
+            for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet", row_group_size=5)
+    read, iter_batches = [], pq.ParquetFile.iter_batches
+
+    def counted(self, size, groups):
+        read.append(groups)
+        return iter_batches(self, size, groups)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    records = Records(folder / "d.parquet")
+    assert len(records) == 40 and read == [[0]]              # of the first record, whose keys tell the format
+    assert records[37]["id"] == "p37" and read == [[0], [7]]
+    assert records[37]["images"] == [(folder / "1.png").read_bytes()]
 
 
 # ---- images ----
@@ -407,6 +430,16 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
         checkpoint.restore(run)
 
 
+@pytest.mark.parametrize("setting", [{"alora_invocation_tokens": [1, 2]}, {"arrow_config": {"top_k": 2}}])
+def test_an_adapter_that_does_more_than_lora_is_refused_by_name(tmp_path, setting):
+    import safetensors.torch
+    import torch
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | setting))
+    with pytest.raises(UserError, match=next(iter(setting))):
+        lora.read_adapter(tmp_path)
+
+
 # ---- the command itself ----
 def test_the_command_ends_with_one_sentence_and_no_traceback(tiny, folder):
     path = lines(folder / "d.jsonl", [pair(0), pair(1, question="<image> and <image>")])
@@ -444,11 +477,11 @@ FOUND = {
     "image-as-text/none_str.jsonl": "image None is missing",
     "image-as-text/url.jsonl": "a.png is missing",
     "interleaved-images/pairs.jsonl": 4,
-    "llamafactory-sharegpt/pairs.jsonl": "the turns are not",
+    "llamafactory-sharegpt/pairs.jsonl": 4,
     "lone-surrogate/pairs.jsonl": "line 3 (id s2)",
     "marker-count-mismatch/pairs.jsonl": "2 <image> for 1 images",
     "mdpo-multiturn-prompt/pairs.jsonl": 2,
-    "ms-swift/pairs.jsonl": "no known format has the keys images, messages",
+    "ms-swift/pairs.jsonl": 4,
     "odd-image-files/pairs.jsonl": 30,
     "parquet-hf/plural.parquet": 4,
     "parquet-hf/trl.parquet": 4,

@@ -8,6 +8,8 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     native      question chosen rejected image (history meta image_rejected)     this project's own
     mdpo        img_path prompt chosen rejected                                  luka-group/mDPO
     llava       conversations rejected_conversations image                       PDS-DPO; YiyangZhou/POVID
+                conversations chosen rejected images                             LLaMA-Factory's sharegpt
+    ms-swift    messages rejected_response images (rejected_images)              ms-swift
     rlhf-v      text (object or string of: question chosen rejected) image       openbmb/RLHF-V-Dataset
     rlaif-v     question chosen rejected ds_name image (path or {bytes path})    openbmb/RLAIF-V-Dataset
     vlfeedback  prompt img_path completions (of: annotations response)           MMInstruction/VLFeedback
@@ -59,6 +61,9 @@ def mdpo(raw):
 
 
 def llava(raw):
+    """Two conversations, or (LLaMA-Factory) one that chosen and rejected answer."""
+    if "chosen" in raw:
+        return {"question": raw["conversations"]}
     return {"chosen": raw["conversations"], "rejected": raw.get("rejected_conversations")}
 
 
@@ -164,6 +169,8 @@ def _by_rating(raw):
 FORMATS = {                     # the keys that each is detected by, in this order, and its function above
     "vlfeedback": ("prompt completions", vlfeedback),
     "llava-rlhf": ("output_1 output_2", llava_rlhf),
+    "ms-swift": ("messages rejected_response",
+                 lambda raw: {"chosen": raw["messages"], "rejected": raw["rejected_response"]}),
     "mdpo": ("img_path prompt", mdpo),
     "llava": ("conversations", llava),
     "ha-dpo": ("image_id chosen", ha_dpo),
@@ -195,24 +202,32 @@ class Lines:
             return data.parse(file.readline().rstrip(), self.path, self.numbers[k])
 
 
-class Parquet:
-    """Parquet, read whole, in Arrow's layout."""
+class Parquet(list):
+    """Parquet: where each record is, by row group; only a few of those are in memory."""
     def __init__(self, path):
-        try:
-            from pyarrow import Table, parquet
-            some = parquet.ParquetFile(path).iter_batches(1000)            # a piece holds at most 2 GB
-            self.table = Table.from_batches(some)
-        except ImportError as error:
-            raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-        except ValueError as error:                         # pyarrow's ArrowInvalid
-            raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
-
-    def __len__(self):
-        return len(self.table)
+        self.path, about = path, _parquet(path)
+        for group in range(about.num_row_groups):
+            self += [(group, row) for row in range(about.row_group(group).num_rows)]
 
     def __getitem__(self, k):
-        record, = self.table.slice(k, 1).to_pylist()
+        group, row = super().__getitem__(k)
+        record, = _parquet(self.path, group).slice(row, 1).to_pylist()
         return record
+
+
+@functools.lru_cache(4)
+def _parquet(path, group=None):
+    """The metadata of a parquet file, or one of its row groups as a table."""
+    try:
+        from pyarrow import Table, parquet
+        file = parquet.ParquetFile(path, memory_map=True)
+        if group is None:
+            return file.metadata
+        return Table.from_batches(file.iter_batches(1000, [group]))         # a piece holds at most 2 GB
+    except ImportError as error:
+        raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
+    except ValueError as error:                         # pyarrow's ArrowInvalid
+        raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
 
 class Array(list):
