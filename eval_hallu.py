@@ -251,7 +251,7 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 CHAT_MODEL = {
-    "--chat_model": text("the server's name for the model, if it serves several"),
+    "--chat_model": text("the server's name for the model [the server's choice]"),
     "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
 
 # name: (what runs it, what it does, {argument: its settings for argparse})

@@ -86,7 +86,7 @@ class Options:
     max_new_tokens: int = behind_set(1000, "of a response")
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
-    model_name: str = behind_set("", "the server's name for the model, if it serves several")
+    model_name: str = behind_set("", "the server's name for the model (default: its choice)")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",

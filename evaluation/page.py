@@ -29,7 +29,7 @@ font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-
 small,.key,.soft,th,dt{color:var(--soft)}text{fill:var(--soft);font-size:11px}small,.key{font-size:.8rem}
 table{border-collapse:collapse;width:100%;max-width:760px;font-size:.92rem}th{font-weight:500}
 th,td{text-align:right;padding:.4em 0 .4em .7em;border-bottom:1px solid var(--line);vertical-align:top}
-td:first-child{text-align:left;padding-left:0}td small,.key span{display:block}.clear{font-weight:700}
+td:first-child{text-align:left;padding-left:0}td small,.key span{display:block}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px;margin:0;min-width:0}
 .grid{display:grid;gap:18px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,310px)),1fr))}
 .row{display:flex;gap:16px;flex-wrap:wrap}.row figure{margin:0;width:112px}.row>div{flex:1 1 220px}
@@ -37,7 +37,7 @@ svg{display:block;width:100%;margin:.3em 0}path{fill:none;stroke-width:2}.rule{s
 .s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:7 3}.s2{stroke:var(--c2);stroke-dasharray:2 3}
 rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{stroke:var(--ink);stroke-width:1.4}
 .grid+table{margin:14px 0 22px}
-.raw{stroke-width:1;opacity:.3;stroke-dasharray:none}.key svg{width:26px;display:inline;margin:0 .5em 3px 0}
+.key svg{width:26px;display:inline;margin:0 .5em 3px 0}
 img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
@@ -78,7 +78,7 @@ def section(title, note, body):
 
 
 def table(head, rows):
-    """A table, "" without rows. A cell is a text, or (text, small print under it), or these and a class."""
+    """A table, "" without rows. A cell is a text, or (text, small print under it)."""
     def line(cells):
         return f"<tr>{''.join(cells)}</tr>"
 
@@ -88,10 +88,9 @@ def table(head, rows):
 
 
 def _cell(cell):
-    text, small, kind = (*cell, "", "")[:3] if isinstance(cell, tuple) else (cell, "", "")
+    text, small = cell if isinstance(cell, tuple) else (cell, "")
     below = f"<small>{escape(small)}</small>" if small else ""
-    kind = kind and f' class="{kind}"'
-    return f"<td{kind}>{escape(str(text))}{below}</td>"
+    return f"<td>{escape(str(text))}{below}</td>"
 
 
 def picture(root, image, says=""):

@@ -114,7 +114,7 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
-    None if it serves one. accept: row -> bool; a server is asked again for a reply that it rejects, also in
+    None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects, also in
     a later call. The last attempt's is kept all the same: what cannot be read is for the caller to count.
     timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
@@ -244,8 +244,8 @@ class Server:
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
-        body, failed, kinds = self.settings | {"model": self.model()}, 0, Counter()
-        body = {name: value for name, value in body.items() if value is not None}
+        body = {name: value for name, value in self.settings.items() if value is not None}
+        failed, kinds = 0, Counter()
         missing = [question for question in questions if question.id not in done]
         self.stop = threading.Event()                   # for requests that are under way at the end
         with ThreadPool(self.workers) as pool:
@@ -267,19 +267,6 @@ class Server:
         if "" in body:
             print(f"{self.host} takes no temperature and was asked without one", file=sys.stderr)
 
-    def model(self):
-        """The model's name: as given, or the only one that the server lists. None: many servers need none."""
-        if self.settings["model"]:
-            return self.settings["model"]
-        names = []
-        with contextlib.suppress(UserError, TypeError, KeyError):                           # it lists none
-            answer, *_ = self.request("/models")
-            names = [str(entry["id"]) for entry in answer["data"]]
-        if len(names) > 1:
-            raise UserError(f"{self.host} serves {len(names)} models ({', '.join(names[:5])}); say which one "
-                            "is to reply")
-        return names[0] if names else None
-
     def one(self, body, question):
         """-> (id, row, "") or (id, None, why the last of `attempts` attempts failed)."""
         images = []
@@ -289,7 +276,7 @@ class Server:
         for attempt in range(1, self.attempts + 1):
             sent = {"messages": asked} | body
             sent.pop("", None)
-            answer, reason, wait = self.request("/chat/completions", sent)
+            answer, reason, wait = self.request(sent)
             for name, other in OTHERWISE.items():
                 if wait is None and name in sent and name in reason:
                     body[other] = body.pop(name, sent[name])            # for all that is asked from now on
@@ -304,13 +291,13 @@ class Server:
                 break
         return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
 
-    def request(self, path, body=None):
-        """A POST, or a GET without a body -> (the answer or None, the reason, seconds until another attempt).
+    def request(self, body):
+        """-> (the answer or None, the reason, seconds until another attempt).
 
         Seconds: at least so many; None if another attempt would not help. Raises UserError if the server
         refuses us.
         """
-        status, after, text = self.exchange(path, body)
+        status, after, text = self.exchange(body)
         said, answer = " ".join(text.split()), None
         for secret in self.secrets:                     # some servers repeat what they were given
             said = said.replace(secret, "***")
@@ -329,12 +316,12 @@ class Server:
         raise UserError(f"{self.host}: {reason}; check the URL, the model's name and the key in "
                         "OPENAI_API_KEY")
 
-    def exchange(self, path, body):
+    def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
         end, headers = time.monotonic() + self.timeout, {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        target = f"{self.path}{path}?{self.query}".rstrip("?")
+        target = f"{self.path}/chat/completions?{self.query}".rstrip("?")
         try:
             with contextlib.closing(self.connection(self.host, timeout=self.timeout)) as connection:
                 connection.connect()
@@ -343,7 +330,7 @@ class Server:
                 timer.daemon = True                                     # a process that ends does not wait
                 timer.start()
                 try:
-                    connection.request("POST" if body else "GET", target, body and json.dumps(body), headers)
+                    connection.request("POST", target, json.dumps(body), headers)
                     response = connection.getresponse()
                     text = response.read(LARGEST).decode("utf-8", "replace")
                 finally:

@@ -367,11 +367,11 @@ def test_of_a_url_only_what_is_no_secret_is_shown(source, shown):
     assert ask.public(source) == shown
 
 
-def test_several_models_must_be_told_apart():
-    with server(echo, models=["a", "b"]) as (url, _):
-        with pytest.raises(data.UserError, match=r"serves 2 models \(a, b\); say which"):
-            ask.replies(url, requests(1))
-        assert ask.replies(url, requests(1), model="b") == {"0": "reply to 0"}
+def test_a_servers_model_is_named_only_if_it_is_given():
+    with server(echo) as (url, calls):
+        assert ask.replies(url, requests(1)) == {"0": "reply to 0"} and "model" not in calls[-1][-1]
+        ask.replies(url, requests(1), model="b")
+        assert calls[-1][-1]["model"] == "b"
 
 
 def test_images_travel_as_data_urls_and_their_bytes_are_part_of_what_is_asked(tmp_path):
