@@ -114,8 +114,9 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
-    None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects, also
-    in a later call. The last attempt's is kept all the same: what cannot be read is for the caller to count.
+    None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects,
+    also in a later call. The last attempt's is kept all the same: what cannot be read is for the caller to
+    count.
     timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
