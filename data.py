@@ -225,7 +225,7 @@ def from_folder(kind, folder, what, fix, **options):
 
 
 # ---- images ----
-FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM".split()
+FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
 NARROW = 100                                            # longer side by shorter, at most
 SMALL = 160                                             # pixels: pages show smaller pictures as PNG
 
@@ -236,7 +236,7 @@ def _opened(source):
     name = source
     if isinstance(source, bytes):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
-    elif not os.path.isfile(source):
+    elif not os.path.isfile(source) and not os.path.isdir(source):
         raise UserError(f"image {name} is missing; put it there or give the right --image_root")
     try:
         with Image.open(source, formats=FORMATS) as file:

@@ -113,7 +113,9 @@ def made_here(make, kind="LlavaForConditionalGeneration", package="transformers"
     def from_pretrained(asked, folder, *, output_loading_info=False, **options):
         model = make(asked)
         return (model, {"missing_keys": []}) if output_loading_info else model
-    with mock.patch.object(cls, "from_pretrained", classmethod(from_pretrained)):
+    # vlm.forget is for memory that is mapped from a file
+    with mock.patch.object(cls, "from_pretrained", classmethod(from_pretrained)), \
+            mock.patch.object(vlm, "forget", lambda mapped: None):
         yield
 
 

@@ -24,6 +24,8 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import ctypes
+import mmap
+import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -36,6 +38,8 @@ import data
 import lora
 import losses
 from model import front
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -93,7 +97,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
-        weight.data = weight.data.to(device, dtype, copy=True)
+        mapped = weight.data
+        weight.data = mapped.to(device, dtype, copy=True)
+        forget(mapped)
     model.requires_grad_(False).eval().to(device)
     family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
@@ -128,16 +134,26 @@ def base_of(m):
             yield m
 
 
+def forget(mapped):
+    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
+
+    Without it loading would need the memory of the weights twice.
+    """
+    first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (mapped.data_ptr() + mapped.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0 and LIBC:
+        LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 def keep_memory():
     """Keep freed tensors' memory in the process, for the next ones of their size. For a main to call on CPUs.
 
     A step takes and frees the same gigabytes again and again; glibc gives the large blocks back to the system
     each time, which clears them anew: up to a tenth of a step's time, until its own threshold has grown.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, -1)                           # M_TRIM_THRESHOLD, as malloc.h numbers it: without end
-        libc.mallopt(-4, 0)                            # M_MMAP_MAX: none
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-1, -1)                           # M_TRIM_THRESHOLD, as malloc.h numbers it: without end
+        LIBC.mallopt(-4, 0)                            # M_MMAP_MAX: none
 
 
 # -------------------------------------------------------------------------------- images in the model

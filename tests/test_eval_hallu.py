@@ -562,29 +562,6 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
 
 
-def test_popes_questions_by_the_hubs_names(m, tmp_path):
-    """lmms-lab/POPE as JSON: all splits in one file, ids as strings, the label under `answer`, pictures of
-    its own; the answers are joined by `question_id` and `category`, and are not its labels."""
-    rows, answers = [], []
-    for split in ("adversarial", "popular"):
-        for row in pope_file(tmp_path / "pope", split, 4)[1]:
-            hub = {"id": str(len(rows)), "question_id": str(row["question_id"]), "question": row["text"],
-                   "answer": row["label"], "image_source": row["image"].removesuffix(".jpg"),
-                   "image": {"bytes": None, "path": row["image"]}, "category": split}
-            rows.append(hub)
-            answers.append(hub | {"response": "No"})
-    questions = write_json(tmp_path / "pope" / "hub.json", rows)
-    path = write_json(tmp_path / "a.jsonl", answers)
-    scores, _ = score(tmp_path, "pope", path, "--questions", questions)
-    assert scores["accuracy"] == .5 and scores["yes_ratio"] == 0
-    assert list(scores["by_split"]) == ["adversarial", "popular"]
-    asked = ask(m, "pope", questions, tmp_path / "ours.jsonl")
-    assert [line["label"] for line in asked[1:]] == [row["answer"] for row in rows]
-    score(tmp_path, "pope", tmp_path / "ours.jsonl", "--questions", questions)
-    with pytest.raises(data.UserError, match="record 1 has no 'label'"):
-        benchmarks.pope_questions([write_json(tmp_path / "b.json", [rows[0] | {"answer": None}])])
-
-
 def test_mmhal_joins_by_image(tmp_path):
     folder = need(SHARED / "cases" / "evaluation" / "mmhal-join")
     with pytest.raises(data.UserError, match="3 prompts"):

@@ -62,16 +62,16 @@ def digest(tensors, about):
 
 def read(file):
     """(tensors, metadata) of a checkpoint. Raises UserError for one that is not as it was written."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     try:
         with safe_open(file, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-            about = f.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        tensors, about = {}, {"sha256": error}
-    if about.pop("sha256", "") != digest(tensors, about):
+            about = f.metadata()
+        if about.pop("sha256") != digest(tensors, about):
+            raise ValueError
+    except Exception:                                        # a torn file may break anywhere
         raise data.UserError(f"{file} is damaged, or of another version: put {PREVIOUS} in its place, if it "
-                             "exists, or give another --out")
+                             "exists, or give another --out") from None
     return tensors, about
 
 
