@@ -24,10 +24,11 @@ def published_shapes():
     """{name: shape} of ImageReward.pt."""
     import torch
 
+    from classroom.synthesis import to_published
     from synthesis import rewards
     with torch.device("meta"):
         model = rewards.ImageReward(**rewards.PUBLISHED)
-    return {rewards.to_published(k): tuple(x.shape) for k, x in model.state_dict().items()} | UNUSED
+    return {to_published(k): tuple(x.shape) for k, x in model.state_dict().items()} | UNUSED
 
 
 def seconds(images, device):

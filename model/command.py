@@ -188,7 +188,7 @@ def dtype(name, device, on_cuda="bfloat16"):
     """torch's type of a name; of auto or none: bfloat16 on a GPU, else float32."""
     import torch
     if name in (None, "auto"):
-        name = on_cuda if device.type == "cuda" else "float32"
+        name = on_cuda if torch.device(device).type == "cuda" else "float32"
     return getattr(torch, name)
 
 

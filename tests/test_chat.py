@@ -30,13 +30,9 @@ def reply(text, finish="stop", **more):
 
 
 @contextlib.contextmanager
-def server(respond, models=None):
+def server(respond):
     """A loopback server; respond(body, call number) -> (status, text[, headers]), None hangs up."""
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            listed = json.dumps({"data": [{"id": name} for name in models or ()]})
-            self.answer((200, listed) if models else (404, ""))
-
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
@@ -86,13 +82,13 @@ def quick(monkeypatch):
 
 def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path):
     out = tmp_path / "replies.jsonl"
-    with server(echo, models=["the-only-one"]) as (url, calls):
+    with server(echo) as (url, calls):
         said = ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
         assert list(said.items()) == [(str(i), f"reply to {i}") for i in range(20)]
         path, _, body = calls[0]
         assert path == "/v1/chat/completions"
         assert {k: v for k, v in body.items() if k != "messages"} == {
-            "model": "the-only-one", "max_tokens": 7, "temperature": 0.5, "seed": 3}
+            "max_tokens": 7, "temperature": 0.5, "seed": 3}
         out.write_bytes(out.read_bytes()[:-9])                                    # killed within a line
         assert ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
         assert len(calls) == 21

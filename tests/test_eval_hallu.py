@@ -757,9 +757,9 @@ def mmhal_answers(rows, said=("a dog", "a bird")):
 def test_score_mmhal_with_a_server_and_with_what_it_said(tmp_path, capsys):
     template, rows = mmhal_file(tmp_path / "data")
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
-    with server(judged, models=["judge-1"]) as (url, calls):
+    with server(judged) as (url, calls):
         scores, items = score(tmp_path, "mmhal", answers, "--template", template, "--judge", url)
-    assert len(calls) == 8 and calls[0][2] | {"temperature": 0.0, "model": "judge-1"} == calls[0][2]
+    assert len(calls) == 8 and calls[0][2] | {"temperature": 0.0} == calls[0][2]
     assert scores["score"] == 3 and scores["hallucination_rate"] == 0.5 and scores["unparsed"] == 0
     assert [scores["by_category"][kind]["score"] for kind in ("attribute", "adversarial")] == [5, 1]
     assert "our own words" in scores["judge_prompt"] and "**Rating:** 1" in items[1]["reply"]

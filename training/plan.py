@@ -47,7 +47,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     whole, sharded = count[True, False], count[True, True] / world
 
     # ---- bytes ----
-    e = command.dtype(o.dtype, torch.device(device)).itemsize
+    e = command.dtype(o.dtype, device).itemsize
     master = max(4, e)
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
