@@ -1,7 +1,7 @@
-"""How tests/fuzz.py spoils an input: bytes, JSON, safetensors, pictures, chat templates, values of options.
+"""How tests/fuzz.py spoils an input: bytes, JSON, safetensors, texts, chat templates, values of options.
 
-Every function takes a random.Random first and returns bytes (or a text); the same state gives the same
-result. `neutral` changes how a file is written and nothing of what it says.
+Every function takes a random.Random first; the same state gives the same result. `neutral` changes how a file
+is written and nothing of what it says.
 """
 import json
 import struct
@@ -9,19 +9,22 @@ import struct
 LONG = "x" * 100_000
 DEEP = "[" * 5_000 + "]" * 5_000
 VALUES = [None, True, False, -1, 0, 1, 2 ** 63, 10 ** 400, 1e30, -1e308, float("nan"), float("inf"), "", " ",
-          "\0", "\ud800", "a\nb", LONG, "../../../escape", "/../escape", "<image>", "</s>", "nan", "1e30", "<b>",
-          [], {}, [[]], {"": None}, [None], ["a", 1], {"a": {"b": []}}, "💥", "-", "http://127.0.0.1:9/x"]
+          "\0", "\ud800", "a\nb", LONG, "../../../escape", "/../escape", "<image>", "</s>", "nan", "1e30",
+          "<b>", [], {}, [[]], {"": None}, [None], ["a", 1], {"a": {"b": []}}, "💥", "-",
+          "http://127.0.0.1:9/x"]
 OPTIONS = ["nan", "inf", "-inf", "1e30", "-1e30", "-1", "0", "-0", "1", "2", "0.5", "1e-300", "5", "true", "",
            " ", "\0", "a\0b", "x" * 300, "x" * 5_000, "a/" * 3_000, "../../../escape", "banana", "1,2", ",",
-           "nan,inf", str(2 ** 63), "-" + str(2 ** 64), "1" * 5_000, "١", "1_0", "[", "{}", "{question}", "{{ 1 / 0 }}",
-           "http://[", "http://127.0.0.1:9/v1", "http://u:secret@127.0.0.1:9/?key=secret", "cuda:99", "\ud800",
-           "$(touch escape)", "; touch escape", "%s%n", "None", "\u202e", "/dev/null", "/dev/zero", ".", "/"]
-JINJA = ["{{ 1 / 0 }}", "{{ nothing.at_all }}", "{% for i in range(99999999) %}x{% endfor %}", "{{ 'x' * 999999999 }}",
-         "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}", "{{", "{% if %}", "{% raw %}",
-         "{{ raise_exception('no') }}", "{{ messages[99]['role'] }}", "{{ messages }}", "{% include 'x' %}", "\0", "<image>",
-         "{{ messages | map(attribute='x') | join }}", "{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}",
-         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 9 ** 9 ** 9 }}", "{{ messages | tojson }}", "{{ x | nope }}",
-         "{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}"]
+           "nan,inf", str(2 ** 63), f"-{2 ** 64}", "1" * 5_000, "١", "1_0", "[", "{}", "{question}", "\ud800",
+           "{{ 1 / 0 }}", "http://[", "http://127.0.0.1:9/v1", "cuda:99", "$(touch escape)",
+           "; touch escape", "%s%n", "None", "\u202e", "/dev/null", "/dev/zero", ".", "/"]
+JINJA = ["{{ 1 / 0 }}", "{{ nothing.at_all }}", "{{", "{% if %}", "{% raw %}", "{{ raise_exception('no') }}",
+         "{{ messages[99]['role'] }}", "{{ messages }}", "{% include 'x' %}", "\0", "<image>",
+         "{{ messages | map(attribute='x') | join }}", "{{ ''.__class__.__mro__ }}", "{{ x | nope }}",
+         "{{ cycler.__init__.__globals__ }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+         "{{ messages | tojson }}"]
+HEAVY = ["{% for i in range(99999999) %}x{% endfor %}", "{{ 'x' * 999999999 }}", "{{ 9 ** 9 ** 9 }}",
+         "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}",
+         "{% set n = namespace(a='x') %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}"]
 
 
 # ---- bytes ----
@@ -32,13 +35,14 @@ def raw(rng, content):
     if how < 3:
         return flipped(rng, content, rng.choice((1, 1, 2, 16)))
     if how == 3:
-        return content[:at]                                                     # torn
+        return content[:at]                                                    # torn
     if how == 4:
-        return content[:at] + bytes(len(content) - at)                          # a tail that was never written
+        return content[:at] + bytes(len(content) - at)                         # a tail that was not written
     if how == 5:
-        return rng.choice((b"", bytes(len(content)), b"\n", b"{}", b"[]", b"null", b"\xff\xfe", DEEP.encode()))
+        others = b"", bytes(len(content)), b"\n", b"{}", b"[]", b"null", b"\xff\xfe", DEEP.encode()
+        return rng.choice(others)
     if how == 6:
-        return content[:at] + content[end:]                                     # a hole
+        return content[:at] + content[end:]                                    # a hole
     if how == 7:
         return content[:at] + rng.randbytes(rng.choice((1, 4, 300))) + content[at:]
     if how == 8:
@@ -103,13 +107,13 @@ def written(tree, lines, **options):
 
 
 def a_json(rng, content):
-    """A JSON file, or JSON lines, with one or two places changed, or its bytes."""
+    """A JSON file, or JSON lines, with a few places changed, or its bytes."""
     if rng.random() < .25:
         return raw(rng, content)
     tree, lines = parsed(content)
     if lines and rng.random() < .15:
         rng.shuffle(tree)
-    box = [tree]
+    box = [tree]                                                                # the whole may change, too
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
         spoil(rng, box if rng.random() < .03 else tree)
         if not box or not isinstance(box[0], dict | list):
@@ -136,8 +140,9 @@ def neutral(rng, content, order=True):
     if not lines:
         options["indent"] = rng.choice((None, 1, "\t"))
     found = written(reordered(rng, tree) if order else tree, lines, **options)
-    ends = [b"\n", b"\r\n", b"\n\n", b"  \n"] if lines else [b"\n"]
-    return found.replace(b"\n", rng.choice(ends)) if lines else found + rng.choice(ends)
+    if lines:
+        return found.replace(b"\n", rng.choice((b"\n", b"\r\n", b"\n\n", b"  \n")))
+    return found + b"\n"
 
 
 # ---- safetensors ----
@@ -149,7 +154,8 @@ def a_safetensors(rng, content):
     if how < 2:
         return raw(rng, content)
     if how == 2:
-        return struct.pack("<Q", rng.choice((0, 1, size - 1, size + 8, 2 ** 31, 2 ** 63, len(content)))) + content[8:]
+        length = rng.choice((0, 1, size - 1, size + 8, 2 ** 31, 2 ** 63, len(content)))
+        return struct.pack("<Q", length) + content[8:]
     if how == 3:
         return content[:8 + size] + flipped(rng, body, rng.choice((1, 1, 50)))
     if how == 4:
@@ -169,7 +175,7 @@ def a_text(rng, content):
     if how == 0:
         rng.shuffle(lines)
     elif how == 1:
-        lines[at] = rng.choice(("", LONG, "\0", "{", "{}", "{x}", "{0}", "%s", "<image>", "\u202e", "…" * 50, lines[0]))
+        lines[at] = rng.choice(("", LONG, "\0", "{", "{}", "{x}", "{0}", "%s", "<image>", "\u202e", "…" * 50))
     elif how == 2:
         lines[at:at] = [lines[at]] * rng.choice((1, 200))
     else:
@@ -182,10 +188,27 @@ def a_template(rng, content):
     text = content.decode()
     at, end = sorted(rng.randrange(len(text) + 1) for _ in range(2))
     how = rng.randrange(5)
+    fragment = rng.choice(HEAVY if rng.random() < .03 else JINJA)
     if how < 2:
-        return (text[:at] + rng.choice(JINJA) + text[at:]).encode()
+        return (text[:at] + fragment + text[at:]).encode()
     if how == 2:
-        return (text + rng.choice(JINJA)).encode()
+        return (text + fragment).encode()
     if how == 3:
         return (text[:at] + text[min(end, at + 9):]).encode()
     return raw(rng, content)
+
+
+# ---- what a server sends ----
+def a_reply(rng, body):
+    """The bytes of an HTTP answer: status, headers or body spoiled."""
+    body = a_json(rng, body) if rng.random() < .6 else body
+    status = rng.choice(["200 OK"] * 6 + ["500 No", "404 No", "302 Found", "999 \xff", "abc", "", "100 Go"])
+    headers = [f"Content-Length: {len(body)}", "Content-Type: application/json"]
+    if rng.random() < .3:
+        headers[0] = rng.choice(("Content-Length: -1", "Content-Length: 99999999999", "Content-Length: x",
+                                 "Transfer-Encoding: chunked", "Location: http://127.0.0.1:9/", "X" * 70_000,
+                                 "Content-Encoding: gzip", "\0: \0"))
+    if rng.random() < .1:
+        headers += [rng.choice(("Retry-After: nan", "Retry-After: -5", "Retry-After: 0", "Retry-After: ²"))]
+    found = "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode("latin-1") + body
+    return raw(rng, found) if rng.random() < .15 else found

@@ -1,7 +1,7 @@
 """The sound inputs that tests/fuzz.py spoils, small and always the same: build(folder) writes them.
 
-All paths are relative to the folder, which is the working directory of everything that is run, and the
-clock of the training runs is a counter: a seed gives the same input in every place.
+All paths are relative to the folder, which is the working directory of everything that is run, and the clock
+of the training runs is a counter: a seed gives the same input in every place.
 """
 import base64
 import itertools
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from conftest import picture, word_tokenizer, write_llava
+from conftest import picture, write_llava
 from PIL import Image
 from test_records import PUBLISHED
 
@@ -25,11 +25,14 @@ from evaluation import compare
 from synthesis import pairing
 from training import plan
 
-TRAIN = ["--model", "llava15", "--data", "pairs.jsonl", "--batch", "2", "--micro_batch", "2", "--epochs", "2",
-         "--lora_r", "2", "--lr", "1e-2", "--set", "save_every=1", "--set", "workers=1"]
+OUT = "case/out"                                             # of every command: the runs' options agree
+STEPS = "--batch 2 --micro_batch 2 --epochs 2 --lora_r 2 --lr 1e-2 --set save_every=1 --set workers=1"
+TRAIN = f"--model llava15 --data pairs.jsonl {STEPS}"
+SYNTH = (f"--out {OUT} --preset pds-dpo --prompts topics --instruct questions.txt --device cpu "
+         "--scorer length --margin 0 --responders replies/one.ours.jsonl,replies/two.ours.jsonl")
 IMAGES = ("png", "jpg", "webp", "gif", "bmp", "tiff", "ppm", "ico", "tga", "jp2", "pcx", "sgi")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-SAID = ("a red dog and a cat .", "there is no dog .", "yes , a blue dog", "no", "a cat on there", "two red cat and one dog")
+SAID = ("a red dog and a cat .", "there is no dog .", "yes , a blue dog", "no", "a cat there", "two red cat")
 
 
 def build(folder):
@@ -41,7 +44,12 @@ def build(folder):
         models()
         records()
         training()
-    evaluation()
+    pope()
+    amber()
+    mmhal()
+    chair()
+    classroom()
+    votes()
     synthesis()
 
 
@@ -49,10 +57,10 @@ def write(path, value):
     """JSON, or JSON lines where the name says so."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, indent=1)
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in value))
-    else:
-        path.write_text(json.dumps(value, indent=1))
+        text = "".join(json.dumps(row) + "\n" for row in value)
+    path.write_text(text)
 
 
 # ---- what is read ----
@@ -61,10 +69,9 @@ def pictures():
         Path(name).mkdir()
     for k, kind in enumerate(IMAGES):
         picture(k, (36, 24)).save(f"pictures/{k}.{kind}")
-    for mode in ("L", "P", "LA", "RGBA", "1", "I;16"):
-        image = picture(9, (36, 24))
-        image = Image.new(mode, (36, 24)) if mode == "I;16" else image.convert(mode)
-        image.save(f"pictures/{mode.replace(';', '')}.png")
+    for mode in ("L", "P", "LA", "RGBA", "1"):
+        picture(9, (36, 24)).convert(mode).save(f"pictures/{mode}.png")
+    Image.new("I;16", (36, 24)).save("pictures/I16.png")
     picture(9, (36, 24)).convert("CMYK").save("pictures/cmyk.jpg")
     Path("pictures/eps.png").write_bytes(EPS)
     for k in range(4):
@@ -76,33 +83,31 @@ def models():
     from test_synth import write_llava_next
     write_llava(Path("llava15"), hidden=16)
     write_llava_next(Path("llava16"))
-    with mock.patch.object(sys, "stderr", open(os.devnull, "w")):
-        write_original("bunny", "bunny", sizes=TINY["bunny"], shard=1 << 14)
-    word_tokenizer().save_pretrained("words")
+    write_original("bunny", "bunny", sizes=TINY["bunny"], shard=1 << 14)
 
 
 def records():
-    """data/FORMAT.jsonl: three of every published format."""
+    """data/: three records of every published format; pairs.jsonl, which is trained on."""
     Path("images/VG_100K").mkdir(parents=True)
     picture(0, (36, 24)).save("images/a.png")
     picture(0, (36, 24)).save("images/VG_100K/7.jpg")
-    published = PUBLISHED | {"history": PUBLISHED["native"] | {"history": [["what ?", "a dog"]], "image": ["a.png", "a.png"],
-                                                               "image_rejected": ["a.png", "a.png"], "meta": {"of": 1}}}
-    for name, record in published.items():
-        rows = []
-        for k in range(3):
-            row = json.loads(json.dumps(record))
+    two = ["a.png", "a.png"]
+    more = {"history": [["what ?", "a dog"]], "image": two, "image_rejected": two, "meta": {"of": 1}}
+    for name, record in {**PUBLISHED, "history": PUBLISHED["native"] | more}.items():
+        rows = [json.loads(json.dumps(record)) for _ in range(3)]
+        for k, row in enumerate(rows):
             if isinstance(row.get("id"), str):
                 row["id"] += str(k)
-            rows.append(row)
         write(f"data/{name}.jsonl", rows)
     encoded = base64.b64encode(Path("images/a.png").read_bytes()).decode()
     write("data/bytes.jsonl", [PUBLISHED["rlaif-v"] | {"image": {"bytes": encoded, "path": "a.png"}}] * 2)
     descriptions = {"chosen": ["a dog", "a red dog"], "rejected": ["a cat", "no cat"]}
     write("data/described.json", {"7": descriptions, "07": descriptions})
-    rows = [{"id": f"p{k}", "image": f"{k}.{IMAGES[k]}", "question": "what is this ?", "chosen": said,
-             "rejected": SAID[(k + 1) % 4]} for k, said in enumerate(SAID[:4])]
-    write("pairs.jsonl", [row | {"image": f"pictures/{row['image']}"} for row in rows])
+    rows = []
+    for k, said in enumerate(SAID[:4]):
+        rows.append({"id": f"p{k}", "image": f"pictures/{k}.{IMAGES[k]}", "question": "what is this ?",
+                     "chosen": said, "rejected": SAID[(k + 1) % 4]})
+    write("pairs.jsonl", rows)
     try:
         import pyarrow
         import pyarrow.parquet
@@ -113,16 +118,16 @@ def records():
 
 # ---- training runs ----
 def training():
-    """runs/whole, finished; runs/half and runs/early, stopped behind steps 2 and 1; runs/other, of another seed."""
-    for name, steps, more in (("whole", 9, []), ("half", 2, []), ("early", 1, []), ("other", 2, ["--seed", "7"])):
-        case = Path("case/out")                              # where every case has its run: the options agree
-        train([*TRAIN, *more, "--out", str(case)], steps)
-        shutil.move(case, f"runs/{name}") if Path("runs").mkdir(exist_ok=True) is None else None
+    """runs/whole, finished; runs/half and runs/early, of steps 2 and 1; runs/other, of another seed."""
+    Path("runs").mkdir()
+    for name, steps, more in (("whole", 9, ""), ("half", 2, ""), ("early", 1, ""), ("other", 2, "--seed 7")):
+        train(f"{TRAIN} --out {OUT} {more}".split(), steps)
+        shutil.move(OUT, f"runs/{name}")
     shutil.copytree("runs/whole/adapter", "adapter")
 
 
 def train(argv, steps):
-    """A training run that is asked to stop so that its checkpoint is of this step."""
+    """A training run that is asked to stop so that its checkpoint is of this step; of 4 steps in all."""
     taken = []
 
     def step(run, t, real=train_dpo.step):
@@ -138,103 +143,122 @@ def train(argv, steps):
         except SystemExit as end:
             assert "stopped" in str(end.code), end.code
         else:
-            assert steps == 9
+            assert steps > 4
 
 
-# ---- evaluation ----
-def evaluation():
-    names = [f"COCO_val2014_{k:012}.jpg" for k in range(4)]
-    asked = [{"question_id": k, "image": name, "text": "Is there a dog in the image?", "label": ("yes", "no")[k % 2]}
-             for k, name in enumerate(names)]
-    write("pope/coco_pope_random.json", 0) or write("pope/coco_pope_random.jsonl", asked)
-    Path("pope/coco_pope_random.jsonl").replace("pope/coco_pope_random.json")
-    said = [{"question_id": row["question_id"], "image": row["image"], "question": row["text"], "label": row["label"]}
-            for row in asked]
+# ---- evaluation: questions, answers, and replies of judges ----
+def pope():
+    rows = []
+    for k in range(4):
+        rows.append({"question_id": k, "image": f"COCO_val2014_{k:012}.jpg", "label": ("yes", "no")[k % 2],
+                     "text": "Is there a dog in the image?"})
+    write("lines.jsonl", rows)
+    Path("pope").mkdir()
+    Path("lines.jsonl").rename("pope/coco_pope_random.json")
+    said = [row | {"question": row["text"]} for row in rows]
+    for row in said:
+        del row["text"]
     write("pope.a.jsonl", [row | {"answer": "Yes, there is."} for row in said])
     write("pope.b.jsonl", [row | {"answer": ("No.", "Yes")[k % 2]} for k, row in enumerate(said)])
 
-    kinds = ("generative", "discriminative-attribute-state", "discriminative-hallucination", "discriminative-relation")
-    notes = [{"id": k + 1, "type": kind, "truth": ["dog", "cat"] if k == 0 else "yes", "hallu": ["car"]}
-             for k, kind in enumerate(kinds)]
+
+def amber():
+    kinds = ("generative", "discriminative-attribute-state", "discriminative-hallucination", "relation")
+    notes = [{"id": k, "type": kind, "truth": "yes", "hallu": ["car"]} for k, kind in enumerate(kinds, 1)]
+    notes[0]["truth"] = ["dog", "cat"]
+    queries = [{"id": k, "image": f"{k}.jpg", "query": "Describe this image."} for k in range(1, 5)]
     write("amber/annotations.json", notes)
-    write("amber/query_all.json", [{"id": k, "image": f"{k}.jpg", "query": "Describe this image."} for k in range(1, 5)])
+    write("amber/query_all.json", queries)
     write("amber/relation.json", {"dog": ["puppy"], "cat": [], "car": ["truck"]})
     Path("amber/safe_words.txt").write_text("man\nwoman\n")
-    write("amber.jsonl", [{"id": k + 1, "response": text} for k, text in enumerate(("A dog and a car.", "Yes", "No", "yes"))])
+    said = enumerate(("A dog and a car.", "Yes", "No", "yes"), 1)
+    write("amber.jsonl", [{"id": k, "response": text} for k, text in said])
 
-    template = [{"question_type": "attribute", "image_id": f"i{k}", "image_src": f"https://x/{k}.jpg",
-                 "image_content": ["dog"], "question": "What is this?", "gt_answer": "A dog."} for k in range(4)]
+
+def mmhal():
+    template = []
+    for k in range(4):
+        template.append({"question_type": "attribute", "image_id": f"i{k}", "image_src": f"https://x/{k}.jpg",
+                         "image_content": ["dog"], "question": "What is this?", "gt_answer": "A dog."})
     write("mmhal/template.json", template)
     write("mmhal.jsonl", [{"question_id": k, "answer": "A dog."} for k in range(4)])
-    replies = [f"They agree. Rating: {k + 2}" for k in range(4)]
-    replied("judge", list(range(4)), replies)
+    replied("judge", range(4), [f"They agree. Rating: {k + 2}" for k in range(4)])
 
+
+def chair():
+    images = [{"id": k, "file_name": f"COCO_val2014_{k:012}.jpg"} for k in range(4)]
+    objects = [{"image_id": k, "category_id": 1} for k in range(4)]
+    captions = [{"image_id": 0, "id": 1, "caption": "A cat sits."}]
     for part in ("val", "train"):
-        objects = [{"image_id": k, "category_id": 1} for k in range(4)]
-        write(f"annotations/instances_{part}2014.json", {"categories": [{"id": 1, "name": "dog"}], "annotations": objects,
-                                                         "images": [{"id": k, "file_name": names[k]} for k in range(4)]})
-        write(f"annotations/captions_{part}2014.json", {"annotations": [{"image_id": 0, "id": 1, "caption": "A cat sits."}]})
+        instances = {"categories": [{"id": 1, "name": "dog"}], "annotations": objects, "images": images}
+        write(f"annotations/instances_{part}2014.json", instances)
+        write(f"annotations/captions_{part}2014.json", {"annotations": captions})
     Path("synonyms.txt").write_text("dog, puppy\ncat, kitten\nperson, man\n")
-    write("chair.jsonl", [{"question_id": k, "image_id": k, "question": "Describe it.",
-                           "answer": "There is a dog and a cat on the mat."} for k in range(4)])
-    replied("extractor", list(range(4)), ['["dog", "cat"]', "['puppy']", "[]", '["dog"]'])
+    said = {"question": "Describe it.", "answer": "There is a dog and a cat on the mat."}
+    write("chair.jsonl", [{"question_id": k, "image_id": k, **said} for k in range(4)])
+    replied("extractor", range(4), ['["dog", "cat"]', "['puppy']", "[]", '["dog"]'])
 
-    settings = {"benchmark": "classroom", "questions": 4, "scenes": "scenes.jsonl"}
-    scenes = [("caption", {"present": ["dog"], "absent": ["cat"]}), ("colour", {"answer": "red", "choices": ["red", "blue"]}),
-              ("existence", {"answer": "yes", "choices": ["yes", "no"], "set": "random"}),
-              ("existence", {"answer": "no", "choices": ["yes", "no"], "set": ["random", "adversarial"]})]
-    rows = [{"id": f"s{k}", "image": f"{k}.png", "kind": kind, "question": "what ?", "truth": truth, "answer": said}
-            for k, ((kind, truth), said) in enumerate(zip(scenes, ("a cat", "red", "yes", "yes"), strict=True))]
-    write("classroom.jsonl", [{"settings": settings}, *rows])
+
+def classroom():
+    yes = {"choices": ["yes", "no"], "set": "random"}
+    asked = [("caption", {"present": ["dog"], "absent": ["cat"]}, "a cat"),
+             ("colour", {"answer": "red", "choices": ["red", "blue"]}, "red"),
+             ("existence", {"answer": "yes", **yes}, "yes"),
+             ("existence", {"answer": "no", **yes, "set": ["random", "adversarial"]}, "yes")]
+    rows = [{"settings": {"benchmark": "classroom", "questions": 4, "scenes": "scenes.jsonl"}}]
+    for k, (kind, truth, said) in enumerate(asked):
+        rows.append({"id": f"s{k}", "image": f"{k}.png", "kind": kind, "question": "what ?", "truth": truth,
+                     "answer": said})
+    write("classroom.jsonl", rows)
+
+
+def votes():
     compare.report("pope.a.jsonl", "pope.b.jsonl", Path("page.html"), Path("coco"))
     page = json.loads(re.search(r'id="data">(.*?)</script>', Path("page.html").read_text(), re.DOTALL)[1])
     for rater in ("ann", "bob"):
-        votes = [{"item": k, "choice": "first", "seconds": 1.5} for k in range(len(page["items"]))]
-        write(f"votes-{rater}.json", {"rater": rater, "page": page["page"], "key": page["key"], "of": len(votes),
-                                      "votes": votes})
+        chosen = [{"item": k, "choice": "first", "seconds": 1.5} for k in range(len(page["items"]))]
+        write(f"votes-{rater}.json", {"rater": rater, "page": page["page"], "key": page["key"],
+                                      "of": len(chosen), "votes": chosen})
 
 
 def replied(name, ids, texts):
     """Saved replies in the three forms that are read: ours, a server's, the Batch API's."""
-    bodies = [{"choices": [{"message": {"content": text}}]} for text in texts]
-    both = list(zip(ids, texts, bodies, strict=True))
-    write(f"replies/{name}.ours.jsonl", [{"id": str(id), "reply": text} for id, text, _ in both])
-    write(f"replies/{name}.server.json", bodies)
-    write(f"replies/{name}.batch.jsonl", [{"custom_id": str(id), "response": {"body": body}} for id, _, body in both])
+    ours, servers, batch = [], [], []
+    for id, text in zip(ids, texts, strict=True):
+        servers.append({"choices": [{"message": {"content": text}}]})
+        ours.append({"id": str(id), "reply": text})
+        batch.append({"custom_id": str(id), "response": {"body": servers[-1]}})
+    write(f"replies/{name}.ours.jsonl", ours)
+    write(f"replies/{name}.server.json", servers)
+    write(f"replies/{name}.batch.jsonl", batch)
 
 
 # ---- synthesis ----
 def synthesis():
     """synth/: a run with every stage's files and journals; the images and their ranks are made here."""
+    Path("topics").mkdir()
     for topic in ("cats", "bikes"):
-        text = "\n".join(f"a red {topic} and {end}" for end in ("a blue dog", "no bike at all"))
-        Path("topics").mkdir(exist_ok=True)
-        Path(f"topics/{topic}.txt").write_text(text + "\n")
+        Path(f"topics/{topic}.txt").write_text(f"a red {topic} and a dog\na {topic} and no bike at all\n")
     Path("questions.txt").write_text("what is this ?\nis there a dog ?\n")
+    out = Path(OUT)
     with mock.patch("time.time", itertools.count().__next__):
-        synth.main(["prompts", *SYNTH])
-        out = Path("synth")
-        shutil.move("case/out", out)
+        synth.main(["prompts", *SYNTH.split()])
         prompts = list(data.read_jsonl(out / "prompts.jsonl"))
         images, ranked = [], []
         for number, row in enumerate(prompts):
-            here = [{"id": f"{row['id']}-{k}", "prompt_id": row["id"], "guidance": 5. + k, "seed": k,
-                     "image": f"images/{row['id']}-{k}.png"} for k in range(2)]
-            for image in here:
-                picture(number, (24, 24)).save(out / image["image"])
-            scores = {"imagereward": [0.5, 1.0 + number], "clip": [1.0, 0.5]}
-            ranked.append(pairing.best_image(row, here, scores))
+            id, here = row["id"], []
+            for k in range(2):
+                here.append({"id": f"{id}-{k}", "prompt_id": id, "guidance": 5. + k, "seed": k,
+                             "image": f"images/{id}-{k}.png"})
+                picture(number, (24, 24)).save(out / here[k]["image"])
+            ranked.append(pairing.best_image(row, here, {"imagereward": [.5, 1. + number], "clip": [1., .5]}))
             images += here
         write(out / "images.jsonl", images)
         write(out / "ranked.jsonl", ranked)
+        ids = [row["id"] for row in prompts]
+        replied("one", ids, SAID[:len(ids)])
+        replied("two", ids, SAID[-len(ids):])
         replied("writer", [f"cats/{k}" for k in range(3)], ["1. a cat\n2. two cat\n- a dog"] * 3)
-        for name, shift in (("one", 0), ("two", 2)):
-            replied(name, [row["id"] for row in prompts], [SAID[(k + shift) % 6] for k in range(len(prompts))])
-        shutil.move(out, "case/out")
         for stage in ("instruct", "respond", "score", "pairs", "analyse"):
-            synth.main([stage, *SYNTH])
-    shutil.move("case/out", out)
-
-
-SYNTH = ["--out", "case/out", "--preset", "pds-dpo", "--prompts", "topics", "--instruct", "questions.txt", "--device",
-         "cpu", "--responders", "replies/one.ours.jsonl,replies/two.ours.jsonl", "--scorer", "length", "--margin", "0"]
+            synth.main([stage, *SYNTH.split()])
+    shutil.move(out, "synth")
