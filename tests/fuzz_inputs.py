@@ -8,6 +8,7 @@ go unnoticed.
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -24,7 +25,7 @@ ASK = "eval_hallu.py answers pope --data pope --max_new_tokens 1"
 
 # ---- what came out ----
 def text_of(case):
-    return case.printed
+    return re.sub(r"\bline \d+", "line N", case.printed)
 
 
 def contents(pattern):
@@ -134,8 +135,22 @@ def configs(case):
     names = ("config.json", "config.json", "preprocessor_config.json", "generation_config.json",
              "processor_config.json")
     file = Path(model, case.draw.choice([name for name in names if Path(model, name).exists()]))
-    case.spoil(file, mutate.a_json, neutral=True)
+    if case.draw.random() < .05:
+        bring_code(Path(model))
+    else:
+        case.spoil(file, mutate.a_json, neutral=True)
     uses_model(case, model)
+
+
+def bring_code(model):
+    """Code of the folder's own, which nobody may run: it would leave a file."""
+    (model / "code.py").write_text("open('escape', 'w')\nclass Own: pass\n")
+    kinds = ("AutoConfig", "AutoImageProcessor", "AutoProcessor", "AutoModelForImageTextToText")
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (model / name).exists():
+            content = json.loads((model / name).read_text())
+            content["auto_map"] = dict.fromkeys(kinds, "code.Own") | {"AutoTokenizer": ["code.Own", None]}
+            (model / name).write_text(json.dumps(content))
 
 
 def tokenizers(case):

@@ -119,7 +119,8 @@ def a_json(rng, content):
         if not box or not isinstance(box[0], dict | list):
             break
         tree = box[0]
-    return written(box[0] if box else None, lines and isinstance(tree, list))
+    whole = box[0] if box else None
+    return written(whole, lines and isinstance(whole, list))
 
 
 def reordered(rng, value):

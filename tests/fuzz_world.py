@@ -3,7 +3,6 @@
 All paths are relative to the folder, which is the working directory of everything that is run, and the clock
 of the training runs is a counter: a seed gives the same input in every place.
 """
-import base64
 import itertools
 import json
 import os
@@ -99,8 +98,6 @@ def records():
             if isinstance(row.get("id"), str):
                 row["id"] += str(k)
         write(f"data/{name}.jsonl", rows)
-    encoded = base64.b64encode(Path("images/a.png").read_bytes()).decode()
-    write("data/bytes.jsonl", [PUBLISHED["rlaif-v"] | {"image": {"bytes": encoded, "path": "a.png"}}] * 2)
     descriptions = {"chosen": ["a dog", "a red dog"], "rejected": ["a cat", "no cat"]}
     write("data/described.json", {"7": descriptions, "07": descriptions})
     rows = []
@@ -113,7 +110,9 @@ def records():
         import pyarrow.parquet
     except ImportError:
         return
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), "data/native.parquet")
+    image = {"bytes": Path("images/a.png").read_bytes(), "path": "a.png"}
+    for name, some in (("native", rows[:2]), ("bytes", [PUBLISHED["rlaif-v"] | {"image": image}] * 2)):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), f"data/{name}.parquet")
 
 
 # ---- training runs ----
