@@ -63,10 +63,12 @@ def _write_all(file, content):
 
 
 def atomic_write(path, content):
-    """Write the whole file, text or bytes, or leave the old one as it was. Raises UserError."""
+    """Write the whole file, text or bytes, or leave the old one as it was; its folder is made. Raises
+    UserError."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb", buffering=0) as file:
             _write_all(file, content)
             os.fsync(file.fileno())     # before the rename: a power cut must not leave an empty file
@@ -238,11 +240,8 @@ def _opened(source):
     try:
         with Image.open(source) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
-                raise UserError(f"image {name} is {file.width} x {file.height} pixels, one side more than "
-                                f"{NARROW} times the other; crop it or drop the record")
+                raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
             yield file
-    except UserError:
-        raise
     except FileNotFoundError as error:
         raise UserError(f"image {name} is missing; put it there or give the right --image_root") from error
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error,
@@ -380,8 +379,6 @@ def rng_of(strategy, seed, id):
 
 def rejected_image(strategy, image, seed, id, other=None, record=None):
     """A pair's rejected image: the same for the same seed, strategy and id. other, record: see above."""
-    if strategy not in REJECTED:
-        raise UserError(f"--image_rejected {strategy} is not one of {', '.join(REJECTED)}; choose another")
     return REJECTED[strategy](record, image, other, rng_of(strategy, seed, id))
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import data
 from data import UserError
-from evaluation import amber, answers, benchmarks, compare, metrics, objects, words
+from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
 from model import ask
 
@@ -58,10 +58,7 @@ def run_answers(o):
 
 # ---- score: each takes the options and the lines of the answers file -> (scores, items) ----
 def score_classroom(o, lines):
-    _, said = answers.read_answers(o.answers[0])
-    keys = ("id", "kind", "answer", "hallucinated", "sums")
-    items = [{key: item[key] for key in keys} for item in metrics.classroom_items(said)]
-    return metrics.classroom(said), items
+    return metrics.classroom(lines), metrics.classroom_items(lines)
 
 
 def score_pope(o, lines):
@@ -78,18 +75,17 @@ def score_amber(o, lines):
 
 def score_chair(o, lines):
     original = o.scorer == "original"
-    literal = original and o.mode == "official"                   # their reader keeps blanks
-    table = objects.synonyms(data.read_text(o.synonyms), literal)
+    table = objects.synonyms(data.read_text(o.synonyms), literal=original and o.mode == "official")
     lemmatize = words.singulars if original else words.lemmas
-    if o.nouns != "builtin":
-        lemmatize = words.nltk_lemmas if o.nouns == "nltk" else benchmarks.lemmas(o.nouns)
+    if o.nouns == "nltk":
+        lemmatize = words.nltk_lemmas
     truth = benchmarks.coco_truth(o.annotations, lines, table, lemmatize)
     replies, said = None, {}
     if o.extractor != "none":
         text = benchmarks.prompt(o.extraction_prompt, "extraction.txt", ["{question}", "{answer}"])
         prompts = metrics.extraction_prompts(lines, text)
-        replies, said = replied(o, "extractor", o.extractor, prompts, object_list, o.extraction_prompt, text)
-    scores, items = metrics.chair(lines, truth, table, lemmatize, replies, words.phrase, o.mode, o.partial)
+        replies, said = replied(o, "extractor", prompts, object_list, o.extraction_prompt, text)
+    scores, items = metrics.chair(lines, truth, table, lemmatize, replies, o.mode)
     return scores | said, items
 
 
@@ -103,26 +99,27 @@ def score_mmhal(o, lines):
         data.write_jsonl(path, rows)
         raise UserError(f"there is no --judge: {path} holds the {len(prompts)} prompts; have them judged and "
                         "give the replies with --judge FILE, or give a URL or a model folder")
-    replies, said = replied(o, "judge", o.judge, prompts, rating, o.judge_prompt, text)
+    replies, said = replied(o, "judge", prompts, rating, o.judge_prompt, text)
     scores, items = metrics.mmhal(template, lines, replies, o.mode, o.partial)
     return scores | said, items
 
 
-def replied(o, who, source, prompts, read, path, text):
+def replied(o, who, prompts, read, path, text):
     """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
 
-    Replies are kept beside --out. read: reads a reply, None if it cannot: a server is then asked again.
-    path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts are not
-    comparable. Raises UserError if a reply is missing, unless o.partial.
+    who: judge or extractor, o's name for the source. read: reads a reply, None if it cannot: a server is then
+    asked again. path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts
+    are not comparable. Replies are kept beside --out. Raises UserError if a reply is missing, unless
+    o.partial, and if all are.
     """
-    asked = {str(i): i for i in prompts}
+    source, asked = getattr(o, who), {str(i): i for i in prompts}
     questions = [ask.Question(name, prompts[i]) for name, i in asked.items()]
     rows = ask.ask(source, questions, o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who,
                    max_tokens=1024, accept=lambda reply: read(reply) is not None)
     lost = len(asked) - len(rows)
-    if lost and not o.partial:
+    if lost and not (rows and o.partial):
         raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
-                        "call again, or score the others with --partial")
+                        "call again, or score the others, if there are any, with --partial")
     models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
     prompt = str(path or "built-in, in our own words: no match for the published one's scores")
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -143,11 +140,20 @@ def run_score(o):
     if {path.resolve() for path in o.answers} & {o.out.resolve(), items_path.resolve()}:
         raise UserError(f"--out {o.out} would write over the answers; give another name")
     lines = benchmarks.read_answers(o.answers)
+    settings = [line["settings"] for line in lines if "settings" in line]
+    wanted = sum(each.get("questions", 0) for each in settings)
+    there = len(lines) - len(settings)
+    if there < wanted and not o.partial:
+        raise UserError(f"the file answers {there} of {wanted} questions; run the same `answers` command "
+                        "again to continue it")
     scores, items = SCORERS[o.benchmark](o, lines)
     if not scores["n"]:
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
-    settings = [line["settings"] for line in lines if "settings" in line]
+    empty = [answer.id for answer in stats.read(lines) if not answer.text.strip()]
+    if empty:
+        scores.setdefault("remarks", []).append(
+            f"{len(empty)} answers are empty (ids {stats.few(empty)}): a broken model writes such answers")
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
@@ -168,7 +174,7 @@ def run_compare(o):
 
 
 # ---- tables ----
-NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
+NAMES = {"acc": "accuracy", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
          "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
          "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
          "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
@@ -176,7 +182,6 @@ NAMES = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "
          "informativeness": "informativeness", "hallucination_rate": "hallucination rate",
          "win": "A is better", "tie": "tie", "loss": "B is better"}
 FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
-PLAIN = ("score", "mean_words")                  # no share of anything
 
 
 def table(benchmark, scores):
@@ -184,12 +189,11 @@ def table(benchmark, scores):
     names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
     lines = [f"{'percent':39}   95% interval"]
     for key, name in names.items():
-        if scores.get(key) is not None:
-            lines.append(measure(benchmark, key, name, scores[key], scores["intervals"][key]))
-    for kind, part in scores.get("by_kind", {}).items():
-        name = f"{kind}, accuracy of {part['n']}"
-        lines.append(measure(benchmark, kind, name, part["acc"], part["interval"]))
-    for parts in ("by_split", "by_type", "by_category"):
+        if key in scores["intervals"]:
+            numbers = scores[key], *scores["intervals"][key]
+            value, low, high = (shown(benchmark, key, number) for number in numbers)
+            lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
+    for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for name, part in scores.get(parts, {}).items():
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
                      if key in part]
@@ -199,16 +203,9 @@ def table(benchmark, scores):
 
 def shown(benchmark, key, value):
     """A measure's number as it is printed."""
-    if key in PLAIN:
+    if key in stats.PLAIN:
         return f"{value:.2f}"
-    if benchmark in FRACTIONS and key != "informativeness":
-        value *= 100
-    return f"{value:.1f}"
-
-
-def measure(benchmark, key, name, value, interval):
-    value, low, high = (shown(benchmark, key, number) for number in (value, *interval))
-    return f"{name:32}{value:>7}   {low:>5} to {high}"
+    return f"{100 * value if benchmark in FRACTIONS else value:.1f}"
 
 
 def notes(scores):
@@ -290,8 +287,8 @@ COMMANDS = {
         "--synonyms": path("the published list, a class a line"),
         "--scorer": text("CHAIR's own rules, or Object HalBench's [objhal]",
                          choices=("original", "objhal"), default="objhal"),
-        "--nouns": text("singulars: builtin, nltk (Object HalBench's), or JSON {word: singular} [builtin]",
-                        default="builtin"),
+        "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
+                        choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
                             default="none", metavar="none|FILE|URL|MODEL"),
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
@@ -303,7 +300,7 @@ COMMANDS = {
         "b": text("answers of the other to the same questions", type=Path),
         "--out": path("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
-        "--items": path("what `score` wrote per item, for answers that do not hold the truth themselves",
+        "--items": path("what `score` wrote per item, for all answers but the classroom's",
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
         "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}
@@ -319,7 +316,7 @@ def parse(argv=None):
         kind = name.removeprefix("score ")
         home = steps if kind == name else kinds
         command = home.add_parser(kind, help=says, description=says)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, partial=False)
         for argument, about in arguments.items():
             command.add_argument(argument, **about)
     return parser.parse_args(argv)

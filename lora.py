@@ -27,10 +27,7 @@ import torch
 import data
 from data import UserError
 
-# Settings of a PEFT adapter that A and B cannot express.
-UNREAD = ("bias", "use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices",
-          "target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config")
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
 
 
@@ -66,8 +63,6 @@ def add_lora(model, r, alpha, targets=None, seed=0):
     """Freeze `model` and adapt linear layers: those that `targeted` finds. Returns their names."""
     if layers(model):
         raise UserError("the model already carries an adapter: merge it or load the model anew")
-    if r < 1:
-        raise UserError(f"LoRA cannot have rank {r}: give a rank of at least 1")
     names = targeted([n for n, m in model.named_modules() if type(m) is torch.nn.Linear], targets)
     model.requires_grad_(False)
     for name in names:
@@ -151,8 +146,6 @@ def save(model, folder, base_name):
     tensors = {}
     for name, p in lora_parameters(model).items():
         tensors[f"base_model.model.{name}.weight"] = p.detach().float().T.contiguous().cpu()
-    with contextlib.suppress(OSError):                              # atomic_write says what is wrong
-        os.makedirs(folder, exist_ok=True)
     data.atomic_write(Path(folder, "adapter_model.safetensors"),
                       safetensors.torch.save(tensors, {"format": "pt"}))
     data.atomic_write(Path(folder, "adapter_config.json"), json.dumps(config, indent=1, sort_keys=True))
@@ -175,7 +168,8 @@ def load(model, folder):
         fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
         if not fits or B.shape != (r, layer.out_features):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
-                            f"the model has {layer}: load it into the model that it was trained on")
+                            f"the model has {layer}: load it into the model that it was trained on, or let "
+                            "PEFT merge it")
         if config.get("use_rslora"):
             alpha *= r ** 0.5
         found[layer] = r, alpha, A, B
@@ -195,11 +189,8 @@ def read_adapter(folder):
         tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
-    odd = [key for key in UNREAD if config.get(key) and config[key] != "none"]
-    if str(config.get("init_lora_weights")).startswith(REBASED):
-        odd.append("init_lora_weights")
-    if odd or config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} is not plain LoRA ({', '.join(odd) or 'peft_type'}): let PEFT merge it")
+    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in STARTS:
+        raise UserError(f"{folder} is not plain LoRA (peft_type, init_lora_weights): let PEFT merge it")
     return config, tensors
 
 
@@ -208,14 +199,13 @@ def setting(config, key, patterns, name):
 
     To PEFT it is a regular expression; here it is a plain name, as PEFT writes it, whose dots may be escaped.
     """
-    found = config.get(key, 8)
-    for pattern, value in reversed((config.get(patterns) or {}).items()):       # the first that matches holds
+    for pattern, value in (config.get(patterns) or {}).items():
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
             raise UserError(f"{patterns} has {pattern!r}, which is not a layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
-            found = value
-    return found
+            return value
+    return config.get(key, 8)
 
 
 # ---- a merged folder ----

@@ -38,12 +38,12 @@ Departures from the official pipeline; --as_official undoes 1 to 4:
 """
 import functools
 import json
+import math
 import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import data
 from data import UserError
@@ -51,8 +51,7 @@ from model import ask, command
 from model.command import behind_set, option
 from synthesis import analysis, pairing, prompts
 
-HERE = Path(__file__).resolve().parent
-BUILT_IN = HERE / "classroom" / "synthesis"
+BUILT_IN = Path(__file__).resolve().parent / "classroom" / "synthesis"
 
 
 @dataclass
@@ -89,7 +88,6 @@ class Options:
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
     model_name: str = behind_set("", "the server's name for the model, if it serves several")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
-    encoder: str = behind_set("", "for analyse: folder of a sentence encoder; none: shared words")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
@@ -115,7 +113,7 @@ class Run:
     o: Options
     out: Path
     ranks: command.Ranks = command.Ranks()
-    lock: Any = None
+    lock: object = None
 
     def rows(self, name, made_by=None):
         """The lines of OUT/name.jsonl. Where it is missing: [] without `made_by`, else a UserError."""
@@ -148,8 +146,7 @@ class Run:
         for item in items:
             text = json.dumps([item, made_by], sort_keys=True)
             keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
-        make = functools.partial(make, self)
-        rows = store.work(keyed, make, size, name)
+        rows = store.work(keyed, functools.partial(make, self), size, name)
         command.free()
         self.say(name,
                  items=len(items),
@@ -159,23 +156,14 @@ class Run:
                  seconds=round(time.time() - start, 1))
         return rows
 
-    def replies(self, name, source, asked, **options):
-        """{id: a row of ask.ask} of [ask.Question]. A model folder's batches are shared among the ranks; a
-        server, or a file of replies, is asked by rank 0, which keeps each reply as it comes."""
-        o, ranks = self.o, self.ranks
-        options["model"] = o.model_name or None
-        if Path(source).is_dir():
-            questions = {question.id: question for question in asked}
-            items = [{"id": question.id, "asked": ask.digest(question)} for question in asked]
-            made_by = [command.identity(source), options, o.dtype]
-            place = {"batch": o.batch, "device": ranks.device, "dtype": self.dtype("bfloat16")}
-            make = functools.partial(answer, source, options | place, questions)
-            rows = self.made(name, items, make, made_by, o.batch)
-            return {row["id"]: row for row in rows}
-        if ranks.rank:
-            return {}
-        replies = self.out / "parts" / f"{name}.jsonl"
-        return ask.ask(source, asked, replies, description=name, **options)
+    def ask(self, name, source, questions, **options):
+        """{id: {"reply", ...}} of ask.Questions; parts/ keeps each reply as it comes. For rank 0 alone."""
+        replies, model = self.out / "parts" / f"{name}.jsonl", self.o.model_name or None
+        return ask.ask(source, questions, replies, model=model, description=name, **options, **self.place())
+
+    def place(self):
+        """How ask.connect is to load a model's folder."""
+        return {"batch": self.o.batch, "device": self.ranks.device, "dtype": self.dtype("bfloat16")}
 
     def dtype(self, on_cuda):
         import torch
@@ -185,20 +173,21 @@ class Run:
         return getattr(torch, name)
 
     def asked(self):
-        """A ask.Question of each question about its image."""
-        found, image = [], {}
+        """{id: ask.Question} of each question about its image."""
+        found, image = {}, {}
         for row in self.rows("ranked", "rank"):
             image[row["id"]] = self.out / row["image"]
         for row in self.rows("instructions", "instruct"):
             id = row["id"]
-            found.append(ask.Question(id, row["question"], [image[id]]))
+            found[id] = ask.Question(id, row["question"], [image[id]])
         return found
 
-    def needs(self, option, what):
+    def needs(self, name):
         """The option's value. Raises UserError if it has none."""
-        if not getattr(self.o, option):
-            raise UserError(f"--{option} is missing: give {what}")
-        return getattr(self.o, option)
+        if not getattr(self.o, name):
+            field = self.o.__dataclass_fields__[name]
+            raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
+        return getattr(self.o, name)
 
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
@@ -206,7 +195,7 @@ class Run:
             raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [command.identity(self.needs(name, f"the model that {flag} names")), self.o.dtype]
+        return [command.identity(self.needs(name)), self.o.dtype]
 
 
 def begin(o):
@@ -225,24 +214,24 @@ def make_prompts(run):
     """A few files, or a few requests."""
     o = run.o
     if o.writer:
-        lines = prompts.written(o, run.out / "parts")
+        lines = prompts.written(run)
     else:
-        lines = prompts.read(run.needs("prompts", "a text file, or a folder of them"))
+        lines = prompts.read(run.needs("prompts"))
     texts = [text for _, text in lines]
     kept = [lines[place] for place in prompts.distinct(texts, o.similar)]
     if not kept:
         raise UserError(f"no prompts: see {run.out}/parts for what --writer said, or check --prompts")
     rows = prompts.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    named = {row["topic"] for row in rows}
-    run.say("prompts", prompts=len(rows), topics=len(named), near_duplicates=len(lines) - len(kept))
+    topics = len({row["topic"] for row in rows})
+    run.say("prompts", prompts=len(rows), topics=topics, near_duplicates=len(lines) - len(kept))
 
 
 # ---- 2 images ----
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, items, rows = run.o, [], []
-    generator = run.needs("generator", "the folder of Stable Diffusion 3 in diffusers' layout")
+    generator = run.needs("generator")
     for row in run.rows("prompts", "prompts"):
         seeds, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
@@ -262,10 +251,9 @@ def make_images(run):
 def paint(run, groups):
     """The images of a prompt are painted in one call."""
     from synthesis import images
-    o, device = run.o, run.ranks.device
-    jobs = [(item["_prompt"], item["_seeds"]) for (item,) in groups]
-    painted = images.paint(o.generator, jobs, o.guidance, device, run.dtype("float16"), o.steps, o.size,
-                        o.chunk)
+    o, jobs = run.o, [(item["_prompt"], item["_seeds"]) for (item,) in groups]
+    painted = images.paint(o.generator, jobs, o.guidance, run.ranks.device, run.dtype("float16"), o.steps,
+                           o.size, o.chunk)
     for (item,), pictures in zip(groups, painted, strict=True):
         for k, picture in enumerate(pictures, 1):
             picture.save(run.out / f"images/{item['id']}-{k}.png")  # a file torn by a kill is painted again
@@ -275,23 +263,22 @@ def paint(run, groups):
 # ---- 3 rank ----
 def rank(run):
     """Of each prompt the image that the first ranker scores best, beside what all of them scored."""
-    o, items = run.o, []
+    o, items, asked = run.o, [], {}
     shown = pairing.grouped(run.rows("images", "images"), "prompt_id")
-    asked = [row for row in run.rows("prompts", "prompts") if row["id"] in shown]
-    for row in asked:
-        files = [image["image"] for image in shown[row["id"]]]
-        seen = [command.identity(run.out / file) for file in files]
-        items.append({"id": row["id"], "_prompt": row["prompt"], "_files": files, "_seen": seen})
-    scores = {row["id"]: {} for row in asked}
+    for row in run.rows("prompts", "prompts"):
+        id = row["id"]
+        if id in shown:
+            asked[id] = row | {"candidates": shown[id], "scores": {}}
+            files = [image["image"] for image in shown[id]]
+            seen = [command.identity(run.out / file) for file in files]
+            items.append({"id": id, "_prompt": row["prompt"], "_files": files, "_seen": seen})
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
         make = functools.partial(rank_by, name)
         for row in run.made(f"rank-{name}", items, make, made_by):
-            scores[row["id"]][name] = row["scores"]
-    found, threshold = [], None if o.as_official else o.threshold
-    for row in asked:
-        id = row["id"]
-        found.append(pairing.best_image(row, shown[id], scores[id], threshold))
+            asked[row["id"]]["scores"][name] = row["scores"]
+    threshold = -math.inf if o.as_official else o.threshold
+    found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
@@ -307,17 +294,14 @@ def rank_by(name, run, groups):
 
 # ---- 4 instruct ----
 def instruct(run):
-    o, ranked = run.o, run.rows("ranked", "rank")
-    kept = {row["id"]: row["prompt"] for row in ranked if not row["dropped"]}
+    o = run.o
+    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
-        asked = []
-        for id, prompt in kept.items():
-            text = prompts.ASK_QUESTION.format(prompt=prompt)
-            asked.append(ask.Question(id, text))
         (name, source), = named(o.instruct).items()
-        said = run.replies(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
+        asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=text)) for id, text in kept.items()]
+        said = run.ask(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
         found = {id: " ".join(row["reply"].split()) for id, row in said.items()}
     rows = [{"id": id, "question": text} for id, text in found.items() if text]
     run.write("instructions", rows)
@@ -326,38 +310,43 @@ def instruct(run):
 
 # ---- 5 respond ----
 def respond(run):
-    """One model after another answers all questions."""
+    """One model after another answers all questions: a folder's on every rank, a server is asked by one."""
     o, said, found = run.o, {}, []
-    run.needs("responders", "folders or URLs of vision-language models, with commas")
-    asked, template = run.asked(), prompts.RAW if o.as_official else None
+    run.needs("responders")
+    options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
+    questions = run.asked()
+    items = [{"id": id, "asked": ask.digest(question)} for id, question in questions.items()]
     for name, source in named(o.responders).items():
-        said[name] = run.replies(f"respond-{name}", source, asked, max_tokens=o.max_new_tokens,
-                                 template=template)
-    for question in asked:
+        if Path(source).is_dir():
+            made_by = [command.identity(source), options, o.dtype]
+            make = functools.partial(answer, source, options, questions)
+            rows = run.made(f"respond-{name}", items, make, made_by, o.batch)
+            said[name] = {row["id"]: row for row in rows}
+        elif run.ranks.rank == 0:
+            said[name] = run.ask(f"respond-{name}", source, [*questions.values()], **options)
+    for id, question in questions.items():
         for name, rows in said.items():
-            row = response(question.text, rows.get(question.id), o.as_official)
-            if row:
-                found.append({"id": question.id, "model": name} | row)
+            if id in rows:
+                answered = response(question.text, rows[id], o.as_official)
+                found.append({"id": id, "model": name} | answered)
     run.write("responses", found)
-    run.say("respond", responses=len(found), failed=len(asked) * len(said) - len(found))
+    run.say("respond", responses=len(found), failed=len(items) * len(said) - len(found))
 
 
 def answer(source, options, questions, run, groups):
     """What a model folder says about each group of questions."""
-    model = ask.connect(source, **options)
+    model = ask.connect(source, **options, **run.place())
     for group in groups:
         asked = [questions[item["id"]] for item in group]
         yield [row for _, row in model.ask(asked)]
 
 
 def response(question, row, as_official):
-    """A row of responses.jsonl, None without a reply. finished: the model ended it by itself, None if that
-    is not known. as_official: the question before it, line breaks flattened, as the published code keeps it.
+    """What responses.jsonl says of a reply; finished: the model ended it by itself, None: that is not known.
+
+    as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
-    if not row:
-        return None
-    text = row["reply"]
-    finished = {"stop": True, "length": False}.get(row.get("finish"))
+    text, finished = row["reply"], {"stop": True, "length": False}.get(row.get("finish"))
     if as_official:
         text = f"{question} {text}".replace("\n", " ")
     return {"response": text, "finished": finished}
@@ -383,60 +372,54 @@ def score(run):
     o, items, found = run.o, [], []
     made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
-    for question in run.asked():
-        if rows := said.get(question.id):
-            items.append({"id": question.id, "_question": question.text,
-                          "_said": [row["response"] for row in rows]})
-            if o.scorer == "clip":
-                image, = question.images
-                items[-1] |= {"_image": str(image), "_seen": command.identity(image)}
-    for row in run.made(f"score-{o.scorer}", items, score_by, made_by):
+    questions = run.asked()
+    for id, question in questions.items():
+        if id in said:
+            texts = [row["response"] for row in said[id]]
+            items.append({"id": id, "_asked": ask.digest(question), "_said": texts})
+    make = functools.partial(score_by, questions)
+    for row in run.made(f"score-{o.scorer}", items, make, made_by):
         for response, scores in zip(said[row["id"]], row["scores"], strict=True):
-            found.append({"id": row["id"], "model": response["model"]} | scores)
+            found.append(pairing.only(response, "id model") | scores)
     run.write(f"scores-{o.scorer}", found)
 
 
-def score_by(run, groups):
+def score_by(questions, run, groups):
     o, name = run.o, run.o.scorer
     if name in MODELS:
         from synthesis import rewards
         model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
     for (item,) in groups:
-        texts = item["_said"]
+        id, texts = item["id"], item["_said"]
+        question = questions[id]
         if name == "armorm":
-            yield [{"scores": model.judge(item["_question"], texts)}]
+            yield [{"scores": model.judge(question.text, texts)}]
             continue
         if name == "clip":
-            scores = model.score_texts(item["_image"], texts)
+            scores = model.cosines(question.images, texts)[0].tolist()
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            draws = [data.draw(o.seed, "scorer", item["id"], k) for k in range(len(texts))]
-            scores = [draw.random() for draw in draws]
+            scores = [data.draw(o.seed, "scorer", id, k).random() for k in range(len(texts))]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 
 # ---- 7 pairs ----
 def make_pairs(run):
-    apart = ("out", "device", *MODELS)
-    settings = {name: value for name, value in vars(run.o).items() if name not in apart}
-    pairing.make(run, models(run.o), settings)
-
-
-def models(o):
-    """(role, name, source) of the models that a run names."""
-    found = []
+    """pairing.make, and for its card the settings and the models that the run names."""
+    settings, rows = dict(vars(run.o)), []
+    del settings["out"], settings["device"]
     for role in MODELS:
-        for name, source in named(getattr(o, role)).items():
+        for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
-                found.append((role, name, source))
-    return found
+                rows.append((role, name, command.identity(source), pairing.licence(source)))
+    pairing.make(run, rows, settings)
 
 
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
           "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
-ALONE = ("prompts", "pairs", "analyse")                 # stages of rank 0 alone
+ALONE = ("prompts", "instruct", "pairs", "analyse")     # stages of rank 0 alone
 
 
 def options(argv):

@@ -58,6 +58,7 @@ class Run:
     ranks: command.Ranks
     model: vlm.VLM
     sharded: bool                        # --shard: a forward needs all ranks
+    first: Any                           # ranks.first(work), where work() may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
     reference: Reference
@@ -71,13 +72,6 @@ class Run:
     stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
     stopping: bool = False               # any rank was asked to stop
 
-    def first(self, work):
-        """work() on rank 0, which may run the model; its result on every rank."""
-        if not self.sharded:
-            return self.ranks.first(work)
-        from training import shard
-        return shard.first(self.ranks, work, self.model)
-
 
 # ---------------------------------------------------------------------------------------- set-up
 def prepare(o, out, ranks):
@@ -87,13 +81,13 @@ def prepare(o, out, ranks):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path = ranks.first(partial(batches.classroom_files, o, out))
+    path, held_out = ranks.first(partial(batches.classroom_files, o, out))
     family = front.open_folder(o.model, o.template or None, o.images)
     needs = options.needs_of(o)
-    pairs = batches.checked(family, path, o, needs, ranks, out / "checked")
+    pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
-    if o.val_data:                                              # a margin needs the rejected response
-        val = batches.checked(family, o.val_data, o, needs | {"rejected"}, ranks, out / "checked")
+    if held_out:                                                # a margin needs the rejected response
+        val = batches.checked(family, held_out, o, needs | {"rejected"}, ranks)
     ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
 
     # ---- the model and its trainable weights ----
@@ -101,8 +95,10 @@ def prepare(o, out, ranks):
     if sharded:
         from training import shard
         model = shard.load_in_shards(partial(load, family, o, dtype, "cpu"), ranks)
+        first = partial(shard.first, ranks, model)
     else:
         model = load(family, o, dtype, ranks.device)
+        first = ranks.first
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
@@ -113,7 +109,7 @@ def prepare(o, out, ranks):
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
                base=command.identity(family.folder))
@@ -176,7 +172,7 @@ def step(run, t):
             **{name: value / len(found) for name, value in sums.items()},
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
-            "memory_gib": round(plan.peak(run.ranks.device), 3)}
+            "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
 
 
 def learning_rate(t, steps, o):
@@ -218,7 +214,7 @@ def train(run):
             line = step(run, t)
             state.step = done = t + 1
             state.seconds = time.monotonic() - began
-            checkpoint.log(run, line | {"seconds": round(state.seconds, 2)} | warning(run, line))
+            checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
@@ -233,24 +229,6 @@ def train(run):
     log_look(run, "after", after)
     weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
     return run.first(partial(finish, run, before, after, weights))
-
-
-def warning(run, line):
-    """{"warning": a sentence}, once, when the chosen reward keeps falling."""
-    state = run.state
-    state.chosen = [*state.chosen, line["rewards/chosen"]][-40:]
-    if state.warned or not falling(state.chosen):
-        return {}
-    state.warned = True
-    text = "the chosen reward keeps falling below zero: add ancpo to --loss, lower --lr, or raise --beta"
-    if run.ranks.rank == 0:
-        tqdm.write(f"warning: {text}", file=sys.stderr)
-    return {"warning": text}
-
-
-def falling(chosen):
-    """Whether the chosen reward keeps falling below zero: negative over 20 steps, and under the 20 before."""
-    return len(chosen) == 40 and sum(chosen[20:]) < min(0, sum(chosen[:20]))
 
 
 # ---------------------------------------------------------------------------------------- before and after
@@ -269,7 +247,7 @@ def kept_scores(run, name):
 
 
 def scores(run, name):
-    """The classroom's metrics or those of val_data; whether the model looks; eval_data's questions."""
+    """The classroom's metrics or those of held-out pairs; whether the model looks; eval_data's questions."""
     o = run.o
     out = run.out
     found = {}
@@ -279,9 +257,8 @@ def scores(run, name):
         found = answers.score_classroom(out / f"{name}.jsonl")
     elif run.val:
         found = validate(run, name)
-    held_out = (run.val.records, run.val.good) if run.val else look.made(out)
-    if o.look and held_out:
-        found["look"] = look.look(run.model, *held_out, o, name, out / "before.look.json")
+    if o.look and run.val:
+        found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
                               o.eval_annotations, o.eval_synonyms)
@@ -291,12 +268,11 @@ def scores(run, name):
 
 @torch.no_grad()
 def validate(run, name):
-    """Loss, margin and accuracy on val_data, by the same step_loss."""
+    """Loss, margin and accuracy on held-out pairs, by the same step_loss."""
     n = len(run.val)
     sums = Counter()
     for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
-        micro = batches.Micro([*places], len(places), n)
-        batch = run.val.batch(micro, [run.val.read(place) for place in places])
+        batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         sums.update(measures(policy, reference, loss, run.o.beta))
     return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
@@ -312,7 +288,7 @@ def log_look(run, name, found, **more):
 
 
 def finish(run, before, after, weights):
-    """adapter/ or model/, words.json, summary.json. weights: see lora.write_folder. Returns the summary."""
+    """adapter/ or model/, and summary.json. weights: see lora.write_folder. Returns the summary."""
     out = run.out
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
@@ -323,8 +299,6 @@ def finish(run, before, after, weights):
         lora.write_folder(model.model, model.front.folder, out / "model", weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
-        rewards = answers.word_rewards(model, out, run.o.beta)
-        data.atomic_write(out / "words.json", json.dumps(rewards, indent=1))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -366,7 +340,7 @@ def main():
     except data.UserError as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except torch.OutOfMemoryError:
-        sys.exit(f"train_dpo.py: {plan.out_of_memory(o, int(os.environ.get('WORLD_SIZE', 1)))}")
+        sys.exit(f"train_dpo.py: out of memory: {plan.advice(o, int(os.environ.get('WORLD_SIZE', 1)))}")
     except KeyboardInterrupt:
         sys.exit("train_dpo.py: stopped; the same command continues from its checkpoint" if rank == 0 else 1)
     finally:

@@ -26,7 +26,7 @@ def published_shapes():
 
     from synthesis import rewards
     with torch.device("meta"):
-        model = rewards.ImageReward.build(**rewards.PUBLISHED)
+        model = rewards.ImageReward(**rewards.PUBLISHED)
     return {rewards.to_published(k): tuple(x.shape) for k, x in model.state_dict().items()} | UNUSED
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from evaluation import amber as ambers  # noqa: E402
-from evaluation import metrics, objects, words  # noqa: E402
+from evaluation import benchmarks, metrics, objects, words  # noqa: E402
 
 KEYS = ("chair", "cover", "hal", "cog")
 
@@ -86,15 +86,13 @@ def bench_chair(shared, golden):
     print("\n| CHAIR, official / ours (difference) | n | CHAIR_s | CHAIR_i |\n|---|---|---|---|")
     folder = shared / "official" / "objhal"
     expected = json.loads((golden / "chair" / "expected.json").read_text())
-    coco = [[json.loads((golden / "chair" / "coco80" / f"{kind}_{part}2014.json").read_text())
-             for part in ("train", "val")] for kind in ("instances", "captions")]
     for scorer, file, lemmatize, key in (
             ("original", "synonyms.chair.txt", words.singulars, "original_chair(pattern)"),
             ("objhal", "synonyms_refine.rlhfv.txt", words.lemmas, "rlhfv_nogpt")):
         table = objects.synonyms((folder / file).read_text(), literal=scorer != "objhal")
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")
-            truth = objects.coco_truth(*coco, table, lemmatize, objects.image_ids(answers))
+            truth = benchmarks.coco_truth(golden / "chair" / "coco80", answers, table, lemmatize)
             scores, _ = metrics.chair(answers, truth, table, lemmatize, mode="official", resamples=0)
             official = expected[f"{key}|{name}"]
             row(f"{scorer}, {name}", len(answers), [100 * official["CHAIRs"], 100 * official["CHAIRi"]],

@@ -66,7 +66,7 @@ def stages():
     paint = {"transformer": count(lambda: SD3Transformer2DModel(**SD3)),
              "VAE": count(lambda: AutoencoderKL(**VAE))}
     found = [("encode prompts", texts, 2, 0), ("paint", paint, 2, 0),
-             ("rank", {"ImageReward": count(lambda: rewards.ImageReward.build(**rewards.PUBLISHED))}, 4, 0)]
+             ("rank", {"ImageReward": count(lambda: rewards.ImageReward(**rewards.PUBLISHED))}, 4, 0)]
     vicuna = {"vocab_size": 32064, "max_position_embeddings": 4096}
     for name, config in (
             ("mistral-7b", MistralConfig(vocab_size=32064, num_key_value_heads=8)),

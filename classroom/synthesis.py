@@ -375,8 +375,8 @@ def imagereward(minutes):
               "text": small | {"num_hidden_layers": 2, "vocab_size": len(vocab), "encoder_hidden_size": 64,
                                "max_position_embeddings": rewards.MAX_PROMPT}}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    model = rewards.ImageReward.build(config["vision"] | {"initializer_range": .05}, config["text"],
-                                      widths=(64, 32, 16, 8, 1))
+    model = rewards.ImageReward(config["vision"] | {"initializer_range": .05}, config["text"],
+                                widths=(64, 32, 16, 8, 1))
     tokenizer, rng = rewards.bert_tokenizer(folder), random.Random("imagereward")
     widths = len(world.TYPES) + 1, len(world.COLOURS) + 1
     head = torch.nn.Linear(64, sum(widths))                     # thrown away: what a cell shows
@@ -488,7 +488,7 @@ def armorm(minutes):
     head["reward_transform_matrix"].data[-1, :-1] = -.1
     head["reward_transform_matrix"].requires_grad_(False)
     head["gating/logit_scale"].data.fill_(1.)
-    model = rewards.ArmoRM(LlamaModel(config), head, 1., pattern, 0, tokenizer)
+    model = rewards.ArmoRM(LlamaModel(config), head, 1., pattern, tokenizer)
     taste = torch.tensor([.3, .45, .25, 0., 0.])      # which of two answers is preferred, on the whole
 
     def loss_of(step):
@@ -647,10 +647,9 @@ def measure(n=100, scales=(0., 1., 2., 4., 8., 16.)):
                  for s, x in zip(scenes, others, strict=True)]
         table[f"{name} prefers the true picture"] = 100 * sum(
             a > b for a, b in zip(scored[name]["true"], worse, strict=True)) / n
-    pattern = json.loads((OUT / "armorm" / "token_pattern.json").read_text())
-    judge = rewards.ArmoRM.load(OUT / "armorm", None, pattern)
+    judge = rewards.ArmoRM.load(OUT / "armorm")
     texts = [remark(rng) for _ in range(200)]
-    told = torch.tensor([row["rewards"] for row in judge.judge(world.DESCRIBE[0], texts, batch_size=64)])
+    told = torch.tensor([row["rewards"] for row in judge.judge(world.DESCRIBE[0], texts)])
     label = torch.tensor([attributes(t) for t in texts])
     table["armorm correlation"] = {name: float(torch.corrcoef(torch.stack([told[:, k], label[:, k]]))[0, 1])
                                    for k, name in enumerate(OBJECTIVES)}

@@ -16,28 +16,21 @@ if __name__ == "__main__":
 
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
-from evaluation.stats import add_up, intervals, join, ratio, read, under
+from evaluation.stats import intervals, join, ratios, read, remarks, same_id, tally
 
-TYPES = {"existence": ("existence",),                                   # by what they make up
+TYPES = {"generative": ("generative",),
+         "existence": ("existence",),                                   # questions by what they make up
          "attribute": ("state", "number", "action"),
          "state": ("state",),
          "number": ("number",),
          "action": ("action",),
          "relation": ("relation",),
          "all": ("existence", "state", "number", "action", "relation")}
-CAPTIONS = {"chair": ("hal", "mentions"),
-            "cover": ("cover", "cover_num"),
-            "cog": ("cog", "cog_num")}
-CREDITS = ("hal", "mentions", "cover", "cover_num", "cog", "cog_num", "non_hallu")     # counts of a caption
-COUNTERS = {"all": "qa",                                                # the official names of counters
-            "state": "as_qa",
-            "number": "an_qa",
-            "action": "aa_qa",
-            "relation": "asso_qa",
-            "existence": "ha_qa",
-            "chair": "chair",
-            "cover": "safe_cover",
-            "cog": "hallu_cover"}
+# The official names of the counters of a measure, and of a part.
+COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "clean": "non_hallu",
+            "accuracy": "correct", "precision": "ans_no", "recall": "no"}
+CODES = {"generative": "", "all": "qa_", "state": "as_qa_", "number": "an_qa_", "action": "aa_qa_",
+         "relation": "asso_qa_", "existence": "ha_qa_"}
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
 
 
@@ -53,45 +46,43 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     {id: nouns}. similarity: see similar_words.
     """
     added = ADDED if mode == "official" else 0
-    known = {line["id"]: line for line in annotations}
-    query = {line["id"]: line for line in queries}
-    kinds = {name: kind_of(line["type"]) for name, line in known.items()}
+    known = {same_id(line["id"]): line for line in annotations}
+    query = {same_id(line["id"]): line for line in queries}
+    asked = {}
+    for name, line in known.items():
+        asked[name] = {"part": kind_of(line["type"]), "text": query.get(name, {}).get("query", "")}
     found, items = read(answers, "amber"), []
-    coverage = join([answer.id for answer in found], kinds, partial)
+    coverage = join([answer.id for answer in found], found, asked, partial)
     words, near = vocabulary(relation), similar_words(similarity or {})
     for name, text, _ in found:
-        asked, note = query.get(name, {}), known[name]
-        item = {"id": name, "image": asked.get("image", name), "type": kinds[name]}
-        if kinds[name] == "generative":
+        kind, note = asked[name]["part"], known[name]
+        item = {"id": name, "image": query.get(name, {}).get("image", name), "type": kind}
+        if kind == "generative":
             named = nouns(text) if callable(nouns) else nouns.get(name)
             if named is None:
                 raise UserError(f"the file of nouns has none for answer {name}; extract them again")
             named = [noun for noun in named if noun in words]
             item |= credits(named, note["truth"], note["hallu"], relation, safe_words, near)
         else:
-            said = strict_yes_no(text) if added else yes_no(text, asked.get("query", ""))
-            item |= {"truth": note["truth"], "said": said, "right": said == note["truth"]}
+            said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
+            item |= _answered(said, note["truth"])
         items.append(item)
-    total, draws = add_up(items, _counts, resamples=resamples)
-    by_type, resampled = by_part(total, added), by_part(draws, 0)
-    scores = by_type.pop("generative", {}) | by_type.pop("all", {})
-    drawn = resampled.pop("generative", {}) | resampled.pop("all", {})
-    remarks = []
+    total, draws = tally(items, _parts, resamples)
+    by_type, drawn = by_part(total, added), by_part(draws, 0)
     for part, points in by_type.items():
-        points["intervals"] = intervals(points, resampled[part])
-        points["n"] = total[part, "n"]
-        points["unparsed"] = total[part, "unparsed"]
-        if not total[part, "said_no"]:
-            remarks.append(f"{part}: no answer is a no, so precision is 0/0; it and F1 are given as 0")
+        points["intervals"] = intervals(points, drawn[part])
+        points |= {key: total[part, "items", key] for key in ("n", "unparsed")}
+    captions, questions = by_type.pop("generative", {}), by_type.pop("all", {})
     return {"mode": mode,
-            **scores,
-            "intervals": intervals(scores, drawn),
+            **captions,
+            **questions,
+            "intervals": captions.get("intervals", {}) | questions.get("intervals", {}),
             "n": len(items),
-            "unparsed": total["all", "unparsed"],
+            "unparsed": total["all", "items", "unparsed"],
             "by_type": by_type,
             "counts": counters(total, added),
             "coverage": coverage,
-            "remarks": remarks}, items
+            "remarks": remarks(total)}, items
 
 
 def kind_of(annotated):
@@ -107,7 +98,7 @@ def vocabulary(relation):
 
 
 def credits(nouns, truth, hallu, relation, safe_words, near):
-    """The nouns of a caption that AMBER knows -> what they credit: the counts CREDITS, and the "nouns".
+    """The nouns of a caption that AMBER knows -> what they credit: its counts, and the "nouns".
 
     The associations of all truths come before the truths themselves, and a noun credits the first entry that
     it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun found
@@ -123,8 +114,18 @@ def credits(nouns, truth, hallu, relation, safe_words, near):
         _credit({noun}, added, cognised)
         _credit(alike, added, cognised)
         misses += not _credit(alike, present, covered)
-    counts = (misses, len(nouns), len(covered), len(truth), len(cognised), len(hallu), int(not misses))
-    return dict(zip(CREDITS, counts, strict=True)) | {"nouns": nouns}
+    return {"hal": misses,
+            "mentions": len(nouns),
+            "cover": len(covered),
+            "cover_num": len(truth),
+            "cog": len(cognised),
+            "cog_num": len(hallu),
+            "non_hallu": int(not misses),
+            "nouns": nouns,
+            "sums": {"chair": (misses, len(nouns)),
+                     "cover": (len(covered), len(truth)),
+                     "cog": (len(cognised), len(hallu)),
+                     "clean": (int(not misses), 1)}}
 
 
 def _entries(words, relation):
@@ -155,20 +156,22 @@ def similar_words(similarity, threshold=0.8):
     return near
 
 
+# ---- questions ----
+def _answered(said, truth):
+    """What an answer to a question adds; no is what is to be found."""
+    right, no, said_no = said == truth, int(truth == "no"), int(said == "no")
+    found = int(right and no)
+    return {"truth": truth,
+            "said": said,
+            "right": right,
+            "unparsed": said is None,
+            "sums": {"accuracy": (int(right), 1), "precision": (found, said_no), "recall": (found, no)}}
+
+
 # ---- sums ----
-def _counts(item):
-    """What an item adds to {(part, key): count}, for its type, its dimension and all questions."""
-    part = item["type"]
-    if part == "generative":
-        return under([part], {"n": 1} | {key: item[key] for key in CREDITS})
-    said_no = item["said"] == "no"
-    counts = {"n": 1,
-              "correct": item["right"],
-              "no": item["truth"] == "no",
-              "said_no": said_no,
-              "no_right": said_no and item["right"],
-              "unparsed": item["said"] is None}
-    return under([home for home, types in TYPES.items() if part in types], counts)
+def _parts(item):
+    """The type of an item, its dimension, and all questions."""
+    return [part for part, types in TYPES.items() if item["type"] in types]
 
 
 def by_part(sums, added):
@@ -176,63 +179,42 @@ def by_part(sums, added):
 
     added: ADDED in official mode, else 0.
     """
-    asked = {part for part, key in sums if key == "n"}
+    asked = {part for part, *_ in sums}
     found = {}
-    if "generative" in asked:
-        found["generative"] = _captions(sums.of("generative"), added)
     for part, types in TYPES.items():
         if asked.issuperset(types):
-            found[part] = _questions(sums.of(part), added, part)
+            found[part] = _measured(part, sums.of(part), added)
     if "generative" in found and "all" in found:
         kept = 100 - found["generative"]["chair"]
         found["all"]["amber_score"] = (kept + found["all"]["f1"]) / 2         # the paper's, not in the code
     return found
 
 
-def _captions(sums, added):
-    shares = {key: _share(sums[top], sums[bottom], added) for key, (top, bottom) in CAPTIONS.items()}
-    shares["hal"] = _share(sums["n"] - sums["non_hallu"], sums["n"])
-    if added:
-        shares["hal"] = round(100 - sums["non_hallu"] / (sums["n"] + added) * 100, 1)
-    return shares
-
-
-def _questions(sums, added, part):
-    """The official scorer makes F1 of rounded numbers, and adds once for each type of attributes."""
+def _measured(part, sums, added):
+    """A part's measures in percent. The official scorer adds a little to each sum that it divides by, for the
+    attributes once for each type, rounds to one decimal, and makes F1 of the rounded numbers."""
     if part == "attribute":
         added *= 3
-    accuracy = _share(sums["correct"], sums["n"], added)
-    precision = _share(sums["no_right"], sums["said_no"], added)
-    recall = _share(sums["no_right"], sums["no"], added)
-    f1 = ratio(2 * precision * recall, precision + recall)
-    if added:
+    found = {measure: 100 * share for measure, share in ratios(sums, added=added).items()}
+    if "clean" in found:
+        found["hal"] = 100 - found.pop("clean")
+    if not added:
+        return found
+    found = {measure: round(value, 1) for measure, value in found.items()}
+    if "f1" in found:
         small = 1e-3 if part == "existence" else 1e-4
-        p, r = precision / 100, recall / 100
-        f1 = round(2 * p * r / (p + r + small) * 100, 1)
-    return {"accuracy": accuracy,
-            "precision": precision,
-            "recall": recall,
-            "f1": f1}
-
-
-def _share(top, bottom, added=0):
-    """top / bottom in percent; the official scorer adds a little to the bottom, and rounds to one decimal."""
-    return round(top / (bottom + added) * 100, 1) if added else 100 * ratio(top, bottom)
+        p, r = found["precision"] / 100, found["recall"] / 100
+        found["f1"] = round(2 * p * r / (p + r + small) * 100, 1)
+    return found
 
 
 def counters(total, added):
     """The official scorer's counters by their names, with its additions to those that it divides by."""
-    triples = {"non_hallu": ("generative", "non_hallu", "n")}
-    for part, code in COUNTERS.items():
-        if part in CAPTIONS:
-            triples[code] = ("generative", *CAPTIONS[part])
-        else:
-            triples[f"{code}_correct"] = (part, "correct", "n")
-            triples[f"{code}_no"] = (part, "no_right", "no")
-            triples[f"{code}_ans_no"] = (part, "no_right", "said_no")
     found = {}
-    for name, (part, top, bottom) in triples.items():
-        if (part, "n") in total:
-            found[f"{name}_score"] = total[part, top]
-            found[f"{name}_num"] = total[part, bottom] + added
+    for part, code in CODES.items():
+        sums = total.of(part)
+        for measure, name in COUNTERS.items():
+            if (measure, "top") in sums:
+                found[f"{code}{name}_score"] = sums[measure, "top"]
+                found[f"{code}{name}_num"] = sums[measure, "bottom"] + added
     return found

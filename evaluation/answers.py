@@ -2,7 +2,6 @@
 
     answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's, with a model of vlm.load
     answer_questions(m, "pope", questions, "answers.jsonl")      a published benchmark's, of benchmarks.py
-    read_answers("answers.jsonl")                                -> (settings, answers)
 
 For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
 {"settings": ...}, then the benchmark's lines in order, each with an "answer". Which answers share a batch can
@@ -19,7 +18,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import data
-from data import UserError
 from evaluation import benchmarks, metrics, objects, words
 from model import command
 
@@ -35,14 +33,9 @@ def read_scenes(path):
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"
-    scenes = list(data.read_jsonl(file))
+    scenes = benchmarks.records(file, ("question", "image"), "file of scenes")
     for number, scene in enumerate(scenes, 1):
-        where = f"{file}, line {number}"
-        objects.check_truth(scene, where)
-        if not (isinstance(scene.get("question"), str) and isinstance(scene.get("image"), str)):
-            raise UserError(f"{where} lacks a question or an image; make the scenes again")
-    if not scenes:
-        raise UserError(f"{file} holds no scenes; make them with classroom/pairs.py scenes")
+        objects.check_truth(scene, f"{file}, line {number}")
     return scenes, file
 
 
@@ -67,22 +60,24 @@ def _hash(lines):
     return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def answer(m, questions, read, out_path, settings, batch_size, description, ranks):
-    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. read: a
-    Question's image -> a PIL image."""
+def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, description, ranks, **more):
+    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. more: settings
+    of the benchmark."""
+    more |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
+    settings = describe(m, **more)
     items = []
     for place, question in enumerate(questions):
         items.append({"id": place, "hash": _hash(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
-    make = partial(_texts, m, read, settings["max_new_tokens"], batch_size)
-    store.work(items, make, batch_size, description)
+    store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
 
 
-def _texts(m, read, max_new_tokens, batch_size, groups):
+def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
+    read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
     for group in groups:
         questions = [item["_question"] for item in group]
         images = [[read(question.image)] for question in questions]
@@ -99,49 +94,27 @@ def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, de
     for scene in scenes:
         image = data.inside(file.parent, scene["image"], file)
         questions.append(benchmarks.Question(scene, scene["question"], image))
-    settings = describe(m,
-                        benchmark="classroom",
-                        max_new_tokens=max_new_tokens,
-                        questions=len(scenes),
-                        scenes=os.path.relpath(file, Path(out_path).parent),
-                        scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-    answer(m, questions, data.read_image, out_path, settings, batch_size, description, ranks)
+    answer(m, "classroom", questions, out_path, batch_size, max_new_tokens, description, ranks,
+           scenes=os.path.relpath(file, Path(out_path).parent),
+           scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
 
 
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
                      max_new_tokens=512, ranks=None):
     """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues."""
-    settings = describe(m,
-                        benchmark=benchmark,
-                        prompt=prompt,
-                        max_new_tokens=max_new_tokens,
-                        seed=None,
-                        questions=len(questions),
-                        questions_sha256=_hash([each.line for each in questions]))
-    read = lru_cache(maxsize=2)(benchmarks.read_image)      # questions about one image follow each other
-    answer(m, questions, read, out_path, settings, batch_size, "answering", ranks)
-
-
-def read_answers(path):
-    """-> (settings or {}, answers). Raises UserError for a file that its run has not finished."""
-    lines = data.read_records(path)
-    settings = lines.pop(0)["settings"] if lines and "settings" in lines[0] else {}
-    wanted = settings.get("questions", len(lines))
-    if len(lines) != wanted:
-        raise UserError(f"{path} answers {len(lines)} of {wanted} questions; run the same `answers` command "
-                        "again to continue it")
-    return settings, lines
+    answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, "answering", ranks,
+           prompt=prompt, seed=None, questions_sha256=_hash([each.line for each in questions]))
 
 
 # ---- for training ----
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
-    return metrics.classroom(read_answers(answers_path)[1])
+    return metrics.classroom(data.read_records(answers_path))
 
 
 def difference(before_path, after_path):
     """-> metrics.difference of two answers files."""
-    return metrics.difference(read_answers(before_path)[1], read_answers(after_path)[1])
+    return metrics.difference(data.read_records(before_path), data.read_records(after_path))
 
 
 def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
@@ -164,47 +137,3 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     truth = benchmarks.coco_truth(annotations, lines, table, words.singulars)
     scores, _ = metrics.chair(lines, truth, table, words.singulars)
     return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}
-
-
-def word_rewards(m, run_folder, beta, images=12, n=4):
-    """Does the model look? The reward of each word of an answer after training, with the true image and with
-    another. For n of the run's first captions; hallucinating ones first."""
-    run = Path(run_folder)
-    settings, before = read_answers(run / "before.jsonl")
-    _, after = read_answers(run / "after.jsonl")
-    scenes = run / settings["scenes"]
-    captions = [(old, new) for old, new in zip(before, after, strict=True)
-                if new["kind"] == "caption" and new["answer"]]
-    chosen = sorted(range(len(captions[:images])), key=lambda place: not any(map(_invents, captions[place])))
-    found = []
-    for place in sorted(chosen[:n]):
-        old, new = captions[place]
-        other = captions[(place + 1) % len(captions)][1]
-        paths = [data.inside(scenes.parent, line["image"], scenes) for line in (new, other)]
-        image, other_image = (os.path.relpath(path, os.path.realpath(run)) for path in paths)
-        true, false = (_rewards(m, path, new["question"], new["answer"], beta) for path in paths)
-        rewards = [{"word": word, "true": reward, "other": other_reward}
-                   for (word, reward), (_, other_reward) in zip(true, false, strict=True)]
-        found.append({"id": new["id"],
-                      "image": image,
-                      "other_image": other_image,
-                      "question": new["question"],
-                      "answer_before": old["answer"],
-                      "answer_after": new["answer"],
-                      "truth": new["truth"],
-                      "words": rewards})
-    return found
-
-
-def _invents(line):
-    return objects.hallucinated(line["answer"], line["truth"])
-
-
-def _rewards(m, path, question, answer, beta):
-    """[(word, beta (log p_policy - log p_reference))] of an answer about an image."""
-    from model import vlm
-    image = data.read_image(path)
-    policy = vlm.word_logps(m, image, question, answer)
-    with vlm.base_of(m) as base:
-        reference = vlm.word_logps(base, image, question, answer)
-    return [(word, beta * (p - r)) for (word, p), (_, r) in zip(policy, reference, strict=True)]

@@ -15,37 +15,25 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import base64
-import binascii
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 import data
 from data import UserError
-from evaluation import objects, words
+from evaluation import objects
 from evaluation.metrics import SPLITS
+from evaluation.stats import first, image_number
 
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
 NAME = 300                                     # characters: anything longer is base64, not a file's name
 
 
 class Question(NamedTuple):
-    """What is written beside the answer; what the model is asked; the image as a path, or as base64 bytes."""
+    """What is written beside the answer; what the model is asked; the image: a path, or its file's bytes."""
     line: dict
     prompt: str
     image: object
-
-
-def read_image(image):
-    """The image of a Question, upright and in RGB. Raises UserError if it cannot be read."""
-    if isinstance(image, bytes):
-        try:
-            image = base64.b64decode(image, validate=True)
-        except binascii.Error as error:
-            raise UserError(f"an image in the question file, {image[:16].decode()}..., is broken base64 "
-                            f"({error}); copy the file again") from error
-    return data.read_image(image)
 
 
 # ---- questions ----
@@ -90,9 +78,7 @@ def _split(file):
 
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("query_*ive.json"), reverse=True) or _files(path, "query_all.json")
+    files = reversed(_files(path, "query_*ive.json"))
     return [query for file in files for query in records(file, ("id", "image", "query"), "AMBER query file")]
 
 
@@ -117,19 +103,19 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    files = find_images(root, [question.image for question in asked])
+    files = find_images(root, [image for _, image in asked])
     found, missing = [], []
-    for (line, text, image), file in zip(asked, files, strict=True):
+    for (line, image), file in zip(asked, files, strict=True):
         if file is None:
             missing += image_names(image)[:1]
-        found.append(Question(line, prompt.replace("{question}", text), file))
+        found.append(Question(line, prompt.replace("{question}", line["question"]), file))
     if missing:
         raise UserError(f"{root} lacks {len(missing)} of {len(asked)} images (first: {missing[0]}); give "
                         "their folder with --images")
     return found
 
 
-# Each yields Questions; the image is base64, or the record in which its names are.
+# Each yields (a Question's line, its image): its file's bytes, or the record in which its names are.
 def _pope(paths):
     for split, rows in pope_questions(paths).items():
         for row in rows:
@@ -138,38 +124,40 @@ def _pope(paths):
                     "image": row["image"],
                     "question": row["text"],
                     "label": row["label"]}
-            yield Question(line, row["text"], row)
+            yield line, row
 
 
 def _amber(paths):
     for row in amber_queries(Path(paths[0])):
-        yield Question({"id": row["id"], "image": row["image"], "question": row["query"]}, row["query"], row)
+        yield {"id": row["id"], "image": row["image"], "question": row["query"]}, row
 
 
 def _objhal(paths):
     for place, row in enumerate(records(paths[0], (), "question file")):
-        text = _first_text(row, "question", "prompt", "text")
-        image = _first_text(row, "image", "image_path") or ""
+        text, image = first(row, "question", "prompt", "text"), first(row, "image", "image_path") or ""
         coded = len(image) > NAME
         image_id = row.get("image_id", None if coded else image)
-        if digits := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.\w+)?", str(image_id)):
-            image_id = int(digits[1])
-        if text is None or image_id is None:
+        if image_id is None or not isinstance(text, str):
             raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is not a "
                             "file of questions about images; give another file")
+        image_id = image_number(image_id) or image_id
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
-        yield Question(line, text, image.encode() if coded else row | {"image_id": image_id})
+        yield line, _decoded(image) if coded else row | {"image_id": image_id}
 
 
-def _first_text(row, *keys):
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+def _decoded(image):
+    try:
+        return base64.b64decode(image, validate=True)
+    except ValueError as error:
+        raise UserError(f"an image in the question file, {image[:16]}..., is broken base64 ({error}); copy "
+                        "the file again") from error
 
 
 def _mmhal(paths):
     keys = ("question_type", "image_id", "image_src", "image_content", "question", "gt_answer")
     for place, row in enumerate(records(paths[0], keys, "MMHal-Bench template")):
         line = {"question_id": place} | {key: row[key] for key in row if key not in ("image", "model_answer")}
-        yield Question(line, row["question"], line)
+        yield line, line
 
 
 def image_names(line, listed=()):
@@ -180,7 +168,6 @@ def image_names(line, listed=()):
     names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
     if isinstance(line.get("image_src"), str):                                                       # MMHal's
         name = line["image_src"].rpartition("/")[2]
-        names += [f"{line.get('image_id')}.{end}" for end in ("jpg", "png", "jpeg")]
         names += [name, *(other for other in listed if other.endswith(f"_{name}"))]
     elif isinstance(line.get("image_id"), int):
         names += [f"COCO_val2014_{line['image_id']:012d}.jpg", f"{line['image_id']:012d}.jpg"]
@@ -189,7 +176,7 @@ def image_names(line, listed=()):
 
 def find_images(root, lines):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
-    that is the image itself, as base64, stays."""
+    that is the image itself, as bytes, stays."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is not a folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
@@ -212,20 +199,18 @@ def read_answers(paths):
     found = []
     for path in paths:
         lines, split = data.read_records(path), _split(path)
-        for number, line in enumerate(lines, 1):
-            if _is_question(line):
-                raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
         if lines and all(line.get("model_answer") == "" for line in lines):
             raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
                             "give the answers")
-        for line in lines:
-            if "caption" in line:                                                 # the first CHAIR's own form
-                line = {"text": line["caption"], **line}
-            if split and "settings" not in line:
-                line = {"split": split, **line}
-            elif len(paths) > 1 and not line.keys() & {"split", "settings"}:
-                raise UserError(f"{path}: of several answers files, each needs the name of its split "
-                                f"({', '.join(SPLITS)}) in its own; rename it")
+        for number, line in enumerate(lines, 1):
+            if _is_question(line):
+                raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
+            if not line.keys() & {"split", "settings"}:
+                if split:
+                    line = {"split": split, **line}
+                elif len(paths) > 1:
+                    raise UserError(f"{path}: of several answers files, each needs the name of its split "
+                                    f"({', '.join(SPLITS)}) in its own; rename it")
             found.append(line)
     return found
 
@@ -257,27 +242,33 @@ def amber_nouns(path):
     return found
 
 
-def lemmas(path):
-    """-> a function text -> its words in the singular, by a JSON file {word: singular}."""
-    table = data.read_json(path, kind=dict)
-    if not all(isinstance(single, str) for single in table.values()):
-        raise UserError(f"{path} is not a table of words; give builtin, nltk or such a table")
-    return lambda text: [table.get(word, word) for word in words.tokens(text.lower())]
-
-
 def coco_truth(folder, answers, table, lemmatize):
-    """-> objects.coco_truth of the images that the answers are about, by COCO's 2014 train and val files."""
-    images, found = objects.image_ids(answers), []
+    """-> {image id: the classes in it} of the images that the answers are about, by CHAIR's rule: those of
+    COCO's instances, and those that its captions name, in its train and val files of 2014.
+
+    table: objects.synonyms. lemmatize: as for metrics.chair.
+    """
+    images, truth = {image_number(first(line, "image_id", "image")) for line in answers}, {}
 
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         image = part.get("image_id", part.get("id") if "file_name" in part else None)
-        if image is not None and image not in images:
-            return None
-        return {key: part[key] for key in KEPT if key in part}
+        if image is None or image in images:
+            return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
         part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
-        for key in ("images", "annotations"):
-            part[key] = list(filter(None, part.get(key, [])))
-        found.append(part)
-    return objects.coco_truth(found[:2], found[2:], table, lemmatize, images)
+        names = {category["id"]: category["name"] for category in part.get("categories", [])}
+        for image in filter(None, part["images"]):
+            truth.setdefault(image["id"], set())
+        for mark in filter(None, part["annotations"]):
+            found = truth.setdefault(mark["image_id"], set())
+            if "caption" in mark:
+                named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
+                found.update(kind for _, kind in named)
+                continue
+            name = names.get(mark["category_id"])
+            if name not in table:
+                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
+                                "or of Object HalBench")
+            found.add(table[name])
+    return truth

@@ -3,10 +3,9 @@
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html --images val2014/
     python eval_hallu.py score votes votes-ann.json votes-bob.json --out preference.json
 
-`compare` prints B - A of each measure. If the answers files hold no truth themselves (AMBER, CHAIR,
+`compare` prints B - A of each measure. If the answers files hold no truth themselves (POPE, AMBER, CHAIR,
 MMHal), --items takes what `score` wrote per item for each of them. Intervals: 95%, bootstrap over images,
-both files seeing the same draws. The sign test asks how often a fair coin would divide the items on which the
-two differ as unevenly as this: exact, two-sided.
+both files seeing the same draws.
 
 The page works offline: 100 questions with both answers, each on a side drawn from --seed. A rater chooses
 with keys or buttons and downloads the votes, which become win, tie and loss: the human evaluation of mDPO,
@@ -19,13 +18,10 @@ if __name__ == "__main__":
 import base64
 import hashlib
 import json
-from collections import Counter
 
 import data
 from data import UserError
-from evaluation import amber, benchmarks, metrics, page, stats
-
-LOWER = {"chair", "hal", "cog", "chair_s", "chair_s_refine", "chair_i", "hallucination_rate"}    # the less
+from evaluation import benchmarks, metrics, page, stats
 
 
 # ---- the paired difference ----
@@ -33,91 +29,55 @@ def by_id(path):
     """{(split, id): Answer} of an answers file. Raises UserError."""
     found = {}
     try:
-        answers = stats.read(data.read_records(path))
+        for answer in stats.read(data.read_records(path)):
+            key = answer.line.get("split"), answer.id
+            if key in found:
+                raise UserError(f"id {answer.id} is there twice; keep one of the two")
+            found[key] = answer._replace(text=answer.text.strip())
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    for answer in answers:
-        key = answer.line.get("split"), answer.id
-        if key in found:
-            raise UserError(f"{path}: id {answer.id} is there twice; keep one of the two")
-        found[key] = answer
     return found
 
 
-def pairs(a_path, b_path):
-    """-> [(key, A's Answer, B's)] of what both files answer, in A's order; how many each answers."""
-    a, b = by_id(a_path), by_id(b_path)
+def pairs(a, b):
+    """-> [(key, A's Answer, B's)] of what both answer, in A's order. a, b: of by_id."""
     both = [(key, a[key], b[key]) for key in a if key in b]
     if not both:
-        raise UserError(f"{a_path} and {b_path} have no question in common; compare answers to the same file")
+        raise UserError("the two files have no question in common; compare answers to the same file")
     other = [old.id for _, old, new in both if old.question != new.question]
     if other:
-        raise UserError(f"{a_path} and {b_path} ask different questions under {len(other)} ids (first: "
-                        f"{other[0]}); compare answers to the same file")
-    return both, (len(a), len(b))
-
-
-def items_of(lines):
-    """Items of answers that carry their truth (the classroom's, POPE's); None of others."""
-    if all("truth" in line and "kind" in line for line in lines):
-        return metrics.classroom_items(lines)
-    if all("label" in line and "question_id" in line for line in lines):
-        lines, splits = [{"split": "questions", **line} for line in lines], {}
-        for line in lines:
-            splits.setdefault(line["split"], []).append(line | {"text": line["question"]})
-        return metrics.pope(splits, lines)[1]
-    return None
-
-
-def sums(item):
-    """What an item adds to each measure, {measure: (top, bottom)} in percent, whatever benchmark it is of."""
-    if "sums" in item:
-        return item["sums"]
-    if "label" in item:
-        yes, true = item["said"] == "yes", item["label"] == "yes"
-        return {"accuracy": (item["right"], 1), "f1": (2 * (yes and true), yes + true)}
-    if "cover_num" in item:
-        shares = {key: (item[top], item[bottom]) for key, (top, bottom) in amber.CAPTIONS.items()}
-        return shares | {"hal": (1 - item["non_hallu"], 1)}
-    if "chair_s" in item:
-        n, wrong = len(item["generated"]), item["chair_s"]
-        return {"chair_s": (wrong, 1),
-                "chair_s_refine": (wrong, int(n > 0)),
-                "chair_i": (len(item["hallucinated"]), n)}
-    if item.get("score") is not None:                                 # MMHal's: shown as it is, no percent
-        return {"score": (item["score"], 100), "hallucination_rate": (item["score"] < 3, 1)}
-    return {"accuracy": (item["right"], 1)} if "right" in item else {}                  # {}: it was not read
+        raise UserError(f"the two files ask different questions under {len(other)} ids (first: {other[0]}); "
+                        "compare answers to the same file")
+    return both
 
 
 def table(found, names):
     """What stats.paired found, as lines of text."""
     lines = [f"A {names[0]}",
              f"B {names[1]}",
-             f"{'percent':26}       A       B   B - A   95% interval       better  worse  p of sign test"]
+             f"{'percent':26}       A       B   B - A   95% interval"]
     for measure, row in found.items():
         low, high = row["interval"]
-        spread = f"{low:.1f} to {high:.1f}"
-        signs = "" if measure.endswith("f1") else f"{row['better']:8}{row['worse']:7}  {row['p']:.2g}"
         points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
-        lines.append(f"{measure:26}{points}   {spread:16}{signs}")
+        lines.append(f"{measure:26}{points}   {low:.1f} to {high:.1f}")
     return lines
 
 
-def report(a, b, out, images=None, items=None, n=100, seed=0):
+def report(a_path, b_path, out, images=None, items=None, n=100, seed=0):
     """The whole command -> its lines of text. items: the two files of `score`, for answers without truth."""
-    (both, sizes), names = pairs(a, b), (str(a), str(b))
+    a, b, names = by_id(a_path), by_id(b_path), (str(a_path), str(b_path))
+    both = pairs(a, b)
+    known = [[old.line for _, old, _ in both], [new.line for *_, new in both]]
+    lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
+             "B.items.jsonl for the paired difference."]
     if items:
-        known = [data.read_records(path) for path in items]
-    else:
-        known = [items_of([old.line for _, old, _ in both]), items_of([new.line for *_, new in both])]
+        known = [benchmarks.records(path, ("id", "sums"), "file of what `score` wrote") for path in items]
+        lines = table(stats.paired(*known), names)
+    elif all("truth" in line for line in known[0] + known[1]):
+        lines = table(stats.paired(*map(metrics.classroom_items, known)), names)
     shown, equal = write(both, names, out, images, n, seed)
-    if all(known):
-        lines = table(stats.paired(*known, sums, LOWER), names)
-    else:
-        lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
-                 "B.items.jsonl for the paired difference."]
-    if set(sizes) != {len(both)}:
-        lines.append(f"{len(both)} questions that both answer; A answers {sizes[0]}, B {sizes[1]}")
+    if {len(a), len(b)} != {len(both)}:
+        lines.append(f"{len(both)} questions that both answer; A answers {len(a)}, B {len(b)}")
     without = "" if images else "; without pictures, as there is no --images"
     return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
 
@@ -183,8 +143,8 @@ function show() {
   if (over) { $("save").focus(); return; }
   const item = page.items[at];
   $("picture").hidden = !item.image;
-  $("see").classList.toggle("with", item.image > 0);
-  if (item.image) $("picture").src = page.images[item.image];
+  $("see").classList.toggle("with", Boolean(item.image));
+  if (item.image) $("picture").src = item.image;
   for (const part of ["question", "first", "second"]) $(part).textContent = item[part];
   for (const button of document.querySelectorAll("[data-choice]"))
     button.setAttribute("aria-pressed", (state.votes[at] || {}).choice === button.dataset.choice);
@@ -244,24 +204,20 @@ def write(both, names, out, images=None, n=100, seed=0):
     """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
     order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
     drawn = [both[i] for i in order]
-    shown = [(key, a, b) for key, a, b in drawn if a.text.strip() != b.text.strip()]
+    shown = [(key, a, b) for key, a, b in drawn if a.text != b.text]
     paths = [None] * len(shown)
     if images:
         paths = benchmarks.find_images(images, [a.line for _, a, _ in shown])
-    items, pictures = [], {None: ""}                              # a picture's place in it is its number
+    items = []
     for (key, a, b), path in zip(shown, paths, strict=True):
-        if path not in pictures:
-            pictures[path] = data.image_url(path, 640)
         first, second = (a, b) if a_is_first(seed, key) else (b, a)
         items.append({"question": a.question,
-                      "first": first.text.strip(),
-                      "second": second.text.strip(),
-                      "image": list(pictures).index(path)})
+                      "first": first.text,
+                      "second": second.text,
+                      "image": path and data.image_url(path, 640)})
     equal = len(drawn) - len(shown)
     key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
-    content = {"key": base64.b64encode(json.dumps(key).encode()).decode(),
-               "items": items,
-               "images": list(pictures.values())}
+    content = {"key": base64.b64encode(json.dumps(key).encode()).decode(), "items": items}
     content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     island = json.dumps(content).replace("<", "\\u003c")
     body = f'{BODY}<script type="application/json" id="data">{island}</script>'
@@ -309,20 +265,17 @@ def preference(key, raters):
 
     Pairs with equal answers were left out of the page; they count as ties, once for every rater.
     """
-    votes = []
-    for item in range(len(key["ids"])):
-        votes.append([found[item] for found in raters.values() if item in found])
-    votes += [["tie"] * len(raters)] * key["same"]
-    items = [{"image": place, "votes": kinds} for place, kinds in enumerate(votes) if kinds]
-    total, draws = stats.add_up(items, lambda item: Counter(item["votes"]))
-
-    def shares(counted):
-        return {kind: stats.ratio(counted[kind], sum(counted.values())) for kind in ("win", "tie", "loss")}
-
+    items = []
+    for found in raters.values():
+        unseen = {f"equal {n}": "tie" for n in range(key["same"])}
+        for place, vote in (found | unseen).items():
+            sums = {kind: (int(kind == vote), 1) for kind in ("win", "tie", "loss")}
+            items.append({"image": place, "sums": sums})
+    total, draws = stats.tally(items)
     return {"a": key["a"],
             "b": key["b"],
-            **stats.scored(shares, total, draws),
-            "n": len(items),
+            **stats.scored(total.of("all"), draws.of("all")),
+            "n": len({item["image"] for item in items}),
             "votes": sum(map(len, raters.values())),
             "raters": len(raters),
             "equal": key["same"]}

@@ -1,6 +1,6 @@
 """The measures of hallucination that eval_hallu.py prints, as pure functions of answers: no model, no file.
 
-    metrics.pope(questions, answers)              accuracy, precision, recall, F1, share of yes; by split
+    metrics.pope({split: questions}, answers)     accuracy, precision, recall, F1, share of yes; by split
     metrics.chair(answers, truth, ...)            CHAIR and Object HalBench: CHAIR_s, CHAIR_i, recall
     metrics.mmhal(template, answers, replies)     score, hallucination rate, by category
     metrics.classroom(answers)                    the built-in world's CHAIR, Cover, POPE, accuracy by kind
@@ -21,14 +21,15 @@ numbers equal the official scorers' to the digit, faults included; "robust", the
   2. Ratings are understood in the forms that judges use; a reply without one is `unparsed`, and left out.
   3. Nothing is rounded, and no 0.001 is added to a denominator (AMBER's code does both).
 And in both modes:
-  4. Answers join their questions by id (the POPE and MMHal scripts join by line), and duplicates, unknown
-     ids and gaps are refused.
+  4. Answers join their questions by id (the POPE and MMHal scripts join by line; so do we where no line has
+     an id), and duplicates, unknown ids, gaps and answers to other questions are refused.
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -36,21 +37,20 @@ from data import UserError
 from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
-    add_up,
     few,
     first,
     image_number,
+    intervals,
     join,
-    join_replies,
     once,
     paired,
-    parts,
-    percent,
-    ratio,
+    ratios,
     read,
+    remarks,
     scored,
-    under,
+    tally,
 )
+from evaluation.words import phrase
 
 # ---- classroom: an answer is a line of answers.jsonl with its `truth` (objects.py); in percent ----
 CLASSROOM = {
@@ -64,9 +64,8 @@ CLASSROOM = {
 
 
 def classroom_items(answers):
-    """Checked answers -> [{"id", "image", "asked", "kind", "answer", "hallucinated", "sums", "readable"}].
+    """Checked answers -> items with "kind", "answer" and "hallucinated".
 
-    sums: what an answer adds to each measure, {measure: (top, bottom)}. asked: what was asked.
     An answer with none or several of its choices is wrong and cannot be read.
     """
     items, found = [], read(answers, "classroom")
@@ -76,16 +75,15 @@ def classroom_items(answers):
         truth, kind = line["truth"], line["kind"]
         item = {"id": name,
                 "image": line.get("image", name),
-                "asked": repr([name, line.get("image"), line.get("question"), kind, truth]),
                 "kind": kind,
                 "answer": text,
                 "hallucinated": hallucinated(text, truth),
-                "readable": True}
+                "unparsed": False}
         if kind == "caption":
             item["sums"] = _caption_sums(text, truth)
         else:
             said = {word for word, _ in mentions(text, truth["choices"])}
-            item["readable"] = len(said) == 1
+            item["unparsed"] = len(said) != 1
             item["sums"] = _choice_sums(said, truth, kind)
         items.append(item)
     return items
@@ -115,138 +113,139 @@ def classroom(answers, resamples=1000):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
     "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
-    total, draws = add_up(items, lambda item: parts(item["sums"]), resamples=resamples)
-    found = scored(lambda sums: {key: percent(sums, key) for key, _ in total}, total, draws)
+    total, draws = tally(items, resamples=resamples)
+    found = scored(total.of("all"), draws.of("all"), 100)
     spread = found.pop("intervals")
     for kind in sorted(found.keys() - CLASSROOM):
-        by_kind[kind] = {"acc": found.pop(kind), "n": total[kind, "n"], "interval": spread.pop(kind)}
+        n = total["all", kind, "bottom"]
+        by_kind[kind] = {"acc": found.pop(kind), "n": n, "interval": spread.pop(kind)}
     return dict.fromkeys(CLASSROOM) | found | {
         "by_kind": by_kind,
         "n": len(items),
         "images": len({item["image"] for item in items}),
-        "unparsed": sum(not item["readable"] for item in items),
+        "unparsed": total["all", "items", "unparsed"],
         "intervals": spread}
 
 
 def difference(before, after):
     """The change of each measure between two sets of answers to the same questions, in points, with its 95%
     interval: {key: {"change", "interval"}, "by_kind": {kind: {"change", "interval"}}}."""
-    old, new = classroom_items(before), classroom_items(after)
-    if {item["asked"] for item in old} != {item["asked"] for item in new}:
+    if _asked(before) != _asked(after):
         raise UserError("the two files answer different questions; compare answers to the same scenes")
     found = {}
-    for key, row in paired(old, new, lambda item: item["sums"]).items():
+    for key, row in paired(classroom_items(before), classroom_items(after)).items():
         found[key] = {"change": row["change"], "interval": row["interval"]}
     by_kind = {kind: found.pop(kind) for kind in sorted(found.keys() - CLASSROOM)}
     return found | {"by_kind": by_kind}
 
 
+def _asked(answers):
+    return {repr(line | {"answer": None}) for line in answers if "settings" not in line}
+
+
 # ---- POPE ----
 SPLITS = ("random", "popular", "adversarial")             # as published
-COUNTS = ("tp", "fp", "tn", "fn", "unparsed", "n")
 
 
-def pope(questions, answers, mode="robust", partial=False, resamples=1000):
+def pope(splits, answers, mode="robust", partial=False, resamples=1000):
     """-> {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed", "n",
     "version", "by_split", ...} in fractions, and the items. Over several splits the counts are sums, and the
     ratios means of the splits. An unparsed answer is wrong, and not a yes in yes_ratio.
 
-    questions: one split's lines {"question_id", "image", "text", "label"}, or {split: lines}. An answer is to
-    the split that it names in `split`, which may be absent where there is only one.
+    splits: {split: its questions {"question_id", "image", "text", "label"}}. An answer is to the split that
+    it names in `split`, which may be absent where there is only one; those without an id are in the
+    questions' order, as POPE's own script takes them.
     """
-    splits = questions if isinstance(questions, dict) else {"pope": questions}
     asked = _pope_questions(splits)
     found = read(answers, "pope")
     names = _pope_names(found, splits)
-    coverage = join(names, {name: line["split"] for name, line in asked.items()}, partial)
-    items = []
-    for name, answer in zip(names, found, strict=True):
-        line = asked[name]
-        said = yes_no(answer.text, line.get("text", ""))
-        if mode == "official":
-            said = official_yes_no(answer.text)
-        items.append({"id": answer.id,
-                      "split": line["split"],
-                      "image": line.get("image", answer.id),
-                      "label": line["label"],
-                      "said": said,
-                      "right": said == line["label"]})
-    total, draws = add_up(items, _pope_counts, resamples=resamples)
-    by_split, remarks = {}, []
+    coverage = join(names, found, asked, partial)
+    items = [_pope_item(answer, asked[name], mode) for name, answer in zip(names, found, strict=True)]
+    total, draws = tally(items, lambda item: [item["split"]], resamples)
+    by_split, counts = {}, Counter()
     for split in dict.fromkeys(item["split"] for item in items):
         sums = total.of(split)
-        by_split[split] = {key: sums[key] for key in COUNTS} | scored(_pope_ratios, sums, draws.of(split))
+        confusion = _confusion(sums)
+        counts.update(confusion)
+        by_split[split] = confusion | scored(sums, draws.of(split))
         by_split[split]["version"] = f"{split}, {len(splits[split]):,} questions"
-        for key, wrong, of in (("precision", "fp", "answer"), ("recall", "fn", "true answer")):
-            if not sums["tp"] + sums[wrong]:
-                remarks.append(f"{split}: no {of} is a yes, so {key} is 0/0; it and F1 are given as 0")
 
     def mean(sums):
-        each = [_pope_ratios(sums.of(split)) for split in by_split]
+        each = [ratios(sums.of(split)) for split in by_split]
         return {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
 
+    means = mean(total)
     return {"mode": mode,
-            **{key: sum(part[key] for part in by_split.values()) for key in COUNTS},
-            **scored(mean, total, draws),
+            **counts,
+            **means,
+            "intervals": intervals(means, mean(draws)),
             "version": "; ".join(part["version"] for part in by_split.values()),
             "by_split": by_split,
             "coverage": coverage,
-            "remarks": remarks}, items
+            "remarks": remarks(total)}, items
 
 
 def _pope_questions(splits):
-    """{"split id": the question's line, with its split}. Raises UserError for lines that are none, and for
+    """{"split id": the question's line, its split as its part}. Raises UserError for another label, and for
     duplicates."""
-    asked = []
+    asked = {}
     for split, lines in splits.items():
+        once([line["question_id"] for line in lines], f"questions of {split}")
         for line in lines:
-            if "question_id" not in line or line.get("label") not in ("yes", "no"):
-                raise UserError(f"a question of {split} lacks a `question_id` or a `label` yes or no; give "
-                                "POPE's question file")
-            asked.append((f"{split} {line['question_id']}", line | {"split": split}))
-    once([name for name, _ in asked], "questions")
-    return dict(asked)
+            if line["label"] not in ("yes", "no"):
+                raise UserError(f"question {line['question_id']} of {split} has a `label` that is not yes or "
+                                "no; give POPE's question file")
+            asked[f"{split} {line['question_id']}"] = line | {"part": split}
+    return asked
 
 
 def _pope_names(found, splits):
-    """["split id"] of the answers: by their `split`, which may be absent where there is only one. Questions
-    of one's own make one split, whatever the answers call theirs."""
-    only = next(iter(splits))
-    if len(splits) == 1 and only not in SPLITS:
-        return [f"{only} {answer.id}" for answer in found]
-    if len(splits) > 1 and not all("split" in answer.line for answer in found):
-        raise UserError(f"answers to the splits {', '.join(splits)} do not all name theirs: write its "
-                        "`split` into each answer, or give the question file of one split")
-    return [f"{answer.line.get('split', only)} {answer.id}" for answer in found]
+    """["split id"] of the answers; questions of one's own are one split, whatever the answers call theirs."""
+    only, *others = splits
+    unsaid = "without `split`:" if others else only
+    waiting = {split: iter(lines) for split, lines in splits.items()}
+    names = []
+    for answer in found:
+        name, split = answer.id, answer.line.get("split", unsaid)
+        if not others and only not in SPLITS:
+            split = only
+        if split in waiting and not answer.line.keys() & {"question_id", "id"}:
+            name = next(waiting[split], {}).get("question_id")
+        names.append(f"{split} {name}")
+    return names
 
 
-def _pope_counts(item):
-    cells = {"yes": ("fn", "tp"), "no": ("fp", "tn")}[item["label"]]
-    counts = {"n": 1,
-              cells[item["right"]]: 1,
-              "yes": item["said"] == "yes",
-              "unparsed": item["said"] is None}
-    return under([item["split"]], counts)
+def _pope_item(answer, line, mode):
+    """An answer beside its question. What cannot be read counts as called a yes where that is wrong."""
+    said = official_yes_no(answer.text) if mode == "official" else yes_no(answer.text, line["text"])
+    right, true = int(said == line["label"]), int(line["label"] == "yes")
+    found = int(right and true)
+    return {"id": answer.id,
+            "split": line["part"],
+            "image": line.get("image", answer.id),
+            "label": line["label"],
+            "said": said,
+            "right": said == line["label"],
+            "unparsed": said is None,
+            "sums": {"accuracy": (right, 1),
+                     "precision": (found, int(right == true)),
+                     "recall": (found, true),
+                     "yes_ratio": (int(said == "yes"), 1)}}
 
 
-def _pope_ratios(sums):
-    precision = ratio(sums["tp"], sums["tp"] + sums["fp"])
-    recall = ratio(sums["tp"], sums["tp"] + sums["fn"])
-    return {"accuracy": ratio(sums["tp"] + sums["tn"], sums["n"]),
-            "precision": precision,
-            "recall": recall,
-            "f1": ratio(2 * precision * recall, precision + recall),
-            "yes_ratio": ratio(sums["yes"], sums["n"])}
+def _confusion(sums):
+    """The counts behind the measures of a split."""
+    tp, called, true = sums["recall", "top"], sums["precision", "bottom"], sums["recall", "bottom"]
+    n = sums["items", "n"]
+    return {"tp": tp,
+            "fp": called - tp,
+            "tn": n - called - true + tp,
+            "fn": true - tp,
+            "unparsed": sums["items", "unparsed"],
+            "n": n}
 
 
 # ---- CHAIR ----
-CHAIR = {"chair_s": ("captions", "n"),
-         "chair_s_refine": ("captions", "with"),
-         "chair_i": ("misses", "mentions"),
-         "recall": ("covered", "present"),
-         "mean_words": ("words", "n")}
-
-
 def _caption(text):
     return text.replace("Assistant:", "").strip()
 
@@ -269,59 +268,54 @@ def _filled(prompt, **values):
     return re.sub(r"\{(question|answer)\}", lambda found: values[found[1]], prompt)
 
 
-def chair(answers, truth, table, lemmatize, replies=None, phrase=None, mode="robust", partial=False,
-          resamples=1000):
+def chair(answers, truth, table, lemmatize, replies=None, mode="robust", resamples=1000):
     """CHAIR, and Object HalBench, which is CHAIR with other synonyms and lemmas and often an extractor's
     replies. -> fractions {"chair_s", "chair_s_refine" (of the captions with an object), "chair_i", "recall"},
     "n", "n_with_objects", "mean_words", "unparsed", "counts", ...; and the items.
 
     answers: {"question_id", "image_id", "prompt", "text"}. truth, table: from objects.py. lemmatize: a
     function text -> its words in the singular: words.lemmas for the scorer objhal, words.singulars for the
-    original. replies: {id: an extractor's reply}, with phrase: a function of one object's name -> its words
-    in the singular, and its runs of nouns (words.phrase). A caption whose reply cannot be read is left out
-    and counted as unparsed; in official mode that is refused, as the official code asks until it can read.
+    original. replies: {id: an extractor's reply}; a caption without one is not scored, and one whose reply
+    cannot be read is left out and counted as unparsed.
     """
     found = read(answers, "objhal")
-    items, unread = [], []
+    once(answer.id for answer in found)
     images = {answer.id: image_number(first(answer.line, "image_id", "image")) for answer in found}
-    join([answer.id for answer in found], dict.fromkeys(images, "captions"), partial)
     if strangers := [name for name in images if images[name] not in truth]:
         raise UserError(f"{len(strangers)} answers are about images that the annotations do not hold (ids "
                         f"{few(strangers)}); give COCO's 2014 annotations, or the right answers")
     if replies is not None:
-        asked = {answer.id for answer in found if _is_asked_about(answer)}
-        join_replies(replies, asked, images, partial, "captions")
-        replies = replies | dict.fromkeys(images.keys() - asked, "[]")
+        replies = replies | {answer.id: "[]" for answer in found if not _is_asked_about(answer)}
         found = [answer for answer in found if answer.id in replies]
+    items = []
     for name, text, _ in found:
-        item, more = {"id": name, "image": images[name]}, {}
+        item = {"id": name, "image": images[name]}
         if replies is None:
             named = joined(lemmatize(text), table)
         else:
-            named = _extracted(replies[name], table, phrase, mode)
-            more = {"objects": named}
+            named = item["objects"] = _extracted(replies[name], table, mode)
         if named is None:
-            unread.append(name)
-            more = {"unparsed": True}
+            item |= {"unparsed": True, "sums": {}}
         else:
-            more |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
-        items.append(item | more)
-    if unread and mode == "official" and not partial:
-        raise UserError(f"{len(unread)} replies are not a list of objects (ids {few(unread)}); ask for them "
-                        "again, or score the others with --partial")
-    total, draws = add_up(items, _chair_counts, resamples=resamples)
+            item |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
+        items.append(item)
+    total, draws = tally(items, resamples=resamples)
+    sums = total.of("all")
     return {"mode": mode,
-            **scored(_chair_ratios, total, draws),
-            "n": total["n"],
-            "n_with_objects": total["with"],
-            "unparsed": len(unread),
-            "counts": {key: total[key] for key in ("captions", "mentions", "misses", "covered", "present")},
+            **scored(sums, draws.of("all")),
+            "n": sums["chair_s", "bottom"],
+            "n_with_objects": sums["chair_s_refine", "bottom"],
+            "unparsed": sums["items", "unparsed"],
+            "counts": {"captions": sums["chair_s", "top"],
+                       "mentions": sums["chair_i", "bottom"],
+                       "misses": sums["chair_i", "top"],
+                       "covered": sums["recall", "top"],
+                       "present": sums["recall", "bottom"]},
             "coverage": {"answered": len(items), "of": len(images)},
-            "remarks": [] if total["mentions"] else ["no caption names an object: CHAIR_i is 0/0, given as 0"]
-            }, items
+            "remarks": remarks(total)}, items
 
 
-def _extracted(reply, table, phrase, mode):
+def _extracted(reply, table, mode):
     """The nouns that an extractor lists, each once; None if its reply cannot be read."""
     listed = object_list(reply, mode)
     if listed is None:
@@ -336,30 +330,14 @@ def _chair_item(named, present, caption):
     """named: [(word, class)] that a caption names; present: the classes in its image."""
     kinds = [kind for _, kind in named]
     misses = [kind for kind in kinds if kind not in present]
+    wrong = int(bool(misses))
     return {"generated": named,
             "hallucinated": misses,
-            "chair_s": int(bool(misses)),
-            "chair_i": ratio(len(misses), len(named)),
-            "words": len(caption.split(" ")),
-            "covered": len(present.intersection(kinds)),
-            "present": len(present)}
-
-
-def _chair_counts(item):
-    if "unparsed" in item:
-        return {"unparsed": 1}
-    return {"n": 1,
-            "with": bool(item["generated"]),
-            "captions": item["chair_s"],
-            "mentions": len(item["generated"]),
-            "misses": len(item["hallucinated"]),
-            "covered": item["covered"],
-            "present": item["present"],
-            "words": item["words"]}
-
-
-def _chair_ratios(sums):
-    return {key: ratio(sums[top], sums[bottom]) for key, (top, bottom) in CHAIR.items()}
+            "sums": {"chair_s": (wrong, 1),
+                     "chair_s_refine": (wrong, int(bool(named))),
+                     "chair_i": (len(misses), len(named)),
+                     "recall": (len(present.intersection(kinds)), len(present)),
+                     "mean_words": (len(caption.split(" ")), 1)}}
 
 
 # ---- MMHal-Bench ----
@@ -369,13 +347,12 @@ MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "envi
 def _mmhal_answers(template, answers, partial):
     """{place in the template: response}, joined by image, else by id; and the coverage."""
     places = {record.get("image_id"): place for place, record in enumerate(template)}
-    texts, names = {}, []
-    for name, text, line in read(answers, "mmhal"):
-        place = places.get(line.get("image_id", ""), name)
-        names.append(place)
-        texts[place] = _caption(text)
-    coverage = join(names, dict.fromkeys(range(len(template)), "all"), partial)
-    return {place: texts[place] for place in sorted(texts)}, coverage
+    found = read(answers, "mmhal")
+    names = [places.get(answer.line.get("image_id", ""), answer.id) for answer in found]
+    asked = {place: {"part": "all", "text": record["question"]} for place, record in enumerate(template)}
+    coverage = join(names, found, asked, partial)
+    said = {name: _caption(answer.text) for name, answer in zip(names, found, strict=True)}
+    return dict(sorted(said.items())), coverage
 
 
 def mmhal_prompts(template, answers, prompt, partial=False):
@@ -392,47 +369,39 @@ def mmhal_prompts(template, answers, prompt, partial=False):
 def mmhal(template, answers, replies, mode="robust", partial=False, resamples=1000):
     """-> {"score", "hallucination_rate" (fraction), "informativeness" (percent), "by_category", "unparsed",
     "n", ...}, and the items. A reply that cannot be read is a 0 in official mode, and left out in robust
-    mode.
+    mode; an answer without a reply is not scored.
 
     template: the 96 records; answers: lines with image_id and question, or with question_id = place in the
     template; or the template with its model_answer filled in. replies: {place: the judge's reply}.
     """
     texts, coverage = _mmhal_answers(template, answers, partial)
-    join_replies(replies, texts, range(len(template)), partial, "answers")
     items = []
     for place in texts:
         if place in replies:
-            score = rating(replies[place], mode)
+            said = rating(replies[place], mode)
+            score = 0 if said is None and mode == "official" else said
             items.append({"id": place,
                           "image": template[place].get("image_id", place),
                           "type": MMHAL[place % 8],
-                          "score": 0 if score is None and mode == "official" else score,
-                          "unparsed": score is None,
+                          "score": score,
+                          "unparsed": said is None,
+                          "sums": {} if score is None else _mmhal_sums(score),
                           "reply": replies[place]})
-    total, draws = add_up(items, _mmhal_counts, resamples=resamples)
+    total, draws = tally(items, lambda item: ["all", item["type"]], resamples)
     by_category = {}
     for kind in MMHAL:
-        if n := total[kind, "n"]:
-            by_category[kind] = scored(_mmhal_ratios, total.of(kind), draws.of(kind)) | {"n": n}
+        if n := total[kind, "score", "bottom"]:
+            by_category[kind] = scored(total.of(kind), draws.of(kind)) | {"n": n}
     return {"mode": mode,
-            **scored(_mmhal_ratios, total.of("all"), draws.of("all")),
+            **scored(total.of("all"), draws.of("all")),
             "by_category": by_category,
-            "unparsed": total["all", "unparsed"],
-            "n": total["all", "n"],
+            "unparsed": total["all", "items", "unparsed"],
+            "n": total["all", "score", "bottom"],
             "coverage": coverage | {"answered": len(items)}}, items
 
 
-def _mmhal_counts(item):
-    score, counts = item["score"], {"unparsed": item["unparsed"]}
-    if score is not None:
-        counts |= {"n": 1,
-                   "score": score,
-                   "hallucinated": score < 3,
-                   "informative": score - 3 if score >= 3 else score}
-    return under(["all", item["type"]], counts)
-
-
-def _mmhal_ratios(sums):
-    return {"score": ratio(sums["score"], sums["n"]),
-            "hallucination_rate": ratio(sums["hallucinated"], sums["n"]),
-            "informativeness": ratio(sums["informative"], sums["n"]) / 3 * 100}
+def _mmhal_sums(score):
+    told = score - 3 if score >= 3 else score
+    return {"score": (score, 1),
+            "hallucination_rate": (int(score < 3), 1),
+            "informativeness": (100 * told, 3)}

@@ -3,7 +3,6 @@ classes.
 
     objects.hallucinated(answer, truth)                              the words of an answer that are not there
     table = objects.synonyms(text of a synonyms file)                {word: class}
-    truth = objects.coco_truth(instances, captions, table, lemmatize, images)
     objects.coco_objects(words, table)                               [(word, class)], "hot dog" is not a dog
 
 Pure functions for metrics.py; the words of a caption come from words.py or from NLTK, the vocabularies from
@@ -20,11 +19,9 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
-from collections import defaultdict
 from functools import lru_cache
 
 from data import UserError
-from evaluation.stats import first, image_number
 
 SETS = {"random", "adversarial"}                        # of existence questions, as in POPE
 
@@ -60,21 +57,21 @@ def hallucinated(answer, truth):
 
 def check_truth(item, where):
     """Raise UserError if an answer to a question cannot be scored by its `truth`."""
-    where = f"{where} (id {item.get('id')})"
-    for key, types in (("id", (str, int)), ("kind", str), ("truth", dict)):
-        if not isinstance(item.get(key), types):
-            raise UserError(f"{where} has no usable `{key}`; make the scenes and their answers again")
-    truth, fault = item["truth"], ""
+    if not (isinstance(item.get("id"), str | int) and isinstance(item.get("truth"), dict) and _fits(item)):
+        raise UserError(f"{where} (id {item.get('id')}) lacks a usable `kind` or `truth`: a caption needs "
+                        "`present` and `absent`, another kind `choices` with their `answer`, existence also "
+                        "a `set` out of random, adversarial; make the scenes again")
+
+
+def _fits(item):
+    """Whether a truth is that of its kind."""
+    kind, truth = item.get("kind"), item["truth"]
+    if kind == "caption":
+        return _are_words(truth.get("present")) and _are_words(truth.get("absent"))
     choices = truth.get("choices")
-    if item["kind"] == "caption":
-        if not (_are_words(truth.get("present")) and _are_words(truth.get("absent"))):
-            fault = "a caption needs `present` and `absent`"
-    elif not _are_words(choices) or truth.get("answer") not in choices:
-        fault = "the truth needs `choices` with its `answer`"
-    elif item["kind"] == "existence" and not (set(choices) == {"yes", "no"} and SETS.issuperset(sets(truth))):
-        fault = "an existence question needs the choices yes and no, and a `set` out of random, adversarial"
-    if fault:
-        raise UserError(f"{where}: {fault}; make the scenes again")
+    if not (isinstance(kind, str) and _are_words(choices) and truth.get("answer") in choices):
+        return False
+    return kind != "existence" or {*choices} == {"yes", "no"} and SETS.issuperset(sets(truth))
 
 
 def _are_words(value):
@@ -128,33 +125,3 @@ def coco_objects(words, table):
     """[(word, its class)] of the words that a table knows; a seat beside a toilet is not a chair."""
     aside = "seat" if "toilet" in words else None
     return [(word, table[word]) for word in words if word in table and word != aside]
-
-
-def image_ids(answers):
-    """The COCO images that answers to CHAIR or Object HalBench are about; settings are skipped."""
-    numbers = {image_number(first(line, "image_id", "image")) for line in answers if isinstance(line, dict)}
-    return numbers - {None}
-
-
-def coco_truth(instances, captions, table, lemmatize, images):
-    """The objects in the images by CHAIR's rule: the classes of COCO's instances, and those that its captions
-    name.
-
-    instances, captions: lists of COCO's annotation files (train and val 2014) as json has them; lemmatize: as
-    for metrics.chair. -> {image id: set of classes} for those of the images that the files hold.
-    """
-    truth = defaultdict(set)
-    for part in instances:
-        names = {category["id"]: category["name"] for category in part.get("categories", [])}
-        for mark in part["annotations"]:
-            name = names.get(mark["category_id"])
-            if name not in table:
-                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
-                                "or of Object HalBench")
-            truth[mark["image_id"]].add(table[name])
-    for part in captions:
-        for mark in part["annotations"]:
-            named = coco_objects(joined(lemmatize(mark["caption"]), table), table)
-            truth[mark["image_id"]].update(kind for _, kind in named)
-    listed = {image["id"] for part in (*instances, *captions) for image in part["images"]}
-    return {image: truth[image] for image in images & (listed | truth.keys())}

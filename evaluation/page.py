@@ -18,13 +18,13 @@ import data
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
---c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e;--pos:31,108,176;--neg:200,96,30}
+--c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--bg:#16181b;--card:#1d2024;--ink:#e4e2dd;--soft:#a3a6ac;
---line:#363a41;--c0:#74b2ee;--c1:#eda06a;--c2:#86c99a;--bad:#ff8b80;--pos:70,140,210;--neg:205,105,45}}
+--line:#363a41;--c0:#74b2ee;--c1:#eda06a;--c2:#86c99a;--bad:#ff8b80}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:16px/1.55 Charter,"Iowan Old Style",Georgia,serif}p{max-width:72ch;margin:.3em 0 .9em}
 main{max-width:1120px;margin:auto;padding:28px clamp(14px,3vw,36px) 60px}h1{font-size:1.7rem;line-height:1.2}
-h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}table,small,.key,.w i,dl,text{
+h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}table,small,.key,dl,text{
 font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
 small,.key,.soft,th,dt{color:var(--soft)}text{fill:var(--soft);font-size:11px}small,.key{font-size:.8rem}
 table{border-collapse:collapse;width:100%;max-width:760px;font-size:.92rem}th{font-weight:500}
@@ -40,8 +40,6 @@ rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{str
 .raw{stroke-width:1;opacity:.3;stroke-dasharray:none}.key svg{width:26px;display:inline;margin:0 .5em 3px 0}
 img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
-.w{display:inline-block;min-width:46px;margin:0 5px 9px 0;text-align:center;font-size:.92rem}.w i{
-display:block;font-style:normal;font-size:.74rem;padding:2px 4px;border-radius:3px;margin-top:2px}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
 """
 TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left:0}"     # no number is broken

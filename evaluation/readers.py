@@ -5,32 +5,50 @@
     readers.object_list('Sure! ["dog", "ball"]')                            ["dog", "ball"]
 
 For eval_hallu.py. Evaluators differ most in this: beside each reader of ours is the official one, with its
-faults.
+faults. Ours read a text without its thoughts, markdown, code fences and tags, and nothing where it says two
+things.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import json
 import re
+import unicodedata
 
-YES = set("yes yeah yep yup yea sure certainly definitely absolutely indeed correct affirmative true".split())
-NO = set("no nope nah none nobody nothing never not neither false incorrect negative".split())
-BOTH = re.compile(r"yes\W+(?:and |or )?no\b|no\W+(?:and |or )?yes\b")
+MIND = "(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|summary|caption|scratchpad)"
+THOUGHT = re.compile(rf"(?is)[<\[◁]({MIND})[>\]▷].*?[<\[◁]/\1[>\]▷]|"
+                     rf"^.*[<\[◁]/{MIND}[>\]▷]|[<\[◁]{MIND}[>\]▷].*")                  # these lack one end
+FINAL = re.compile(r"(?is)<(answer|conclusion)>(.*?)</\1>|\\boxed\s*\{([^{}]*)\}")
+DRESS = re.compile(r"(?i)```\w*|</?[a-z][^<>]*>|\\(?:boxed|text\w*|math\w+)\b|\*\*|__|[\u200b-\u200f\ufeff]")
+QUOTES = str.maketrans("“”„‘’", "\"\"\"''")
+
+
+def plain(text):
+    """A reply without thoughts and dress; of one that marks its final answer, that alone."""
+    text = unicodedata.normalize("NFKC", text).translate(QUOTES)
+    text = THOUGHT.sub("", text)
+    finals = [tagged or boxed for _, tagged, boxed in FINAL.findall(text)]
+    return DRESS.sub("", "\n".join(finals) or text)
+
+
+# ---- yes or no ----
+KINDS = {"yes": "yes yeah yep yup yea y affirmative",
+         "no": "no nope nah n none nobody nothing never not neither cannot without absent lack lacks false "
+               "incorrect negative",
+         "sure": "sure certainly definitely absolutely indeed correct true",
+         "one": "one",
+         "aside": "is s are was were be do does did can could has have any some there a an the this that "
+                  "these those in on at of to it its they i my so think and or image picture photo scene "
+                  "visible present shown you see seen contain contains show shows feature features include "
+                  "includes depict depicts here really answer final response assistant"}
+KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
 UNSURE = re.compile(
     r"\b(?:(?:can(?:no|')t|can not|could(?:n't| not)|(?:not |un)able to|hard to|difficult to|impossible to)"
-    r"(?: \w+)? (?:tell|say|determined?|answer|know|identify|assist|help|describe)|(?:don't|do not) know|n/a|"
+    r"(?: \w+)? (?:tell|say|answer|determined?|know|identify|assist|help|describe)|(?:don't|do not) know|n/a|"
     r"maybe|perhaps|possibly|not (?:\w+ )?(?:sure|certain|clear)|unclear|unsure|unknown)\b")
-NEGATION = re.compile(r"\b(?:no|not|none|never|nothing|nobody|neither|cannot|without|absent|lacks?)\b|n't\b")
-POINTS = re.compile(
-    r"(?:i think so|i do|i (?:can )?see (?:it|one|some|them)|"
-    r"(?:it|they|there) (?:is|are|does|do)(?: indeed| one| some)*)"
-    r"(?: (?:visible|present|there|(?:in|on) .*))?")
-STATES = re.compile(
-    r"\b(?:there (?:is|are)|i (?:can )?see|(?:is|are|be) (?:\w+ )?(?:visible|present|seen|shown)|"
-    r"(?:image|picture|photo|scene)(?: \w+)? "
-    r"(?:shows?|features?|contains?|includes?|depicts?|has))\b")
-ASIDE = set("is are was were be do does did can could has have any some there a an the this that these those "
-            "in on at of to it its and or image picture photo scene visible you see".split())
+POINTS = re.compile(r"(?:i (?:can )?see|i think so|i do|(?:it|they|there)(?:'s| is| are| does| do))\b")
+ASKS = re.compile(r"(?<![^.!?\n])[^.!?\n]*\?|^\W*[a-h][).:]|[*_`#~>]")   # a question, an option, markdown
+STOPS = re.compile(r"[,;:.!\n\"(){}\[\]]| but | however | although | while ")
 
 
 def official_yes_no(text):
@@ -44,68 +62,103 @@ def strict_yes_no(text):
 
 
 def yes_no(text, question=""):
-    """"yes", "no", or None if an answer says neither. Its first word decides; else a clause that is a yes
-    or a no; else a statement in the question's own words, or one that points at them ("there is one", "I see
-    it")."""
-    text = re.sub(r"<[^<>]*>", " ", text.lower().replace("\u2019", "'"))
-    text = re.sub(r"[*_`\"#]+", "", text).strip()
-    text = re.sub(r"^(?:(?:the |my |final )*answer(?: is)?|assistant|response)\s*[:\-]?\s+(?=\w)", "", text)
-    text = re.sub(r"\b(is no|are no),", r"\1", text)                                # "there is no, person"
-    word, second, *_ = [*re.findall(r"[a-z']+", text), "", ""]
-    if not word or BOTH.match(text) or UNSURE.match(text):
-        return None
-    if word in YES | NO:
-        return "no" if word in NO or second == "not" else "yes"
-    clauses = re.split(r"[,;:.!?\n]| but | however | although | while ", text)
-    clauses = [clause.strip(" ()[]{}'") for clause in clauses]
-    if len(said := {"yes", "no"} & set(clauses)) == 1:
-        return said.pop()
-    asked = _roots(question) - _roots(" ".join(ASIDE))
-    about = [clause for clause in clauses if asked and asked <= _roots(clause)]
-    clause = (about or clauses)[0]
-    if UNSURE.search(clause if about else text):
-        return None
-    if NEGATION.search(clause):
-        return "no"
-    return "yes" if about or POINTS.fullmatch(clause) or not question and STATES.search(clause) else None
+    """"yes" or "no": what its clauses say, if they agree; a polite word counts where no clause says more."""
+    asked = {root for root, _ in _words(question.lower())}
+    said = set()
+    for clause in STOPS.split(ASKS.sub("", plain(text).lower())):
+        said |= _said(clause.strip(" -"), asked)
+    if said == {"sure"}:
+        return "yes"
+    said.discard("sure")
+    return said.pop() if len(said) == 1 else None
 
 
-def _roots(text):
-    """The words of a text without a plural's s and cut to five letters, enough to know them again."""
-    return {(word[:-1] if word.endswith("s") else word)[:5] for word in re.findall(r"[a-z]+", text.lower())}
+def _words(text):
+    """[(root, kind)] of the words that say something. A root: at most five letters, no plural's ending."""
+    found = []
+    for word in re.findall("[a-z]+n't|[a-z]+", text):
+        kind = "no" if word.endswith("n't") else KIND.get(word, "other")
+        if kind != "aside":
+            found.append((word.rstrip("es")[:5], kind))
+    return found
 
 
-RATING = re.compile(r"\b(?:rating|score|rate)\b\W{0,6}?(?:is|of|as|at)?[\s*_`:=\[(\"'-]{0,6}"
-                    r"(?<!-)(\d+(?:\.\d+)?)")
+def _said(clause, asked):
+    """What a clause says, out of yes, no and sure. It is about what was asked if it has all of those words; a
+    denial then counts before them, or as the last word: a dog without a collar is a dog."""
+    words = _words(clause)
+    roots, kinds = [root for root, _ in words], [kind for _, kind in words]
+    if UNSURE.search(clause):
+        return set()
+    if asked and asked.issubset(roots):
+        last = max(map(roots.index, asked))
+        return {"no" if "no" in [*kinds[:last], kinds[-1]] else "yes"}
+    points = POINTS.match(clause)
+    if "other" in kinds and (asked or not points):
+        return set()
+    said = {"yes", "no", "sure"}.intersection(kinds)
+    return {"yes"} if points and not said else said
+
+
+# ---- ratings ----
+SCALE = re.compile(r"\(?\b0\s*(?:-|–|to)\s*6\b\)?|(?:/|out of)\s*6\b")
+NUMBER = r"(-?\d++(?:\.\d++)?+)(?:\s*(?:or|to|and|[-–~/])\s*(\d+))?(?!\s*:)"                 # 4, or 3 or 4
+LABELLED = re.compile(rf"\b(?:rating|score|评分)s?\b[\W_]{{0,20}}?(?:[:=]|-\s)[\W_]{{0,20}}?{NUMBER}")
+GIVEN = re.compile(rf"\b(?:rating|score|rate|give)s?\b(?: (?:it|this|is|of|as|an?))*[\W_]{{0,20}}?{NUMBER}")
+BARE = re.compile(rf"\A[^\w-]*{NUMBER}\W*\Z")
+NAMES = {name: str(n) for n, name in enumerate("zero one two three four five six".split())}
 
 
 def rating(reply, mode="robust"):
     """A judge's reply -> 0..6, or None. Official: the one s for which "rating: s" is in it, so that 10 is 1.
-    Robust: whole numbers behind "rating" or "score" in whatever dress, if they agree; or nothing but a
-    number."""
-    text = reply.lower()
+    Robust: the number behind "rating:"; else the one that a sentence gives; else nothing but a number."""
     if mode == "official":
-        found = {score for score in range(7) if f"rating: {score}" in text}
+        found = {score for score in range(7) if f"rating: {score}" in reply.lower()}
     else:
-        text = re.sub(r"\(?\b0\s*(?:-|\u2013|to)\s*6\b\)?", "", text)                         # the scale
-        found = {float(number) for number in RATING.findall(text)}
-        if bare := re.fullmatch(r"[^\w-]*(\d+)(?:\s*/\s*6)?\W*", text):
-            found = {float(bare[1])}
+        text = SCALE.sub("", plain(reply).lower())
+        text = re.sub("[a-z]+", lambda word: NAMES.get(word[0], word[0]), text)
+        pairs = LABELLED.findall(text) or GIVEN.findall(text) or BARE.findall(text)
+        found = {float(number) for pair in pairs for number in pair if number}
     score = found.pop() if len(found) == 1 else None
     return int(score) if score in range(7) else None
 
 
+# ---- lists of objects ----
+STRING = r'"(?:[^"\\\n]|\\.)*"'
+ITEM = rf"(?:{STRING}|-?\d+(?:\.\d+)?|null)"
+LIST = rf"\[\s*(?:{ITEM}\s*,?\s*)*+\]"
+LISTS = re.compile(rf"(?i)(objects?\W*)?({LIST}(?:[\s,\[\]]*{LIST})*)")  # a list of lists, of lines, is one
+BULLET = re.compile(r'(?m)^[ \t>#]*(?:[-*•]|\d+[.)])\s+"?(.+?)"?,?\s*$')
+QUOTED = re.compile(rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[\s,.]*')       # names under a head
+NOTHING = re.compile(r"(?i)\W*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*")
+
+
 def object_list(reply, mode="robust"):
     """An extractor's reply -> the objects that it lists, or None. Official: JSON, or JSON in the last line.
-    Robust: also the last list anywhere in the text, in single quotes too, and "()" for none."""
-    candidates = [reply]
-    if '["' in reply:
-        candidates.append(reply.strip().split("\n")[-1])
-    if mode != "official":
-        lists = re.findall(r"\[[^\[\]]*\]", reply)[-1:]
-        candidates += lists + [re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", '"', text) for text in lists]
-        candidates += ["[]"] * (reply.strip() == "()")
-    for text in candidates:
+    Robust: a list anywhere, of several that behind "objects"; bullets; names in quotes; or "no objects"."""
+    if mode == "official":
+        return _official_list(reply)
+    text = plain(reply)
+    if NOTHING.fullmatch(text):
+        return []
+    if '"' not in text:
+        text = re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", '"', text)
+    text = BULLET.sub(r'"\1",', text)
+    if quoted := QUOTED.fullmatch(text):
+        text = f"[{quoted[1]}]"
+    found = LISTS.findall(text)
+    found = [row for row in found if row[0]] or found
+    lists = []
+    for _, run in found:
+        named = [item.strip('"') for item in re.findall(ITEM, run) if item != "null"]
+        if named not in lists:
+            lists.append(named)
+    return lists[0] if len(lists) == 1 else None
+
+
+def _official_list(reply):
+    last = reply.strip().split("\n")[-1] if '["' in reply else ""
+    for text in (reply, last):
         try:
             found = json.loads(text)
         except ValueError:

@@ -1,14 +1,15 @@
-"""What eval_hallu.py's measures share: answers joined to questions, counts added up, intervals and tests.
+"""What eval_hallu.py's measures share: answers joined to questions, counts added up, intervals.
 
     found = stats.read(answers, "pope")                 [Answer(id, text, line)]
-    stats.join(names, {id: part}, partial)              duplicates, unknown ids and gaps are refused
-    total, draws = stats.add_up(items, counts, ...)     sums over all items, and over draws of their images
-    stats.scored(measure, total, draws)                 a measure of the sums, with 95% intervals
-    stats.paired(a_items, b_items, sums)                B - A of each measure, with intervals and a sign test
+    stats.join(names, found, {id: {"part", "text"}})    duplicates, unknown ids and gaps are refused
+    total, draws = stats.tally(items, parts)            sums over all items, and over draws of their images
+    stats.scored(total.of(part), draws.of(part))        a part's measures, with 95% intervals
+    stats.paired(a_items, b_items)                      B - A of each measure, with 95% intervals
 
-An item is a scored answer: a dict with an `id` and the `image` that it is about. Intervals are
-bootstrap intervals over images: images are drawn with replacement, and every ratio is taken again. Pure
-functions; errors are UserError.
+An item is a scored answer: a dict with an `id`, the `image` that it is about, and `sums`, what it adds to
+each measure: {measure: (top, bottom)}. A measure is the sum of the tops over the sum of the bottoms.
+Intervals are bootstrap intervals over images: images are drawn with replacement, and every ratio is taken
+again. Pure functions; errors are UserError.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
@@ -35,7 +36,7 @@ class Answer(NamedTuple):
         return str(first(self.line, "prompt", "question", "query") or "")
 
 
-TEXTS = ("answer", "response", "model_answer", "text")    # the first that is there; a question may be a text
+TEXTS = ("answer", "response", "model_answer", "text", "caption")  # the first there; a question may be a text
 
 
 def first(record, *keys):
@@ -44,14 +45,20 @@ def first(record, *keys):
 
 
 def few(ids):
-    """The first of some ids, for a message."""
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+    """The first five ids, for a message."""
+    return ", ".join(map(str, ids[:5]))
 
 
 def image_number(image):
     """285, "000000000285.jpg" and "COCO_val2014_000000000285.jpg" are COCO's image 285; else None."""
-    found = re.fullmatch(r"(?:.*_)?0*(\d{1,7})(?:\.\w+)?", str(image))
+    found = re.fullmatch(r"(?:.*[_/])?0*(\d{1,7})(?:\.\w+)?", str(image))
     return int(found[1]) if found else None
+
+
+def same_id(name):
+    """An id as it is joined: "1" and 1 are the same."""
+    number = isinstance(name, str) and re.fullmatch("0|[1-9][0-9]*", name)
+    return int(name) if number else name
 
 
 def read(answers, benchmark=None):
@@ -59,16 +66,14 @@ def read(answers, benchmark=None):
     refused. benchmark: None for any."""
     found = []
     for number, line in enumerate(answers, 1):
-        if not isinstance(line, dict):
-            raise UserError(f"answer {number} is not a JSON object; give the file that holds the answers")
         if "settings" in line:
             other = line["settings"].get("benchmark", benchmark)
-            if benchmark and other != benchmark:
+            if benchmark not in (None, other):
                 raise UserError(f"the answers are to {other}, not to {benchmark}; score them as {other}")
             continue
-        name, text = first(line, "question_id", "id"), first(line, *TEXTS)
-        if name is None and benchmark in (None, "objhal", "mmhal"):
-            name = len(found)                                              # their official files name no id
+        name, text = same_id(first(line, "question_id", "id")), first(line, *TEXTS)
+        if name is None and benchmark != "amber":
+            name = len(found)                                       # other official files name no id
         if not (isinstance(name, int | str) and isinstance(text, str)):
             raise UserError(f"answer {number} (id {name}) has no text under any of {', '.join(TEXTS)}, or no "
                             "usable `question_id` or `id`; answer it again")
@@ -85,28 +90,31 @@ def once(names, what="answers"):
         raise UserError(f"{len(twice)} {what} appear twice (ids {few(twice)}); keep one of each")
 
 
-def join(names, parts, partial, what="answers", of="questions"):
-    """Refuse duplicates, strangers and gaps among the names. `parts` maps each id that can be answered to its
-    part; a part that is answered at all must be answered whole, unless `partial`. -> the coverage"""
-    once(names, what)
-    strangers = [name for name in names if name not in parts]
+def join(names, found, asked, partial=False):
+    """Refuse duplicates, strangers and gaps among the names of the answers found, and answers that were given
+    to another text. -> the coverage.
+
+    asked: {name: {"part" of the benchmark, "text", "" if it is unknown}}. A part that is answered at all must
+    be answered whole, unless `partial`. What an answer says that it was asked may be more than the question.
+    """
+    once(names)
+    strangers = [name for name in names if name not in asked]
     if strangers:
-        raise UserError(f"{len(strangers)} {what} belong to none of the {of} (ids {few(strangers)}); give "
-                        f"the {of} that they belong to")
-    begun = {parts[name] for name in names}
-    asked = [name for name, part in parts.items() if part in begun]
+        raise UserError(f"{len(strangers)} answers belong to none of the questions (ids {few(strangers)}); "
+                        "give the questions that they belong to")
+    begun = {asked[name]["part"] for name in names}
+    whole = [name for name, question in asked.items() if question["part"] in begun]
     answered = set(names)
-    missing = [name for name in asked if name not in answered]
+    missing = [name for name in whole if name not in answered]
     if missing and not partial:
-        raise UserError(f"{len(missing)} of {len(asked)} {of} have no answer (ids {few(missing)}); "
+        raise UserError(f"{len(missing)} of {len(whole)} questions have no answer (ids {few(missing)}); "
                         "complete them, or score the others with --partial")
-    return {"answered": len(names), "of": len(asked)}
-
-
-def join_replies(replies, asked, known, partial, of):
-    """Join the replies to what was `asked`; those to what was not, but is known, are passed over."""
-    given = [name for name in replies if name in asked or name not in known]
-    return join(given, dict.fromkeys(asked, "replies"), partial, "replies", of)
+    others = [name for name, answer in zip(names, found, strict=True)
+              if answer.question and asked[name]["text"].strip() not in answer.question]
+    if others:
+        raise UserError(f"{len(others)} answers are to other questions under these ids (ids {few(others)}); "
+                        "give the questions that they answer")
+    return {"answered": len(names), "of": len(whole)}
 
 
 # ---- sums ----
@@ -119,18 +127,30 @@ def ratio(top, bottom):
 
 
 class Sums(dict):
-    """Counts by name, numbers or (resamples,) arrays; what was never counted is zero."""
+    """Counts by (part, measure, "top" or "bottom"), and by (part, "items", "n" or "unparsed"): numbers or
+    (resamples,) arrays. What was never counted is zero."""
     def __missing__(self, key):
         return next(iter(self.values()), 0) * 0
 
     def of(self, part):
         """The counts of one part, their names without it."""
-        return Sums({name: value for (home, name), value in self.items() if home == part})
+        return Sums({(measure, what): value for (home, measure, what), value in self.items() if home == part})
 
 
-def under(parts, counts):
-    """Counts of each of some parts: {(part, name): number}, for Sums.of."""
-    return {(part, name): number for part in parts for name, number in counts.items()}
+def counted(item, parts):
+    """What an item adds to the Sums of its parts."""
+    found = {}
+    for part in parts:
+        found[part, "items", "n"] = 1
+        found[part, "items", "unparsed"] = item.get("unparsed", False)
+        for measure, (top, bottom) in item["sums"].items():
+            found |= {(part, measure, "top"): top, (part, measure, "bottom"): bottom}
+    return found
+
+
+def tally(items, parts=lambda item: ["all"], resamples=1000):
+    """add_up of what the items add to their parts. parts: an item -> their names."""
+    return add_up(items, lambda item: counted(item, parts(item)), resamples=resamples)
 
 
 def add_up(items, counts, seed=0, resamples=1000):
@@ -145,20 +165,39 @@ def add_up(items, counts, seed=0, resamples=1000):
     for item in items:
         for name, number in counts(item).items():
             columns[name][images[item["image"]]] += number
-    if not columns:
-        return Sums(), Sums()
     table = np.stack(list(columns.values()), 1)                                 # (images, names)
-    draws, rng = [np.zeros((0, len(columns)))], np.random.default_rng(seed)
-    for start in range(0, resamples, 100):                               # in blocks, to save memory
-        drawn = rng.integers(len(images), size=(min(100, resamples - start), len(images)))
-        times = [np.bincount(draw, minlength=len(images)) for draw in drawn]
-        draws.append(np.stack(times) @ table)
-    draws = np.concatenate(draws).T                                             # (names, resamples)
+    draws, rng = np.zeros((resamples, len(columns))), np.random.default_rng(seed)
+    for place in range(resamples):
+        drawn = rng.integers(len(images), size=len(images))
+        draws[place] = np.bincount(drawn, minlength=len(images)) @ table
     total = Sums(zip(columns, map(int, table.sum(0)), strict=True))
-    return total, Sums(zip(columns, draws, strict=True))
+    return total, Sums(zip(columns, draws.T, strict=True))
 
 
-# ---- intervals ----
+# ---- measures ----
+PLAIN = ("score", "informativeness", "mean_words")                        # no shares: shown as they are
+
+
+def ratios(sums, scale=1, added=0):
+    """{measure: top / bottom} of a part's sums; F1 beside precision. scale: 100 for shares in percent.
+    added: to each bottom."""
+    found = {}
+    for measure, what in sums:
+        if what == "top":
+            top = sums[measure, what] if measure in PLAIN else scale * sums[measure, what]
+            found[measure] = ratio(top, sums[measure, "bottom"] + added)
+    if "precision" in found:
+        precision, recall = found["precision"], found["recall"]
+        found["f1"] = ratio(2 * precision * recall, precision + recall)
+    return found
+
+
+def remarks(total):
+    """Which measures are 0/0."""
+    return [f"{part}: {measure} is 0/0, given as 0" for (part, measure, what), number in total.items()
+            if what == "bottom" and not number]
+
+
 def interval(values, point):
     """The middle 95% of the resamples in which the ratio exists."""
     values = values[~np.isnan(values)]
@@ -170,75 +209,38 @@ def intervals(points, draws):
     return {key: interval(np.atleast_1d(draws[key]), point) for key, point in points.items()}
 
 
-def scored(measure, total, draws):
-    """{name: number} that measure makes of the total, with the intervals by the draws under "intervals"."""
-    points = measure(total)
-    return points | {"intervals": intervals(points, measure(draws))}
+def scored(total, draws, scale=1):
+    """The ratios of a part's total, with their intervals by its draws under "intervals"."""
+    points = ratios(total, scale)
+    return points | {"intervals": intervals(points, ratios(draws, scale))}
 
 
-# ---- measures that are ratios of sums, in percent: an item adds {measure: (top, bottom)} ----
-def parts(sums):
-    """What an item adds to the measures, as counts: {(measure, "top"): ..., "bottom": ..., "n": 1}."""
-    found = {}
-    for measure, (top, bottom) in sums.items():
-        found |= under([measure], {"top": top, "bottom": bottom, "n": 1})
-    return found
+# ---- two models ----
+def _key(item):
+    return item.get("split"), item["id"]
 
 
-def percent(sums, measure):
-    """100 top / bottom of sums of `parts`."""
-    return ratio(100 * sums[measure, "top"], sums[measure, "bottom"])
-
-
-def paired(a_items, b_items, sums, lower=()):
-    """-> {measure: {"a", "b", "change", "interval", "better", "worse", "p"}} of items with equal ids.
-
-    sums: an item -> {measure: (top, bottom)}. Both sides see the same draws of images, which is what pairs
-    them. lower: the measures of which less is better, for the counts of items that got better and worse.
-    """
-    others = {(item.get("split"), item["id"]): item for item in b_items}
+def paired(a_items, b_items):
+    """-> {measure: {"a", "b", "change", "interval"}} of items with equal ids, shares in percent. Both sides
+    see the same draws of images, which is what pairs them."""
+    others = {_key(item): item for item in b_items}
     both = []
     for item in a_items:
-        other = others.get((item.get("split"), item["id"]))
+        other = others.get(_key(item))
         if other is not None:
-            both.append({"image": item.get("image") or item["id"], "a": sums(item), "b": sums(other)})
+            both.append({"image": item.get("image") or item["id"], "a": item, "b": other})
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
-    total, draws = add_up(both, lambda pair: under("a", parts(pair["a"])) | under("b", parts(pair["b"])))
-    old, new, old_draws, new_draws = total.of("a"), total.of("b"), draws.of("a"), draws.of("b")
+    total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))
+    old, new = ratios(total.of("a"), 100), ratios(total.of("b"), 100)
+    old_draws, new_draws = ratios(draws.of("a"), 100), ratios(draws.of("b"), 100)
     found = {}
-    for measure in dict.fromkeys(measure for pair in both for measure in pair["a"]):
-        a, b = percent(old, measure), percent(new, measure)
-        changes = percent(new_draws, measure) - percent(old_draws, measure)
-        better, worse = _signs(both, measure)
-        if measure in lower:
-            better, worse = worse, better
-        found[measure] = {"a": a,
-                          "b": b,
-                          "change": b - a,
-                          "interval": interval(changes, b - a),
-                          "better": better,
-                          "worse": worse,
-                          "p": sign_test(better, worse)}
+    for measure in old:
+        if measure not in new:
+            continue
+        change = new[measure] - old[measure]
+        found[measure] = {"a": old[measure],
+                          "b": new[measure],
+                          "change": change,
+                          "interval": interval(new_draws[measure] - old_draws[measure], change)}
     return found
-
-
-def _signs(both, measure):
-    """-> (items of which B has more of a measure, of which it has less)."""
-    more = less = 0
-    for pair in both:
-        top, bottom = pair["a"].get(measure, (0, 0))
-        new_top, new_bottom = pair["b"].get(measure, (0, 0))
-        if bottom and new_bottom:
-            more += new_top / new_bottom > top / bottom
-            less += new_top / new_bottom < top / bottom
-    return more, less
-
-
-def sign_test(better, worse):
-    """The exact two-sided p of a split this uneven under a fair coin; ties do not count."""
-    n, term, total = better + worse, 1, 0
-    for k in range(min(better, worse) + 1):                     # term is n over k
-        total += term
-        term = term * (n - k) // (k + 1)
-    return min(1.0, 2 * total / 2 ** n) if n else 1.0

@@ -9,8 +9,8 @@
 The official scorers cut text with NLTK's tokenizer, drop what its part-of-speech tagger calls no noun, and
 look up lemmas in WordNet. Here rules do all three; words that no scorer's vocabulary holds need not come out
 right. The departures:
-  1. No tagger. A word counts unless its neighbours show a verb ("to drink", "a man watches the sea") or an
-     adjective; `can` and `hot` never count, `cans` do. Words like "the" stay, since no vocabulary holds them.
+  1. No tagger. A word counts unless its neighbours show a verb ("to drink", "they watch") or an adjective;
+     `can` and `hot` never count, `cans` do. Words like "the" stay, since no vocabulary holds them.
   2. The official tagger learnt from newspapers, and takes many a noun that is rare there for an adjective
      where "next to" follows ("a sofa next to a bed"). So do we, but for a list of nouns that fill newspapers.
   3. Plurals come from rules and lists. WordNet's oddities that reach a vocabulary are kept: "vases" gives
@@ -170,12 +170,10 @@ def singulars(text):
 
 
 # ---- nouns ----
-MODALS = set("can could may might will would shall should must wo ca cannot 'll".split())
-SUBJECTS = set("i you he she it we they who which".split())
+BEFORE_A_VERB = set("can could may might will would shall should must wo ca cannot 'll i you he she it we "
+                    "they who which".split())
 NO_INFINITIVE = set("next close closer adjacent due addition similar attached connected near leading leads "
                     "belonging proximity relation contrast compared opposite".split())          # ... to water
-AFTER_A_VERB = set("a an the his her its their some several at on over through across along down with "
-                   "by".split())
 # Nouns of captions that are verbs too.
 VERBS = set("""bear board bridge brush cage camp cash cook cream cup dock drain draw drink duck fence file
 fish flag flower fork frame glove grill ground guard hang hold house ice iron ladder leave light line lock
@@ -183,14 +181,11 @@ lounge mask match milk mirror monitor net note open pack pad paddle paint park p
 plate play plug pot race rack range rest ring ride rock row saddle sail shell shelter ship shop shovel sign
 signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
 tap tape telephone tie toast tour track train view walk wall watch water wave""".split())
-ANIMATE = set("man woman boy girl child person player individual someone everyone dog cat horse bird skier "
-              "surfer rider lady guy kid".split())
 # The second word is the thing, the first says which.
 OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
                "broccoli": "toppings"}
 # Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
 LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
-SHADES = set("blue green brown gray grey pink yellow purple red orange tan colored coloured".split())
 IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water
 sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
 coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""".split())
@@ -198,15 +193,13 @@ coffee horse dog court stage glass desk ball football range path apple chair dru
 
 def _counts(word, single, two_before, before, after, two_after):
     """Whether a word (and its lemma) is to count as a noun, by the words around it, lower-cased."""
-    if word in ("can", "hot") or word == "light" and after in SHADES or after == OF_ITS_KIND.get(word, "-"):
+    if word in ("can", "hot") or after == OF_ITS_KIND.get(word, "-"):
         return False
     if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
         return False
-    if single in VERBS and word == single:
-        if before in MODALS or before in SUBJECTS or before == "to" and two_before not in NO_INFINITIVE:
+    if word in VERBS:
+        if before in BEFORE_A_VERB or before == "to" and two_before not in NO_INFINITIVE:
             return False
-    elif single in VERBS and before in SUBJECTS | ANIMATE and after in AFTER_A_VERB:   # a man watches the sea
-        return False
     rare = word == single and word not in IN_THE_NEWS
     return not (rare and before in ("a", "an", "the") and (after, two_after) == ("next", "to"))
 

@@ -15,6 +15,7 @@ import os
 import textwrap
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ def option(default, help, **about):
     return dataclasses.field(default=default, metadata={"help": help, **about})
 
 
-def behind_set(default, help, **more):
-    """A field that is rarely changed: --set NAME=VALUE."""
-    return option(default, help, behind_set=True, **more)
+behind_set = partial(option, behind_set=True)        # rarely changed: --set NAME=VALUE
 
 
 def parse(kind, argv, prog, description, positional=()):
@@ -62,10 +61,8 @@ def parse(kind, argv, prog, description, positional=()):
         chosen[name] = value(f"--set {item}", text, fields[name])
     for name, field in fields.items():
         found = given.pop(name, None)
-        if isinstance(found, str):
-            found = value(f"--{name} {found}", found, field)
         if found is not None:
-            chosen[name] = found
+            chosen[name] = value(f"--{name} {found}", str(found), field)
     return chosen, given
 
 
@@ -172,15 +169,16 @@ class Ranks:
 
 def join(device="", backend=""):
     """Ranks of this process, which waits for the others under torchrun. Ranks that share a GPU, or have none,
-    use gloo, as does backend="gloo"; `device` is "" for CUDA, else MPS, else the CPU."""
+    use gloo, as does backend="gloo"; `device` is as `place` takes it."""
     import torch
     import torch.distributed as dist
-    found, gpus = place(device), torch.cuda.device_count()
+    found = place(device)
     if "RANK" not in os.environ:
         return Ranks(device=found)
+    alone = False
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    alone = found.type == "cuda" and gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        alone = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours
     dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
@@ -189,11 +187,10 @@ def join(device="", backend=""):
 def place(device=""):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    kind = str(device) or ("cuda" if gpus else "mps" if mps else "cpu")
-    if kind == "cuda" and gpus:
-        return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) % gpus)
-    return torch.device(kind)
+    found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return found
 
 
 def leave(ranks):
@@ -291,30 +288,21 @@ class Store:
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path:
-                lines = [*self.unshaped(items, lines)]
+            if self.shape and file == self.path and len(lines) == len(items):
+                lines = [line | item for line, item in zip(lines, items, strict=True)]
             for line in lines:
                 for row in line.get("rows", [line]):
                     if wanted.get(row.get("id"), "") == row.get("hash"):
                         found[row["id"]] = row
         return found
 
-    def unshaped(self, items, lines):
-        """Rows of the finished file's lines, which are in the items' order."""
-        for item, line in zip(items, lines, strict=False):
-            row = line | item
-            if self.shape(row) == line:
-                yield row
-
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings"), self.head["settings"], []
-        if not isinstance(was, dict):
-            raise UserError(f"{file} has no settings in its first line; give another --out")
+        was, now, differ = begun.get("settings", {}), self.head["settings"], []
         for name in was | now:
-            old, new = was.get(name), now.get(name)
+            old, new = str(was.get(name)), str(now.get(name))
             if old != new:
-                differ.append(f"{name} ({str(old)[:40]}, now {str(new)[:40]})")
+                differ.append(f"{name} ({old[:40]}, now {new[:40]})")
         if differ:
             raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
                             "--out or delete it")
@@ -339,8 +327,7 @@ class Store:
         groups = data.chunks(items, size)[ranks.rank::ranks.world]
         mine = [group for group in groups if any(item["id"] not in had for item in group)]
         hidden = True if ranks.rank else None               # None: shown on a terminal only
-        name = description or self.path.stem
-        with tqdm(total=len(items), initial=len(had), desc=name, disable=hidden) as bar:
+        with tqdm(total=len(items), initial=len(had), desc=description, disable=hidden) as bar:
             for group, rows in zip(mine, make(mine), strict=True) if mine else ():
                 new = []
                 for item, row in zip(group, rows, strict=True):

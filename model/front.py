@@ -8,7 +8,7 @@ A family is a class, and a line in FAMILIES. A new one inherits from Llava and s
 
     image_ids(size)                 the ids that an image of (width, height) pixels becomes in a prompt
     prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
-    inputs(prepared)                those of a batch, as transformers' forward and generate take them
+    inputs(prepared)                those of a batch, as transformers' forward takes them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image
     positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
     language_model(model)           the part that reads embeddings
@@ -80,9 +80,7 @@ class Llava:
     def image_tokens(self):
         """The number of tokens of an image, or of a tile."""
         vision = self.config.vision_config
-        whole = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
-        cls = whole and vision.model_type == "clip_vision_model"
-        return (vision.image_size // vision.patch_size) ** 2 + cls
+        return (vision.image_size // vision.patch_size) ** 2
 
     def usual_template(self):
         """The template for a folder that brings none."""
@@ -116,15 +114,12 @@ class Llava:
         return {}
 
     # ---- what they share ----
-    def on_device(self, model, prepared):
-        """inputs(prepared) on the model's device, floats in its type."""
-        from transformers import BatchFeature
-        return BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)
-
     def encode(self, model, prepared):
+        from transformers import BatchFeature
         if not prepared:
             return []
-        return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]
+        inputs = BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)           # floats alone
+        return [*model.get_image_features(**inputs).pooler_output]
 
     def prompt_ids(self, question, sizes, history=()):
         """Token ids of a prompt, up to where the response starts; each image is its image_ids.
@@ -137,8 +132,6 @@ class Llava:
                                                   chat_template=self.template, add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
-        if ids and ids[-1] == self.eos_id:                             # some tokenizers close every text
-            ids = ids[:-1]
         if (places := ids.count(self.image_token_id)) != len(sizes):
             raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
                                  f"{len(sizes)} images in {text[:80]!r}: the text contains {IMAGE}")
@@ -164,15 +157,12 @@ class Llava:
     @property
     def preparation(self):
         """How images are prepared, in words: for the log."""
-        processor, words = self.image_processor, ""
-        shapes = getattr(processor, "image_grid_pinpoints", None)
-        if shapes:
-            words += f"the whole and tiles of {len(shapes)} shapes, "
-        elif self.pad or getattr(processor, "do_pad", False):                   # the processor does it itself
-            words += f"padded to a square with {colour(processor)}, "
-        sides = dict(processor.size)
-        words += "resized to " + " x ".join(str(side) for side in sides.values() if side)
-        if getattr(processor, "do_center_crop", False) and sides.get("shortest_edge"):
+        processor = self.image_processor
+        side = max(filter(None, dict(processor.size).values()))
+        words = f"resized to {side}"
+        if self.pad or self.squares and getattr(processor, "do_pad", False):    # the processor does it itself
+            words = f"padded to a square with {colour(processor)}, {words}"
+        if getattr(processor, "do_center_crop", False):
             words += ", the middle cut out"
         return f"{words} ({type(processor).__name__})"
 
@@ -233,8 +223,6 @@ def colour(processor):
 def read_config(folder):
     """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise data.UserError(f"{path} is missing: {folder} is not the folder of a transformers model")
     config = data.read_json(path, kind=dict)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
@@ -243,20 +231,8 @@ def read_config(folder):
     fix = "give a llava-hf folder"
     if "mm_vision_tower" in config:
         fix = f"run `python -m model.import_checkpoint {folder} NEW_FOLDER`, then use that"
-    elif "vision_config" not in config:
-        fix = "it has no vision tower, it is a text-only model; " + fix
-    classes = ", ".join(family.architecture for family in FAMILIES.values())
     raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only llava-hf "
-                         f"folders ({classes}) can be loaded; {fix}")
-
-
-def read_tokenizer(folder):
-    """The folder's tokenizer, as transformers saves it. Raises UserError."""
-    from transformers import AutoTokenizer
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        raise data.UserError(f"{folder} has its tokenizer as tokenizer.model alone: copy tokenizer.json from "
-                             "the llava-hf folder, or import the original by model/import_checkpoint.py")
-    return data.from_folder(AutoTokenizer, folder, "tokenizer", "copy its files")
+                         f"folders of {', '.join(FAMILIES)} can be loaded; {fix}")
 
 
 def open_folder(folder, template=None, preparation=""):
@@ -265,21 +241,18 @@ def open_folder(folder, template=None, preparation=""):
     template: None for the folder's own, a name in TEMPLATES or Jinja. preparation: "" for the folder's own,
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
-    from transformers import AutoConfig, AutoImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     folder = data.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
     config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults
-    tokenizer = read_tokenizer(folder)
+    tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy tokenizer.json and its config")
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
-    if preparation not in ("", "pad"):
-        raise data.UserError(f"images={preparation} is unknown: give one of '', 'pad'")
     if preparation:
-        if not family.squares or not getattr(processor, "image_mean", None):
+        if not family.squares:
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
                                  "images=pad")
         found.pad = colour(processor)
@@ -289,12 +262,10 @@ def open_folder(folder, template=None, preparation=""):
 def check_tokens(folder, config, tokenizer):
     """Raise UserError if the tokenizer is not this model's."""
     found = tokenizer.convert_tokens_to_ids(IMAGE)
-    if found in (None, tokenizer.unk_token_id):
-        raise data.UserError(f"{folder}: its tokenizer does not know {IMAGE}: copy the tokenizer of a "
-                             "llava-hf folder, not that of its language model")
     if found != config.image_token_id:
-        raise data.UserError(f"{folder}: the tokenizer gives {IMAGE} the id {found}, config.json "
-                             f"says {config.image_token_id}: one of the two files is not this model's")
+        raise data.UserError(f"{folder}: its tokenizer gives {IMAGE} the id {found}, config.json says "
+                             f"{config.image_token_id}: copy the tokenizer of the llava-hf folder, not that "
+                             "of its language model")
     if len(tokenizer) > (rows := config.text_config.vocab_size):
         raise data.UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model's embedding "
                              f"only {rows} rows: one of the two is not this model's")

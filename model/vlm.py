@@ -75,8 +75,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
-    opened = isinstance(folder, front.Llava)
-    family = folder if opened else front.open_folder(folder, template, preparation)
+    family = folder
+    if not isinstance(folder, front.Llava):
+        family = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
     transformers.AttentionInterface.register("packed", packed_attention)
@@ -220,10 +221,10 @@ def naive(m, pairs, features, needs):
                       position_ids=positions,
                       use_cache=False)
     logits = outputs.logits[..., :m.words]                                              # (R, T, V)
-    return _logps(losses.response_logps(logits, labels), pairs, needs)
+    return as_logps(losses.response_logps(logits, labels), pairs, needs)
 
 
-def _logps(sums, pairs, needs):
+def as_logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
     parts = iter(sums.split(len(pairs)))
     found = {name: next(parts) for name in ("chosen", "rejected", "image_rejected") if name in needs}
@@ -274,7 +275,7 @@ def packed(m, pairs, features, needs):
     if "image_rejected" in needs:
         shown += features.rejected
     logps = packed_token_logps(m, row, shown).split(row.lengths)
-    return _logps(torch.stack([response.sum() for response in logps]), pairs, needs)
+    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 
 def packed_token_logps(m, row, features):
@@ -368,32 +369,63 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     """
     own = m.model.generation_config.eos_token_id
     ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
-    options = {"do_sample": False}
+    choose = greedy
     if sample_seed is not None:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        choose = partial(drawn, torch.Generator(m.device).manual_seed(sample_seed), temperature)
     prompts = []
     for question, shown in zip(questions, images, strict=True):
-        prompts.append(m.front.prompt_ids(question, [picture.size for picture in shown]))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        sizes = [picture.size for picture in shown]
+        prompts.append((m.front.prompt_ids(question, sizes), sizes))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
     found = {}
-    with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
-        torch.manual_seed(sample_seed or 0)
-        for at in range(0, len(order), batch_size):
-            batch = order[at:at + batch_size]
-            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
-                                           padding_side="left", return_tensors="pt").to(m.device)
-            if pictures := [picture for i in batch for picture in images[i]]:
-                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
-            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
-            for i, tokens in zip(batch, new.tolist(), strict=True):
-                text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-                found[i] = Completion(text.strip(), not ends.isdisjoint(tokens))
+    for batch in data.chunks(order, batch_size):
+        pictures = [picture for i in batch for picture in images[i]]
+        features = m.front.encode(m.model, m.front.prepare(pictures))
+        said = continued(m, [prompts[i] for i in batch], features, choose, ends, max_new_tokens)
+        for i, tokens in zip(batch, said, strict=True):
+            text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+            found[i] = Completion(text.strip(), tokens[-1] in ends)
     return [found[i] for i in sorted(found)]
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+def drawn(generator, temperature, logits):
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def continued(m, prompts, features, choose, ends, most):
+    """The tokens that follow each of R prompts (ids, their images' sizes), up to an end or `most` of them."""
+    from transformers import DynamicCache
+    longest = max(len(ids) for ids, _ in prompts)
+    ids, mask, positions = [], [], []
+    for prompt, sizes in prompts:
+        padding = longest - len(prompt)
+        ids.append([m.front.eos_id] * padding + prompt)
+        mask.append([0] * padding + [1] * len(prompt))
+        positions.append(F.pad(m.front.positions(prompt, sizes), (padding, 0)))           # (T,) or (3, T)
+    ids, mask = torch.tensor([ids, mask], device=m.device)                                # (R, T) each
+    positions = torch.stack(positions, -2).to(m.device)                               # (R, T) or (3, R, T)
+    embeddings, cache = embed(m, ids, features), DynamicCache()
+    said, going = [[] for _ in prompts], [*range(len(prompts))]
+    while going:
+        outputs = m.model(inputs_embeds=embeddings,
+                          attention_mask=mask,
+                          position_ids=positions,
+                          past_key_values=cache,
+                          logits_to_keep=1)
+        tokens = choose(outputs.logits[:, -1])                                                     # (R,)
+        last = tokens.tolist()
+        for row in going:
+            said[row].append(last[row])
+        going = [row for row in going if last[row] not in ends and len(said[row]) < most]
+        embeddings = m.model.get_input_embeddings()(tokens[:, None])
+        mask = F.pad(mask, (0, 1), value=1)
+        positions = positions[..., -1:] + 1
+    return said
 
 
 def generate(*arguments, **options):

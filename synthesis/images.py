@@ -3,7 +3,7 @@
     encoded = encode(folder, ["a red bike"])            # the text encoders alone
     painter = Painter(folder)                           # transformer and VAE alone
     images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
-    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11])              # both, one after the other
+    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11], ...)         # both, one after the other
 
 Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
@@ -82,12 +82,9 @@ class Painter:
     @torch.no_grad()
     def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
         """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
-        def repeated(pair):
-            return [x.to(self.device).repeat_interleave(len(seeds), 0) for x in pair]
-
         scale = torch.tensor(guidance, dtype=self.pipeline.transformer.dtype, device=self.device)
-        words, pooled = repeated(prompt)
-        empty, empty_pooled = repeated(negative)
+        given = [x.to(self.device).repeat_interleave(len(seeds), 0) for x in (*prompt, *negative)]
+        words, pooled, empty, empty_pooled = given
         return self.pipeline(
             prompt_embeds=words, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
             negative_pooled_prompt_embeds=empty_pooled, guidance_scale=scale[:, None, None, None],
@@ -95,7 +92,7 @@ class Painter:
             height=size or None, width=size or None).images
 
 
-def paint(folder, jobs, guidance, device="cpu", dtype=torch.float32, steps=28, size=0, chunk=256):
+def paint(folder, jobs, guidance, device, dtype, steps, size, chunk):
     """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
     jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
     for some in data.chunks(jobs, chunk):

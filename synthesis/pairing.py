@@ -4,6 +4,7 @@ A response's faults, each found after an echo of the question is removed:
     echoed   it begins with the question           empty    no letter and no digit
     foreign  most letters are of another script    cut off  the model ran into its limit (if that is not
              than the question's                            known: a long text that ends within a sentence)
+    thoughts it shows its thinking (<think>)       not scored   it is not in the scorer's file
 A prompt gives no pair if fewer than two of its responses are without fault, if the best and the worst are
 the same text, or if their scores lie within `margin` standard deviations of the scorer's scores.
 
@@ -18,13 +19,18 @@ import re
 import statistics
 import unicodedata
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import data
-from model import command
 
 LONG = 12                               # words: a text this long without a full stop counts as cut off
 TELLING = .65                           # warn if length alone decides this share of the pairs
+
+
+def only(row, names):
+    """The fields of a row that have these names."""
+    return {name: row[name] for name in names.split()}
 
 
 def grouped(rows, field):
@@ -55,51 +61,57 @@ def is_foreign(question, text):
     return bool(own) and 2 * there[max(own, key=own.get)] < there.total()
 
 
-def faults(question, response, finished=None):
+def faults(question, response, finished):
     """The faults of a response. finished: whether the model ended it by itself; None if not known."""
     text, echoed = unecho(question, response)
     text = text.strip()
     if finished is None:
-        ends_within = text and (text[-1].isalnum() or text[-1] in ",;-–")
-        finished = len(text.split()) < LONG or not ends_within
+        finished = len(text.split()) < LONG or not re.search(r"[\w,;–-]$", text)
     found = {"echoed": echoed, "empty": not any(c.isalnum() for c in text),
-             "foreign": is_foreign(question, text), "cut off": not finished}
+             "foreign": is_foreign(question, text), "cut off": not finished,
+             "thoughts": re.search("</?(think|reasoning)", text, re.I)}
     return [reason for reason, there in found.items() if there]
 
 
 # ---- the choice ----
 
-def best_image(prompt, candidates, scores, threshold=None):
-    """The row of ranked.jsonl: the first ranker's best image (the first of equals), `dropped` if it scores
-    below the threshold. scores: {ranker: those of the candidates}."""
-    picks, dropped = next(iter(scores.values())), None
-    image = candidates[picks.index(max(picks))]
-    if threshold is not None and max(picks) < threshold:
+def best_image(prompt, threshold):
+    """A prompt with its candidates and {ranker: their scores} -> its row of ranked.jsonl: the first ranker's
+    best image (the first of equals), `dropped` if it scores below the threshold."""
+    first, *_ = prompt["scores"].values()
+    candidates, best, dropped = prompt["candidates"], max(first), None
+    if best < threshold:
         dropped = f"best image scores below {threshold}"
-    row = {name: prompt[name] for name in ("id", "topic", "prompt")}
-    row |= {"image": image["image"], "guidance": image["guidance"], "dropped": dropped, "scores": scores}
-    tried = [{name: each[name] for name in ("image", "guidance", "seed")} for each in candidates]
-    return row | {"candidates": tried}
+    row = only(prompt, "id topic prompt") | only(candidates[first.index(best)], "image guidance")
+    tried = [only(image, "image guidance seed") for image in candidates]
+    return row | {"dropped": dropped, "scores": prompt["scores"], "candidates": tried}
 
 
 def select(asked, responses, scores, margin=0., official=False):
     """-> (pairs, dropped, faulty), lists of dicts in the prompts' order.
 
-    asked: rows with id, image, question (and what `meta` is to hold); responses: {id: rows with model,
-    response, finished}, in the models' order; scores: {(id, model): number}.
+    asked: rows of ranked.jsonl with a question; responses: {id: rows of responses.jsonl}, in the models'
+    order; scores: {(id, model): number}.
     """
-    known = [score for score in scores.values() if score is not None]
-    gap = margin * statistics.pstdev(known) if len(known) > 1 else 0.
+    gap = margin * statistics.pstdev(scores.values()) if scores else 0.
     pairs, dropped, faulty = [], [], []
     for prompt in asked:
-        id, sound = prompt["id"], []
+        id, sound, reason = prompt["id"], [], ""
         for row in responses.get(id, ()):
-            found = [] if official else faults(prompt["question"], row["response"], row.get("finished"))
+            found = [] if official else faults(prompt["question"], row["response"], row["finished"])
+            score = scores.get((id, row["model"]))
+            if score is None:
+                found.append("not scored")
             if found:
-                faulty.append({"id": id, "model": row["model"], "faults": found, "response": row["response"]})
+                faulty.append(only(row, "id model response") | {"faults": found})
             else:
-                sound.append(row | {"score": scores.get((id, row["model"]))})
-        reason, best, worst = choose(sound, gap, official)
+                sound.append(row | {"score": score})
+        best = max(sound, key=itemgetter("score"), default=None)
+        worst = min(sound, key=itemgetter("score"), default=None)
+        if len(sound) < 2:
+            reason = "fewer than two responses without fault"
+        elif not official:
+            reason = too_alike(best, worst, gap)
         if reason:
             dropped.append({"id": id, "reason": reason})
         else:
@@ -107,64 +119,51 @@ def select(asked, responses, scores, margin=0., official=False):
     return pairs, dropped, faulty
 
 
-def choose(rows, gap, official):
-    """(why there is no pair or None, the best row, the worst row); of equals the first."""
-    scored, reason = [row for row in rows if row["score"] is not None], None
-    if len(scored) < 2:
-        return "not scored" if len(rows) > 1 else "fewer than two responses without fault", None, None
-    best = max(scored, key=lambda row: row["score"])
-    worst = min(scored, key=lambda row: row["score"])
+def too_alike(best, worst, gap):
+    """Why two responses make no pair, else ""."""
     if best["score"] - worst["score"] <= gap:
-        reason = "nearly tied"
-    elif best["response"].split() == worst["response"].split():
-        reason = "identical"
-    return None if official else reason, best, worst
+        return "nearly tied"
+    same = best["response"].split() == worst["response"].split()
+    return "identical" if same else ""
 
 
 def pair(prompt, best, worst, official):
     """The native record of a prompt's best and worst response."""
-    id, question, texts = prompt["id"], prompt["question"], []
+    texts = []
     for row in (best, worst):
         text = row["response"].strip()
         if official:
-            text = unecho(question, text)[0].replace("\n", " ").strip()
+            text = unecho(prompt["question"], text)[0].replace("\n", " ").strip()
         texts.append(text)
-    meta = {name: prompt[name] for name in ("topic", "prompt", "guidance") if name in prompt}
+    chosen, rejected = texts
+    meta = only(prompt, "topic prompt guidance")
     meta |= {"models": [best["model"], worst["model"]], "scores": [best["score"], worst["score"]]}
-    return {"id": id, "image": prompt["image"], "question": question, "chosen": texts[0],
-            "rejected": texts[1], "meta": meta}
+    return only(prompt, "id image question") | {"chosen": chosen, "rejected": rejected, "meta": meta}
 
 
 def conversations(pair):
     """A pair in the JSON that PDS-DPO publishes (and LLaVA's trainers read)."""
     asked = {"from": "human", "value": f"<image> {pair['question'].replace('<image>', '').strip()}"}
-    return {"id": pair["id"], "image": pair["image"],
-            "conversations": [asked, {"from": "gpt", "value": pair["chosen"]}],
-            "rejected_conversations": [asked, {"from": "gpt", "value": pair["rejected"]}]}
+    return only(pair, "id image") | {
+        "conversations": [asked, {"from": "gpt", "value": pair["chosen"]}],
+        "rejected_conversations": [asked, {"from": "gpt", "value": pair["rejected"]}]}
 
 
 # ---- about the pairs, before training on them ----
 
-def lengths(pairs):
-    """Words in the mean, and how often the chosen response is the longer one (ties count half)."""
-    chosen = [len(pair["chosen"].split()) for pair in pairs]
-    rejected = [len(pair["rejected"].split()) for pair in pairs]
-    longer = [1. if c > r else .5 if c == r else 0. for c, r in zip(chosen, rejected, strict=True)]
-    return {"chosen_words": statistics.mean(chosen), "rejected_words": statistics.mean(rejected),
-            "chosen_longer": statistics.mean(longer)}
-
-
 def length_report(pairs):
-    """The lengths in one or two sentences."""
+    """How long they are in the mean and how often the chosen one is the longer, ties counting half."""
     if not pairs:
         return "no pairs"
-    gap = lengths(pairs)
-    text = (f"chosen {gap['chosen_words']:.1f} words, rejected {gap['rejected_words']:.1f}; the chosen one "
-            f"is longer in {100 * gap['chosen_longer']:.0f}% of the pairs")
-    share = max(gap["chosen_longer"], 1 - gap["chosen_longer"])
+    chosen = [len(pair["chosen"].split()) for pair in pairs]
+    rejected = [len(pair["rejected"].split()) for pair in pairs]
+    longer = statistics.mean((c > r) + (c == r) / 2 for c, r in zip(chosen, rejected, strict=True))
+    text = (f"chosen {statistics.mean(chosen):.1f} words, rejected {statistics.mean(rejected):.1f}; the "
+            f"chosen one is longer in {100 * longer:.0f}% of the pairs")
+    share = max(longer, 1 - longer)
     if share < TELLING:
         return text
-    more = "longer" if gap["chosen_longer"] > .5 else "shorter"
+    more = "longer" if longer > .5 else "shorter"
     return (f"{text}.\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the pairs: "
             f"DPO will learn to write {more} answers. Compare with --scorer length, or balance the pairs")
 
@@ -172,7 +171,9 @@ def length_report(pairs):
 # ---- the stage ----
 
 def make(run, models, settings):
-    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md."""
+    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md.
+
+    models: (role, name, hash of the files, licence) of each."""
     o, scores = run.o, {}
     ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
     asked = [ranked[row["id"]] | row for row in run.rows("instructions", "instruct")]
@@ -191,13 +192,18 @@ def make(run, models, settings):
     published = [conversations(pair) for pair in pairs]
     text = json.dumps(published, indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", text + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), pairs=len(pairs))
-    counts["responses"] = sum(map(len, said.values()))
+    counts = Counter(prompts=len(ranked), questions=len(asked), responses=sum(map(len, said.values())),
+                     pairs=len(pairs))
     counts.update(row["reason"] for row in dropped)
     counts.update(fault for row in faulty for fault in row["faults"])
     run.say("pairs", **counts)
-    data.atomic_write(run.out / "card.md", card(run.out.name, models, settings, counts, pairs))
-    print(length_report(pairs))
+    length = length_report(pairs)
+    print(length)
+    card = CARD.format(title=run.out.name, length=length,
+                       models=markdown(("role", "model", "files", "licence"), models),
+                       settings=markdown(("setting", "value"), settings.items()),
+                       counts=markdown(("what", "n"), counts.items()))
+    data.atomic_write(run.out / "card.md", card)
 
 
 CARD = """# {title}
@@ -230,15 +236,6 @@ Images and texts are their outputs: the models' licences decide what may be done
 
 {length}
 """
-
-
-def card(title, models, settings, counts, pairs):
-    """The data card, Markdown. models: (role, name, source) of each; its files say its hash and licence."""
-    rows = [(role, name, command.identity(source), licence(source)) for role, name, source in models]
-    return CARD.format(
-        title=title, models=markdown(("role", "model", "files", "licence"), rows),
-        settings=markdown(("setting", "value"), settings.items()),
-        counts=markdown(("what", "n"), counts.items()), length=length_report(pairs))
 
 
 def licence(source):

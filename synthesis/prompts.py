@@ -27,13 +27,12 @@ QUESTIONS = ("Describe this picture in detail.",
 # The published PDS-DPO prompts of responders, as they are: no roles, no template.
 RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> "
        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}")
-TURNS = 3                       # a topic that is short of prompts is asked for more lists this many times
 
 
 def grams(text):
-    """The word pairs of a text (of a single word: the word)."""
+    """The word pairs of a text (of a single word: the word; without words: its characters)."""
     words = re.findall(r"\w+", text.lower())
-    return set(zip(words, words[1:], strict=False)) or set(words)
+    return set(zip(words, words[1:], strict=False)) or set(words) or set(text)
 
 
 def distinct(texts, similar):
@@ -65,33 +64,24 @@ def numbered(lines, per_topic):
     for topic, text in lines:
         if count[topic] < per_topic:
             count[topic] += 1
-            name = f"{topic}-{count[topic]}"
-            rows.append({"id": name, "number": len(rows) + 1, "topic": topic, "prompt": text})
+            rows.append({"id": f"{topic}-{count[topic]}", "number": len(rows) + 1, "topic": topic,
+                         "prompt": text})
     return rows
 
 
-def written(o, folder):
-    """[(topic, prompt)] by the chat model o.writer: lists of ten until each topic has o.per_topic, or TURNS
-    are over. `folder` keeps what was said."""
-    named, lists = o.topics.split(","), -(-o.per_topic // 10)
-    if not o.topics:
-        named = [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
-    found = {topic: [] for topic in named}
-    for turn in range(TURNS):
-        asked = []
-        for topic, texts in found.items():
-            if len(distinct(texts, o.similar)) >= o.per_topic:
-                continue
-            for k in range(turn * lists, (turn + 1) * lists):
-                text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
-                asked.append(ask.Question(f"{topic}/{k}", text))
-        if not asked:
-            break
-        said = ask.replies(o.writer, asked, folder / f"writer-{turn}.jsonl", model=o.model_name or None,
-                            temperature=1., seed=o.seed, description="prompts")
-        for id, text in said.items():
-            found[id.rpartition("/")[0]] += listed(text)
-    return [(topic, text) for topic, texts in found.items() for text in texts]
+def written(run):
+    """[(topic, prompt)] by the chat model --writer: lists of ten, twice as many as --per_topic would need,
+    for they repeat each other."""
+    o, asked, found = run.o, [], []
+    named = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
+    for topic in named:
+        for k in range(-(-o.per_topic // 5)):
+            text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
+            asked.append(ask.Question(f"{topic}/{k}", text))
+    for id, row in run.ask("writer", o.writer, asked, temperature=1., seed=o.seed).items():
+        topic, _, _ = id.rpartition("/")
+        found += [(topic, text) for text in listed(row["reply"])]
+    return found
 
 
 def listed(text):
@@ -102,7 +92,5 @@ def listed(text):
 
 def template(path, ids, seed=0):
     """{id: question}, by a hash of the id, of QUESTIONS ("template") or of a text file's lines."""
-    asked = QUESTIONS
-    if path != "template":
-        asked = [line for _, line in read(path)]
+    asked = QUESTIONS if path == "template" else [line for _, line in read(path)]
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}

@@ -12,6 +12,7 @@ tests' checkpoints.
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,9 @@ def main():
         _, *steps = rehearse(args.preset, folder, sizes=sizes, options=options)
         for line in steps:
             print(f"step {line['step']}: loss {line['loss']:.4f}, {line['tokens_per_second']} tokens/s, "
-                  f"{line['memory_gib']:.1f} GiB, {line['seconds']:.0f} s")
+                  f"{line['seconds']:.0f} s")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
+        print(f"at most {peak if cpu else steps[-1]['memory_gib']:.1f} GiB")
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)

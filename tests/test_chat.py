@@ -157,19 +157,13 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
 
 
 def test_retry_after_is_honoured_and_bounded(monkeypatch):
-    waits, wait = [], threading.Event.wait
-
-    def noted(event, seconds=None):
-        waits.append(seconds)
-        return wait(event, 0)
-    after = ["7", "86400", "9" * 5000, "-3", "nan", "soon"]
+    waits, after = [], ["7", "86400", "9" * 5000, "-3", "nan", "soon"]
+    monkeypatch.setattr(ask.time, "sleep", waits.append)
 
     def respond(body, n):
         return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)
     with server(respond) as (url, _):
-        model = ask.connect(url, model="m", attempts=9)
-        monkeypatch.setattr(model.stop, "wait", lambda seconds: noted(model.stop, seconds))
-        assert ask.replies(model, requests(1)) == {"0": "reply to 0"}
+        assert ask.replies(url, requests(1), model="m", attempts=9) == {"0": "reply to 0"}
     assert waits == [7, ask.LONGEST_WAIT, ask.LONGEST_WAIT, *(ask.BACKOFF * 2 ** n for n in (3, 4, 5))]
 
 
@@ -215,9 +209,11 @@ def test_a_server_that_drips_is_left_after_the_timeout(capsys, pieces):
 
 def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
     monkeypatch.setattr(ask, "LARGEST", 1 << 20)
-    with raw_server(START + b"\r\n", b" " * (1 << 16), pause=0) as url:
+    start = time.monotonic()
+    with raw_server(START + b"\r\n", b"x" * (1 << 16), pause=0) as url:
         assert ask.replies(url, requests(1), model="m", attempts=2) == {}
-    assert "an answer of more than 1 MiB, attempt 1 of 2" in capsys.readouterr().err       # nor asked again
+    assert time.monotonic() - start < 30                                         # long before both timeouts
+    assert "no reply in 'xxx" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["http://", "http://host:port/v1", "http://[::1", "https://:80/", "http:///v1",
@@ -234,7 +230,7 @@ def test_a_refusal_stops_at_once_with_a_sentence(status):
     with server(lambda body, n: (status, '{"error": "no such model"}', headers)) as (url, calls):
         with pytest.raises(data.UserError, match=f"answered {status}: .*no such model.*; check the URL"):
             ask.replies(url, requests(50), workers=1)
-        assert len(calls) == 1
+        assert len(calls) < 5                                      # the first, and what was under way
 
 
 def test_a_request_that_the_server_cannot_take_is_not_tried_again(capsys):
@@ -349,11 +345,6 @@ def test_replies_to_something_else_are_refused(tmp_path):
             ask.replies(out, requests(3, "Another prompt"))
         again = ask.replies(url, requests(3, "Another prompt"), out)
         assert ask.replies(out, requests(3, "Another prompt")) == again
-
-
-def test_ids_must_differ():
-    with pytest.raises(data.UserError, match="1 of 3 requests repeat an id"):
-        ask.replies("replies.jsonl", requests(2) + requests(1))
 
 
 # ------------------------------------------------------------------------------------------ local models

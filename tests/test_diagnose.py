@@ -123,7 +123,8 @@ def test_the_reference_is_scored_once_a_run(world, tuned, tmp_path):
         diagnose.look(tuned, records, range(12), o, "before", kept)
     plain, found = (diagnose.look(tuned, records, range(12), o, "after", *file) for file in ((), (kept,)))
     assert found == plain
-    kept.write_text(json.dumps([[chosen + 1, rejected] for chosen, rejected in json.loads(kept.read_text())]))
+    logps = np.array(json.loads(kept.read_text()))                           # (kinds, pairs, 2)
+    kept.write_text(json.dumps((logps + [1, 0]).tolist()))
     moved = diagnose.look(tuned, records, range(12), o, "after", kept)
     assert moved["margin"]["true"][0] == pytest.approx(plain["margin"]["true"][0] - o.beta, abs=2e-6)
 

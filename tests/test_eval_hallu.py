@@ -103,7 +103,7 @@ def test_other_settings_or_questions_are_refused_and_named(m, tmp_path):
 
 @pytest.mark.parametrize("change, says", [
     ({"image": "../secret.png"}, "leaves the folder"),
-    ({"image": None}, "line 1 lacks"),
+    ({"image": None}, "record 1 has no 'image'"),
     ({"kind": "attribute"}, "line 1.*choices"),
     ({"image": "images/none.png"}, "none.png is missing"),
 ])
@@ -134,7 +134,8 @@ def test_score_by_hand(tmp_path):
     assert scores["pope_adversarial_acc"] is None and scores["by_kind"]["existence"]["n"] == 2
     items = [json.loads(line) for line in (tmp_path / "scores.items.jsonl").read_text().splitlines()]
     assert items[0]["hallucinated"] == ["cat"] and items[0]["sums"]["chair_i"] == [1, 2]
-    assert items[3] == {"id": "1-1", "kind": "existence", "answer": "what ?", "hallucinated": [],
+    assert items[3] == {"id": "1-1", "image": "images/1.png", "kind": "existence", "answer": "what ?",
+                        "hallucinated": [], "unparsed": True,
                         "sums": {"existence": [0, 1], "pope_random_acc": [0, 1], "pope_random_f1": [0, 0]}}
 
 
@@ -189,29 +190,6 @@ def test_command_line_answers_a_folder_of_scenes(m, tmp_path):
     assert code == 0, err
     assert len(out.read_text().splitlines()) == 5
     assert run("score", "classroom", "--answers", out, "--out", tmp_path / "scores.json")[0] == 0
-
-
-def test_word_rewards_are_zero_at_init_and_add_up_to_the_answer(m, tmp_path):
-    """beta (policy - reference), word by word, on the true and on another image of the run's own scenes."""
-    import torch
-
-    import lora
-    from model import vlm
-    scenes, _ = write_scenes(tmp_path / "scenes")
-    policy = vlm.load(m.front.folder)
-    lora.add_lora(policy.model, 2, 4)
-    for name in ("before", "after"):
-        answer(policy, scenes, tmp_path / f"{name}.jsonl")
-    words = answering.word_rewards(policy, tmp_path, 0.1)
-    assert 0 < len(words) <= 4 and all(abs(w["true"]) < 1e-6 for entry in words for w in entry["words"])
-    torch.manual_seed(0)
-    for weight in lora.lora_parameters(policy.model).values():
-        weight.data.normal_(std=.1)
-    words = answering.word_rewards(policy, tmp_path, 0.1)
-    for entry in words:
-        assert " ".join(w["word"] for w in entry["words"]).split() == entry["answer_after"].split()
-        assert entry["image"] != entry["other_image"] and (tmp_path / entry["other_image"]).exists()
-    assert any(w["true"] != w["other"] for entry in words for w in entry["words"])
 
 
 @pytest.mark.skipif(not Path(ROOT, "classroom", "models", "base0", "config.json").exists(),
@@ -274,8 +252,7 @@ def mmhal_file(folder, n=8):
     rows = [{"question_type": metrics.MMHAL[i % 8], "question_topic": "none", "image_id": f"{i:015x}f",
              "image_src": f"https://a.test/{i}_o.jpg", "image_content": ["Dog", "Cat"], "model_answer": "",
              "question": f"what is this ? {i}", "gt_answer": "A dog and a cat."} for i in range(n)]
-    write_images(folder, [f"{row['image_id']}.jpg" if i % 2 else f"{i:02}_{i}_o.jpg" for i,
-                          row in enumerate(rows)])
+    write_images(folder, [f"{i}_o.jpg" if i % 2 else f"{i:02}_{i}_o.jpg" for i in range(n)])
     return write_json(folder / "template.json", rows, lines=False), rows
 
 
@@ -379,13 +356,13 @@ def test_pope_is_answered_from_a_folder_or_from_files(tmp_path):
 def test_images_are_found_under_their_published_names(tmp_path):
     path, _ = objhal_file(tmp_path / "objhal")
     first, second, third, fourth = benchmarks.questions("objhal", [path])
-    shown = {benchmarks.read_image(question.image).tobytes() for question in (first, second, third)}
+    shown = {data.read_image(question.image).tobytes() for question in (first, second, third)}
     assert shown == {picture(0).tobytes()}
     assert fourth.image.endswith("COCO_val2014_000000000003.jpg")
     assert [q.line["question_id"] for q in (first, second, third, fourth)] == [0, 1, 2, 7]
     path, _ = mmhal_file(tmp_path / "mmhal")
     images = [os.path.basename(q.image) for q in benchmarks.questions("mmhal", [path])]
-    assert images[:2] == ["00_0_o.jpg", "000000000000001f.jpg"]
+    assert images[:2] == ["00_0_o.jpg", "1_o.jpg"]
     llava = write_json(tmp_path / "qa.jsonl", [{"question_id": 4, "image": "000000000003.jpg",
                                                 "text": "what ?"}])
     write_images(tmp_path, ["000000000003.jpg"])
@@ -526,6 +503,84 @@ def test_questions_are_not_scored_as_answers(tmp_path, rows, says):
         score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", rows), "--questions", questions)
 
 
+def lines_of(folder, name):
+    return data.read_records(need(SHARED / "cases" / "evaluation" / folder) / name)
+
+
+@pytest.mark.parametrize("form", ["pope-official-form", "string-ids"])
+def test_pope_reads_its_own_form_and_ids_in_any_type(tmp_path, form):
+    """`question` and `answer` in the questions' order; "1" is 1."""
+    folder = need(SHARED / "cases" / "evaluation" / form)
+    arguments = ["--questions", folder / "my_pope.json"]
+    scores, _ = score(tmp_path, "pope", folder / "answers.jsonl", *arguments)
+    assert (scores["accuracy"], scores["n"], scores["unparsed"]) == (1, 4, 0)
+    shuffled = write_json(tmp_path / "a.jsonl", lines_of(form, "answers.jsonl")[::-1])
+    if form == "string-ids":
+        assert score(tmp_path, "pope", shuffled, *arguments)[0] == scores
+    else:
+        with pytest.raises(data.UserError, match="4 answers are to other questions under these ids"):
+            score(tmp_path, "pope", shuffled, *arguments)
+
+
+def test_popes_own_form_over_several_splits(tmp_path):
+    answers = []
+    for split, said in zip(benchmarks.SPLITS, ("yes", "no", "yes"), strict=True):
+        rows = pope_answers(pope_file(tmp_path / "data", split)[1], said)
+        answers.append(write_json(tmp_path / f"{split}.json",
+                                  [{key: row[key] for key in ("question", "answer")} for row in rows]))
+    scores, _ = score(tmp_path, "pope", answers, "--questions", tmp_path / "data")
+    assert scores["recall"] == pytest.approx(2 / 3) and scores["n"] == 18
+
+
+def test_answers_to_another_split_are_refused(tmp_path):
+    """Their ids are those of this one; their questions are not."""
+    questions, _ = pope_file(tmp_path / "data")
+    _, others = pope_file(tmp_path / "other", "adversarial")
+    answers = write_json(tmp_path / "a.jsonl", pope_answers(others))
+    with pytest.raises(data.UserError, match="6 answers are to other questions .*ids random 1"):
+        score(tmp_path, "pope", answers, "--questions", questions)
+
+
+def test_amber_joins_ids_of_any_type(tmp_path):
+    folder = amber_folder(tmp_path / "data")
+    answers = [{"id": i + 1, "response": "A dog." if i < 2 else "No"} for i in range(8)]
+    found = score(tmp_path, "amber", write_json(tmp_path / "a.jsonl", answers), "--data", folder)
+    answers = [line | {"id": str(line["id"])} for line in answers]
+    assert score(tmp_path, "amber", write_json(tmp_path / "b.jsonl", answers), "--data", folder) == found
+
+
+def test_empty_answers_are_counted_and_named(tmp_path, capsys):
+    folder = amber_folder(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", [{"id": 1, "response": ""}, {"id": 2, "response": " \n"}])
+    scores, _ = score(tmp_path, "amber", answers, "--data", folder)
+    said = capsys.readouterr().out
+    assert "2 answers are empty (ids 1, 2)" in said and "generative: chair is 0/0, given as 0" in said
+    assert any("2 answers are empty" in remark for remark in scores["remarks"])
+    questions, rows = pope_file(tmp_path / "pope")
+    answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
+    score(tmp_path, "pope", answers, "--questions", questions)
+    assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
+
+
+def test_mmhal_joins_by_image(tmp_path):
+    folder = need(SHARED / "cases" / "evaluation" / "mmhal-join")
+    with pytest.raises(data.UserError, match="3 prompts"):
+        score(tmp_path, "mmhal", folder / "answers.jsonl", "--template", folder / "template.json")
+    for place, line in enumerate(data.read_records(tmp_path / "scores.prompts.jsonl")):
+        assert f"ANSWER TO IMG{place}" in line["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("partial", [[], ["--partial"]])
+def test_a_judge_that_never_replies_is_an_error_with_counts(tmp_path, monkeypatch, partial):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    folder = need(SHARED / "cases" / "evaluation" / "judge-no-reply")
+    with server(lambda body, n: (500, "oops")) as (url, _):
+        with pytest.raises(data.UserError, match="the judge did not reply to 3 of 3 requests"):
+            score(tmp_path, "mmhal", folder / "answers.jsonl", "--template", folder / "template.json",
+                  "--judge", url, *partial)
+    assert not (tmp_path / "scores.json").exists()
+
+
 FAULTS = {
     "missing": (lambda rows: rows[:-2], "2 of 6 questions have no answer .*5.*6"),
     "twice": (lambda rows: [*rows, rows[0]], "1 answers appear twice .*ids .*1"),
@@ -645,19 +700,6 @@ def test_score_chair_by_hand(tmp_path, coco, capsys, scorer):
     first = write_json(tmp_path / "b.json", [{"image_id": line["image_id"], "caption": line["text"]}
                                              for line in CAPTIONS], lines=False)      # the first CHAIR's form
     assert score(tmp_path, "chair", first, *coco, "--scorer", scorer)[0] == scores
-
-
-def test_words_come_from_a_table_where_one_is_given(tmp_path, coco):
-    answers = write_json(tmp_path / "a.jsonl", CAPTIONS)
-    table = write_json(tmp_path / "table.json", {"grass": "cat"}, lines=False)
-    _, items = score(tmp_path, "chair", answers, *coco, "--nouns", table)
-    assert [item["hallucinated"] for item in items] == [["bird"], [], []]           # puppies is in no table
-    assert [len(item["generated"]) for item in items] == [2, 2, 1]
-    with pytest.raises(data.UserError, match="list instead of a record"):
-        score(tmp_path, "chair", answers, *coco, "--nouns", write_json(tmp_path / "t.json", [], lines=False))
-    mixed = write_json(tmp_path / "t.json", {"grass": "cat", "Grass.": ["grass"]}, lines=False)
-    with pytest.raises(data.UserError, match="is not a table of words"):
-        score(tmp_path, "chair", answers, *coco, "--nouns", mixed)
 
 
 def test_coco_files_that_are_missing_or_of_other_images_are_named(tmp_path, coco):

@@ -32,7 +32,6 @@ OURS = {*SCRIPTS, *FOLDERS, "classroom", "bench", "tests"}
 LIGHT = {"torch", "safetensors", "PIL", "numpy", "tqdm"}        # what a file may import at its top
 HEAVY = ("transformers", "diffusers", "peft", "trl", "matplotlib", "torch._dynamo")
 TOKENS, PER_LINE, LINES, FUNCTION = 60_000, 11, 480, 60
-REACHED = 65_450                                      # tokens: lower it with every cut, never raise it
 
 FILES = [f"{name}.py" for name in SCRIPTS]
 FILES += sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
@@ -198,9 +197,7 @@ def test_the_budget_in_tokens(capsys):
             print(f"{name:30}{len(code):6} code lines{tokens:8} tokens{density:6.1f} a line{note}")
         print(f"{'in all':30}{lines:6} code lines{total:8} tokens{total / lines:6.1f} a line")
     assert total / lines <= PER_LINE
-    assert total <= REACHED, "more code than before: something else must go"
-    if total > TOKENS:
-        pytest.xfail(f"{total:,} tokens; the budget is {TOKENS:,}")
+    assert total <= TOKENS, "when a feature does not fit, something else must go"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -338,8 +338,6 @@ def test_unknown_targets_are_refused_with_those_there_are(model):
     with pytest.raises(UserError, match="q_prj.*down_proj, gate_proj"):
         add_lora(model, r=4, alpha=8, targets=["q_prj"])
     assert all(p.requires_grad for p in model.parameters())          # nothing was touched
-    with pytest.raises(UserError, match="rank 0"):
-        add_lora(model, r=0, alpha=8)
     add_lora(model, r=4, alpha=8)
     with pytest.raises(UserError, match="already"):
         add_lora(model, r=4, alpha=8)
@@ -350,11 +348,20 @@ def test_there_is_nothing_to_save_in_a_plain_model(model, tmp_path):
         save(model, tmp_path, None)
 
 
-@pytest.mark.parametrize("change", [
-    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True},
-    {"layer_replication": [[0, 2], [1, 2]]}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa_niter_4"},
-    {"trainable_token_indices": [1]}], ids=str)
-def test_what_two_matrices_do_not_say_is_refused_by_name(model, base, tmp_path, change):
+@pytest.mark.parametrize("config", [
+    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["fc1"], "lora_bias": True}, {"trainable_token_indices": [1]}], ids=str)
+def test_what_peft_saves_besides_two_matrices_a_layer_is_refused(model, base, tmp_path, config):
+    """fc1 has a bias; the others are what the language model's layers have."""
+    config = {"target_modules": ["fc1", "q_proj"]} | config
+    randomise(peft_model(copy.deepcopy(base), **config)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="let PEFT merge it"):
+        load(model, tmp_path)
+    assert not lora.layers(model)
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"init_lora_weights": "pissa_niter_4"}], ids=str)
+def test_what_is_not_plain_lora_is_refused_by_name(model, base, tmp_path, change):
     add_lora(model, r=4, alpha=8)
     save(model, tmp_path, None)
     config = tmp_path / "adapter_config.json"

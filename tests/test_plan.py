@@ -65,27 +65,26 @@ def test_the_floor_for_activations_is_no_more_than_autograd_keeps(family, dtype,
     measured = kept_bytes(m, [pair], vlm.Features(*features))
     row = sum(map(len, (prompt, chosen, rejected, prompt, chosen)))
     o = options.Options(lora_r=rank, device="cpu", checkpointing=checkpointing, dtype=dtype)
-    planned = plan.memory(plan.skeleton(front.config), o, [row])["activations"]
+    planned = plan.memory(front.config, o, [row])["activations"]
     assert 0 < planned <= measured
 
 
 def test_weights_lora_and_optimiser_are_counted_as_they_are(tmp_path):
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
     o, row = options.Options(lora_r=8, device="cpu", dtype="float32"), [20 + 5 + 5 + 20 + 5]
-    got = plan.memory(plan.skeleton(m.front.config), o, row)
+    got = plan.memory(m.front.config, o, row)
     assert got["weights"] == sum(p.nbytes for p in m.model.parameters())
     lora.add_lora(m.model, r=8, alpha=16)
     adapter = sum(p.numel() for p in lora.lora_parameters(m.model).values())
     assert (got["LoRA"], got["optimiser"]) == (8 * adapter, 12 * adapter)
-    skeleton, shared = plan.skeleton(m.front.config), dataclasses.replace(o, shard=True)
-    two = plan.memory(skeleton, shared, row, world=2)
+    two = plan.memory(m.front.config, dataclasses.replace(o, shard=True), row, world=2)
     layers = sum(p.nbytes for p in m.model.model.language_model.layers.parameters() if not p.requires_grad)
     assert two["weights"] == got["weights"] - layers / 2 and two["optimiser"] == got["optimiser"] / 2
     some = dataclasses.replace(o, lora_targets="q_proj,multi_modal_projector.linear_1")
     m = vlm.load(write_llava(tmp_path), dtype=torch.float32)
     lora.add_lora(m.model, 8, 16, some.lora_targets.split(","))
     adapter = sum(p.numel() for p in lora.lora_parameters(m.model).values())
-    assert plan.memory(plan.skeleton(m.front.config), some, row)["LoRA"] == 8 * adapter
+    assert plan.memory(m.front.config, some, row)["LoRA"] == 8 * adapter
 
 
 def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they_are(tmp_path):
@@ -95,7 +94,7 @@ def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they
         o = options.Options(lora_r=0, device="cpu", dtype=dtype)
         m = vlm.load(write_llava(tmp_path), dtype=getattr(torch, dtype))
         vlm.train_whole(m)
-        got = plan.memory(plan.skeleton(m.front.config), o, row)
+        got = plan.memory(m.front.config, o, row)
         assert got["weights"] == sum(p.nbytes for p in {*m.model.parameters(), *m.frozen.model.parameters()})
         trained = {n: p for n, p in m.model.named_parameters() if p.requires_grad}
         adam = Zero2(trained, torch.optim.AdamW, command.Ranks())
@@ -104,8 +103,7 @@ def test_without_lora_the_copy_the_masters_and_their_moments_are_counted_as_they
         held = [adam.mine.grad, *list(adam.optimiser.state[adam.mine].values())[1:]]
         held += [adam.mine] * (dtype == "bfloat16")                    # in float32 it is the weights' memory
         assert got["optimiser"] == sum(x.nbytes for x in held)
-    skeleton, shared = plan.skeleton(m.front.config), dataclasses.replace(o, shard=True)
-    two = plan.memory(skeleton, shared, row, world=2)
+    two = plan.memory(m.front.config, dataclasses.replace(o, shard=True), row, world=2)
     layers = sum(p.numel() for p in m.model.model.language_model.layers.parameters())
     assert two["weights"] == got["weights"] - 4 * layers + (4 + 2) * layers / 2
     assert two["gradients"] == got["gradients"] - 4 * layers / 2
@@ -123,7 +121,7 @@ class Seven:
 
 
 def test_a_7b_weighs_what_it_is_known_to_weigh():
-    got = plan.memory(plan.skeleton(Seven.config), Seven.o, Seven.rows[:4])
+    got = plan.memory(Seven.config, Seven.o, Seven.rows[:4])
     assert got["weights"] / plan.GIB == pytest.approx(13.2, abs=0.1)          # 7.06e9 numbers of two bytes
     assert got["LoRA"] / 8 == pytest.approx(160e6, rel=0.01)                   # rank 64 on all linear layers
     assert got["activations"] == 2 * 32 * 4096 * 4 * (640 + 200 + 180 + 640 + 200)
@@ -134,15 +132,16 @@ def refused(monkeypatch, room, o, world):
     return plan.refuse(Seven.config, o, Seven.rows, command.Ranks(0, world, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("room, dtype, changes, world, said", [
-    (18, "bfloat16", {"micro_batch": 32}, 1, "pass --micro_batch 1;"),
-    (20, "float32", {}, 1, "pass --dtype bfloat16;"),
-    (40, "bfloat16", {"lora_r": 0}, 1, "pass --lora_r 64;"),
-    (14, "bfloat16", {}, 4, "pass --shard;"),
-    (12, "bfloat16", {}, 1, r"shard the base over more GPUs .torchrun, --shard.*;")])
-def test_what_cannot_fit_is_refused_with_the_first_advice_after_which_it_might(
-        monkeypatch, room, dtype, changes, world, said):
-    o = dataclasses.replace(Seven.o, dtype=dtype, **changes)
+@pytest.mark.parametrize("room, changes, world, said", [
+    (18, {"micro_batch": 32}, 1, "pass --micro_batch 1;"),
+    (20, {"dtype": "float32"}, 1, "pass --dtype bfloat16;"),
+    (40, {"lora_r": 0}, 1, "pass --lora_r 64;"),
+    (14, {}, 4, "pass --shard;"),
+    (20, {"checkpointing": False, "dtype": "float32"}, 4,
+     "pass --set checkpointing=true --dtype bfloat16 --shard;"),
+    (12, {}, 1, r"shorten the pairs .*, shard the base over more GPUs .torchrun, --shard.*;")])
+def test_what_cannot_fit_is_refused_and_told_what_saves_memory(monkeypatch, room, changes, world, said):
+    o = dataclasses.replace(Seven.o, **{"checkpointing": True, "micro_batch": 1, **changes})
     said = rf"the run needs at least \d+\.\d GiB, the GPU has {room}\.0: {said}.* --set check_memory=false"
     with pytest.raises(data.UserError, match=said):
         refused(monkeypatch, room, o, world)
@@ -152,10 +151,10 @@ def test_what_cannot_fit_is_refused_with_the_first_advice_after_which_it_might(
 
 def test_out_of_memory_names_what_is_not_set_yet():
     o = dataclasses.replace(Seven.o, checkpointing=False, micro_batch=4)
-    assert plan.out_of_memory(o) == "out of memory: pass --set checkpointing=true --micro_batch 1"
+    assert plan.advice(o, 1) == "pass --set checkpointing=true --micro_batch 1"
     slim = dataclasses.replace(o, checkpointing=True, micro_batch=1)
-    assert plan.out_of_memory(slim, world=2) == "out of memory: pass --shard"
-    assert "shorten the pairs (--set max_length), shard" in plan.out_of_memory(slim)
+    assert plan.advice(slim, 2) == "pass --shard"
+    assert plan.advice(slim, 1).startswith("shorten the pairs (--set max_length), shard")
 
 
 def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, SHARED
 
 from evaluation import readers
 
@@ -70,6 +70,40 @@ def test_the_official_reader_on_every_golden_form(path):
 def test_ratings(text, official, ours):
     assert readers.rating(text, "official") == official
     assert readers.rating(text) == ours
+
+
+CASES = [json.loads(line) for path in SHARED.glob("cases/readers.jsonl")
+         for line in path.read_text().splitlines()]
+WRAPPERS = {"as it is": "{}", "thought": "<think>No, wait. Rating: 2? [\"bird\"]</think>\n{}",
+            "a thought's end": "Yes or no? Rating: 3\n</think>\n\n{}",
+            "reasoning": "<reasoning>Yes.</reasoning>{}",
+            "capitals": "<THINKING>\nIt is a 1.\n</THINKING>\n\n{}", "kimi": "◁think▷No.◁/think▷{}",
+            "an answer": "<answer>{}</answer>",
+            "a conclusion": "There is no 2.\n<conclusion>\n{}\n</conclusion>",
+            "boxed": "\\boxed{{{}}}", "fence": "```\n{}\n```", "json": "```json\n{}\n```", "bold": "**{}**",
+            "tag": "<b>{}</b>", "quoted": "> {}", "heading": "## {}", "blank": "\n  {}\n\n"}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_thoughts_and_dress_change_nothing_of_what_is_read(wrapper):
+    wrong = []
+    for case in CASES:
+        more = [case["question"]] if "question" in case else []
+        found = getattr(readers, case["reader"])(WRAPPERS[wrapper].format(case["text"]), *more)
+        if found != case["value"] and not (found is None and case.get("unread_is_fine")):
+            wrong.append((case["text"], case["value"], found))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("text, value", [
+    ("A dog without a collar is in the image.", "yes"), ("There is a dog, but it isn't barking.", "yes"),
+    ("The dog is not visible.", "no"), ("A dog can't be seen here.", "no"), ("Is there a dog? No.", "no"),
+    ("Is there a dog in the image? Yes, there is.", "yes"), ("I don't see one.", "no"),
+    ("There's a dog.", "yes"), ("Correct.", "yes"), ("That is not correct. There is a dog.", None),
+    ("No, there is a dog.", None),
+    ("<think>There is a dog", None), ("<answer>Yes</answer><answer>No</answer>", None), ("One.", None)])
+def test_a_denial_counts_for_what_it_denies(text, value):
+    assert readers.yes_no(text, DOG) == value
 
 
 @pytest.mark.parametrize("text, official, ours", [

@@ -45,11 +45,6 @@ def make_run(run, evil="x", images=14, steps=30):
     summary |= {"difference": metrics.difference(*sides.values()), "pairs": 1000, "steps": steps,
                 "seconds": 90.5, "options": options}
     (run / "summary.json").write_text(json.dumps(summary))
-    words = [{"word": "dog", "true": 1.25, "other": -.5}, {"word": "cat" + evil, "true": .001, "other": .001}]
-    (run / "words.json").write_text(json.dumps([
-        {"id": evil, "image": "scenes/images/0.png", "other_image": "scenes/images/1.png", "question": evil,
-         "answer_before": evil, "answer_after": "dog cat", "truth": {"present": ["dog"], "absent": ["cat"]},
-         "words": words}]))
     return run
 
 
@@ -90,7 +85,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 def test_the_table_has_both_sides_the_change_and_intervals(tmp_path):
     text = Page(read(make_run(tmp_path / "run"))).text
-    assert re.search(r"CHAIR_s, lower is better100\.0100\.0 to 100\.00\.00\.0 to 0\.0−100\.0−100\.0 to", text)
+    assert re.search(r"CHAIR_s, lower is better100\.00\.0-100\.0 +-100\.0 to -100\.0", text)
     assert "mdpo on 1,000 pairs, 30 steps in 90.5 seconds, beta 0.1" in text
     assert "existence0.0" in text
 
@@ -108,7 +103,7 @@ def test_the_table_as_text(tmp_path):
 def test_every_curve_is_drawn_with_its_ends(tmp_path):
     html = read(make_run(tmp_path / "run"))
     assert all(f"<h3>{title}</h3>" in html for title, *_ in report.CURVES)
-    assert 'aria-label="Loss"' in html and "loss 1.97 → 1" in Page(html).text
+    assert 'aria-label="Loss"' in html and "loss 1.967 → 1.000" in Page(html).text
     assert "nan" not in html and "inf" not in html
 
 
@@ -120,14 +115,6 @@ def test_a_dozen_images_with_hallucinated_words_marked(tmp_path):
     assert "<dt>after</dt><dd>a dog x</dd>" in answers
     wrong = page.marked("yes .", metrics.hallucinated("yes .", {"answer": "no", "choices": ["yes", "no"]}))
     assert wrong == '<mark title="not in the image">yes</mark> .'
-
-
-def test_rewards_of_words_with_both_images(tmp_path):
-    html = read(make_run(tmp_path / "run"))
-    looks = html[html.index("<h2>Does the model look"):html.index("<h2>Answers")]
-    assert looks.count("<img") == 2
-    assert 'title="true: +1.2500">+1.25</i>' in looks and 'title="other: -0.5000">−0.50</i>' in looks
-    assert ">true: +1.25</small>" in looks and ">other: −0.50</small>" in looks
 
 
 def found(shift):
@@ -144,8 +131,7 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     first, *steps = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     assert "held-out pairs with" not in read(run)                     # a run of before there was look.py
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps])
-    text = Page(read(run)).text                                       # under way: nothing is after
-    assert "true image+2.00+1.50 to +2.25blank" in text and "minus it" not in text
+    assert "held-out pairs with" not in read(run)                     # under way: nothing is after
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps[:-1], steps[-1] | {"look": found(4)}])
     html = read(run)
     seen = Page(html)
@@ -162,12 +148,6 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     assert "true image+2.00+1.50 to +2.25+6.00" in Page(read(run)).text            # a line of their own
 
 
-def test_a_change_is_bold_only_where_its_interval_leaves_out_0():
-    assert report.cell([1., .5, 2.], "+z.1f", bold=True) == ("+1.0", "+0.5 to +2.0", "clear")
-    assert report.cell([1., -.5, 2.], "+z.1f", bold=True) == ("+1.0", "−0.5 to +2.0", "")
-    assert report.cell([1.], "+z.1f", bold=True) == ("+1.0", "", "")
-
-
 def test_hostile_text_is_escaped_everywhere(tmp_path):
     html = read(make_run(tmp_path / "run", evil=EVIL))
     seen = Page(html)
@@ -179,11 +159,10 @@ def test_hostile_text_is_escaped_everywhere(tmp_path):
 def test_an_image_outside_the_run_is_not_read(tmp_path):
     run = make_run(tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
-    words = json.loads((run / "words.json").read_text())
-    words[0]["image"] = "../secret.png"
-    (run / "words.json").write_text(json.dumps(words))
+    after = (run / "after.jsonl").read_text()
+    (run / "after.jsonl").write_text(after.replace("images/1.png", "../../secret.png"))
     html = read(run)
-    assert "image: ../secret.png leaves the folder" in html
+    assert "image: ../../secret.png leaves the folder" in html
     (run / "scenes" / "images" / "0.png").unlink()
     assert "0.png is missing" in read(run)                            # a sentence in its place, not an error
 
@@ -196,12 +175,12 @@ def test_large_images_are_made_small(tmp_path):
 
 def test_a_run_without_a_classroom_has_its_loss_and_no_answers(tmp_path):
     run = make_run(tmp_path / "run")
-    for name in ("before.jsonl", "after.jsonl", "words.json"):
+    for name in ("before.jsonl", "after.jsonl"):
         (run / name).unlink()
     sides = {"before": {"loss": .6931, "margin": 0, "n": 9}, "after": {"loss": .5, "margin": .75, "n": 9}}
     (run / "summary.json").write_text(json.dumps({**sides, "pairs": 10, "steps": 2, "seconds": 1}))
     seen = Page(read(run))
-    assert "loss0.69310.5−0.1931" in seen.text and "held-out pairs" in seen.text
+    assert "loss0.69310.5000-0.1931" in seen.text and "held-out pairs" in seen.text
     assert "Answers" not in seen.text
     (run / "summary.json").write_text(json.dumps({"before": {}, "after": {}}))
     assert "Before and after" not in read(run) and "Training" in read(run)
@@ -217,7 +196,7 @@ def test_a_run_that_is_under_way_or_diverged(tmp_path):
     with open(run / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo')                                  # killed while writing
     seen = Page(read(run))
-    assert "not finished" in seen.text and "loss 1.5 → 1.5" in seen.text
+    assert "not finished" in seen.text and "loss 1.500 → 1.500" in seen.text
 
 
 def test_long_runs_stay_small(tmp_path):

@@ -404,21 +404,27 @@ def test_the_forty_real_candidates_are_ranked(parts, tmp_path):
     ("стол", None, ["foreign"]), ("A cup of tea. Чашка.", None, []), ("一个杯子", None, ["foreign"]),
     ("42", None, []), ("Yes", None, []), ("A cup, and beside it", False, ["cut off"]),
     ("A cup stands on the table and beside it there is a plate with an", None, ["cut off"]),
-    ("A cup stands on the table and beside it there is a plate with an", True, [])])
+    ("A cup stands on the table and beside it there is a plate with an", True, []),
+    ("<think>They ask for a cup.</think> A cup.", True, ["thoughts"]),
+    ("A table, so </reasoning> A cup.", True, ["thoughts"]),
+    ("<thinking>They ask for", False, ["cut off", "thoughts"])])
 def test_faults_of_a_response(response, finished, found):
     assert pairing.faults("What is on the table?", response, finished) == found
 
 
 def select(scores, responses=None, **options):
-    rows = [{"model": m, "response": (responses or {}).get(m, f"It is the answer {m}."), "finished": True}
-            for m in scores]
-    prompt = {"id": "a", "image": "a.png", "question": "What is it?", "topic": "art"}
-    return pairing.select([prompt], {"a": rows}, {("a", m): s for m, s in scores.items()}, **options)
+    rows = [{"id": "a", "model": m, "response": (responses or {}).get(m, f"It is the answer {m}."),
+             "finished": True} for m in scores]
+    prompt = {"id": "a", "image": "a.png", "question": "What is it?", "topic": "art", "prompt": "A cup.",
+              "guidance": 5.}
+    scores = {("a", m): s for m, s in scores.items() if s is not None}
+    return pairing.select([prompt], {"a": rows}, scores, **options)
 
 
 def test_the_best_is_chosen_and_the_worst_rejected_the_first_of_equals():
     (pair,), dropped, faulty = select({"x": 1., "y": 3., "z": 3., "w": 1.})
-    assert pair["meta"] == {"topic": "art", "models": ["y", "x"], "scores": [3., 1.]}
+    assert pair["meta"] == {"topic": "art", "prompt": "A cup.", "guidance": 5., "models": ["y", "x"],
+                            "scores": [3., 1.]}
     assert pair["chosen"] == "It is the answer y." and not dropped and not faulty
 
 
@@ -427,10 +433,16 @@ def test_the_best_is_chosen_and_the_worst_rejected_the_first_of_equals():
     ({"x": 1., "y": 1.1, "z": 1.2}, {}, {"margin": 3.}, "nearly tied"),
     ({"x": 2., "y": 1.}, {"x": "It is.", "y": "It  is."}, {}, "identical"),
     ({"x": 2., "y": 1.}, {"x": ""}, {}, "fewer than two responses without fault"),
-    ({"x": 2., "y": None}, {}, {}, "not scored")])
+    ({"x": 2., "y": None}, {}, {}, "fewer than two responses without fault")])
 def test_what_makes_no_pair_and_why(scores, responses, options, reason):
     pairs, dropped, _ = select(scores, responses, **options)
     assert not pairs and [d["reason"] for d in dropped] == [reason]
+
+
+def test_a_response_that_the_scorer_did_not_see_is_named():
+    for official in (False, True):
+        *_, faulty = select({"x": 2., "y": None, "z": 1.}, official=official)
+        assert [(row["model"], row["faults"]) for row in faulty] == [("y", ["not scored"])]
 
 
 def test_official_takes_ties_and_empty_responses():
@@ -441,7 +453,7 @@ def test_official_takes_ties_and_empty_responses():
 def test_a_length_gap_is_warned_of():
     even = [{"chosen": "a b c", "rejected": "a b c"}, {"chosen": "a", "rejected": "a b"},
             {"chosen": "a b", "rejected": "a"}]
-    assert pairing.lengths(even)["chosen_longer"] == .5
+    assert "longer in 50% of the pairs" in pairing.length_report(even)
     assert "WARNING" not in pairing.length_report(even)
     assert "80%" in pairing.length_report(even[2:] * 4 + even[1:2])
     assert "shorter answers" in pairing.length_report(even[1:2] * 3)
@@ -460,6 +472,7 @@ def test_the_papers_five_attributes_in_place_of_the_gated_score(parts, whole, tm
 def test_controls_score_without_a_model(parts, whole, tmp_path, scorer):
     for name in ("ranked", "instructions", "responses"):
         (tmp_path / f"{name}.jsonl").write_bytes((whole / f"{name}.jsonl").read_bytes())
+    (tmp_path / "images").symlink_to(whole / "images")
     run("score", parts, tmp_path, "--scorer", scorer)
     run("pairs", parts, tmp_path, "--scorer", scorer)
     scores, said = lines(tmp_path, f"scores-{scorer}"), lines(tmp_path, "responses")
@@ -489,8 +502,15 @@ def test_ten_topics_of_thirty_prompts_of_our_own_without_near_duplicates():
     texts = [text for _, text in both]
     assert len(prompts.distinct(texts, .25)) == len(texts) >= 300
     assert all(8 <= len(text.split()) <= 30 and text.endswith(".") for text in texts)
-    closest = analysis.mean_similarity(analysis.vectors(texts))
-    assert closest.max() < .15
+    assert max(analysis.alike([texts])) < .15
+
+
+def test_a_byte_order_mark_goes_and_emoji_are_a_prompt(parts, tmp_path):
+    lines_of = ("\ufefftwo red balls beside a blue box", "🐶🐱🐚", "🐶🐱🐚", "a green cup on a table")
+    (tmp_path / "odd.txt").write_text("\r\n".join(lines_of), encoding="utf-8")
+    run("prompts", parts, tmp_path, f"--prompts={tmp_path / 'odd.txt'}")
+    assert [row["prompt"] for row in lines(tmp_path, "prompts")] == [
+        "two red balls beside a blue box", "🐶🐱🐚", "a green cup on a table"]
 
 
 def test_near_duplicates_are_dropped_and_the_first_is_kept():
@@ -729,7 +749,6 @@ def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question
 def test_a_response_says_whether_the_model_ended_it(finish, finished):
     row = synth.response("What?", {"reply": "A\ndog.", "finish": finish}, as_official=False)
     assert row == {"response": "A\ndog.", "finished": finished}
-    assert synth.response("What?", None, as_official=True) is None
 
 
 def test_a_urls_secrets_are_in_no_name():
@@ -759,11 +778,17 @@ def test_guidance_shares_and_agreement_by_hand():
     assert [table[("imagereward", "clip", "blip"), k][1] for k in (1, 2, 3)] == [.0625, .25, .5625]
 
 
-def test_mean_similarity_is_the_mean_cosine_with_the_others():
-    unit = analysis.vectors(["a red cat", "a red cat", "two blue dogs and a bike"])
+def test_similarity_is_the_mean_cosine_with_the_others_of_a_group():
+    """Of word counts weighted by rarity in all texts; an empty text is like none."""
+    texts = ["a red red cat", "a red cat", "two dogs and a bike"]
+    words = sorted({word for text in texts for word in text.split()} | {"more"})
+    counts = np.array([[text.split().count(word) for word in words] for text in [*texts, "more", ""]])
+    weighted = counts * np.log(6 / (counts > 0).sum(0))
+    unit = weighted / np.maximum(1e-9, np.linalg.norm(weighted, axis=1, keepdims=True))
     cosines = unit @ unit.T
-    means = [(cosines[k].sum() - cosines[k, k]) / 2 for k in range(3)]
-    assert analysis.mean_similarity(unit) == pytest.approx(means, abs=1e-6)
+    means = [(cosines[k, :3].sum() - 1) / 2 for k in range(3)]
+    assert analysis.alike([texts, ["more"], [""]]) == pytest.approx(means)
+    assert analysis.alike([["a cat", "", "A cat!"]]) == pytest.approx([.5, 0, .5])
 
 
 def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tmp_path):
@@ -780,7 +805,6 @@ def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tm
     found = analysis.judged(synth.Run(o, tmp_path), rows)
     assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
     assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
-    assert found["interval"][0] < found["win_rate"] < found["interval"][1]
 
 
 def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
@@ -789,14 +813,10 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert page.count("data:image/png;base64,") >= 32 and "picked by imagereward" in page
     assert "chosen" in page and "rejected" in page and "cut off" in page
-    for head in ("Guidance", "Similarity", "What was left out"):
+    for head in ("Guidance", "Similarity", "Prompts"):
         assert f"<h2>{head}</h2>" in page
     row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
-    made = {name: [] for name in analysis.SHOWN} | {
-        "instructions": [{"id": "x", "question": "<script>q"}],
-        "dropped": [{"id": "x", "reason": "<reason>"}],
-        "responses": [{"id": "x", "model": "<m>", "response": "<img src=x>"}]}
-    card = analysis.entry(synth.Run(None, whole), row, made)
+    card = analysis.entry(synth.Run(None, whole), row, "<script>q", [[("<img src=x>", "<m>")], ["<reason>"]])
     assert "&lt;script&gt;q" in card
     assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<reason>", "<m>"))
     for name in ("gallery.html", "analysis.json"):

@@ -17,49 +17,38 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import chain
+from functools import lru_cache, partial, reduce
+from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 import data
 from data import UserError
-from training.records import Records, check
+from training.records import Records, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
 
 
-class Read(NamedTuple):
-    """A pair as a step takes it: ids, its images as the family prepared them, a hash over all of it."""
-    pair: data.Pair
-    images: list
-    images_rejected: list
-    key: int
-
-
-class Micro(NamedTuple):
-    """A micro-batch before it is read; see data.Batch."""
-    places: list
-    counts: int
-    of: int
-
-
 # ---- pairs ----
 def classroom_files(o, out):
-    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the pairs' path."""
+    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the paths of the pairs and of
+    held-out ones, "" if there are none."""
     own = built_in(o)
     made = o.data == "classroom"
+    path, held_out = o.data, o.val_data
     if own:
         make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
                              f"--questions {o.questions}")
     if made:
         make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+        path = out / "data" / "pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
         make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
                                f"--n {min(o.look, o.pairs)}")
-    return out / "data" / "pairs.jsonl" if made else Path(o.data)
+        held_out = out / "held_out" / "pairs.jsonl"
+    return path, held_out
 
 
 def make(folder, arguments):
@@ -70,7 +59,7 @@ def make(folder, arguments):
     words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
     done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
-        raise UserError(f"{program} failed: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        raise UserError(f"{program} failed: {done.stderr.strip()}")
 
 
 def built_in(o):
@@ -92,13 +81,12 @@ class Pairs:
         return len(self.good)
 
     def read(self, place, epoch=0):
-        """The Read at a place; with `--set redraw=true` its rejected image is another in each epoch."""
+        """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.records[self.good[place]]
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
-        images, rejected = [data.read_image(x) for x in shown(record, o)], []
-        if twice and (record["images_rejected"] or not o.crop_pixels):
-            rejected = self.rejected_images(place, record, images, seed)
+        images = [data.read_image(x) for x in shown(record, o)]
+        rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
         rejected = prepared[len(images):]
@@ -107,14 +95,15 @@ class Pairs:
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
                 rejected.append({"pixel_values": pixels})
-        key = hashlib.blake2b(repr(pair).encode(), digest_size=8)
+        digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for x in tensors(images + rejected):
-            key.update(x.numpy().tobytes())
-        return Read(pair, images, rejected, int.from_bytes(key.digest(), "little", signed=True))
+            digest.update(x.numpy().tobytes())
+        key = int.from_bytes(digest.digest(), "little", signed=True)
+        return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
 
     def rejected_images(self, place, record, images, seed):
-        """The record's own rejected images, or one made for each image."""
-        if record["images_rejected"]:
+        """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
+        if record["images_rejected"] or self.o.crop_pixels:
             return [data.read_image(x) for x in record["images_rejected"]]
         other = partial(self.other_image, seed, record, place)
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
@@ -125,11 +114,10 @@ class Pairs:
         index = other_index(seed, record["id"], place, len(self))
         return data.read_image(self.records[self.good[index]]["images"][0])
 
-    def batch(self, micro, read):
-        """data.Batch of a Micro, whose Reads these are."""
-        pairs, images, rejected, keys = zip(*read, strict=True)
-        return data.Batch(pairs, [*chain(*images)], [*chain(*rejected)], micro.places, keys, micro.counts,
-                          micro.of)
+
+def join(batches):
+    """Several data.Batches as one: lists are joined, counts are added."""
+    return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
 def other_index(seed, id, i, n):
@@ -186,21 +174,19 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     return data.truncate(pair, o.max_length)
 
 
-def checked(front, path, o, needs, ranks, folder=None):
-    """Pairs of a file, which rank 0 has checked. Raises UserError.
-
-    folder: of the run; it keeps the result of the records' check.
-    """
-    records = Records(path, o.image_root or None)
-    good, tokens = ranks.first(partial(usable, front, records, o, needs, folder))
+def checked(front, path, o, needs, ranks):
+    """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
+    UserError."""
+    records = Records(path, o.image_root if path in (o.data, o.val_data) else None)
+    good, tokens = ranks.first(partial(usable, front, records, o, needs))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 
 
-def usable(front, records, o, needs, folder):
-    """(indices of the good records, tokens of each one's packed row). Faults are printed, one a line, and cut
-    responses counted. Raises UserError."""
-    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad, cache_dir=folder)
-    kept, tokens, cut = [], [], 0
+def usable(front, records, o, needs):
+    """(indices of the good records, tokens of each one's packed row). Cut responses are counted, and faults
+    end the run as in records.drop."""
+    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
+    faults, tokens, cut = [], [], 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         try:
             record = records[i]
@@ -210,17 +196,14 @@ def usable(front, records, o, needs, folder):
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
                                      "raise --set max_length or drop the record")
         except UserError as e:
-            print(f"{records.where(i)}: {e}", file=sys.stderr)
+            faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue
         cut += lost > 0
-        kept.append(i)
         tokens.append(len(data.pack([pair], needs).ids))
-    if len(kept) < len(good) and not (o.skip_bad and kept):
-        raise UserError(f"{len(good) - len(kept)} of {len(good)} records of {records.path} cannot be "
-                             "used (listed above): fix them, or pass --skip_bad")
+    good = drop(records, good, faults, o.skip_bad)
     if cut:
-        print(f"{cut} of {len(kept)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return kept, tokens
+        print(f"{cut} of {len(good)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
+    return good, tokens
 
 
 # ---- steps ----
@@ -246,31 +229,29 @@ class Batches:
         for ahead in range(t, min(t + 2, self.steps)):
             if ahead not in self.begun:
                 self.begun[ahead] = self.begin(ahead)
-        for micro, futures in self.begun.pop(t):
+        for futures, counts, of in self.begun.pop(t):
             since = time.monotonic()
             read = [future.result() for future in futures]
             self.waited += time.monotonic() - since
-            yield self.pairs.batch(micro, read)
+            yield join(read)._replace(counts=counts, of=of)
 
     def begin(self, t):
-        """[(Micro, a future of each Read)] of step t, on this rank."""
+        """[(futures of the pairs, how many of them count, pairs in the step)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
-        some = data.chunks(places, self.o.micro_batch)
-        micros = [Micro(each, len(each), len(places)) for each in some]
+        micros = data.chunks(places, self.o.micro_batch)
+        if self.ranks.world > 1:                  # the longest first: each rank has about as many tokens
+            micros.sort(key=lambda some: -sum(self.pairs.tokens[place] for place in some))
+        counts = [len(some) for some in micros]
         while self.o.shard and len(micros) % self.ranks.world:
-            micros.append(micros[0]._replace(counts=0))
-        return [(micro, [self.pool.submit(self.read, place, epoch) for place in micro.places])
-                for micro in self.share(micros)]
-
-    def share(self, micros):
-        """This rank's: the longest first, back and forth, so that all ranks have about as many tokens."""
-        if self.ranks.world == 1:
-            return micros
-        micros = sorted(micros, key=lambda micro: -sum(self.pairs.tokens[place] for place in micro.places))
-        there_and_back = 2 * self.ranks.world
-        turns = self.ranks.rank, there_and_back - 1 - self.ranks.rank
-        return [micro for k, micro in enumerate(micros) if k % there_and_back in turns]
+            micros.append(micros[-1])
+            counts.append(0)
+        mine = slice(self.ranks.rank, None, self.ranks.world)
+        found = []
+        for some, count in zip(micros[mine], counts[mine], strict=True):
+            futures = [self.pool.submit(self.read, place, epoch) for place in some]
+            found.append((futures, count, len(places)))
+        return found
 
     def read(self, place, epoch):
         """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""

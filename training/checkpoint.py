@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import json
 import signal
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import data
 from training import options
@@ -21,8 +21,6 @@ class State:
     step: int = 0                                            # steps that are done
     seconds: float = 0.0                                     # of training
     log_bytes: int = 0
-    chosen: list = field(default_factory=list)               # the chosen reward of the last 40 steps
-    warned: bool = False
 
 
 def save(run):
@@ -34,7 +32,6 @@ def save(run):
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), "base": run.base}
-        (run.out / "last").mkdir(exist_ok=True)
         data.atomic_write(run.out / FILE, to_bytes(tensors, about))
 
 
@@ -46,9 +43,8 @@ def restore(run):
         with safe_open(file, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
             about = f.metadata()
-        if about["base"] != run.base or len(tensors["reference/key"]) != len(run.pairs):
-            raise data.UserError(f"{file} was made with another base or number of pairs than --model and "
-                                 "--data give now: give another --out")
+        if about["base"] != run.base:
+            raise data.UserError(f"{file} was made with another base than --model is now: give another --out")
         run.reference.logps = tensors.pop("reference/logps")
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)

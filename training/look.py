@@ -34,7 +34,6 @@ import json
 import random
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,14 +43,6 @@ import data
 from evaluation import stats
 from model import vlm
 from training.batches import tokenise
-from training.records import Records
-
-
-class Job(NamedTuple):
-    """One of the shown pairs, and the image that is put into its prompt."""
-    kind: str                 # true, blank, other, same_theme
-    pair: int                 # place among the shown records
-    image: int                # of which record
 
 
 def look(m, records, good, o, name, kept=None):
@@ -67,9 +58,10 @@ def look(m, records, good, o, name, kept=None):
     shown = list(islice(usable, o.look))
     if len(shown) < 2:
         return {}
-    jobs = jobs_of(shown, o.eval_seed)
     n = len(shown)
-    policy = scores(m, shown, jobs, o, name)                                                    # (J, 2)
+    images = [record["images"][0] for record in shown]
+    kinds = kinds_of(shown, images, o.eval_seed)
+    policy = scores(m, shown, kinds, o, name)                                                # (K, n, 2)
     if name == "before":
         reference = policy
         drawn = np.zeros(n)                                           # log ratios of drawn answers, (n,)
@@ -81,49 +73,36 @@ def look(m, records, good, o, name, kept=None):
             reference = np.array(data.read_json(kept))
         else:
             with vlm.base_of(m) as base:
-                reference = scores(base, shown, jobs, o, name)
+                reference = scores(base, shown, kinds, o, name)
 
     # ---- means ----
-    images = [record["images"][0] for record in shown]
     mean = partial(interval, images=images, seed=o.eval_seed)
     found = {"n": n}
     change = policy - reference
     for measure, logps, scale in (("preference", policy, 1), ("margin", change, o.beta)):
-        margin = scale * (logps[:, 0] - logps[:, 1])                                           # (J,)
-        margins = by_kind(jobs, n, margin)
+        margin = scale * (logps[..., 0] - logps[..., 1])                                        # (K, n)
+        margins = dict(zip(kinds, margin, strict=True))
         found[measure] = {kind: mean(x) for kind, x in margins.items()}
         true = margins.pop("true")
         found[f"{measure}_true_minus"] = {kind: mean(true - x) for kind, x in margins.items()}
-    found["logps_chosen"] = mean(policy[:n, 0])                       # the first n jobs are the true ones
-    found["logps_chosen_change"] = mean(change[:n, 0])
+    found["logps_chosen"] = mean(policy[0, :, 0])                     # the first kind is the true images
+    found["logps_chosen_change"] = mean(change[0, :, 0])
     found["kl"] = mean(drawn)
     return found
 
 
-def made(out):
-    """(records, indices) of the pairs that the classroom's runs hold out; None in another run."""
-    file = out / "held_out" / "pairs.jsonl"
-    if not file.exists():
-        return None
-    records = Records(file)
-    return records, range(len(records))
-
-
 # ---- which pair is shown which image ----
-def jobs_of(shown, seed):
-    """The Jobs of all records, kind by kind."""
-    images = [record["images"][0] for record in shown]
+def kinds_of(shown, images, seed):
+    """{true, blank, other, same_theme: {place of a pair: of the pair whose image it is shown}}."""
     themes = [record["meta"].get("theme") for record in shown]
-    n = len(shown)
-    groups = [themes[i] or images[i] for i in range(n)]
-    own = {i: i for i in range(n)}
+    groups = [theme or image for theme, image in zip(themes, images, strict=True)]
+    own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)
     alike = {i: j for i, j in alike.items() if themes[i] and images[i] != images[j]}
-    kinds = {"true": own, "blank": own, "other": other, "same_theme": alike}
-    jobs = []
-    for kind, image_of in kinds.items():
-        jobs += [Job(kind, i, j) for i, j in image_of.items()]
-    return jobs
+    kinds = {"true": own, "blank": own, "other": other}
+    if alike:
+        kinds["same_theme"] = alike
+    return kinds
 
 
 def partners(groups, seed):
@@ -152,19 +131,22 @@ def next_to(row, step):
 
 
 # ---- log-probs ----
-def scores(m, shown, jobs, o, name):
-    """log p of the two responses of every job, chosen first: (J, 2)."""
-    bar = tqdm(jobs, f"{name}: looking")
-    cases = (case_of(m.front, shown, job, o) for job in bar)
-    return logps_of(m, cases, o, ["chosen", "rejected"])
+def scores(m, shown, kinds, o, name):
+    """log p of the two responses with each kind of image, chosen first; nan where there is none: (K, n, 2)"""
+    found = np.full((len(kinds), len(shown), 2), np.nan)
+    for k, (kind, image_of) in enumerate(kinds.items()):
+        bar = tqdm(image_of.items(), f"{name}: looking, {kind}")
+        cases = (case_of(m.front, shown[i], shown[j], kind, o) for i, j in bar)
+        found[k, [*image_of]] = logps_of(m, cases, o, ["chosen", "rejected"])
+    return found
 
 
-def case_of(front, shown, job, o):
-    """(data.Pair, PIL image) of a job."""
-    picture = data.read_image(shown[job.image]["images"][0])
-    if job.kind == "blank":
+def case_of(front, record, other, kind, o):
+    """(data.Pair, PIL image) of a record with another's image, or with a blank one."""
+    picture = data.read_image(other["images"][0])
+    if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
-    pair, _ = tokenise(front, shown[job.pair], o, (picture.size,))
+    pair, _ = tokenise(front, record, o, (picture.size,))
     return pair, picture
 
 
@@ -207,23 +189,11 @@ def logps_of(m, cases, o, fields):
 
 
 # ---- means ----
-def by_kind(jobs, n, values):
-    """{kind: (n,)} of the jobs' values (J,), n pairs; nan if a pair has no job of a kind."""
-    found = {}
-    for job, value in zip(jobs, values, strict=True):
-        of_kind = found.setdefault(job.kind, np.full(n, np.nan))
-        of_kind[job.pair] = value
-    return found
-
-
 def interval(values, images, seed):
     """[mean, low, high] of values (n,), leaving out nan; resamples draw the images."""
-    items = []
-    for image, x in zip(images, values, strict=True):
-        if not np.isnan(x):
-            items.append({"image": image, "sum": x})
+    there = zip(images, values, strict=True)
+    items = [{"image": image, "sum": x} for image, x in there if not np.isnan(x)]
     _, draws = stats.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
-    point = sum(item["sum"] for item in items) / len(items)
-    means = draws["sum"] / draws["n"]
-    low, high = stats.interval(means, point)
-    return [round(float(x), 6) for x in (point, low, high)]
+    mean = np.nanmean(values)
+    low, high = stats.interval(draws["sum"] / draws["n"], mean)
+    return [round(float(x), 6) for x in (mean, low, high)]

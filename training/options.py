@@ -110,17 +110,10 @@ PRESETS = {
         max_length=5012, template="vicuna", images="pad",                                                  # c
     ),
 }
-# Where the official codes depart from the papers or from our defaults: {field: (value, what it is)}. mDPO's
-# code draws the crop anew in every forward, for policy and reference apart; ours see the same one.
-_MDPO_CODE = {
-    "weight_decay": (0.05, "AdamW's weight decay, which the paper does not give"),
-    "adam_beta2": (0.98, "AdamW's second beta, which the paper does not give"),
-    "crop_pixels": (True, "the rejected image is a crop of the padded and normalised pixels"),
-    "redraw": (True, "a fresh crop every epoch")}
-OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE,
-            "pds-llava": {"weight_decay": (0.0, "AdamW's weight decay, which the paper does not give"),
-                          "adam_beta2": (0.999, "AdamW's second beta, which the paper does not give"),
-                          "batch": (2, "two GPUs of one pair, without the paper's accumulation over four")}}
+# What official=true adds. mDPO's code crops the padded and normalised pixels, anew in every forward (policy
+# and reference apart; ours see the same crop). PDS-DPO's runs two GPUs of one pair, without accumulation.
+_MDPO_CODE = {"crop_pixels": True, "redraw": True}
+OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE, "pds-llava": {"batch": 2}}
 
 
 def parse(argv, description):
@@ -132,7 +125,7 @@ def parse(argv, description):
         if name != "classroom" and field not in chosen:
             raise UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
     if chosen.get("official"):
-        defaults = defaults | {field: value for field, (value, _) in OFFICIAL.get(name, {}).items()}
+        defaults = defaults | OFFICIAL.get(name, {})
     o = Options(**defaults | chosen)
     check(o)
     return o
@@ -153,8 +146,6 @@ def check(o):
     if o.crop_pixels and o.image_rejected not in data.AREAS:
         raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
                              f"{o.image_rejected}")
-    if o.batch % o.micro_batch:
-        raise UserError(f"--batch {o.batch} is not a multiple of --micro_batch {o.micro_batch}: change one")
 
 
 def loss_of(o):
@@ -183,7 +174,7 @@ def dtype_of(o, device):
 def departures(o):
     """With official=true: what was taken from the official code, for the log."""
     taken = OFFICIAL.get(o.preset, {}) if o.official else {}
-    return [f"{name} {value}: {what}" for name, (value, what) in taken.items() if getattr(o, name) == value]
+    return [f"{name} {value}" for name, value in taken.items() if getattr(o, name) == value]
 
 
 # ---------------------------------------------------------------------------------------- the run's folder

@@ -4,14 +4,13 @@
 
 Part of train_dpo.py. Weights, LoRA, gradients and the optimiser's state are counted exactly, on a model
 without storage; of autograd's memory only a lower bound, one hidden state a layer. A refused run cannot fit;
-another may still not, and then `out_of_memory` says what to change.
+another may still not, and then `advice` says what to change.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import os
-import sys
-from dataclasses import replace
+from collections import Counter
 
 import torch
 
@@ -21,56 +20,52 @@ from model import command, front
 from training import batches, options
 
 GIB = 2 ** 30
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 # -------------------------------------------------------------------------------- memory
-def skeleton(config):
-    """transformers' model of a config, with shapes and no storage."""
-    import transformers
-    with torch.device("meta"):
-        return getattr(transformers, front.FAMILIES[config.model_type].architecture)(config)
-
-
-def memory(model, o, tokens, world=1):
+def memory(config, o, tokens, device="cpu", world=1):
     """Bytes that each GPU needs at least: {"weights", "LoRA" or "gradients", "optimiser", "activations"}.
 
-    model: of skeleton(). o: with a dtype that is not auto. tokens: of each pair's packed row. world: GPUs.
-    Without LoRA the weights are those that train (float32 masters where they are sharded) and their frozen
-    copy.
+    config: of transformers. tokens: of each pair's packed row. device: its kind. world: GPUs. Without LoRA
+    the weights are those that train (float32 masters where they are sharded) and their frozen copy.
     """
-    e = BYTES[o.dtype]
-    master = max(4, e)
-    size = {name: p.numel() for name, p in model.named_parameters()}
-    sharded = 0
-    if o.shard and world > 1:
-        sharded = sum(n for name, n in size.items() if ".language_model.layers." in name)
-    found = {"weights": e * (sum(size.values()) - sharded + sharded / world)}
+    import transformers
+    family = front.FAMILIES[config.model_type]
+    with torch.device("meta"):                                        # shapes without storage
+        model = getattr(transformers, family.architecture)(config)
     if o.lora_r:
-        adapter = o.lora_r * lora_sides(model, o)
-        found["LoRA"] = 2 * master * adapter                          # and its gradient
-        found["optimiser"] = 3 * master * adapter / world             # two moments, the slice's gradient
+        lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","))
     else:
-        tower = front.FAMILIES[model.config.model_type].tower
-        whole = sum(n for name, n in size.items() if not name.startswith(tower)) - sharded
-        copies = 3 + (e < master)                                     # the same, and a slice of masters
-        found["weights"] += e * whole + master * sharded / world
-        found["gradients"] = master * (whole + sharded / world)
-        found["optimiser"] = master * (2 * sharded + copies * whole) / world
+        model.get_submodule(family.tower).requires_grad_(False)
+
+    # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
+    count = Counter()
+    for name, p in model.named_parameters():
+        layer = ".language_model.layers." in name and ".lora_" not in name
+        count[p.requires_grad, layer and o.shard and world > 1] += p.numel()
+    frozen = count[False, False] + count[False, True] / world
+    whole, sharded = count[True, False], count[True, True] / world
+
+    # ---- bytes ----
+    e = getattr(torch, options.dtype_of(o, device)).itemsize
+    master = max(4, e)
+    found = {"weights": e * frozen}
+    copies = 3                                                        # two moments, the slice's gradient
+    if o.lora_r:
+        found["LoRA"] = 2 * master * whole                            # and its gradient
+    else:
+        if e < master:
+            copies += 1                                               # a slice of masters
+        found["weights"] += 2 * e * whole + (e + master) * sharded
+        found["gradients"] = master * (whole + sharded)
+    found["optimiser"] = master * (copies * whole / world + 2 * sharded)
 
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
-    text = model.config.text_config
-    row = max(max(tokens), min(o.micro_batch, len(tokens)) * sum(tokens) / len(tokens))
+    row = max(max(tokens), min(o.micro_batch, o.batch, len(tokens)) * sum(tokens) / len(tokens))
+    text = config.text_config
     graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
     found["activations"] = e * row * text.hidden_size * graph
     return found
-
-
-def lora_sides(model, o):
-    """The summed inputs and outputs of the linear layers that LoRA goes on."""
-    linear = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear}
-    chosen = [linear[name] for name in lora.targeted(list(linear), o.lora_targets.split(","))]
-    return sum(m.in_features + m.out_features for m in chosen)
 
 
 def capacity(device):
@@ -81,47 +76,28 @@ def capacity(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
 
 
-def peak(device):
-    """GiB that were in use at most, of the GPU or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2 ** 20)
-
-
 # -------------------------------------------------------------------------------- what cannot fit
-CHANGES = {"--micro_batch 1": {"micro_batch": 1}, "--dtype bfloat16": {"dtype": "bfloat16"},
-           "--lora_r 64": {"lora_r": 64}, "--shard": {"shard": True}}
-LARGER = "shard the base over more GPUs (torchrun, --shard), or take a smaller model or a larger GPU"
-
-
-def advice(model, o, tokens, world, room):
-    """The first change of options with which a run might fit, in words; else the hardware that it needs."""
-    for words, change in CHANGES.items():
-        if sum(memory(model, replace(o, **change), tokens, world).values()) <= room:
-            return f"pass {words}"
-    return LARGER
+def advice(o, world):
+    """The memory-saving options that are not set; if all are, what else helps."""
+    ways = {"--set checkpointing=true": not o.checkpointing,
+            "--micro_batch 1": o.micro_batch > 1,
+            "--dtype bfloat16": o.dtype in ("float32", "float64"),
+            "--lora_r 64": not o.lora_r,
+            "--shard": world > 1 and not o.shard}
+    unset = [words for words, saves in ways.items() if saves]
+    if unset:
+        return f"pass {' '.join(unset)}"
+    return ("shorten the pairs (--set max_length), shard the base over more GPUs (torchrun, --shard), or "
+            "take a smaller model or a larger GPU")
 
 
 def refuse(config, o, tokens, ranks):
     """Raise UserError, with advice, if a run cannot fit. tokens: of each pair."""
     room, name = capacity(ranks.device)
-    model, o = skeleton(config), replace(o, dtype=options.dtype_of(o, ranks.device.type))
-    need = sum(memory(model, o, tokens, ranks.world).values())
+    need = sum(memory(config, o, tokens, ranks.device.type, ranks.world).values())
     if o.check_memory and need > room:
-        fix = advice(model, o, tokens, ranks.world, room)
         raise data.UserError(f"the run needs at least {need / GIB:.1f} GiB, {name} has {room / GIB:.1f}: "
-                             f"{fix}; --set check_memory=false tries all the same")
-
-
-def out_of_memory(o, world=1):
-    """The sentence for a step that has run out of memory: it names memory-saving options that are not set."""
-    ways = {"--set checkpointing=true": not o.checkpointing, "--micro_batch 1": o.micro_batch > 1,
-            "--shard": world > 1 and not o.shard}
-    unset = [words for words, saves in ways.items() if saves]
-    if unset:
-        return f"out of memory: pass {' '.join(unset)}"
-    return f"out of memory: shorten the pairs (--set max_length), {LARGER}"
+                             f"{advice(o, ranks.world)}; --set check_memory=false tries all the same")
 
 
 # -------------------------------------------------------------------------------- --dry_run
@@ -143,13 +119,9 @@ def show(o):
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
     world = int(os.environ.get("WORLD_SIZE", max(1, gpus)))
-    model, o = skeleton(family.config), replace(o, dtype=options.dtype_of(o, device.type))
-    parts = memory(model, o, tokens, world)
+    parts = memory(family.config, o, tokens, device.type, world)
     need, listed = sum(parts.values()), ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
     yield (f"memory          at least {need / GIB:.1f} GiB on each {device.type} device of {world}, "
-           f"{o.dtype}: {listed}")
+           f"{options.dtype_of(o, device.type)}: {listed}")
     if gpus or device.type == "cpu":
-        room, name = capacity(device)
-        yield f"room            {room / GIB:.1f} GiB, {name}"
-        if need > room:
-            yield f"does not fit    {advice(model, o, tokens, world, room)}"
+        refuse(family.config, o, tokens, command.Ranks(0, world, device))

@@ -15,11 +15,10 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
 Ours, where a format leaves a choice:
- 1. vlfeedback: only ids `llava-...` (LLaVA-Instruct, as in mDPO) where there are any; best against worst mean
-    rating; of more than 10,000 pairs a sample by a hash of the id. `Records.dropped` counts the rest.
- 2. ha-dpo: images lie where Visual Genome's image_data.json in the image root says, else at VG_100K/ID.jpg;
-    `correct` answers are left out (official); a description's texts are one seeded draw per image.
- 3. llava-rlhf, ha-dpo, rlhf-v, rlaif-v repeat ids or have none: the id is FILE:index, theirs in `meta`."""
+ 1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
+ 2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
+    (official); a description's texts are one seeded draw per image.
+ 3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
@@ -37,11 +36,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 import data
-from data import UserError, draw, hash64, read_image
+from data import UserError, draw, read_image
 
 
 # ---- the formats: raw record -> what it has elsewhere than native: image, question, chosen, rejected ----
@@ -61,11 +59,9 @@ def llava(raw):
 
 
 def rlhf_v(raw):
-    """RLHF-V's pair is in `text`, an object or the text of one; RLAIF-V's is in the record itself."""
-    pair = raw.get("text") or raw
-    if isinstance(pair, str):
-        pair = json.loads(pair)
-    return pair | {"image": raw.get("image") or raw.get("image_path")}
+    """The pair is in `text`, an object or the text of one."""
+    pair = raw["text"]
+    return json.loads(pair) if isinstance(pair, str) else pair
 
 
 def vlfeedback(raw):
@@ -85,7 +81,7 @@ def ha_dpo(raw):
     """A question with its answers, or, without a question, several descriptions of an image."""
     found = {"image": f"VG_100K/{raw['image_id']}.jpg"}
     if "question" in raw:
-        return found | {"rejected": raw.get("reject", raw.get("rejected"))}
+        return found | {"rejected": raw["reject"]}
     rng = draw("ha-dpo", raw["image_id"])
     texts = {"question": DESCRIBE, "chosen": raw["chosen"], "rejected": raw["rejected"]}
     return found | {key: rng.choice(some).item() for key, some in texts.items()}
@@ -96,7 +92,6 @@ def trl(raw):
 
 
 ROLES = ["user", "assistant"]
-SAMPLE = 10_000                                                 # pairs of VLFeedback at most
 DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
             "Could you describe the contents of this image for me?")
@@ -108,7 +103,7 @@ def _turn(raw):
     role, text = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
     if isinstance(text, list):
         text = "".join(part.get("text") or "" for part in text)
-    return {"human": "user", "gpt": "assistant", "llava": "assistant"}.get(role, role), text
+    return {"human": "user", "gpt": "assistant"}.get(role, role), text
 
 
 def _response(turns):
@@ -140,54 +135,33 @@ def _dialogue(turns):
 
 def _by_rating(raw):
     """The texts of VLFeedback's rated completions, worst mean first; [] where all are tied. "N/A" is none."""
-    answers, means, texts = raw.get("completions") or [], {}, {}
+    answers, means = raw.get("completions") or [], {}
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
-    for k, answer in enumerate(answers):
+    for answer in answers:
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            texts[k] = answer["response"]
-            means[k] = statistics.fmean(float(mark["Rating"]) for mark in answer["annotations"].values())
+            marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
+            means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
         return []
-    return [texts[k] for k in sorted(means, key=means.get)]
-
-
-# ---- records that the papers leave out: all raw records -> {number: the reason} ----
-def _not_sampled(raws):
-    """Keep LLaVA-Instruct's part of VLFeedback, if there is any, without ties: at most SAMPLE records."""
-    ids, reasons = [], {}
-    for k, raw in enumerate(raws):
-        ids.append(str(raw.get("id")))
-        if not _by_rating(raw):
-            reasons[k] = "tied or no ratings"
-    others = [k for k, id in enumerate(ids) if not id.startswith("llava-")]
-    if len(others) < len(ids):
-        reasons |= dict.fromkeys(others, "not of LLaVA-Instruct")
-    left = [k for k in range(len(ids)) if k not in reasons]
-    left.sort(key=lambda k: hash64("sample", ids[k]))
-    return reasons | dict.fromkeys(left[SAMPLE:], f"beyond a sample of {SAMPLE}")
-
-
-def _correct(raws):
-    return {k: "answered correctly" for k, raw in enumerate(raws) if raw.get("correct")}
+    return sorted(means, key=means.get)
 
 
 class Format(NamedTuple):
     """A published format: `read` is its function above."""
     keys: str                   # that it is detected by
     read: Any
-    own_ids: bool = True        # False where they are absent or repeat: the id is FILE:index
-    left_out: Any = None        # all raw records -> {number: the reason}
+    is_pair: Any = None         # raw record -> whether it is one; None: all are
 
 
 FORMATS = {                     # in the order in which they are tried
-    "vlfeedback": Format("prompt completions", vlfeedback, left_out=_not_sampled),
-    "llava-rlhf": Format("output_1 output_2", llava_rlhf, own_ids=False),
+    "vlfeedback": Format("prompt completions", vlfeedback, is_pair=_by_rating),
+    "llava-rlhf": Format("output_1 output_2", llava_rlhf),
     "mdpo": Format("img_path prompt", mdpo),
     "llava": Format("conversations", llava),
-    "ha-dpo": Format("image_id chosen", ha_dpo, own_ids=False, left_out=_correct),
-    "rlhf-v": Format("text image", rlhf_v, own_ids=False),
-    "rlaif-v": Format("question ds_name", rlhf_v, own_ids=False),
+    "ha-dpo": Format("image_id chosen", ha_dpo, is_pair=lambda raw: not raw.get("correct")),
+    "rlhf-v": Format("text image", rlhf_v),
+    "rlaif-v": Format("question ds_name", native),
     "native": Format("question", native),
     "trl": Format("prompt chosen", trl)}
 
@@ -214,18 +188,23 @@ class Lines:
 
 
 class Parquet:
-    """Parquet: only a row group or two are in memory."""
+    """Parquet, read whole, in Arrow's layout."""
     def __init__(self, path):
-        self.path, about = path, _parquet(path)
-        sizes = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
-        self.first = np.cumsum([0, *sizes])                         # record of each group
+        try:
+            from pyarrow import Table, parquet
+            some = parquet.ParquetFile(path).iter_batches(1000)            # a piece holds at most 2 GB
+            self.table = Table.from_batches(some)
+        except ImportError as error:
+            raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
+        except ValueError as error:                         # pyarrow's ArrowInvalid
+            raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
     def __len__(self):
-        return int(self.first[-1])
+        return len(self.table)
 
     def __getitem__(self, k):
-        group = int(np.searchsorted(self.first, k, "right")) - 1
-        return _parquet(self.path, group).slice(k - self.first[group], 1).to_pylist()[0]
+        record, = self.table.slice(k, 1).to_pylist()
+        return record
 
 
 class Array(list):
@@ -250,19 +229,6 @@ class Array(list):
         return found
 
 
-@functools.lru_cache(maxsize=2)
-def _parquet(path, group=None):
-    """The metadata of a parquet file, or one of its row groups as a table."""
-    try:
-        import pyarrow.parquet as pq
-        file = pq.ParquetFile(path, memory_map=True)
-        return file.metadata if group is None else file.read_row_group(group)
-    except ImportError as error:
-        raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-    except ValueError as error:                         # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
-
-
 def _opened(path):
     """A file's raw records; its first bytes decide how they are read."""
     with data.reading(path) as file:
@@ -276,21 +242,18 @@ def _opened(path):
 
 # ---- the records ----
 class Records:
-    """A file's records, normalised when asked for; `dropped` counts what the papers leave out."""
+    """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records."""
 
     def __init__(self, path, image_root=None):
         self.path, self.raw = str(path), _opened(str(path))
         self.root = os.path.realpath(image_root or Path(path).parent)
-        self.keep, self.dropped = np.arange(len(self.raw)), Counter()
+        self.keep = range(len(self.raw))
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format = self._detected()
         self.layout = FORMATS[self.format]
-        self.genome = _genome(self.root) if self.format == "ha-dpo" else {}
-        if self.layout.left_out:
-            reasons = self.layout.left_out(map(self._raw, range(len(self))))
-            self.dropped = Counter(reasons.values())
-            self.keep = np.delete(self.keep, list(reasons))
+        if self.layout.is_pair:
+            self.keep = [k for k in self.keep if self.layout.is_pair(self._raw(k))]
 
     def _detected(self):
         """The name of the format, by the first record that can be read."""
@@ -303,9 +266,8 @@ class Records:
         for name, layout in FORMATS.items():
             if keys >= set(layout.keys.split()):
                 return name
-        known = "; ".join(f"{name} ({layout.keys} ...)" for name, layout in FORMATS.items())
         raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
-                        f"them to those of one of these: {known}")
+                        f"them to those of one of {', '.join(FORMATS)} (docs/data.md)")
 
     def __len__(self):
         return len(self.keep)
@@ -325,13 +287,21 @@ class Records:
         return data.as_record(found, self.place(i))
 
     def _id(self, raw, i):
-        own = raw.get("id") if self.layout.own_ids else None
-        return f"{Path(self.path).stem}:{self.keep[i]}" if own is None else str(own)
+        own = raw.get("id")
+        if own is None or self.format == "llava-rlhf":           # whose ids repeat
+            return f"{Path(self.path).stem}:{self.keep[i]}"
+        return str(own)
 
     def __getitem__(self, i):
         raw = self._raw(i)
         try:
-            return {"id": self._id(raw, i), **self._fields(raw)}
+            found = raw | self.layout.read(raw)
+            turns = found["question"]
+            history, question = _dialogue([turns] if isinstance(turns, str) else turns)
+            return {"id": self._id(raw, i), "images": self._images(found.get("image")),
+                    "images_rejected": self._images(raw.get("image_rejected")),
+                    "question": question, "history": history, "chosen": _response(found["chosen"]),
+                    "rejected": _response(found["rejected"]), "meta": raw.get("meta") or {}}
         except KeyError as error:
             problem = f"key {error} is missing; add it"
         except UserError as error:
@@ -339,16 +309,6 @@ class Records:
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             problem = f"not laid out as {self.format} is ({error}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
-
-    def _fields(self, raw):
-        found = raw | self.layout.read(raw)
-        turns = found["question"]
-        history, question = _dialogue([turns] if isinstance(turns, str) else turns)
-        own = {key: raw[key] for key in ("id", "idx", "image_id") if key in raw}
-        return {"images": self._images(found.get("image")),
-                "images_rejected": self._images(raw.get("image_rejected")) or None,
-                "question": question, "history": history, "chosen": _response(found["chosen"]),
-                "rejected": _response(found["rejected"]), "meta": own | (raw.get("meta") or {})}
 
     def _images(self, images):
         """Paths inside the image root, or bytes, of what a record has under an image's key."""
@@ -359,99 +319,67 @@ class Records:
             if isinstance(image, dict):                     # as Hugging Face's datasets hold images
                 image = image.get("bytes") or image.get("path")
             if isinstance(image, str):
-                image = data.inside(self.root, self.genome.get(image, image), "image")
+                if self.format == "ha-dpo":
+                    image = _genome(self.root, image)
+                image = data.inside(self.root, image, "image")
             elif not isinstance(image, bytes):
                 raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
             found.append(image)
         return found
 
 
-def _genome(root):
-    """{VG_100K/ID.jpg: where it is} by Visual Genome's image_data.json in the image root, if it is there."""
-    path, found = os.path.join(root, "image_data.json"), {}
-    for row in data.read_records(path) if os.path.exists(path) else ():
-        _, _, url = row.get("url", "").partition("VG_100K")
-        found[f"VG_100K/{row.get('image_id')}.jpg"] = f"VG_100K{url}"
-    return found
+def _genome(root, image):
+    """Visual Genome comes in two folders: the path of an image in the one that has it."""
+    second = image.replace("VG_100K/", "VG_100K_2/")
+    return second if os.path.exists(os.path.join(root, second)) else image
 
 
 # ---- the full check ----
-def check(records, needs_image=False, skip_bad=False, cache_dir=None):
-    """The indices of the good records; faults go to stderr, one a line, and end the run unless skip_bad.
+def check(records, needs_image=False, skip_bad=False):
+    """The indices of the good records; the others are `drop`ped. Threads decode every image once."""
+    if len(records) < len(records.raw):
+        print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
+    faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
+    for i in tqdm(range(len(records)), "checking records", delay=1, disable=None):
+        try:
+            record = records[i]
+        except UserError as error:
+            faults.add((i, "unreadable record", str(error)))
+            continue
+        problems = [*_text_faults(record, needs_image)]
+        before = first.setdefault(record["id"], i)
+        if before != i:
+            says = f"the id is a duplicate of that at {records.place(before)}; rename one"
+            problems.append(("duplicate id", says))
+        for kind, says in problems:
+            faults.add((i, kind, f"{records.where(i)}: {says}"))
+        for image in record["images"] + record["images_rejected"]:
+            shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
+    with ThreadPoolExecutor() as pool:
+        looked = pool.map(functools.partial(_image_fault, records), shown_by)
+        looked = tqdm(looked, "checking images", len(shown_by), delay=1, disable=None)
+        for indices, says in zip(shown_by.values(), looked, strict=True):
+            for i in indices if says else ():
+                faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
+    return drop(records, range(len(records)), sorted(faults), skip_bad)
 
-    Every image is decoded once. cache_dir: a folder of the run; the result is kept there, and holds until the
-    data or an image changes its size or time."""
-    faults = _kept_check(records, needs_image, cache_dir)
+
+def drop(records, indices, faults, skip_bad):
+    """The indices without a fault. Faults, (index, kind, sentence), go to stderr, one a line, and end the run
+    unless skip_bad."""
     for _, _, text in faults:
         print(text, file=sys.stderr)
     bad = {i for i, _, _ in faults}
     share = f"{len(bad)} of {len(records)} records of {records.path}"
     if bad and not skip_bad:
         raise UserError(f"{share} are faulty (listed above); fix them or pass --skip_bad")
-    if len(bad) == len(records):
+    if len(bad) == len(indices):
         raise UserError(f"{records.path} has no usable record; fix it or give an --image_root")
     if bad:
         kinds = Counter(kind for _, kind, _ in faults)
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         print(f"--skip_bad left out {share} ({counts})", file=sys.stderr)
-    return [i for i in range(len(records)) if i not in bad]
-
-
-def _kept_check(records, needs_image, folder):
-    """_full_check's faults, or those that an earlier check has left in `folder`."""
-    path = os.path.abspath(records.path)
-    kept = Path(folder or "") / f"check-{hash64(path, _stat(path), records.root, needs_image)}.json"
-    if folder and kept.exists():
-        with contextlib.suppress(UserError):            # torn
-            found = data.read_json(kept)
-            if all(_stat(image) == stat for image, stat in found["images"].items()):
-                return found["faults"]
-    faults, images = _full_check(records, needs_image)
-    if folder:
-        with contextlib.suppress(OSError, UserError):   # a full disk or a read-only folder: nothing is kept
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            data.atomic_write(kept, json.dumps({"images": images, "faults": faults}))
-    return faults
-
-
-def _stat(path):
-    with contextlib.suppress(OSError):
-        stat = os.stat(path)
-        return [stat.st_size, stat.st_mtime_ns]
-
-
-def _full_check(records, needs_image):
-    """([(index, kind, sentence)], {an image's path: its size and time}). Threads decode the images."""
-    faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
-    for i in _progress(range(len(records)), "records"):
-        try:
-            record = records[i]
-        except UserError as error:
-            faults.add((i, "unreadable record", str(error)))
-            continue
-        for kind, says in _text_faults(record, needs_image):
-            faults.add((i, kind, f"{records.where(i)}: {says}"))
-        before = first.setdefault(record["id"], i)
-        if before != i:
-            says = f"{records.where(i)}: the id is a duplicate of that at {records.place(before)}; rename one"
-            faults.add((i, "duplicate id", says))
-        for image in _images(record):
-            shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
-    stats = {image: _stat(image) for image in shown_by if isinstance(image, str)}
-    with ThreadPoolExecutor() as pool:
-        looked = pool.map(functools.partial(_image_fault, records), shown_by)
-        for indices, says in _progress(zip(shown_by.values(), looked, strict=True), "images", len(shown_by)):
-            for i in indices if says else ():
-                faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
-    return sorted(faults), stats
-
-
-def _progress(work, what, total=None):
-    return tqdm(work, f"checking {what}", total, delay=1, disable=None)
-
-
-def _images(record):
-    return record["images"] + (record["images_rejected"] or [])
+    return [i for i in indices if i not in bad]
 
 
 def _text_faults(record, needs_image):
@@ -470,8 +398,12 @@ def _text_faults(record, needs_image):
 
 def _image_fault(records, key):
     """A sentence if an image, or one of the record with this index, cannot be read."""
+    images = [key]
+    if isinstance(key, int):
+        record = records[key]
+        images = record["images"] + record["images_rejected"]
     try:
-        for image in [key] if isinstance(key, str) else _images(records[key]):
+        for image in images:
             read_image(image)
     except UserError as error:
         return str(error).replace(records.root + os.sep, "")       # as the records have it

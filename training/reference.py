@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 import torch
 
-import losses
 from model import vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
@@ -17,25 +16,24 @@ FIELDS = ("chosen", "rejected", "image_rejected")
 class Reference:
     """reference(batch, features) -> losses.Logps of the model as it was before training.
 
-    Log-probs are kept in `logps` (n, 3), under `key` (n,): both are part of the checkpoint. A pair whose key
+    Log-probs are kept in `logps` (n, F), under `key` (n,): both are part of the checkpoint. A pair whose key
     has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
     def __init__(self, n, model, forward, needs, ranks, together=False):
         """needs: the fields to compute. together: all ranks run a forward, or none (--shard)."""
-        self.logps = torch.zeros(n, len(FIELDS), dtype=torch.float64)
+        self.fields = [field for field in FIELDS if field in needs]
+        self.logps = torch.zeros(n, len(self.fields), dtype=torch.float64)
         self.key = torch.zeros(n, dtype=torch.int64)
         self.model = model
         self.forward = forward
         self.needs = needs
         self.ranks = ranks
         self.together = together
-        self.columns = {field: i for i, field in enumerate(FIELDS) if field in needs}
         self.new = []                                       # places this rank added since the last sync
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
-        known = self.key[batch.places]
-        stale = not torch.equal(known, keys)
+        stale = not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
@@ -43,27 +41,20 @@ class Reference:
             self.key[batch.places] = keys
             self.new += batch.places
         exact = torch.promote_types(self.model.model.dtype, torch.float32)
-        kept = self.logps[batch.places].to(exact)
-        kept = kept.to(self.model.device)                                                       # (B, 3)
-        fields = {field: kept[:, i] for field, i in self.columns.items()}
-        for name in ("chosen", "rejected"):
-            lengths = [len(getattr(pair, name)) for pair in batch.pairs]
-            fields[f"{name}_tokens"] = kept.new_tensor(lengths)
-        return losses.Logps(**fields)
+        kept = self.logps[batch.places].to(exact).to(self.model.device)                         # (B, F)
+        return vlm.as_logps(kept.T.flatten(), batch.pairs, self.needs)
 
     @torch.no_grad()
     def score(self, batch, features):
         """Keep the log-probs of a batch. If something in front of the language model trains, the policy's
         features are not the base's."""
         trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
-        in_front = [name for name in trained if not {"language_model", "lm_head"} & {*name.split(".")}]
         with vlm.base_of(self.model) as base:
-            if in_front:
+            if not all("language_model." in name or "lm_head." in name for name in trained):
                 features = vlm.encode_images(base, batch)
             found = self.forward(base, batch.pairs, features, self.needs)
-        for field, i in self.columns.items():
-            logps = getattr(found, field)
-            self.logps[batch.places, i] = logps.cpu().double()
+        logps = [getattr(found, field) for field in self.fields]
+        self.logps[batch.places] = torch.stack(logps, 1).cpu().double()                         # (B, F)
 
     def sync(self):
         """Share new log-probs among the ranks: a pair is scored by one rank."""

@@ -3,8 +3,8 @@
     python -m training.report runs/NAME    writes runs/NAME/report.html
 
 train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
-curves and held-out pairs with other images (log.jsonl), the reward of words with their own and another image
-(words.json), and the first dozen images with both answers (before.jsonl, after.jsonl).
+curves and held-out pairs with other images (log.jsonl), and the first dozen images with both answers
+(before.jsonl, after.jsonl).
 """
 import sys
 from html import escape
@@ -22,162 +22,113 @@ CURVES = (                                                 # title, what it says
     ("Accuracies", "share of pairs with a positive margin",
      {"rewards/accuracies": "answers", "rewards/image_accuracies": "images"}),
     ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
-     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}),
-    ("log p of the answers", "", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    ("Gradient norm", "unclipped", {"grad_norm": "norm"}), ("Speed", "", {"tokens_per_second": "tokens/s"}))
+     {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
-SIDES = {"true": "image", "other": "other_image"}           # whose reward of a word; keys of words.json
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
 
 
-# ---- the table: a measure is [value], or [value, low, high] with its 95% interval ----
-def measures(side):
-    """{name: measure} of a side of a summary, or of its difference."""
-    found = {}
-    for name, value in {**side, **side.get("by_kind", {})}.items():
-        if isinstance(value, dict) and "interval" in value:
-            found[name] = [value.get("acc", value.get("change")), *value["interval"]]
-        elif page.num(value) != "–":
-            found[name] = [value, *side.get("intervals", {}).get(name, ())]
+# ---- the table ----
+def values(side):
+    """{measure: number} of a side of a summary."""
+    found = {name: value for name, value in side.items() if page.num(value) != "–"}
+    for kind, about in side.get("by_kind", {}).items():
+        found[kind] = about["acc"]
     return found
 
 
 def rows(summary):
-    """[(name, before, after, change)], measures that both sides have."""
-    before, after, change = (measures(summary.get(part) or {}) for part in ("before", "after", "difference"))
+    """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
+    before, after = (values(summary.get(side, {})) for side in ("before", "after"))
+    paired = summary.get("difference", {})
+    paired = paired | paired.get("by_kind", {})
     found = []
     for name, new in after.items():
         if name in before and name not in ("n", "images", "unparsed"):
-            (value, *_), (old, *_) = new, before[name]
-            difference = change.get(name, [value - old])
-            found.append((metrics.CLASSROOM.get(name, name), before[name], new, difference))
+            change, form, spread = new - before[name], ".4f", ""
+            if name in paired:
+                change, form = paired[name]["change"], ".1f"
+                spread = "{:10.1f} to {:.1f}".format(*paired[name]["interval"])
+            title = metrics.CLASSROOM.get(name, name)
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
 
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
     lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
-    for name, (old, *_), (new, *_), (change, *interval) in rows(summary):
-        form = "9.1f" if interval else "9.4f"
-        spread = "{:10.1f} to {:.1f}".format(*interval) if interval else ""
-        lines.append(f"{name:30}{old:{form}}{new:{form}}{change:+{form}}{spread}")
+    for name, before, after, change, spread in rows(summary):
+        lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
     return lines
 
 
 def before_and_after(summary):
-    images, note = (summary.get("after") or {}).get("images"), "On held-out pairs."
-    form, body = "z.4g", []
+    images = summary.get("after", {}).get("images")
+    note = "On held-out pairs."
     if images:
-        form = "z.1f"
-        note = (f"Percent, on {page.num(images)} images that are in no pair, with 95% intervals. "
-                "The change is paired by image, and bold if its interval leaves out 0.")
-    for name, before, after, change in rows(summary):
-        body.append((name, cell(before, form), cell(after, form), cell(change, "+" + form, True)))
-    return page.section("Before and after", note, page.table(("", "before", "after", "change"), body))
+        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
+                "it is clear where its interval does not include 0.")
+    head = "", "before", "after", "change", "95% interval of the change"
+    return page.section("Before and after", note, page.table(head, rows(summary)))
 
 
-def cell(measure, form, bold=False):
-    """A measure as page.table takes it, its interval in small print; bold where that leaves out 0."""
+def cell(measure, form):
+    """[mean, low, high] as page.table takes it, the interval in small print."""
     value, *interval = measure
-    spread = " to ".join(page.num(bound, form) for bound in interval)
-    clear = bold and interval and not min(interval) <= 0 <= max(interval)
-    return page.num(value, form), spread, "clear" if clear else ""
+    return page.num(value, form), " to ".join(page.num(bound, form) for bound in interval)
 
 
 # ---- curves ----
 def curves(steps):
     """steps: the lines of log.jsonl that are about a step."""
-    note = "Faint: each step on its own batch. Strong: a running mean, whose first and last values are below."
+    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
     figures = "".join(curve(steps, *about) for about in CURVES)
-    return page.section("Training", note, figures and f'<div class="grid">{figures}</div>')
+    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
 def curve(steps, title, says, labels):
-    """One figure, lines over the steps: faint as logged, strong as a running mean. labels: see CURVES."""
+    """One figure of means over the steps, in a box of 290 by 120. labels: see CURVES."""
     series = {}
     for key, label in labels.items():
-        points = [(line["step"], line[key]) for line in steps if page.num(line.get(key)) != "–"]
-        if points:
-            series[label] = points
+        values = [line[key] for line in steps if page.num(line.get(key)) != "–"]
+        if values:
+            stretches = np.array_split(values, min(60, len(values)))
+            series[label] = [float(np.mean(some)) for some in stretches]
     if not series:
         return ""
-    places, values = zip(*sum(series.values(), []), strict=True)
-    box = left, right, low, high = min(places), max(places), min(values), max(values)
+    low, high = min(map(min, series.values())), max(map(max, series.values()))
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
-<text x="-6" y="134" text-anchor="end">{page.num(low)}</text>
-<text x="-6" y="14" text-anchor="end">{page.num(high)}</text>
-<text y="147">{page.num(left)}</text><text x="290" y="147" text-anchor="end">{page.num(right)}</text>"""
-    if low < 0 < high:
-        body += path([(left, 0), (right, 0)], "rule", box)
-    for k, (label, points) in enumerate(series.items()):
-        places, values = zip(*points, strict=True)
-        wide = 1 + len(points) // 40 * 2
-        means = np.convolve(values, np.ones(wide) / wide, "valid").tolist()
-        body += path(points, f"s{k} raw", box)
-        body += path([*zip(places[wide // 2:], means, strict=False)], f"s{k}", box)
+<text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
+<text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
+<text x="290" y="147" text-anchor="end">{page.num(len(steps))} steps</text>"""
+    for k, (label, means) in enumerate(series.items()):
+        line = "M"
+        for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
+            line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
+        body += f'<path class="s{k}" d="{line}"/>'
         keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
-                 f'{page.num(means[0])} → {page.num(means[-1])}</span>')
+                 f'{page.num(means[0], "z.3f")} → {page.num(means[-1], "z.3f")}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
-
-
-def path(points, kind, box):
-    """A line in a box of 290 by 120; box: the (left, right, low, high) that it shows."""
-    left, right, low, high = box
-    wide, tall = 290 / (right - left or 1), 120 / (high - low or 1)
-    some = points[::max(1, len(points) // 600)]
-    places = " ".join(f"{(x - left) * wide:.1f} {130 - (y - low) * tall:.1f}" for x, y in some)
-    return f'<path class="{kind}" d="M{places}"/>'
 
 
 # ---- does the model look? ----
 def held_out(lines):
     """What `look` found first and last, in a table. lines: those of log.jsonl."""
     found = [line["look"] for line in lines if line.get("look")]
-    if not found:
+    if len(found) < 2:
         return ""
     first, last, body = found[0], found[-1], []
-    columns, head = [first["preference"]], ["log p(chosen) − log p(rejected), by the image shown", "before"]
-    if len(found) > 1:
-        columns += [last["preference"], last["margin"], last["margin_true_minus"]]
-        head += ["after", "margin", "true image’s margin minus it"]
+    columns = first["preference"], last["preference"], last["margin"], last["margin_true_minus"]
+    head = ("log p(chosen) − log p(rejected), by the image shown", "before", "after", "margin",
+            "true image’s margin minus it")
     for kind in first["preference"]:
-        cells = [cell(column.get(kind, [None]), "+z.2f", k > 1) for k, column in enumerate(columns)]
-        body.append((IMAGES[kind], *cells))
+        body.append((IMAGES[kind], *(cell(column.get(kind, [None]), "+z.2f") for column in columns)))
     for key, name in ONCE.items():
-        body.append((name, *(cell(look[key], "z.2f") for look in (first, last)[:len(found)])))
+        body.append((name, *(cell(look[key], "z.2f") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
             "training taught the model to look; at 0 it changed words alone.")
-    return f'<p class="soft">{note}</p>{page.table(head, body)}'
-
-
-def word_rewards(run):
-    """Answers word by word: the reward of each with its own and with another image."""
-    entries, body = data.read_json(run / "words.json", []), ""
-    rewards = [word[side] for entry in entries for word in entry["words"] for side in SIDES]
-    most = max(map(abs, rewards), default=0)
-    form = "+z.2f" if most >= .2 else "+z.3f"
-    for entry in entries:
-        pictures, words = "", '<div class="w soft">image<i>true</i><i>other</i></div>'
-        for word in entry["words"]:
-            invented = metrics.hallucinated(word["word"], entry["truth"])
-            words += f'<div class="w">{page.marked(word["word"], invented)}'
-            for side in SIDES:
-                reward = word[side]
-                colour, strength = "pos" if reward > 0 else "neg", .6 * abs(reward) / (most or 1)
-                words += (f'<i style="background:rgba(var(--{colour}),{strength:.2f})" '
-                          f'title="{side}: {reward:+.4f}">{page.num(reward, form)}</i>')
-            words += "</div>"
-        for side, key in SIDES.items():
-            if key in entry:
-                total = sum(word[side] for word in entry["words"])
-                pictures += page.picture(run, entry[key], f"{side}: {page.num(total, form)}")
-        body += f'<div class="card row">{pictures}<div>{words}</div></div>'
-    note = ("The reward β (log p − the reference’s) of each word of an answer after training, with its own "
-            "and with another image. Blue: training made the word likelier; orange: less likely. Where the "
-            "rows differ, the model looks; where they agree, it learned words. Below the images: the sums.")
-    return body and f'<p class="soft">{note}</p><div class="grid" style="--w:100%">{body}</div>'
+    return page.section("Does the model look?", note, page.table(head, body))
 
 
 # ---- answers ----
@@ -214,9 +165,8 @@ def write(run):
     for line in (first, *steps[-1:], summary):
         done |= line
     o = done["options"]
-    taken = page.num(summary.get("steps", done.get("step")))
-    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, {taken} steps in "
-            f"{page.num(done.get('seconds'))} seconds")
+    pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
+    said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
     for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
         if name in o:
             said += f", {name} {o[name]}"
@@ -224,7 +174,7 @@ def write(run):
     if not summary:
         said += ", not finished"
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += page.section("Does the model look?", "", held_out([first, *more]) + word_rewards(run))
+    body += held_out([first, *more])
     if "difference" in summary:
         body += answers(run)
     data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora
 from data import UserError
-from training.optimiser import wire
 
 
 def load_in_shards(load, ranks):
@@ -33,15 +32,10 @@ def load_in_shards(load, ranks):
     for turn in range(ranks.world):
         if turn == int(os.environ["LOCAL_RANK"]):
             m = load()
-            for each in models(m):
+            for each in filter(None, (m, m.frozen)):                      # and the copy, if there is one
                 divide(each, ranks.device, mesh)
         ranks.barrier()
     return m
-
-
-def models(m):
-    """A VLM, and its frozen copy if it has one."""
-    return [m, m.frozen] if m.frozen else [m]
 
 
 def divide(m, device, mesh):
@@ -61,30 +55,30 @@ def divide(m, device, mesh):
     fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))            # joins the layers
 
 
-def first(ranks, work, m):
+def first(ranks, m, work):
     """ranks.first(work), where work runs the model or its frozen copy, whose weights come from all ranks.
 
     Rank 0 runs any number of forwards; for each the other ranks send a token of their own through the same
     language model, which rank 0 has told them by its number.
     """
-    languages = [each.language_model for each in models(m)]
+    languages = [each.language_model for each in (m, m.frozen) if each]
     if ranks.rank > 0:
-        while number := told():
+        while number := told(ranks):
             follow(languages[number - 1])
-    return ranks.first(partial(leading, languages, work))
+    return ranks.first(partial(leading, ranks, languages, work))
 
 
-def leading(languages, work):
+def leading(ranks, languages, work):
     """work() on rank 0, which tells the others before each forward, and in the end that there is none."""
     hooks = []
     for number, language in enumerate(languages, 1):
-        hooks.append(language.register_forward_pre_hook(partial(tell, number)))
+        hooks.append(language.register_forward_pre_hook(partial(tell, ranks, number)))
     try:
         return work()
     finally:
         for hook in hooks:
             hook.remove()
-        tell(0)
+        tell(ranks, 0)
 
 
 @torch.no_grad()
@@ -93,11 +87,10 @@ def follow(language):
     language(inputs_embeds=token[None], use_cache=False)
 
 
-def tell(number, *_):
-    dist.broadcast(wire(torch.tensor(number)), 0)
+def tell(ranks, number, *_):
+    ranks.gather(number)
 
 
-def told():
-    number = wire(torch.tensor(0))
-    dist.broadcast(number, 0)
-    return number.item()
+def told(ranks):
+    number, *_ = ranks.gather(None)
+    return number
