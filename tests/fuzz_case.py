@@ -115,9 +115,12 @@ def attempt(kind, number):
     if case.same and case.result:
         wanted = sound(case)
         case = Case(kind, number)
-    before = snapshot()
+    before = {**OUTSIDE, **files("case")} if OUTSIDE else files("../..")
     code, error, case.printed = command(case.argv)
-    said = f"{case.printed}{code}"
+    said, after = f"{case.printed}{code}", files("../..")
+    wrong = changes(case, before, after)
+    OUTSIDE.clear()                                    # nobody but a command changes these
+    OUTSIDE.update({path: about for path, about in after.items() if not path.startswith("case/")})
     if error:
         lines = "".join(traceback.format_exception(error))
         return "fault", type(error).__name__, place(error.__traceback__), lines[-1500:]
@@ -125,7 +128,7 @@ def attempt(kind, number):
         return "fault", "a traceback is printed", first_place(said), said[-1500:]
     if SECRETS.search(said):
         return "fault", "a secret is printed", case.argv[0], said[-400:]
-    if wrong := changes(case, before, snapshot()):
+    if wrong:
         return "fault", *wrong, said[-400:]
     if code and not said.removesuffix(f"{code}").strip() and not isinstance(code, str):
         return "fault", "refused without a sentence", case.argv[0], f"exit code {code}"
@@ -138,9 +141,12 @@ def attempt(kind, number):
     return "equal", "", "", ""
 
 
-def snapshot():
-    """{path: what tells whether it changed} of everything below the folder two above this one."""
-    found, here, todo = {}, os.getcwd() + os.sep, [os.path.abspath("../..")]
+OUTSIDE = {}                                           # files() of all but case/, after the last command
+
+
+def files(folder):
+    """{path: what tells whether it changed} of everything in a folder; paths within this one are relative."""
+    found, here, todo = {}, os.getcwd() + os.sep, [os.path.abspath(folder)]
     while todo:
         with os.scandir(todo.pop()) as entries:
             for entry in entries:

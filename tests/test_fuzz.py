@@ -1,7 +1,9 @@
 """Spoiled inputs and kills: each ends with the right result or with a sentence. See fuzz.py and kill.py."""
 import contextlib
 import os
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import fuzz
 import fuzz_kinds
@@ -10,10 +12,10 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("fuzz")
-    fuzz.built(found)
-    return found
+def folder():
+    with tempfile.TemporaryDirectory(prefix="nanovpo-fuzz-", dir=fuzz.memory()) as found:
+        fuzz.built(found)
+        yield Path(found)
 
 
 @pytest.fixture(scope="module")
