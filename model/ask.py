@@ -96,20 +96,20 @@ def anything(reply):
     return True
 
 
-def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=anything, template=None,
-            **options):
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=anything, timeout=60,
+            attempts=4, workers=8, **loading):
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
     None if it serves one. accept: reply -> bool; a server is asked again for a reply that it rejects, also in
     a later call. The last attempt's is kept all the same: what cannot be read is for the caller to count.
-    template: of a folder's prompts, as vlm.load takes it. options: fields of a Server or a Folder.
+    timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
     source = str(source)
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
-        return Server(source, settings, accept, **options)
-    return Folder(Path(source), settings, template, **options)
+        return Server(source, settings, accept, timeout, attempts, workers)
+    return Folder(Path(source), settings, **loading)
 
 
 def is_url(source):
@@ -192,14 +192,14 @@ class Server:
     """An OpenAI-compatible server: vLLM, SGLang, llama.cpp, `transformers serve`, OpenAI itself.
 
     The key in OPENAI_API_KEY goes to this host only: no redirect is followed, no proxy is asked. Neither the
-    key nor the URL's query is ever shown. timeout: seconds of one attempt, all of it.
+    key nor the URL's query is ever shown.
     """
     url: str
     settings: dict
     accept: object                  # reply -> whether it is acceptable
-    timeout: float = 60
-    attempts: int = 4
-    workers: int = 8
+    timeout: float
+    attempts: int
+    workers: int
 
     def __post_init__(self):
         self.reason = ""                                # of the last failure
@@ -222,16 +222,21 @@ class Server:
         body, failed = self.settings | {"model": self.model()}, 0
         body = {name: value for name, value in body.items() if value is not None}
         missing = [question for question in questions if question.id not in done]
+        self.stop = threading.Event()                   # for requests that are under way at the end
         with ThreadPool(self.workers) as pool:
-            for id, row, reason in pool.imap_unordered(functools.partial(self.one, body), missing):
-                if row:
-                    failed = 0
-                    yield id, row
-                    continue
-                self.reason, failed = reason, failed + 1
-                if failed == GIVE_UP:
-                    self.reason = f"{failed} requests in a row failed and the rest was not asked; {reason}"
-                    return
+            try:
+                for id, row, reason in pool.imap_unordered(functools.partial(self.one, body), missing):
+                    if row:
+                        failed = 0
+                        yield id, row
+                        continue
+                    self.reason, failed = reason, failed + 1
+                    if failed == GIVE_UP:
+                        self.reason = (f"{failed} requests in a row failed and the rest was not asked; "
+                                       f"{reason}")
+                        break
+            finally:
+                self.stop.set()
 
     def model(self):
         """The model's name: as given, or the only one that the server lists. None: many servers need none."""
@@ -258,9 +263,8 @@ class Server:
             if text is not None and (last or self.accept(text)):
                 finish = answer["choices"][0].get("finish_reason")
                 return question.id, {"reply": text, "model": answer.get("model"), "finish": finish}, ""
-            if last:
+            if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
-            time.sleep(max(wait, BACKOFF * 2 ** (attempt - 1)))
         return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
 
     def request(self, path, body=None):
@@ -320,14 +324,14 @@ class Folder:
     """A model folder, loaded when it is first asked: a vision-language model, or one of texts alone.
 
     batch: questions at once. device: "" for CUDA, else MPS, else the CPU. dtype: None for bfloat16 on CUDA,
-    else float32.
+    else float32. template: of a vision-language model's prompts, as vlm.load takes it.
     """
     source: Path
     settings: dict
-    template: str | None
     batch: int = 8
     device: str = ""
     dtype: object = None
+    template: str | None = None
 
     reason, accept = "", staticmethod(anything)
 
@@ -376,6 +380,7 @@ class Folder:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
 
 

@@ -288,8 +288,8 @@ class Store:
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path and len(lines) == len(items):
-                lines = [line | item for line, item in zip(lines, items, strict=True)]
+            if self.shape and file == self.path:                     # the lines are in the items' order
+                lines = [line | item for line, item in zip(lines, items, strict=False)]
             for line in lines:
                 for row in line.get("rows", [line]):
                     if wanted.get(row.get("id"), "") == row.get("hash"):
@@ -298,7 +298,9 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings", {}), self.head["settings"], []
+        was, now, differ = begun.get("settings"), self.head["settings"], []
+        if not isinstance(was, dict):
+            raise UserError(f"{file} has no settings in its first line; give another --out")
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

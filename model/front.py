@@ -8,7 +8,7 @@ A family is a class, and a line in FAMILIES. A new one inherits from Llava and s
 
     image_ids(size)                 the ids that an image of (width, height) pixels becomes in a prompt
     prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
-    inputs(prepared)                those of a batch, as transformers' forward takes them
+    inputs(prepared)                those of a batch, as transformers' forward and generate take them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image
     positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
     language_model(model)           the part that reads embeddings
@@ -114,12 +114,15 @@ class Llava:
         return {}
 
     # ---- what they share ----
-    def encode(self, model, prepared):
+    def on_device(self, model, prepared):
+        """inputs(prepared) on the model's device, floats in its type."""
         from transformers import BatchFeature
+        return BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)
+
+    def encode(self, model, prepared):
         if not prepared:
             return []
-        inputs = BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)           # floats alone
-        return [*model.get_image_features(**inputs).pooler_output]
+        return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]
 
     def prompt_ids(self, question, sizes, history=()):
         """Token ids of a prompt, up to where the response starts; each image is its image_ids.
@@ -249,6 +252,7 @@ def open_folder(folder, template=None, preparation=""):
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
     if preparation:

@@ -25,10 +25,9 @@ import contextlib
 import copy
 import ctypes
 import mmap
-import re
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -332,26 +331,6 @@ class FrozenHead(torch.autograd.Function):
 FORWARDS = {"packed": packed, "naive": naive}
 
 
-@torch.no_grad()
-def word_logps(m, image, question, answer):
-    """[(word, log-prob)] of an answer about one PIL image; white space parts words."""
-    if not answer.strip():
-        return []
-    encoded = m.front.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    prompt = m.front.prompt_ids(question, [image.size])
-    pair = data.Pair("", prompt, prompt, encoded.input_ids, [], (image.size,))
-    row = data.pack([pair], {"chosen"}, m.front.positions)
-    features = m.front.encode(m.model, m.front.prepare([image]))
-    logps = packed_token_logps(m, row, features).tolist()
-    found, done = [], 0
-    # A token belongs to the first word that ends behind its start: white space goes with what follows it.
-    for word in re.finditer(r"\S+(\s+$)?", answer):
-        until = sum(start < word.end() for start, _ in encoded.offset_mapping)
-        found.append((word.group().strip(), sum(logps[done:until], 0.0)))
-        done = until
-    return found
-
-
 # -------------------------------------------------------------------------------- generation
 class Completion(NamedTuple):
     """What a model said."""
@@ -369,63 +348,31 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     """
     own = m.model.generation_config.eos_token_id
     ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
-    choose = greedy
+    options = {"do_sample": False}
     if sample_seed is not None:
-        choose = partial(drawn, torch.Generator(m.device).manual_seed(sample_seed), temperature)
-    prompts = []
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
     for question, shown in zip(questions, images, strict=True):
-        sizes = [picture.size for picture in shown]
-        prompts.append((m.front.prompt_ids(question, sizes), sizes))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
-    found = {}
-    for batch in data.chunks(order, batch_size):
-        pictures = [picture for i in batch for picture in images[i]]
-        features = m.front.encode(m.model, m.front.prepare(pictures))
-        said = continued(m, [prompts[i] for i in batch], features, choose, ends, max_new_tokens)
-        for i, tokens in zip(batch, said, strict=True):
-            text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-            found[i] = Completion(text.strip(), tokens[-1] in ends)
-    return [found[i] for i in sorted(found)]
-
-
-def greedy(logits):
-    return logits.argmax(-1)
-
-
-def drawn(generator, temperature, logits):
-    probabilities = (logits.float() / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-
-
-def continued(m, prompts, features, choose, ends, most):
-    """The tokens that follow each of R prompts (ids, their images' sizes), up to an end or `most` of them."""
-    from transformers import DynamicCache
-    longest = max(len(ids) for ids, _ in prompts)
-    ids, mask, positions = [], [], []
-    for prompt, sizes in prompts:
-        padding = longest - len(prompt)
-        ids.append([m.front.eos_id] * padding + prompt)
-        mask.append([0] * padding + [1] * len(prompt))
-        positions.append(F.pad(m.front.positions(prompt, sizes), (padding, 0)))           # (T,) or (3, T)
-    ids, mask = torch.tensor([ids, mask], device=m.device)                                # (R, T) each
-    positions = torch.stack(positions, -2).to(m.device)                               # (R, T) or (3, R, T)
-    embeddings, cache = embed(m, ids, features), DynamicCache()
-    said, going = [[] for _ in prompts], [*range(len(prompts))]
-    while going:
-        outputs = m.model(inputs_embeds=embeddings,
-                          attention_mask=mask,
-                          position_ids=positions,
-                          past_key_values=cache,
-                          logits_to_keep=1)
-        tokens = choose(outputs.logits[:, -1])                                                     # (R,)
-        last = tokens.tolist()
-        for row in going:
-            said[row].append(last[row])
-        going = [row for row in going if last[row] not in ends and len(said[row]) < most]
-        embeddings = m.model.get_input_embeddings()(tokens[:, None])
-        mask = F.pad(mask, (0, 1), value=1)
-        positions = positions[..., -1:] + 1
-    return said
+        prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = [None] * len(prompts)
+    with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
+        torch.manual_seed(sample_seed or 0)
+        for batch in data.chunks(order, batch_size):
+            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
+                                           padding_side="left", return_tensors="pt").to(m.device)
+            if pictures := [picture for i in batch for picture in images[i]]:
+                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+            new = m.model.generate(**inputs,
+                                   **options,
+                                   max_new_tokens=max_new_tokens,
+                                   eos_token_id=[*ends],
+                                   pad_token_id=m.front.eos_id)
+            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
+            for i, tokens in zip(batch, new.tolist(), strict=True):
+                text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+                found[i] = Completion(text.strip(), not ends.isdisjoint(tokens))
+    return found
 
 
 def generate(*arguments, **options):

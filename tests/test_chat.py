@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, picture, word_tokenizer, write_llava
@@ -158,7 +159,11 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
 
 def test_retry_after_is_honoured_and_bounded(monkeypatch):
     waits, after = [], ["7", "86400", "9" * 5000, "-3", "nan", "soon"]
-    monkeypatch.setattr(ask.time, "sleep", waits.append)
+
+    class Noting(threading.Event):
+        def wait(self, seconds=None):
+            waits.append(seconds)
+    monkeypatch.setattr(ask, "threading", SimpleNamespace(Event=Noting, Timer=threading.Timer))
 
     def respond(body, n):
         return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)

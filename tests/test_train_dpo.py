@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -241,6 +242,60 @@ def test_a_run_killed_twice_ends_with_the_same_bytes(world, tmp_path, uninterrup
         assert run(argv, kill_at(step))[0] == -signal.SIGKILL
     trained(argv)
     assert adapter(tmp_path / "run") == adapter(uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """A run that was killed in step 5: its checkpoint is of step 4, the one before of step 3."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    assert run(arguments(world, out, "--set", "save_every=2"), kill_at(5))[0] == -signal.SIGKILL
+    return out
+
+
+def flipped(content):
+    """One bit of the last tensor's."""
+    return content[:-9] + bytes([content[-9] ^ 16]) + content[-8:]
+
+
+@pytest.mark.parametrize("spoil", [
+    flipped, lambda b: b[:-100], lambda b: b[:9], lambda b: b"", lambda b: bytes(len(b)),
+    lambda b: b.replace(b'"step\\": 4', b'"step\\": 3'), lambda b: b.replace(b"sha256", b"sha257")],
+    ids=["a bit", "torn", "header torn", "empty", "zeros", "metadata", "without its hash"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_refused(world, tmp_path, killed, uninterrupted, spoil):
+    """And the one before it, put in its place, leads to the same bytes."""
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    file = out / "last" / "checkpoint.safetensors"
+    before = file.read_bytes()
+    file.write_bytes(spoil(before))
+    assert file.read_bytes() != before
+    argv = arguments(world, out, "--set", "save_every=2")
+    code, text = run(argv)
+    assert code == 1 and "checkpoint.safetensors is damaged" in text and "Traceback" not in text
+    if spoil is flipped:
+        (out / "last" / "previous.safetensors").replace(file)
+        trained(argv)
+        assert adapter(out) == adapter(uninterrupted)
+
+
+def test_another_runs_checkpoint_is_refused(world, tmp_path, killed):
+    out = tmp_path / "run"
+    argv = arguments(world, out, "--set", "save_every=2", "--seed", "5")
+    assert run(argv, kill_at(5))[0] == -signal.SIGKILL
+    shutil.copy(killed / "last" / "checkpoint.safetensors", out / "last" / "checkpoint.safetensors")
+    code, text = run(argv)
+    assert code == 1 and "of a run with another base or other options" in text
+
+
+def test_a_log_that_lost_lines_is_reported_and_not_filled_up(world, tmp_path, killed, uninterrupted):
+    out = tmp_path / "run"
+    shutil.copytree(killed, out)
+    log = out / "log.jsonl"
+    first, *lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + lines[0])
+    text = trained(arguments(world, out, "--set", "save_every=2"))
+    assert "log.jsonl has lost lines" in text and b"\0" not in log.read_bytes()
+    assert adapter(out) == adapter(uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -250,24 +250,6 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_word_logps_are_the_chosen_logps_by_word(model):
-    prompt = model.front.prompt_ids("what is this ?", ONE)
-    words = vlm.word_logps(model, picture(2), "what is this ?", "a red cat .")
-    assert [w for w, _ in words] == ["a", "red", "cat", "."]
-    pair = one_pair(model, prompt, model.front.response_ids("a red cat .")[:-1])
-    total = vlm.packed(model, [pair], features_of(model, [pair], [picture(2)]), {"chosen"}).chosen
-    assert sum(logp for _, logp in words) == pytest.approx(total.item(), rel=1e-9)
-
-
-def test_word_logps_join_the_pieces_of_a_word(tmp_path):
-    m = vlm.load(write_llava(tmp_path, tokenizer=llama_tokenizer()))
-    words = vlm.word_logps(m, picture(2), "What is this?", "An extraordinarily red  car, isn't it?")
-    assert [w for w, _ in words] == ["An", "extraordinarily", "red", "car,", "isn't", "it?"]
-    words = vlm.word_logps(m, picture(2), "What is this?", " A \n\n 🦤  car. \n")  # 🦤: 4 byte tokens
-    assert [w for w, _ in words] == ["A", "🦤", "car."]
-    assert vlm.word_logps(m, picture(2), "What is this?", " ") == []
-
-
 def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
     with pytest.raises(data.UserError, match="no such folder"):
         vlm.load(tmp_path / "absent")
@@ -422,8 +404,6 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     assert together == alone and any(together)
     lengths = {len(m.front.image_ids(size)) for size in SIZES}
     assert (len(lengths) > 1) == isinstance(m.front, front.LlavaNext)
-    words = vlm.word_logps(m, picture(0, (90, 20)), "what is this ?", "a cat")
-    assert [w for w, _ in words] == ["a", "cat"]
 
 
 @pytest.mark.parametrize("patch, image", [(14, 336), (14, 30)])
@@ -553,8 +533,7 @@ def test_a_family_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
         ids = torch.tensor([ids + response])
         labels = torch.full_like(ids, -100)
         labels[0, -len(response):] = torch.tensor(response)
-        inputs = m.front.inputs(m.front.prepare(shown))
-        inputs["pixel_values"] = inputs["pixel_values"].double()
+        inputs = m.front.on_device(m.model, m.front.prepare(shown))
         kinds = (ids == m.front.image_token_id).int()
         logits = m.model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits
         return losses.response_logps(logits, labels)[0]

@@ -5,14 +5,21 @@ Part of train_dpo.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import contextlib
+import hashlib
 import json
+import os
 import signal
+import sys
 from dataclasses import asdict, dataclass
+
+import torch
 
 import data
 from training import options
 
 FILE = "last/checkpoint.safetensors"                         # in the run's folder
+PREVIOUS = "last/previous.safetensors"                       # the one before
 
 
 @dataclass
@@ -31,27 +38,61 @@ def save(run):
     tensors |= {"reference/logps": run.reference.logps, "reference/key": run.reference.key}
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
-        about = {"state": json.dumps(asdict(run.state)), "base": run.base}
-        data.atomic_write(run.out / FILE, to_bytes(tensors, about))
+        about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
+        content = to_bytes(tensors, about | {"sha256": digest(tensors, about)})
+        with contextlib.suppress(OSError):                   # there is none, or the file system has no links
+            (run.out / PREVIOUS).unlink(missing_ok=True)
+            os.link(run.out / FILE, run.out / PREVIOUS)
+        data.atomic_write(run.out / FILE, content)
+
+
+def made_from(run):
+    """What a checkpoint goes with."""
+    return {"base": run.base, "options": json.dumps(asdict(run.o) | {"out": ""})}
+
+
+def digest(tensors, about):
+    """A hash over all that a checkpoint holds."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {x.shape}".encode())
+        found.update(x.reshape(-1).view(torch.uint8).cpu().numpy())
+    return found.hexdigest()
+
+
+def read(file):
+    """(tensors, metadata) of a checkpoint. Raises UserError for one that is not as it was written."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, "pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            about = f.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        tensors, about = {}, {"sha256": error}
+    if about.pop("sha256", "") != digest(tensors, about):
+        raise data.UserError(f"{file} is damaged, or of another version: put {PREVIOUS} in its place, if it "
+                             "exists, or give another --out")
+    return tensors, about
 
 
 def restore(run):
-    """Continue from the last checkpoint, if there is one. Raises UserError for one of other inputs."""
-    from safetensors import safe_open
+    """Continue from the last checkpoint, if there is one. Raises UserError for one that does not fit."""
     file = run.out / FILE
     if file.exists():
-        with safe_open(file, "pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-            about = f.metadata()
-        if about["base"] != run.base:
-            raise data.UserError(f"{file} was made with another base than --model is now: give another --out")
+        tensors, about = read(file)
+        state = State(**json.loads(about.pop("state")))
+        if about != made_from(run):
+            raise data.UserError(f"{file} is of a run with another base or other options: give another --out")
         run.reference.logps = tensors.pop("reference/logps")
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
-        run.state = State(**json.loads(about["state"]))
+        run.state = state
     if run.ranks.rank == 0:
-        with open(run.out / "log.jsonl", "ab") as file:
-            file.truncate(run.state.log_bytes)
+        with open(run.out / "log.jsonl", "ab") as log:
+            if log.tell() < run.state.log_bytes:
+                print(f"{log.name} has lost lines since {file} was written: its steps are not all in it",
+                      file=sys.stderr)
+            log.truncate(min(log.tell(), run.state.log_bytes))
 
 
 def opening(run):
