@@ -45,14 +45,13 @@ from model import import_checkpoint, vlm  # noqa: E402
 SECONDS, BYTES = 10, 2 << 30
 # Faults that are known, {kind: where they arise, beginnings of FILE:FUNCTION}: this is to shrink to nothing.
 KNOWN = {
-    "records": "model/front.py train_dpo.py training/records.py",
+    "records": "model/front.py training/records.py",
     "images": "data.py",
     "configs": "data.py model/front.py model/import_checkpoint.py model/vlm.py training/plan.py",
     "tokenizers": "data.py model/front.py",
     "templates": "model/front.py model/import_checkpoint.py",
     "safetensors": "data.py model/import_checkpoint.py",
     "adapters": "lora.py",
-    "checkpoints": "train_dpo.py training/checkpoint.py training/optimiser.py",
     "logs": "evaluation/page.py training/options.py training/report.py",
     "states": "train_dpo.py training/report.py",
     "answers": "eval_hallu.py evaluation/objects.py evaluation/stats.py",

@@ -6,7 +6,7 @@
 A job is killed with SIGKILL up to three times and then left to end: its files must be those of a job that
 nobody disturbed, times and speeds apart, and no temporary file may be left. Half of the kills fall on a
 random moment, the others on one at which a temporary file is there: within the write of a checkpoint or a
-result. Of several ranks now and then only one is killed, and the others must end by themselves. Processes are
+result. Of several ranks now and then only one is killed, and torchrun must end the others. Processes are
 forked from this one, where the imports are done; torchrun is started as a user does it.
 """
 import argparse
@@ -105,19 +105,19 @@ def ended(children):
     return codes
 
 
-def kill_one(children, rng):
-    """SIGKILL to one rank -> whether the others end by themselves within 20 seconds."""
-    victims = list(children)
-    if len(children) == 1:                                               # torchrun's ranks are its children
+def kill_one(job, children, rng):
+    """SIGKILL to one rank -> whether torchrun ends the others, and itself, within 30 seconds."""
+    victims, seconds = list(children), rng.uniform(0, .5)                # as soon as torchrun does it
+    if job.torchrun:
         listed = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
-        victims = [int(child) for child in listed] or victims
+        victims, seconds = [int(child) for child in listed] or victims, 30
     with contextlib.suppress(ProcessLookupError):
         os.kill(rng.choice(victims), signal.SIGKILL)
-    end = time.monotonic() + 20
+    end = time.monotonic() + seconds
     while children and time.monotonic() < end:
         ended(children)
         time.sleep(.01)
-    return not children
+    return not (children and job.torchrun)
 
 
 def kill_all(children):
@@ -165,7 +165,7 @@ def disturbed(job, rng, length, log):
             which -= now and not seen
             seen = now
             if (now and which < 0) if on_write else time.monotonic() - began > moment:
-                alone = kill_one(children, rng) if single else True
+                alone = kill_one(job, children, rng) if single else True
                 kill_all(children)
                 return Counter(kills=1, writes=int(on_write), single=int(single), hangs=int(not alone))
             if any(ended(children)):
@@ -222,6 +222,8 @@ def attempt(job, rng, length, wanted, log):
         count["different"], wrong = 1, f"different: {', '.join(sorted(names))}"
     else:
         count["equal"] = 1
+    if count["hangs"]:
+        wrong = wrong or "torchrun did not end when a rank was killed"
     if writing():
         left = [str(path) for path in Path("case").rglob("*") if ".tmp" in path.name]
         count["left"], wrong = 1, wrong or f"left: {', '.join(left)}"
