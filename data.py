@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import sys
 import textwrap
@@ -31,6 +32,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 class UserError(ValueError):
     """A user's mistake, in one sentence: what is wrong, where, and how to fix it."""
+    def __str__(self):
+        return re.sub(r"(\S{60})\S{90,}(\S{30})", r"\1...\2", super().__str__())        # an image as a text
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,8 +66,7 @@ def _write_all(file, content):
 
 
 def atomic_write(path, content):
-    """Write the whole file, text or bytes, or leave the old one as it was; its folder is made. Raises
-    UserError."""
+    """Write the whole file, text or bytes, or leave the old one; its folder is made. Raises UserError."""
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -163,8 +165,7 @@ def as_record(value, place):
 
 
 def read_json(path, default=None, kind=object, object_hook=None):
-    """What a JSON file holds; `default`, if it is given, where there is none. kind: dict where nothing else
-    will do. object_hook: see json.loads. Raises UserError."""
+    """What a JSON file holds, or `default`. kind: dict if it must be one. object_hook: json.loads's."""
     if default is not None and not os.path.exists(path):
         return default
     found = parse(read_bytes(path), path, object_hook=object_hook)
@@ -197,7 +198,7 @@ def inside(root, path, what):
     root = os.path.realpath(root)
     found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside or "
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or "
                         "give the folder it is in (--image_root, --images)")
     return found
 
@@ -250,20 +251,23 @@ def _opened(source):
 
 
 def read_image(source, as_stored=False):
-    """A path's or bytes' image in RGB, upright by its EXIF tag, alpha dropped as the official codes do.
-    as_stored: in its own mode and not turned."""
+    """A path's or bytes' image in RGB, upright, alpha dropped as official; as_stored: as it is in the file."""
     with _opened(source) as file:
         if as_stored:
             return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
-        if image.mode.startswith("I"):                  # 16 bits, which convert() would clip to white
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.mode[0] in "IF":                       # 16 bits, or floats, which convert() would clip
+            pixels = np.asarray(image, float)
+            unit = 256 if image.mode[0] == "I" else max(1, pixels.max()) / 255
+            image = Image.fromarray((pixels / unit).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 
 def image_size(source):
     """(width, height) of read_image's result, from the header alone."""
     with _opened(source) as file:
+        if file.format == "TIFF":                       # whose size changes with its pixels
+            file.load()
         turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
         return file.size[::-1] if turned else file.size
 
@@ -283,7 +287,6 @@ def image_url(path, side=None):
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
-#
 # record: as training/records.py reads it. image: the PIL image to replace. other: a function that reads the
 # image of another record. rng: a random generator, keyed by its purpose and not by the order of calls.
 

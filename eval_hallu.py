@@ -105,7 +105,8 @@ def score_mmhal(o, lines):
 
 
 def replied(o, who, prompts, read, path, text):
-    """-> ({id: reply} of prompts {id: text}; what the report says of who replied, and to which prompt).
+    """-> ({id: reply, None if it was cut off} of prompts {id: text}; what the report says of who replied, and
+    to which prompt).
 
     who: judge or extractor, o's name for the source. read: reads a reply, None if it cannot: a server is then
     asked again. path, text: the prompt's file, or None for our own, and its text. Numbers from two prompts
@@ -115,7 +116,8 @@ def replied(o, who, prompts, read, path, text):
     source, asked = getattr(o, who), {str(i): i for i in prompts}
     questions = [ask.Question(name, prompts[i]) for name, i in asked.items()]
     rows = ask.ask(source, questions, o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who,
-                   max_tokens=1024, accept=lambda reply: read(reply) is not None)
+                   max_tokens=o.judge_tokens,
+                   accept=lambda row: ask.whole(row) and read(row["reply"]) is not None)
     lost = len(asked) - len(rows)
     if lost and not (rows and o.partial):
         raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
@@ -128,7 +130,7 @@ def replied(o, who, prompts, read, path, text):
     said = {who: ask.public(str(source)) + (models and f" ({models})"),
             f"{who}_prompt": prompt,
             f"{who}_prompt_sha256": digest}
-    return {asked[name]: row["reply"] for name, row in rows.items()}, said
+    return {asked[name]: row["reply"] if ask.whole(row) else None for name, row in rows.items()}, said
 
 
 SCORERS = {"classroom": score_classroom, "pope": score_pope, "amber": score_amber, "chair": score_chair,
@@ -251,7 +253,8 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 CHAT_MODEL = {
-    "--chat_model": text("the server's name for the model, if it serves several")}
+    "--chat_model": text("the server's name for the model, if it serves several"),
+    "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
 
 # name: (what runs it, what it does, {argument: its settings for argparse})
 COMMANDS = {

@@ -224,12 +224,18 @@ def merge_folder(model, adapter, out, dtype="auto"):
 def write_folder(model, source, out, weights=None):
     """A folder that transformers alone loads, whole or not at all: `model`, the rest as it is in `source`.
 
-    weights: {name: tensor}, the whole ones of those that are sharded over ranks.
+    weights: {name: tensor}, the whole ones of those that are sharded over ranks. A processor_config.json,
+    without which AutoProcessor cannot count an image's tokens, is made where there is none. Raises UserError
+    for a weight that is not finite.
     """
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     state = dict(model.state_dict())
     for name, weight in (weights or {}).items():
         state[name] = weight.to(model.dtype)
+    for name, weight in state.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} is not finite: the adapter or its model is broken, or {weight.dtype} is "
+                            "too narrow; give --dtype float32 or another adapter")
     try:
         model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
         for file in source.iterdir():
@@ -237,6 +243,13 @@ def write_folder(model, source, out, weights=None):
             kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
             if kept and not new.exists():
                 shutil.copyfile(file, new)
+        new = temporary / "processor_config.json"
+        if not new.exists():
+            config, vision = model.config, model.config.vision_config
+            about = {"patch_size": vision.patch_size,
+                     "vision_feature_select_strategy": config.vision_feature_select_strategy,
+                     "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}
+            new.write_text(json.dumps(about, indent=1))
         os.replace(temporary, out)
     except (OSError, ValueError) as e:
         raise UserError(f"{out} cannot hold the model ({e}): make room there") from e
@@ -255,6 +268,7 @@ def main():
     o = parser.parse_args()
     try:
         merge_folder(o.model, o.adapter, o.out, o.dtype)
+        print(f"{o.out}: the merged model, its tokenizer and its processor; transformers loads it as it is")
     except UserError as e:
         sys.exit(f"lora.py: {e}")
 

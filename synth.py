@@ -159,7 +159,9 @@ class Run:
     def ask(self, name, source, questions, **options):
         """{id: {"reply", ...}} of ask.Questions; parts/ keeps each reply as it comes. For rank 0 alone."""
         replies, model = self.out / "parts" / f"{name}.jsonl", self.o.model_name or None
-        return ask.ask(source, questions, replies, model=model, description=name, **options, **self.place())
+        if not ask.is_url(source):
+            options |= self.place()
+        return ask.ask(source, questions, replies, model=model, description=name, **options)
 
     def place(self):
         """How ask.connect is to load a model's folder."""
@@ -302,7 +304,7 @@ def instruct(run):
         (name, source), = named(o.instruct).items()
         asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=text)) for id, text in kept.items()]
         said = run.ask(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
-        found = {id: " ".join(row["reply"].split()) for id, row in said.items()}
+        found = {id: " ".join(text.split()) for id, text in prompts.said(said).items()}
     rows = [{"id": id, "question": text} for id, text in found.items() if text]
     run.write("instructions", rows)
     run.say("instruct", questions=len(rows), failed=len(kept) - len(rows))
@@ -323,7 +325,8 @@ def respond(run):
             rows = run.made(f"respond-{name}", items, make, made_by, o.batch)
             said[name] = {row["id"]: row for row in rows}
         elif run.ranks.rank == 0:
-            said[name] = run.ask(f"respond-{name}", source, [*questions.values()], **options)
+            said[name] = run.ask(f"respond-{name}", source, [*questions.values()], accept=ask.anything,
+                                 **options)
     for id, question in questions.items():
         for name, rows in said.items():
             if id in rows:
@@ -346,7 +349,9 @@ def response(question, row, as_official):
 
     as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
-    text, finished = row["reply"], {"stop": True, "length": False}.get(row.get("finish"))
+    text, finished = row["reply"], row.get("finish") == "stop" or None
+    if not ask.whole(row):
+        finished = False
     if as_official:
         text = f"{question} {text}".replace("\n", " ")
     return {"response": text, "finished": finished}
@@ -356,9 +361,7 @@ def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = Path(source).name
-        if ask.is_url(source):
-            short = ask.public(source).split("//")[-1]
+        short = ask.public(source).partition("//")[2] or Path(source).name
         short = re.sub(r"[^\w.-]+", "-", short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
@@ -408,7 +411,7 @@ def score_by(questions, run, groups):
 def make_pairs(run):
     """pairing.make, and for its card the settings and the models that the run names."""
     settings, rows = dict(vars(run.o)), []
-    del settings["out"], settings["device"]
+    del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import hashlib
-import json
 import os
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import data
 from evaluation import benchmarks, metrics, objects, words
 from model import command
+from model.ask import hashed as _hash
 
 LENGTHS = {"classroom": 64,                                             # tokens of an answer
            "pope": 64,
@@ -54,10 +54,6 @@ def describe(m, **more):
             "dtype": str(m.model.dtype).removeprefix("torch."),
             "decoding": "greedy",
             **more}
-
-
-def _hash(lines):
-    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, description, ranks, **more):

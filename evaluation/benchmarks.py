@@ -5,7 +5,8 @@
 
 No question, image or prompt of theirs is part of this repository: everything is read by path.
 
-    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder
+    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder;
+             lmms-lab's                         {question_id, image_source, question, answer, category}
     amber    query_generative.json ...          list of {id, image, query}; or their folder: all 15,220
     objhal   obj_halbench_300_with_image.jsonl  {image (base64 or a name) or image_path, question, image_id};
              also LLaVA's question files        {question_id, image, text}: any captions over COCO images
@@ -26,6 +27,7 @@ from evaluation.metrics import SPLITS
 from evaluation.stats import first, image_number
 
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
+HUB = {"text": "question", "label": "answer", "image": "image_source"}           # lmms-lab's names for POPE's
 NAME = 300                                     # characters: anything longer is base64, not a file's name
 
 
@@ -42,6 +44,8 @@ def records(path, keys, what):
     found = data.read_records(path, torn_ok=False)
     for number, record in enumerate(found, 1):
         for key in keys:
+            if key in HUB and not isinstance(record.get(key), str):     # its `image` may be the picture
+                record[key] = record.get(HUB[key])
             if record.get(key) is None:
                 raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give one")
     if not found:
@@ -59,16 +63,20 @@ def prompt(path, own, places):
 
 
 def pope_questions(paths):
-    """{split: records} of POPE's question files, or of folders of them. A split's name is its file's."""
+    """{split: records} of POPE's question files, or of folders of them. A split's name is its file's, or its
+    questions' `category`."""
     files, found = [], {}
     for path in map(Path, paths):
         files += _files(path, "*pope*.json*")
     for file in sorted(files, key=lambda file: [split not in file.name for split in SPLITS]):
-        split = _split(file) or file.stem
-        if split in found:
+        splits = {}
+        for row in records(file, ("question_id", "image", "text", "label"), "POPE question file"):
+            split = _split(str(row.get("category"))) or _split(file) or file.stem
+            splits.setdefault(split, []).append(row)
+        for split in splits.keys() & found:
             raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
                             "circulation (2,910 and 3,000 questions); give one of them by its name")
-        found[split] = records(file, ("question_id", "image", "text", "label"), "POPE question file")
+        found |= splits
     return found
 
 
@@ -166,6 +174,7 @@ def image_names(line, listed=()):
     listed: what the folder holds, since MMHal's archive numbers its files: 00_name.
     """
     names = [line[key] for key in ("image", "image_path") if isinstance(line.get(key), str)]
+    names += [f"{name}.jpg" for name in names]                                              # the hub's
     if isinstance(line.get("image_src"), str):                                                       # MMHal's
         name = line["image_src"].rpartition("/")[2]
         names += [name, *(other for other in listed if other.endswith(f"_{name}"))]

@@ -206,7 +206,7 @@ def _pope_names(found, splits):
     waiting = {split: iter(lines) for split, lines in splits.items()}
     names = []
     for answer in found:
-        name, split = answer.id, answer.line.get("split", unsaid)
+        name, split = answer.id, first(answer.line, "split", "category") or unsaid
         if not others and only not in SPLITS:
             split = only
         if split in waiting and not answer.line.keys() & {"question_id", "id"}:
@@ -293,7 +293,7 @@ def chair(answers, truth, table, lemmatize, replies=None, mode="robust", resampl
         if replies is None:
             named = joined(lemmatize(text), table)
         else:
-            named = item["objects"] = _extracted(replies[name], table, mode)
+            named = item["objects"] = _extracted(replies[name] or "", table, mode)
         if named is None:
             item |= {"unparsed": True, "sums": {}}
         else:
@@ -372,21 +372,23 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
     mode; an answer without a reply is not scored.
 
     template: the 96 records; answers: lines with image_id and question, or with question_id = place in the
-    template; or the template with its model_answer filled in. replies: {place: the judge's reply}.
+    template; or the template with its model_answer filled in. replies: {place: the judge's reply, None if it
+    was cut off}.
     """
     texts, coverage = _mmhal_answers(template, answers, partial)
     items = []
     for place in texts:
         if place in replies:
-            said = rating(replies[place], mode)
-            score = 0 if said is None and mode == "official" else said
+            reply = replies[place]
+            said = rating(reply or "", mode)
+            score = 0 if said is None and mode == "official" and reply is not None else said
             items.append({"id": place,
                           "image": template[place].get("image_id", place),
                           "type": MMHAL[place % 8],
                           "score": score,
                           "unparsed": said is None,
                           "sums": {} if score is None else _mmhal_sums(score),
-                          "reply": replies[place]})
+                          "reply": reply})
     total, draws = tally(items, lambda item: ["all", item["type"]], resamples)
     by_category = {}
     for kind in MMHAL:

@@ -36,7 +36,7 @@ class Answer(NamedTuple):
         return str(first(self.line, "prompt", "question", "query") or "")
 
 
-TEXTS = ("answer", "response", "model_answer", "text", "caption")  # the first there; a question may be a text
+TEXTS = ("response", "model_answer", "answer", "text", "caption")         # the first; `answer` may be a label
 
 
 def first(record, *keys):
@@ -232,8 +232,7 @@ def paired(a_items, b_items):
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
     total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))
-    old, new = ratios(total.of("a"), 100), ratios(total.of("b"), 100)
-    old_draws, new_draws = ratios(draws.of("a"), 100), ratios(draws.of("b"), 100)
+    old, new, old_draws, new_draws = (ratios(sums.of(side), 100) for sums in (total, draws) for side in "ab")
     found = {}
     for measure in old:
         if measure not in new:

@@ -11,7 +11,8 @@ serve any other and give its URL. A server's key is read from OPENAI_API_KEY and
 imported until a folder is asked.
 
 Replies are appended to `out` as they come; the same call asks only for those that are missing. A request that
-fails is tried again, a limited number of times, then counted and left out: no reply is made up.
+fails is tried again, a limited number of times, then counted and left out: no reply is made up. One that is
+cut off (finish reason `length`) is asked for again as well; its row is kept and says so: see `whole`.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
@@ -28,6 +29,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -42,6 +44,8 @@ BACKOFF = 0.5           # seconds before the second attempt; doubled before each
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
 LARGEST = 1 << 24       # bytes of a reply
+CUT = ("length", "content_filter")      # finish reasons of a reply that lacks its end
+OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": ""}      # of what a server refuses
 
 
 @dataclass(frozen=True)
@@ -64,26 +68,30 @@ def ask(source, questions, out=None, *, description="asking", **options):
     (401, 404).
     """
     asked = {q.id: digest(q) for q in questions}
-    if str(source).endswith((".jsonl", ".json")) or Path(source).is_file():
+    source = str(source)
+    if not is_url(source) and (source.endswith((".jsonl", ".json")) or os.path.isfile(source)):
         rows, reason = saved(source, asked), f"{source} does not contain it"
     else:
         model = connect(source, **options)
         rows = replied(model, questions, asked, out, description)
         reason = model.reason
     found = {i: rows[i] for i in asked if i in rows}
-    if lost := len(asked) - len(found):
+    lost, cut = len(asked) - len(found), sum(not whole(row) for row in found.values())
+    if lost:
         print(f"{description}: {lost} of {len(asked)} requests got no reply (last: {reason})",
               file=sys.stderr)
+    if cut:
+        print(f"{description}: {cut} of {len(asked)} replies are cut off", file=sys.stderr)
     return found
 
 
 def replied(model, questions, asked, out, description):
     """{id: row} of what a Server or Folder replies; asked: {id: digest}. Rows that `out` has are kept."""
     rows = {}
-    made = {i: {"id": i, "hash": _hash([key, model.settings]), "asked": key} for i, key in asked.items()}
+    made = {i: {"id": i, "hash": hashed([key, model.settings]), "asked": key} for i, key in asked.items()}
     if out:
         rows = command.Store(out).kept(made.values())
-    done = {i for i, row in rows.items() if model.accept(row["reply"])}
+    done = {i for i, row in rows.items() if model.accept(row)}
     found = model.ask(questions, done)
     for i, row in tqdm(found, description, len(asked), initial=len(done), unit="reply", disable=None):
         rows[i] = made[i] | row
@@ -92,33 +100,40 @@ def replied(model, questions, asked, out, description):
     return rows
 
 
-def anything(reply):
+def anything(row):
     return True
 
 
-def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=anything, timeout=60,
+def whole(row):
+    """Whether a reply was not cut off, as far as its row says."""
+    return row.get("finish") not in CUT
+
+
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=whole, timeout=60,
             attempts=4, workers=8, **loading):
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
-    None if it serves one. accept: reply -> bool; a server is asked again for a reply that it rejects, also in
+    None if it serves one. accept: row -> bool; a server is asked again for a reply that it rejects, also in
     a later call. The last attempt's is kept all the same: what cannot be read is for the caller to count.
     timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
-    source = str(source)
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
         return Server(source, settings, accept, timeout, attempts, workers)
+    if not os.path.isdir(source):
+        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
+                        "these")
     return Folder(Path(source), settings, **loading)
 
 
 def is_url(source):
-    return re.match("https?://", source) is not None
+    return re.match("(?i)https?://", source) is not None
 
 
 def public(source):
     """A source as it may be shown and written: a URL without user, password and query."""
-    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", source) if is_url(source) else source
+    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", source) if "//" in source else source
 
 
 def messages(text, images=()):
@@ -130,20 +145,29 @@ def messages(text, images=()):
 def digest(question):
     """16 hex digits over what is asked: the text, and the bytes of the images rather than their paths."""
     images = [{"image": hashlib.sha256(data.read_bytes(path)).hexdigest()} for path in question.images]
-    return _hash(messages(question.text, images))
+    return hashed(messages(question.text, images))
 
 
-def _hash(value):
+def hashed(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def reply_of(answer):
-    """The text in a server's answer; None if there is none."""
+    """(text, finish reason) in a server's answer, or in one of a batch's; where it is no reply: None (or "")
+    and what it is."""
     try:
-        text = answer["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
+        choice = answer.get("response", {"body": answer})["body"]["choices"][0]
+        text, finish = choice["message"].get("content"), choice.get("finish_reason")
+        if isinstance(text, list):
+            text = "".join(part["text"] for part in text if part["type"] == "text")
+        if text and not text.isspace():
+            return str(text), finish
+        if choice["message"].get("refusal"):
+            return None, "a refusal"
+        return "", f"an empty reply ({finish})"
+    except (KeyError, IndexError, TypeError, AttributeError):
+        failed = isinstance(answer, dict) and answer.get("error")
+        return None, "an error" if failed else "no choices"
 
 
 # ---- a file ----
@@ -157,9 +181,11 @@ def saved(path, asked):
     rows, others, ids = {}, set(), [*asked]
     lines = [line for line in data.read_records(path) if not line.get("error")]
     for number, line in enumerate(lines):
-        name, reply = said_in(line)
+        name, reply, finish = said_in(line)
         if name is None and len(lines) == len(asked):
             name = ids[number]
+        if name is not None and reply is None and finish:                       # a server's refusal or error
+            continue
         if name is None or not isinstance(reply, str):
             raise UserError(f"{path}: record {number + 1} of {len(lines)} has no id or no reply (`reply`, "
                             f"`judge_reply`, `choices`); only {len(asked)} can do without ids")
@@ -167,7 +193,7 @@ def saved(path, asked):
         if meant not in (None, asked.get(name)):
             others.add(name)                            # perhaps an older line, which a later one replaces
             continue
-        row = line | {"reply": reply, "asked": meant}
+        row = line | {"reply": reply, "asked": meant, "finish": finish}
         if meant is None and rows.get(name, row)["reply"] != reply:
             raise UserError(f"{path}: id {name} has two different replies; keep one of them")
         rows[name] = row
@@ -178,12 +204,11 @@ def saved(path, asked):
 
 
 def said_in(line):
-    """(id, reply) of a line; None for a missing one."""
-    if "custom_id" in line:                             # OpenAI's Batch API
-        return line["custom_id"], reply_of((line.get("response") or {}).get("body"))
-    if "choices" in line:                               # its id is the server's
-        return None, reply_of(line)
-    return line.get("id", line.get("question_id")), line.get("reply", line.get("judge_reply"))
+    """(id, reply, finish reason) of a line; None for what is missing."""
+    if line.keys() & {"custom_id", "choices"}:          # of the Batch API; an answer's own id says nothing
+        return line.get("custom_id"), *reply_of(line)
+    name, reply = line.get("id", line.get("question_id")), line.get("reply", line.get("judge_reply"))
+    return name, reply, line.get("finish")
 
 
 # ---- a server ----
@@ -202,7 +227,7 @@ class Server:
     workers: int
 
     def __post_init__(self):
-        self.reason = ""                                # of the last failure
+        self.reason = ""                                # of the last failure, and how many of each kind
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
         try:
             parts = urllib.parse.urlsplit(self.url)
@@ -210,16 +235,16 @@ class Server:
         except ValueError:                              # of a bracket, or of a port that is no number
             fits = False
         if not fits:
-            raise UserError(f"{public(self.url)}: give a server's URL, without user and password; a key "
+            raise UserError("a URL cannot be used: give a server's URL, without user and password; a key "
                             "belongs in the variable OPENAI_API_KEY")
         self.host, self.query = parts.netloc, parts.query
+        self.secrets = [text for text in (self.key, *re.split("[&=]", self.query)) if len(text) > 3]
         self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        secure = parts.scheme == "https"
-        self.connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self.connection = getattr(http.client, f"{parts.scheme.upper()}Connection")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
-        body, failed = self.settings | {"model": self.model()}, 0
+        body, failed, kinds = self.settings | {"model": self.model()}, 0, Counter()
         body = {name: value for name, value in body.items() if value is not None}
         missing = [question for question in questions if question.id not in done]
         self.stop = threading.Event()                   # for requests that are under way at the end
@@ -230,13 +255,17 @@ class Server:
                         failed = 0
                         yield id, row
                         continue
-                    self.reason, failed = reason, failed + 1
+                    failed += 1
+                    kinds[reason.partition(":")[0]] += 1
+                    self.reason = f"{reason}; in all {dict(kinds)}"
                     if failed == GIVE_UP:
                         self.reason = (f"{failed} requests in a row failed and the rest was not asked; "
                                        f"{reason}")
                         break
             finally:
                 self.stop.set()
+        if "" in body:
+            print(f"{self.host} takes no temperature and was asked without one", file=sys.stderr)
 
     def model(self):
         """The model's name: as given, or the only one that the server lists. None: many servers need none."""
@@ -256,13 +285,21 @@ class Server:
         images = []
         for path in question.images:
             images.append({"type": "image_url", "image_url": {"url": data.image_url(path)}})
-        body = {"messages": messages(question.text, images)} | body
+        asked = messages(question.text, images)
         for attempt in range(1, self.attempts + 1):
-            answer, reason, wait = self.request("/chat/completions", body)
-            text, last = reply_of(answer), attempt == self.attempts or wait is None
-            if text is not None and (last or self.accept(text)):
-                finish = answer["choices"][0].get("finish_reason")
-                return question.id, {"reply": text, "model": answer.get("model"), "finish": finish}, ""
+            sent = {"messages": asked} | body
+            sent.pop("", None)
+            answer, reason, wait = self.request("/chat/completions", sent)
+            for name, other in OTHERWISE.items():
+                if wait is None and name in sent and name in reason:
+                    body[other] = body.pop(name, sent[name])            # for all that is asked from now on
+                    wait = 0
+            text, finish = reply_of(answer)
+            last = attempt == self.attempts or wait is None
+            if text:
+                row = {"reply": text, "model": answer.get("model"), "finish": finish}
+                if last or self.accept(row):
+                    return question.id, row, ""
             if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
         return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
@@ -275,7 +312,7 @@ class Server:
         """
         status, after, text = self.exchange(path, body)
         said, answer = " ".join(text.split()), None
-        for secret in filter(None, (self.key, self.query)):        # some servers repeat what they were given
+        for secret in self.secrets:                     # some servers repeat what they were given
             said = said.replace(secret, "***")
         said = said[:200]
         if not status:
@@ -283,7 +320,7 @@ class Server:
         if status < 300:
             with contextlib.suppress(ValueError, RecursionError):
                 answer = json.loads(text)
-            return answer, f"no reply in {said!r}", 0
+            return answer, f"{reply_of(answer)[1]}: no reply in {said!r}", 0
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, None
@@ -302,8 +339,8 @@ class Server:
             with contextlib.closing(self.connection(self.host, timeout=self.timeout)) as connection:
                 connection.connect()
                 # the socket's own timeout starts anew with each byte
-                shut = functools.partial(connection.sock.shutdown, socket.SHUT_RDWR)
-                timer = threading.Timer(end - time.monotonic(), shut)
+                timer = threading.Timer(end - time.monotonic(), shut, [connection.sock])
+                timer.daemon = True                                     # a process that ends does not wait
                 timer.start()
                 try:
                     connection.request("POST" if body else "GET", target, body and json.dumps(body), headers)
@@ -314,8 +351,14 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= end:
                 return 0, "", f"no answer within {self.timeout:g} seconds"
-            return 0, "", f"{self.host}: {error or type(error).__name__}"
+            return 0, "", f"no connection: {self.host}, {error or type(error).__name__}"
         return response.status, response.headers.get("Retry-After", ""), text
+
+
+def shut(connected):
+    """End what another thread waits for on a socket, which may be closed already."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 # ---- a folder ----
@@ -336,9 +379,6 @@ class Folder:
     reason, accept = "", staticmethod(anything)
 
     def __post_init__(self):
-        if not self.source.is_dir():
-            raise UserError(f"{self.source} is not a URL, a file of replies or a model folder; give one of "
-                            "these")
         self.settings = self.settings | {"model": command.identity(self.source)}
 
     def ask(self, questions, done=()):

@@ -248,10 +248,11 @@ def digest(path):
 
 
 def identity(source):
-    """16 hex digits that tell one model from another: a URL's text; a file's or a folder's files' digests."""
+    """16 hex digits that tell one model from another: of a URL's text without its query; of a file's or a
+    folder's files' digests."""
     source, path = str(source), Path(source)
     if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.encode()).hexdigest()[:16]
+        return hashlib.sha256(source.partition("?")[0].encode()).hexdigest()[:16]
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
     found = hashlib.sha256()
@@ -300,7 +301,7 @@ class Store:
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
         if not isinstance(was, dict):
-            raise UserError(f"{file} has no settings in its first line; give another --out")
+            was, differ = {}, ["it has no settings"]
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,18 @@ class Llava:
     def prompt_ids(self, question, sizes, history=()):
         """Token ids of a prompt, up to where the response starts; each image is its image_ids.
 
-        sizes: (width, height) of each image. history: earlier [user, assistant] turns; the images are in the
-        first user turn. BOS comes once, whether the template writes it or the tokenizer adds it. Raises
-        UserError if the text contains IMAGE.
+        sizes: (width, height) of each image. history: earlier [user, assistant] turns. An image is where the
+        text has IMAGE; those without one lead the first user turn. BOS comes once, whether the template
+        writes it or the tokenizer adds it. Raises UserError if the text has IMAGE more often.
         """
-        text = self.tokenizer.apply_chat_template(messages(question, len(sizes), history), tokenize=False,
+        leading = len(sizes) - "".join(chain(*history, [question])).count(IMAGE)
+        text = self.tokenizer.apply_chat_template(messages(question, leading, history), tokenize=False,
                                                   chat_template=self.template, add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
         if (places := ids.count(self.image_token_id)) != len(sizes):
             raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
-                                 f"{len(sizes)} images in {text[:80]!r}: the text contains {IMAGE}")
+                                 f"{len(sizes)} images in {text[:80]!r}: mind {IMAGE} in the text")
         found, shown = [], iter(sizes)
         for token in ids:
             found += self.image_ids(next(shown)) if token == self.image_token_id else [token]

@@ -366,7 +366,7 @@ def write_weights(todo, dst, report=print):
 
 
 def content(weight, pickled, type):
-    """The bytes of a tensor, cast to `type` if it has another."""
+    """The bytes of a tensor, cast to `type` if it has another. Raises UserError if it is not finite."""
     import torch
     if weight.start < 0:
         tensor = pickled[weight.name]
@@ -375,7 +375,11 @@ def content(weight, pickled, type):
         with open(weight.file, "rb") as f:
             f.seek(weight.start)
             f.readinto(raw(tensor))
-    return raw(tensor.to(getattr(torch, NAMES[type])))
+    tensor = tensor.to(getattr(torch, NAMES[type]))
+    if not tensor.isfinite().all():
+        raise data.UserError(f"{weight.file}: {weight.name} is not finite in {NAMES[type]}: the file is "
+                             "broken; download it again")
+    return raw(tensor)
 
 
 def raw(tensor):

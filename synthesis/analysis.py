@@ -24,7 +24,7 @@ from html import escape
 import data
 from evaluation import page
 from model import ask
-from synthesis import pairing
+from synthesis import pairing, prompts
 
 ASK_JUDGE = ("Two pictures were made from this description:\n{prompt}\nWhich shows it better: the first (A) "
              "or the second (B)? Reply with A, B or tie.")
@@ -50,10 +50,9 @@ def top(scores, k):
 def agreement(ranked):
     """[{"rankers", "k", "agree", "chance", "n"}] of every two, and every three, rankers. All prompts have as
     many candidates, which all rankers scored."""
-    found, (first, *_) = [], ranked
-    names, n, many = first["scores"], len(ranked), len(first["candidates"])
-    twos, threes = itertools.combinations(names, 2), itertools.combinations(names, 3)
-    for rankers in (*twos, *threes):
+    found, n, first = [], len(ranked), ranked[0]
+    names, many = first["scores"], len(first["candidates"])
+    for rankers in (*itertools.combinations(names, 2), *itertools.combinations(names, 3)):
         for k in range(1, many):
             common = 0.
             for row in ranked:
@@ -89,19 +88,29 @@ def judged(run, ranked):
         if files[0] != files[1]:
             text = ASK_JUDGE.format(prompt=row["prompt"])
             asked.append(ask.Question(id, text, files))
-    said = run.ask("judge", o.judge, asked, max_tokens=16)
-    for id, row in said.items():
-        vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", row["reply"], re.I)
+    said = prompts.said(run.ask("judge", o.judge, asked))
+    for id, text in said.items():
+        vote = re.match(r"\W*(?:answer\W+)?(a|b|tie)\b", text, re.I)
         word = vote[1].lower() if vote else "unread"
         count[meant[id].get(word, word)] += 1
-    first, second = names
+    wins, losses = (count[name] for name in names)
+    decided = wins + losses
     return {"rankers": names,
-            "wins": count[first],
-            "losses": count[second],
+            "wins": wins,
+            "losses": losses,
             "ties": count["tie"],
             "unread": count["unread"],
             "not_answered": len(asked) - len(said),
-            "same_pick": len(ranked) - len(asked)}
+            "same_pick": len(ranked) - len(asked),
+            "win_rate": wins / decided if decided else None,
+            "interval": wilson(wins, decided)}
+
+
+def wilson(k, n, z=1.96):
+    """95% interval of a share k of n; of none (0, 1)."""
+    middle, total = k + z * z / 2, n + z * z
+    width = z * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
+    return [(middle - width) / total, (middle + width) / total]
 
 
 def words(text):

@@ -23,6 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import data
+from evaluation.readers import THOUGHT
 
 LONG = 12                               # words: a text this long without a full stop counts as cut off
 TELLING = .65                           # warn if length alone decides this share of the pairs
@@ -69,7 +70,7 @@ def faults(question, response, finished):
         finished = len(text.split()) < LONG or not re.search(r"[\w,;–-]$", text)
     found = {"echoed": echoed, "empty": not any(c.isalnum() for c in text),
              "foreign": is_foreign(question, text), "cut off": not finished,
-             "thoughts": re.search("</?(think|reasoning)", text, re.I)}
+             "thoughts": THOUGHT.search(text)}
     return [reason for reason, there in found.items() if there]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import data
 from data import UserError
+from evaluation.readers import THOUGHT
 from model import ask
 
 SHIPPED = Path(__file__).resolve().parent / "topics"
@@ -78,10 +79,15 @@ def written(run):
         for k in range(-(-o.per_topic // 5)):
             text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
             asked.append(ask.Question(f"{topic}/{k}", text))
-    for id, row in run.ask("writer", o.writer, asked, temperature=1., seed=o.seed).items():
+    for id, text in said(run.ask("writer", o.writer, asked, temperature=1., seed=o.seed)).items():
         topic, _, _ = id.rpartition("/")
-        found += [(topic, text) for text in listed(row["reply"])]
+        found += [(topic, line) for line in listed(text)]
     return found
+
+
+def said(rows):
+    """{id: reply, without its thoughts} of a chat model's rows, without those that were cut off."""
+    return {id: THOUGHT.sub("", row["reply"]).strip() for id, row in rows.items() if ask.whole(row)}
 
 
 def listed(text):

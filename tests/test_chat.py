@@ -24,9 +24,9 @@ def requests(n=5, words="What is this?"):
     return [ask.Question(str(i), f"{words} {i}") for i in range(n)]
 
 
-def reply(text, **more):
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text},
-                                         "finish_reason": "stop"}], "model": "judge-1", **more})
+def reply(text, finish="stop", **more):
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text, **more},
+                                         "finish_reason": finish}], "model": "judge-1"})
 
 
 @contextlib.contextmanager
@@ -117,6 +117,11 @@ def test_the_url_may_be_a_host_a_base_or_the_whole(given, path):
 FAULTS = {"500": (500, "oops"), "503 html": (503, "<html>busy</html>"), "html": (200, "<html>login</html>"),
           "broken": (200, '{"choices": ['), "no text": (200, '{"choices": []}'), "a list": (200, "[1]"),
           "null": reply(None), "an error": (200, '{"error": "overloaded"}'), "hangs up": None,
+          "no message": (200, '{"choices": [{"message": null}]}'), "a text": (200, '"choices"'),
+          "choices null": (200, '{"choices": null}'), "a number": reply(7), "parts of none": reply([1, None]),
+          "blank": reply(" \n"), "no part is text": reply([{"type": "thinking", "thinking": "hm"}]),
+          "a refusal": reply(None, refusal="I can't."),
+          "thoughts alone": reply(None, finish="length", reasoning_content="Rating: 2"),
           "429": (429, "slow down", {"Retry-After": "0"}), "408": (408, ""), "empty": (200, "")}
 
 
@@ -137,6 +142,68 @@ def test_a_fault_is_retried_and_then_counted(tmp_path, capsys, fault):
     assert said.startswith("asking: 1 of 5 requests got no reply (last: ") and "attempt 3 of 3" in said
     with server(echo) as (url, calls):
         assert len(ask.replies(url, requests(), out)) == 5 and len(calls) == 1
+
+
+NAMED = {"a refusal": reply(None, refusal="I can't help with that."), "an empty reply (stop)": reply(""),
+         "an empty reply (length)": reply(None, "length", reasoning_content="a rating of 2, or"),
+         "an empty reply (content_filter)": reply("", "content_filter"),
+         "an error": (200, '{"error": {"message": "Rate limit reached", "code": 429}}'),
+         "no choices": (200, 'data: {"choices": [{"delta": {"content": "4"}}]}\n\ndata: [DONE]'),
+         "the server answered 400": (400, '{"message": "This model\'s maximum context length is 2048"}')}
+
+
+def test_what_is_no_reply_is_counted_under_its_own_name(tmp_path, capsys):
+    kinds = list(NAMED)
+
+    def respond(body, n):
+        return NAMED[kinds[int(body["messages"][0]["content"].split()[-1]) % len(kinds)]]
+    with server(respond) as (url, calls):
+        assert ask.replies(url, requests(14), tmp_path / "o", attempts=2, model="m") == {}
+        assert len(calls) == 2 * 14 - 2                                          # a 400 is not tried again
+    said = capsys.readouterr().err
+    assert all(f"'{kind}': 2" in said for kind in kinds) and not (tmp_path / "o").exists()
+
+
+def test_a_content_of_parts_is_their_text(capsys):
+    parts = [{"type": "thinking", "thinking": "Rating: 2"}, {"type": "text", "text": "Rating:"},
+             {"type": "text", "text": " 4"}]
+    with server(lambda body, n: reply(parts)) as (url, calls):
+        assert ask.replies(url, requests(1)) == {"0": "Rating: 4"} and len(calls) == 1
+
+
+@pytest.mark.parametrize("text", ["<think>\nA rating of 2 could", "My first impression is Rating: 2, but on"])
+@pytest.mark.parametrize("finish", ["length", "content_filter"])
+def test_a_reply_that_is_cut_off_is_asked_for_again_and_marked(tmp_path, capsys, text, finish):
+    out = tmp_path / "replies.jsonl"
+    with server(lambda body, n: reply(text, finish) if n < 3 else reply("Rating: 4")) as (url, calls):
+        assert ask.replies(url, requests(1), out) == {"0": "Rating: 4"} and len(calls) == 3
+    with server(lambda body, n: reply(text, finish)) as (url, calls):
+        row = ask.ask(url, requests(1, "Other"), out, attempts=3)["0"]
+        assert len(calls) == 3 and not ask.whole(row) and row["reply"] == text
+    assert "1 of 1 replies are cut off" in capsys.readouterr().err
+    assert not ask.whole(ask.ask(out, requests(1, "Other"))["0"])                      # the file says so, too
+    with server(echo) as (url, calls):
+        assert ask.replies(url, requests(1, "Other"), out) == {"0": "reply to 0"}
+    with server(lambda body, n: reply(text, finish)) as (url, calls):                      # a responder's
+        assert len(ask.ask(url, requests(1, "Other"), accept=ask.anything)) == len(calls) == 1
+
+
+def newer(body, n):
+    """A server that takes neither max_tokens nor a temperature."""
+    refused = [name for name in ("max_tokens", "temperature") if name in body]
+    if refused:
+        message = f"Unsupported parameter: '{refused[0]}' is not supported with this model."
+        return 400, json.dumps({"error": {"message": message, "param": refused[0]}})
+    return echo(body, n)
+
+
+def test_settings_that_a_server_refuses_are_asked_otherwise(capsys):
+    with server(newer) as (url, calls):
+        said = ask.replies(url, requests(40), max_tokens=7, model="m")
+        assert len(said) == 40 and len(calls) <= 40 + 2 * 8         # each of 8 workers may learn it itself
+        assert calls[-1][2].keys() == {"messages", "model", "max_completion_tokens"}
+        assert calls[-1][2]["max_completion_tokens"] == 7
+    assert "takes no temperature and was asked without one" in capsys.readouterr().err
 
 
 def test_a_server_that_says_nothing_is_left_after_the_timeout(capsys):
@@ -221,12 +288,33 @@ def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
     assert "no reply in 'xxx" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("url", ["http://", "http://host:port/v1", "http://[::1", "https://:80/", "http:///v1",
+def test_nobody_waits_at_the_end_for_requests_that_are_under_way(tmp_path):
+    """One is refused, the others are never answered: the process ends at once, without a word of theirs."""
+    asks = ("import sys; from model import ask\ntry: ask.replies(sys.argv[1], "
+            "[ask.Question(str(i), str(i)) for i in range(8)], model='m')\n"
+            "except ask.UserError as error: sys.exit(str(error))")
+    wait = threading.Event()
+
+    def respond(body, n):
+        if n < 8:
+            wait.wait(50)
+        return 401, "who are you?"
+    with server(respond) as (url, _):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", asks, url], cwd=ROOT, capture_output=True, text=True)
+        seconds = time.monotonic() - start
+        wait.set()
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "answered 401" in done.stderr
+    assert seconds < 20
+
+
+@pytest.mark.parametrize("url", ["HTTP://", "http://", "http://host:port/v1", "http://[::1", "https://:80/", "http:///v1",
+                                 "HTTP://me:sec/ret@host",
                                  "http://me:secret@host", "http://me:secret@host:1/v1?key=secret"])
 def test_what_is_no_servers_url_is_refused_at_once(url):
     with pytest.raises(data.UserError, match="give a server's URL, without user and password") as caught:
         ask.connect(url)
-    assert "secret" not in str(caught.value)
+    assert not {"secret", "sec/ret"} & set(re.findall("sec/?ret", str(caught.value)))
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 302])
@@ -259,10 +347,15 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, mon
             ask.replies(url, requests(1))
     with server(lambda body, n: (500, " " * 190 + wrong)) as (url, _):          # hidden, then shortened
         ask.replies(f"{url}?api_key=hush", requests(1), attempts=1)
-    with server(lambda body, n: (404, "no /v1/chat/completions?api_key=hush")) as (url, calls):
+    with server(lambda body, n: (404, "no /v1/chat/completions?api_key=hush, hush is wrong")) as (url, calls):
         with pytest.raises(data.UserError) as caught:
-            ask.replies(f"{url}?api_key=hush", requests(1))
-        assert calls[0][0].endswith("?api_key=hush")
+            ask.replies(f"{url}?api_key=hush&version=2", requests(1))
+        assert calls[0][0].endswith("?api_key=hush&version=2")
+    ask.replies("http://127.0.0.1:1/v1?key=hush.jsonl", requests(1), attempts=1)         # a URL, and no file
+    for source in ("ftp://me:hush@host/v1?hush", "//me:hush@host/v1?hush"):
+        with pytest.raises(data.UserError, match="is not a URL") as refused:
+            ask.replies(source, requests(1))
+        assert "hush" not in str(refused.value)
     said = "".join(capsys.readouterr()) + out.read_text() + str(caught.value)
     assert not {"secret", "sk-ve", "hush"} & set(re.findall("secret|sk-ve|hush", said))
 
@@ -330,6 +423,24 @@ def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
     (tmp_path / "saved.json").write_text(text)
     with pytest.raises(data.UserError, match=says):
         ask.replies(tmp_path / "saved.json", requests(2))
+
+
+def test_the_output_of_a_batch_is_read_with_what_failed_in_it(tmp_path, capsys):
+    """Lines in any order; an error and a refusal count as missing, a reply that is cut off says so."""
+    def line(name, message, finish="stop", **more):
+        body = {"choices": [{"message": message, "finish_reason": finish}]}
+        return {"id": "b", "custom_id": name, "response": {"status_code": 200, "body": body}} | more
+    lines = [line("2", {"content": "c"}, "length"), line("0", {"content": "a"}),
+             line("1", {}, response={"status_code": 429, "body": {"error": {"message": "slow"}}}),
+             line("3", {"content": None, "refusal": "no"}), line("4", {}, response=None, error={"code": 1}),
+             line("5", {}, response="text"), line("6", {}, response=None)]
+    path = tmp_path / "batch.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    rows = ask.ask(path, requests(7))
+    assert {i: row["reply"] for i, row in rows.items()} == {"0": "a", "2": "c"}
+    assert [ask.whole(row) for row in rows.values()] == [True, False]
+    said = capsys.readouterr().err
+    assert "5 of 7 requests got no reply" in said and "1 of 7 replies are cut off" in said
 
 
 def test_saved_replies_that_are_missing_are_counted(tmp_path, capsys):

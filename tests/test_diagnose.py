@@ -252,7 +252,7 @@ def test_the_classrooms_runs_look_at_pairs_of_tuning_scenes_by_the_same_recipe(t
     (start, before), (end, after) = looks(tmp_path / "run")
     assert (start, end, after["n"], before["kl"]) == ("before", "after", 6, [0, 0, 0])
     own = str(tmp_path / "run" / "data" / "pairs.jsonl")                 # a file, and no --val_data
-    trained(["--out", str(tmp_path / "own"), "--data", own, *tiny])
+    trained(["--out", str(tmp_path / "own"), "--model", "classroom", "--data", own, *tiny])
     assert looks(tmp_path / "own") == looks(tmp_path / "run")
 
 

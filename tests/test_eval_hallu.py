@@ -562,6 +562,29 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
 
 
+def test_popes_questions_by_the_hubs_names(m, tmp_path):
+    """lmms-lab/POPE as JSON: all splits in one file, ids as strings, the label under `answer`, pictures of
+    its own; the answers are joined by `question_id` and `category`, and are not its labels."""
+    rows, answers = [], []
+    for split in ("adversarial", "popular"):
+        for row in pope_file(tmp_path / "pope", split, 4)[1]:
+            hub = {"id": str(len(rows)), "question_id": str(row["question_id"]), "question": row["text"],
+                   "answer": row["label"], "image_source": row["image"].removesuffix(".jpg"),
+                   "image": {"bytes": None, "path": row["image"]}, "category": split}
+            rows.append(hub)
+            answers.append(hub | {"response": "No"})
+    questions = write_json(tmp_path / "pope" / "hub.json", rows)
+    path = write_json(tmp_path / "a.jsonl", answers)
+    scores, _ = score(tmp_path, "pope", path, "--questions", questions)
+    assert scores["accuracy"] == .5 and scores["yes_ratio"] == 0
+    assert list(scores["by_split"]) == ["adversarial", "popular"]
+    asked = ask(m, "pope", questions, tmp_path / "ours.jsonl")
+    assert [line["label"] for line in asked[1:]] == [row["answer"] for row in rows]
+    score(tmp_path, "pope", tmp_path / "ours.jsonl", "--questions", questions)
+    with pytest.raises(data.UserError, match="record 1 has no 'label'"):
+        benchmarks.pope_questions([write_json(tmp_path / "b.json", [rows[0] | {"answer": None}])])
+
+
 def test_mmhal_joins_by_image(tmp_path):
     folder = need(SHARED / "cases" / "evaluation" / "mmhal-join")
     with pytest.raises(data.UserError, match="3 prompts"):
@@ -818,6 +841,40 @@ def test_a_judge_that_rambles_gives_no_number(tmp_path, monkeypatch, capsys):
     assert "1 of them unreadable" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode, unparsed", [("robust", 1), ("official", 1 + 3)])             # **Rating:** 1
+def test_a_rating_in_a_reply_that_is_cut_off_is_no_rating(tmp_path, monkeypatch, capsys, mode, unparsed):
+    """In neither mode: the official scripts know no such reply."""
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    template, rows = mmhal_file(tmp_path / "data")
+    answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
+    arguments = ["--template", template, "--mode", mode, "--judge"]
+
+    def respond(body, number):
+        cut = "what is this ? 3" in body["messages"][0]["content"]
+        return reply("My first impression is Rating: 2, but", "length") if cut else judged(body, number)
+    with server(respond) as (url, calls):
+        scores, _ = score(tmp_path, "mmhal", answers, *arguments, url, "--judge_tokens", "9")
+        assert calls[0][2]["max_tokens"] == 9
+    assert (scores["unparsed"], scores["n"], len(calls)) == (unparsed, 7, 7 + 4)
+    assert "judge: 1 of 8 replies are cut off" in capsys.readouterr().err
+    (tmp_path / "scores.judge.jsonl").unlink()
+    with server(lambda body, n: reply("Rating: 2, but", "length")) as (url, calls):
+        with pytest.raises(data.UserError, match="none of 8 replies can be read"):
+            score(tmp_path, "mmhal", answers, *arguments, url, "--partial")
+
+
+def test_lists_that_are_cut_off_leave_nothing_to_score(tmp_path, coco, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    for said, says in ((reply('["dog"]', "length"), "none of 1 replies can be read"),
+                       (reply(None, refusal="no"), "the extractor did not reply to 1 of 1 requests")):
+        answers = write_json(tmp_path / "a.jsonl", [{"image_id": 1, "caption": f"a dog and {says}"}])
+        with server(lambda body, n, said=said: said) as (url, calls):
+            with pytest.raises(data.UserError, match=says):
+                score(tmp_path, "chair", answers, *coco, "--extractor", url, "--partial")
+        assert len(calls) == 4
+    assert "{'a refusal': 1}" in capsys.readouterr().err
+
+
 def test_without_a_judge_the_prompts_are_written_for_another(tmp_path):
     template, rows = mmhal_file(tmp_path / "data")
     answers = write_json(tmp_path / "a.jsonl", mmhal_answers(rows))
@@ -1002,7 +1059,8 @@ def test_the_command_gives_mmhals_official_numbers(tmp_path, path):
 
 
 # ------------------------------------------------------------------------------- other people's evaluators
-def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
+@pytest.mark.parametrize("published", [True, False])
+def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path, published):
     """As LMMs-Eval loads and asks a folder (AutoProcessor, its chat template, generate): the answers are
     those of our base with the adapter."""
     import torch
@@ -1013,9 +1071,11 @@ def test_the_merged_model_answers_alike_under_transformers_alone(tmp_path):
     folder = write_llava(tmp_path / "model", seed=5)
     policy = vlm.load(folder)
     front = policy.front
-    LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), front.tokenizer, patch_size=14,
-                   vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                   chat_template=front.template).save_pretrained(folder)           # published folders have it
+    if published:                                   # with a processor_config.json: else merge writes one
+        LlavaProcessor(AutoImageProcessor.from_pretrained(folder, backend="pil"), front.tokenizer,
+                       patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                       chat_template=front.template).save_pretrained(folder)
+    assert (folder / "processor_config.json").exists() == published
     lora.add_lora(policy.model, 4, 8)
     torch.manual_seed(1)
     for weight in lora.lora_parameters(policy.model).values():

@@ -513,3 +513,14 @@ def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
     for words in ("missing  ", "model.safetensors is torn", "not there, model-00002.safetensors first",
                   "image processor cannot be read"):
         assert words in said
+
+
+def test_a_weight_that_is_not_finite_is_named(copy, tmp_path):
+    _, src, tower = copy
+    file = sorted(f for f in src.iterdir() if "-of-" in f.name)[1]
+    tensors = import_checkpoint.unpickle(file) if file.suffix == ".bin" else load_file(file)
+    tensors = {name: weight.clone() for name, weight in tensors.items()}
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[3] = float("nan")
+    torch.save(tensors, file) if file.suffix == ".bin" else save_file(tensors, file)
+    refused(f"{file.name}: {re.escape(name)} is not finite", src, tower, tmp_path)

@@ -313,6 +313,20 @@ def test_the_merged_folder_needs_transformers_alone(model, folder, tmp_path, mon
     assert {v.dtype for v in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("kind", ["adapter", "float16"])
+def test_a_merge_that_is_not_finite_is_refused_with_the_weights_name(model, folder, tmp_path, monkeypatch,
+                                                                     kind):
+    name, *_ = add_lora(model, 2, 4)
+    layer, spoilt = model.get_submodule(name), 7e4 if kind == "float16" else float("nan")
+    with torch.no_grad():
+        layer.lora_A[0, 0], layer.lora_B[0, 0] = 1, spoilt
+    save(model, tmp_path / "adapter", str(folder))
+    with pytest.raises(SystemExit, match=f"{name}.weight is not finite") as caught:
+        command(monkeypatch, "merge", "--model", folder, "--adapter", tmp_path / "adapter", "--out",
+                tmp_path / "merged", "--dtype", "float16")
+    assert not (tmp_path / "merged").exists() and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("arguments, said", [
     ((), "required"), (("merge", "--model", "x"), "--adapter, --out"),
     (("merge", "--model", "x", "--adapter", "y", "--out", "z", "--dtpye", "float32"), "--dtpye"),

@@ -805,6 +805,33 @@ def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tm
     found = analysis.judged(synth.Run(o, tmp_path), rows)
     assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
     assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
+    assert found["win_rate"] == found["wins"] / 29 and found["interval"] == analysis.wilson(found["wins"], 29)
+    (tmp_path / "said.jsonl").write_text('{"id": "p1", "reply": "A, since it", "finish": "length"}\n'
+                                         '{"id": "p2", "reply": "<think>B? No.</think>\\ntie"}\n')
+    found = analysis.judged(synth.Run(o, tmp_path), rows)
+    assert (found["ties"], found["not_answered"], found["win_rate"]) == (1, 38, None)
+    assert found["interval"] == [0, 1]
+
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1)])
+def test_wilsons_interval(k, n, low, high):
+    """Values of Wilson's score interval at 95%, as tables print them."""
+    assert analysis.wilson(k, n) == pytest.approx([low, high], abs=5e-5)
+
+
+def test_prompts_keep_emoji_and_lose_a_byte_order_mark(tmp_path):
+    (tmp_path / "odd.txt").write_bytes("\ufefftwo red balls\r\n🐶🐱🚗\r\na green cup\r\n".encode())
+    kept = [line for _, line in prompts.read(tmp_path)]
+    assert kept == ["two red balls", "🐶🐱🚗", "a green cup"] and prompts.distinct(kept, .5) == [0, 1, 2]
+
+
+def test_of_a_chat_models_replies_thoughts_and_cut_off_ones_make_no_question():
+    rows = {"a": {"reply": "<think>What, or where?</think>\nWhere is it?", "finish": "stop"},
+            "b": {"reply": "What is the", "finish": "length"}, "c": {"reply": "<think>Hm", "finish": None}}
+    assert prompts.said(rows) == {"a": "Where is it?", "c": ""}
+    for finish, faults in (("stop", []), ("length", ["cut off"]), ("content_filter", ["cut off"]), ({}, [])):
+        found = synth.response("What?", {"reply": "A red cat.", "finish": finish}, False)
+        assert pairing.faults("What?", found["response"], found["finished"]) == faults
 
 
 def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):

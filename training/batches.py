@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from operator import add
@@ -105,14 +106,9 @@ class Pairs:
         """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
         if record["images_rejected"] or self.o.crop_pixels:
             return [data.read_image(x) for x in record["images_rejected"]]
-        other = partial(self.other_image, seed, record, place)
+        other = partial(other_image, self.records, seed, record["id"], self.good[place], images[0])
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
                 for n, image in enumerate(images)]
-
-    def other_image(self, seed, record, place):
-        """The first image of another record, drawn for this one."""
-        index = other_index(seed, record["id"], place, len(self))
-        return data.read_image(self.records[self.good[index]]["images"][0])
 
 
 def join(batches):
@@ -120,11 +116,22 @@ def join(batches):
     return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
-def other_index(seed, id, i, n):
+def other_image(records, seed, id, i, image):
+    """The first image of another record than i, drawn until it is another picture than this image."""
+    for attempt in range(10 * len(records)):
+        index = other_index(seed, id, i, len(records), attempt)
+        with suppress(UserError, IndexError):                   # a faulty record, or one without an image
+            found = data.read_image(records[index]["images"][0])
+            if found.tobytes() != image.tobytes():
+                return found
+    raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
+
+
+def other_index(seed, id, i, n, attempt=0):
     """The index of another record than i, of n."""
     if n < 2:
         raise UserError("--image_rejected random needs two records or more; add some or choose crop")
-    return (i + 1 + int(data.draw(seed, "other", id, 0).integers(n - 1))) % n
+    return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
 def crop_pixels(pixels, box):
@@ -168,7 +175,7 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     sizes_rejected = sizes_rejected or sizes
     prompts = {x: front.prompt_ids(record["question"], x, record["history"]) for x in {sizes, sizes_rejected}}
     chosen = front.response_ids(record["chosen"])
-    rejected = front.response_ids(record["rejected"])
+    rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
     pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
                      sizes_rejected)
     return data.truncate(pair, o.max_length)
@@ -177,7 +184,8 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks):
     """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
     UserError."""
-    records = Records(path, o.image_root if path in (o.data, o.val_data) else None)
+    records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
+                      "rejected" in needs)
     good, tokens = ranks.first(partial(usable, front, records, o, needs))
     return Pairs(records, good, tokens, front, o, frozenset(needs))
 
@@ -185,16 +193,23 @@ def checked(front, path, o, needs, ranks):
 def usable(front, records, o, needs):
     """(indices of the good records, tokens of each one's packed row). Cut responses are counted, and faults
     end the run as in records.drop."""
-    good = check(records, needs_image="image_rejected" in needs, skip_bad=o.skip_bad)
+    twice = "image_rejected" in needs
+    good = check(records, twice, o.skip_bad)
     faults, tokens, cut = [], [], 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
+        record = records[i]
+        images = shown(record, o)
+        rejected = ()
+        if twice:
+            rejected = tuple(map(data.image_size, record["images_rejected"]))
+        if twice and o.image_rejected == "random" and not rejected:
+            drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
+            rejected = (drawn.size,) * len(images)
         try:
-            record = records[i]
-            sizes = tuple(data.image_size(x) for x in shown(record, o))
-            pair, lost = tokenise(front, record, o, sizes)
-            if lost and "rejected" in needs and pair.chosen == pair.rejected:
-                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: "
-                                     "raise --set max_length or drop the record")
+            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
+            if "rejected" in needs and pair.chosen == pair.rejected:
+                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: raise "
+                                "--set max_length or drop the record")
         except UserError as e:
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue

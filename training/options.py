@@ -121,9 +121,10 @@ def parse(argv, description):
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
     defaults = command.preset(PRESETS, chosen)
     name = chosen.get("preset", "classroom")
+    pairs = chosen.get("data", "classroom")
     for field in ("model", "data"):
-        if name != "classroom" and field not in chosen:
-            raise UserError(f"--preset {name} needs --{field}: the papers' own are not built in")
+        if {name, pairs} != {"classroom"} and field not in chosen:
+            raise UserError(f"--preset {name} on {pairs} needs --{field}: only the classroom's is built in")
     if chosen.get("official"):
         defaults = defaults | OFFICIAL.get(name, {})
     o = Options(**defaults | chosen)
@@ -202,18 +203,20 @@ def claim(out, o):
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
-    now = data_identity(o)
-    if now and first.get("data_identity", now) != now:
-        differ.append(f"{o.data} has changed since")
+    for name in ("data", "val_data"):
+        path = getattr(o, name)
+        now = data_identity(path)
+        if now and first.get(f"{name}_identity", now) != now:
+            differ.append(f"{path} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder")
     return lock
 
 
-def data_identity(o):
+def data_identity(path):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    return command.identity(o.data) if o.data != "classroom" and Path(o.data).exists() else ""
+    return command.identity(path) if path not in ("", "classroom") and Path(path).exists() else ""
 
 
 def provenance(o):
@@ -222,4 +225,4 @@ def provenance(o):
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),
-            "data_identity": data_identity(o)}
+            "data_identity": data_identity(o.data), "val_data_identity": data_identity(o.val_data)}

@@ -14,11 +14,15 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     llava-rlhf  conversations output_1 output_2 preference image               zhiqings/LLaVA-Human-Preference
     ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
+                chosen rejected images (messages that begin with the prompt)     TRL's implicit prompt
+In all of them images are under the one key that names an image, and their places are where <image> stands in
+the text, or in front of the first question. chosen and rejected are one turn after the same turns.
 Ours, where a format leaves a choice:
  1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
  2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
     (official); a description's texts are one seeded draw per image.
- 3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index."""
+ 3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index.
+ 4. An image stays at its marker; LLaVA's own code moves it in front of the question."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
@@ -34,7 +38,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -42,39 +45,41 @@ import data
 from data import UserError, draw, read_image
 
 
-# ---- the formats: raw record -> what it has elsewhere than native: image, question, chosen, rejected ----
-# image: one, or a list. question: a text, or all turns. chosen, rejected: a text, or turns that end with it.
+# ---- the formats: raw record -> what it has elsewhere: question, chosen, rejected, each a text or turns ----
+# question: the prompt. Without it chosen and rejected begin with the prompt.
 def native(raw):
     return {"question": [*chain(*raw.get("history") or ()), raw["question"]]}
 
 
 def mdpo(raw):
-    inner = re.search(r"USER:(.*)ASSISTANT:", raw["prompt"], re.DOTALL)
-    return {"image": raw["img_path"], "question": inner[1] if inner else raw["prompt"]}
+    """The prompt is a text: ... USER: a question ASSISTANT: an answer</s>USER: a question ASSISTANT:"""
+    text = raw["prompt"].strip().removesuffix("ASSISTANT:").replace("</s>", "")
+    _, *turns = re.split(r"\b(?:USER|ASSISTANT):", text)
+    return {"question": turns or text}
 
 
 def llava(raw):
-    turns = raw["conversations"]
-    return {"question": turns[:-1], "chosen": turns, "rejected": raw["rejected_conversations"]}
+    return {"chosen": raw["conversations"], "rejected": raw.get("rejected_conversations")}
 
 
-def rlhf_v(raw):
-    """The pair is in `text`, an object or the text of one."""
-    pair = raw["text"]
-    return json.loads(pair) if isinstance(pair, str) else pair
+def openbmb(raw):
+    """The pair may be in `text`, an object or the text of one. image_path is where the image comes from."""
+    pair = raw.get("text", {})
+    if isinstance(pair, str):
+        pair = json.loads(pair)
+    return pair | {"image_path": None}
 
 
 def vlfeedback(raw):
     worst, *_, best = _by_rating(raw)
-    return {"image": raw["img_path"], "question": raw["prompt"], "chosen": best, "rejected": worst}
+    return {"question": raw["prompt"], "chosen": best, "rejected": worst}
 
 
 def llava_rlhf(raw):
     turns, outputs, best = raw["conversations"], {1: raw["output_1"], 2: raw["output_2"]}, raw["preference"]
-    role, _ = _turn(turns[-1])
-    if role == "assistant":
+    if len(turns) % 2 == 0:                             # an answer is the last
         turns = turns[:-1]
-    return {"question": turns, "chosen": [outputs[best]], "rejected": [outputs[3 - best]]}
+    return {"question": turns, "chosen": outputs[best]["value"], "rejected": outputs[3 - best]["value"]}
 
 
 def ha_dpo(raw):
@@ -87,10 +92,8 @@ def ha_dpo(raw):
     return found | {key: rng.choice(some).item() for key, some in texts.items()}
 
 
-def trl(raw):
-    return {"image": raw.get("images", raw.get("image")), "question": raw["prompt"]}
-
-
+MARKER = "<image>"
+IMAGE_KEY = re.compile(r"(\w+_)?(image|img|picture|photo|video|audio)s?(_?(rejected|path|file|name|url)s?)?")
 ROLES = ["user", "assistant"]
 DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
@@ -98,38 +101,49 @@ DESCRIBE = ("Describe this image in detail.", "Take a look at this image and des
 
 
 # ---- what several formats share ----
-def _turn(raw):
-    """(role, text) of a turn in LLaVA's or OpenAI's layout."""
-    role, text = (raw["from"], raw["value"]) if "from" in raw else (raw["role"], raw["content"])
-    if isinstance(text, list):
-        text = "".join(part.get("text") or "" for part in text)
-    return {"human": "user", "gpt": "assistant"}.get(role, role), text
-
-
-def _response(turns):
-    """The text of a response, which is its last turn or a text already."""
-    if isinstance(turns, list) and isinstance(turns[-1], dict):
-        _, turns = _turn(turns[-1])
-    if not isinstance(turns, str):
-        raise UserError("chosen or rejected is not text; fix the record")
-    return turns
-
-
-def _dialogue(turns):
-    """(history, question) of turns, or of texts by turns; a system message leads the first question."""
-    system, roles, texts = "", [], []
-    for turn in turns:
+def _turns(dialogue):
+    """[(role, text)] of turns in LLaVA's or OpenAI's layout, or of texts by turns."""
+    found = []
+    for turn in [dialogue] if isinstance(dialogue, (str, dict)) else dialogue:
         if isinstance(turn, str):
-            turn = {"role": ROLES[len(roles) % 2], "content": turn}
-        role, text = _turn(turn)
+            turn = {"role": ROLES[len(found) % 2], "content": turn}
+        role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+        if isinstance(text, list):
+            text = "".join(part["text"] if part["type"] == "text" else MARKER for part in text)
+        text.encode()                                       # a ValueError for half of a surrogate pair
+        found.append(({"human": "user", "gpt": "assistant"}.get(role, role), text))
+    return found
+
+
+def _completed(prompt, response):
+    """(turns, text): a response, which is a text, a turn, or turns that may begin with the prompt."""
+    if isinstance(response, str):
+        response = {"role": "assistant", "content": response}
+    turns = _turns(response)
+    if turns[0][0] == "assistant":
+        turns = prompt + turns
+    *before, (_, text) = turns
+    if prompt and before != prompt:
+        raise UserError("chosen or rejected is not text, or not one turn after the same turns; fix it")
+    return before, text
+
+
+def _dialogue(turns, images):
+    """(history, question) of a prompt's turns; a system message leads the first question. Markers stay where
+    they are, but those in front, whose images the template places."""
+    system, roles, texts = "", [], []
+    for role, text in turns:
         if role == "system":
             system += text + "\n\n"
         else:
             roles.append(role)
-            texts.append(text.replace("<image>", "").strip())
+            texts.append(text.strip())
     if roles != ROLES * (len(roles) // 2) + ["user"]:
         raise UserError("the turns are not user, assistant, user, ..., assistant; fix the conversation")
-    texts[0] = system + texts[0]
+    marked = "".join(texts).count(MARKER)
+    if marked not in (0, len(images)):
+        raise UserError(f"{marked} {MARKER} for {len(images)} images; give as many, or none")
+    texts[0] = system + re.sub(f"^({MARKER}\\s*)+", "", texts[0])
     return data.chunks(texts[:-1], 2), texts[-1]
 
 
@@ -147,23 +161,17 @@ def _by_rating(raw):
     return sorted(means, key=means.get)
 
 
-class Format(NamedTuple):
-    """A published format: `read` is its function above."""
-    keys: str                   # that it is detected by
-    read: Any
-    is_pair: Any = None         # raw record -> whether it is one; None: all are
-
-
-FORMATS = {                     # in the order in which they are tried
-    "vlfeedback": Format("prompt completions", vlfeedback, is_pair=_by_rating),
-    "llava-rlhf": Format("output_1 output_2", llava_rlhf),
-    "mdpo": Format("img_path prompt", mdpo),
-    "llava": Format("conversations", llava),
-    "ha-dpo": Format("image_id chosen", ha_dpo, is_pair=lambda raw: not raw.get("correct")),
-    "rlhf-v": Format("text image", rlhf_v),
-    "rlaif-v": Format("question ds_name", native),
-    "native": Format("question", native),
-    "trl": Format("prompt chosen", trl)}
+FORMATS = {                     # the keys that each is detected by, in this order, and its function above
+    "vlfeedback": ("prompt completions", vlfeedback),
+    "llava-rlhf": ("output_1 output_2", llava_rlhf),
+    "mdpo": ("img_path prompt", mdpo),
+    "llava": ("conversations", llava),
+    "ha-dpo": ("image_id chosen", ha_dpo),
+    "rlhf-v": ("text image", openbmb),
+    "rlaif-v": ("question ds_name", openbmb),
+    "native": ("question", native),
+    "trl": ("chosen", lambda raw: {"question": raw.get("prompt")})}
+IS_PAIR = {"vlfeedback": _by_rating, "ha-dpo": lambda raw: not raw.get("correct")}   # else all are
 
 
 # ---- a file's raw records, by their number in it ----
@@ -237,35 +245,37 @@ def _opened(path):
         return Parquet(path)
     if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
         return Array(path)
+    if head[:1] not in b"{":
+        raise UserError(f"{path} is no JSON or parquet (gzip, zip, csv, UTF-16?); convert it to JSON lines")
     return Lines(path)
 
 
 # ---- the records ----
 class Records:
-    """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records."""
+    """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records.
+    rejected: whether a record's rejected response is read."""
 
-    def __init__(self, path, image_root=None):
-        self.path, self.raw = str(path), _opened(str(path))
+    def __init__(self, path, image_root=None, rejected=True):
+        self.path, self.raw, self.rejected = str(path), _opened(str(path)), rejected
         self.root = os.path.realpath(image_root or Path(path).parent)
         self.keep = range(len(self.raw))
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
-        self.format = self._detected()
-        self.layout = FORMATS[self.format]
-        if self.layout.is_pair:
-            self.keep = [k for k in self.keep if self.layout.is_pair(self._raw(k))]
+        self.format, self.read = self._detected()
+        if is_pair := IS_PAIR.get(self.format):
+            self.keep = [k for k in self.keep if is_pair(self._raw(k))]
 
     def _detected(self):
-        """The name of the format, by the first record that can be read."""
+        """The format's name and function, by the first record that can be read."""
         for i in range(len(self)):                      # one broken record must not hide the others' format
             with contextlib.suppress(UserError):
                 keys = self._raw(i).keys()
                 break
         else:
             self._raw(0)                                # raises
-        for name, layout in FORMATS.items():
-            if keys >= set(layout.keys.split()):
-                return name
+        for name, (needed, read) in FORMATS.items():
+            if keys >= set(needed.split()):
+                return name, read
         raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
                         f"them to those of one of {', '.join(FORMATS)} (docs/data.md)")
 
@@ -295,13 +305,17 @@ class Records:
     def __getitem__(self, i):
         raw = self._raw(i)
         try:
-            found = raw | self.layout.read(raw)
-            turns = found["question"]
-            history, question = _dialogue([turns] if isinstance(turns, str) else turns)
-            return {"id": self._id(raw, i), "images": self._images(found.get("image")),
-                    "images_rejected": self._images(raw.get("image_rejected")),
-                    "question": question, "history": history, "chosen": _response(found["chosen"]),
-                    "rejected": _response(found["rejected"]), "meta": raw.get("meta") or {}}
+            found = raw | self.read(raw)
+            images = self._images(found, rejected=False)
+            prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
+            history, question = _dialogue(prompt, images)
+            record = {"id": self._id(raw, i), "images": images,
+                      "images_rejected": self._images(found, rejected=True),
+                      "question": question, "history": history, "chosen": chosen,
+                      "meta": raw.get("meta") or {}}
+            if self.rejected:
+                _, record["rejected"] = _completed(prompt, found["rejected"])
+            return record
         except KeyError as error:
             problem = f"key {error} is missing; add it"
         except UserError as error:
@@ -310,28 +324,27 @@ class Records:
             problem = f"not laid out as {self.format} is ({error}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
 
-    def _images(self, images):
-        """Paths inside the image root, or bytes, of what a record has under an image's key."""
-        found = []
+    def _images(self, found, rejected):
+        """Paths inside the image root, or bytes: what is under the one key that names the image."""
+        keys = [key for key, value in found.items()
+                if value and IMAGE_KEY.fullmatch(key) and ("rejected" in key) == rejected]
+        if len(keys) > 1:
+            raise UserError(f"{' and '.join(keys)} each name an image; leave one")
+        images, paths = found[keys[0]] if keys else [], []
         for image in images if isinstance(images, list) else [images]:
-            if image is None:
-                continue
             if isinstance(image, dict):                     # as Hugging Face's datasets hold images
-                image = image.get("bytes") or image.get("path")
+                image = image["bytes"] or image["path"]
+            if image in (None, ""):
+                continue
             if isinstance(image, str):
-                if self.format == "ha-dpo":
-                    image = _genome(self.root, image)
+                second = image.replace("VG_100K/", "VG_100K_2/")        # Visual Genome comes in two folders
+                if self.format == "ha-dpo" and os.path.exists(os.path.join(self.root, second)):
+                    image = second
                 image = data.inside(self.root, image, "image")
             elif not isinstance(image, bytes):
                 raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
-            found.append(image)
-        return found
-
-
-def _genome(root, image):
-    """Visual Genome comes in two folders: the path of an image in the one that has it."""
-    second = image.replace("VG_100K/", "VG_100K_2/")
-    return second if os.path.exists(os.path.join(root, second)) else image
+            paths.append(image)
+        return paths
 
 
 # ---- the full check ----
@@ -340,19 +353,21 @@ def check(records, needs_image=False, skip_bad=False):
     if len(records) < len(records.raw):
         print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
-    for i in tqdm(range(len(records)), "checking records", delay=1, disable=None):
+
+    def fault(i, kind, says):
+        faults.add((i, kind, f"{records.where(i)}: {says}"))
+
+    for i in range(len(records)):
         try:
             record = records[i]
         except UserError as error:
             faults.add((i, "unreadable record", str(error)))
             continue
-        problems = [*_text_faults(record, needs_image)]
+        for kind, says in _text_faults(record, needs_image):
+            fault(i, kind, says)
         before = first.setdefault(record["id"], i)
         if before != i:
-            says = f"the id is a duplicate of that at {records.place(before)}; rename one"
-            problems.append(("duplicate id", says))
-        for kind, says in problems:
-            faults.add((i, kind, f"{records.where(i)}: {says}"))
+            fault(i, "duplicate id", f"the id is a duplicate of that at {records.place(before)}; rename one")
         for image in record["images"] + record["images_rejected"]:
             shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
     with ThreadPoolExecutor() as pool:
@@ -360,7 +375,7 @@ def check(records, needs_image=False, skip_bad=False):
         looked = tqdm(looked, "checking images", len(shown_by), delay=1, disable=None)
         for indices, says in zip(shown_by.values(), looked, strict=True):
             for i in indices if says else ():
-                faults.add((i, "missing or unreadable image", f"{records.where(i)}: {says}"))
+                fault(i, "missing or unreadable image", says)
     return drop(records, range(len(records)), sorted(faults), skip_bad)
 
 
@@ -384,11 +399,12 @@ def drop(records, indices, faults, skip_bad):
 
 def _text_faults(record, needs_image):
     """Yields (kind, sentence): what is wrong with a record, its images' files apart."""
-    texts, images = {name: record[name].strip() for name in ("chosen", "rejected")}, record["images"]
+    images = record["images"]
+    texts = {name: record[name].strip() for name in ("chosen", "rejected") if name in record}
     for name, text in texts.items():
         if not text:
             yield "empty response", f"the {name} response is empty; write or delete it"
-    if texts["chosen"] == texts["rejected"] != "":
+    if texts["chosen"] == texts.get("rejected") != "":
         yield "identical responses", "chosen and rejected are identical; fix or delete it"
     if needs_image and not images:
         yield "missing image", "there is no image and this loss needs one; add it or choose dpo"

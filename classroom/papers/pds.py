@@ -7,8 +7,6 @@ the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
 
-import math
-
 import data
 from classroom.papers import study
 
@@ -19,11 +17,11 @@ def analysis():
     return data.read_json(ANALYSIS, {})
 
 
-def share(k, n, z=1.96):
+def share(k, n):
     """A share of n in percent with Wilson's 95% interval."""
-    middle, total = k + z * z / 2, n + z * z
-    width = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return 100 * k / n, 100 * (middle - width) / total, 100 * (middle + width) / total
+    from synthesis.analysis import wilson
+    low, high = wilson(k, n)
+    return 100 * k / n, 100 * low, 100 * high
 
 
 def row(arm, runs, **more):

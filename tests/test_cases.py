@@ -1,0 +1,493 @@
+"""What users bring: each input is used rightly, or refused in one sentence with file, line and id.
+
+Never silence, never a traceback, and --skip_bad drops what is refused. The inputs are written here; those of
+../shared/cases/training are read too, where they are.
+"""
+import base64
+import dataclasses
+import gzip
+import io
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, need, picture, write_llava
+from PIL import Image
+from test_vlm import write_next
+
+import data
+from data import UserError
+from model import command, front, vlm
+from training import batches, checkpoint, options
+from training.records import Records
+
+
+def byte_tokenizer():
+    """One token a byte, so that any text has tokens of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = ["<unk>", "<pad>", "<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", pad_token="<pad>",
+                                   bos_token="<s>", eos_token="</s>", additional_special_tokens=["<image>"])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """{name: folder} of a tiny LLaVA-1.5 and a tiny LLaVA-1.6, whose tokens an image depend on its shape."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = front.TEMPLATES["plain"]
+    return {"llava": write_llava(folder / "llava", byte_tokenizer()),
+            "next": write_next(folder / "next", tokenizer=tokenizer)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def pair(i=0, **changes):
+    return {"id": f"p{i}", "image": f"{i % 4}.png", "question": "What is it?", "chosen": f"Two cups {i}.",
+            "rejected": "A vase."} | changes
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def checked(model, path, **changes):
+    """The pairs of a file, as train_dpo.py checks them; each of them is read once, as it does in a step."""
+    o = options.Options(**{"model": str(model), "data": str(path), "loss": "dpo"} | changes)
+    pairs = batches.checked(front.open_folder(model), o.data, o, options.needs_of(o), command.Ranks())
+    for place in range(len(pairs)):
+        pairs.read(place)
+    return pairs
+
+
+def refused(capsys, model, path, **changes):
+    """What is said to stderr about faulty records, or the sentence that ends the run."""
+    capsys.readouterr()
+    with pytest.raises(UserError) as end:
+        checked(model, path, **changes)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said or str(end.value)
+
+
+# ---- a record is read completely: one faulty record among good ones ----
+USER = {"from": "human", "value": "<image>\nWhat is it?"}
+SURE = {"from": "human", "value": "Sure?"}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def ask(*content):
+    return [{"role": "user", "content": [*content, {"type": "text", "text": "What is it?"}]}]
+
+
+def say(*texts):
+    """A completion in TRL's layout: the assistant's turns, with the user's between them."""
+    turns = [{"role": "assistant", "content": texts[0]}]
+    for text in texts[1:]:
+        turns += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": text}]
+    return turns
+
+
+TRL = {"images": ["0.png"], "prompt": ask({"type": "image"}), "chosen": say("A dog."),
+       "rejected": say("A cat.")}
+LLAVA = {"image": "0.png", "conversations": [USER, gpt("A dog.")],
+         "rejected_conversations": [USER, gpt("A cat.")]}
+FAULTY = {
+    "two keys name the image": (pair(1, images=["1.png"]), "image and images each name an image"),
+    "a path beside the image": (pair(1, image_path="2.png"), "image and image_path each name an image"),
+    "img beside the image": (pair(1, img="2.png"), "image and img each name an image"),
+    "two keys of rejected images": (pair(1, image_rejected="2.png", rejected_images=["3.png"]),
+                                    "image_rejected and rejected_images each name an image"),
+    "a video": (pair(1, videos=["a.mp4"]), "image and videos each name an image"),
+    "more markers than images": (pair(1, question="Compare <image> and <image>."), "2 <image> for 1 images"),
+    "fewer markers than images": (pair(1, question="<image>\nWhat?", image=["0.png", "1.png"]),
+                                  "1 <image> for 2 images"),
+    "a marker without an image": (pair(1, question="<image>\nWhat?", image=None), "1 <image> for 0 images"),
+    "a marker in the answer": (pair(1, chosen="See <image> here"), "contains <image>"),
+    "an image in a message": (TRL | {"images": None}, "1 <image> for 0 images"),
+    "a completion of several turns": (TRL | {"chosen": say("A", "B"), "rejected": say("A", "C")},
+                                      "not one turn after the same turns"),
+    "other turns before the last": (
+        LLAVA | {"conversations": [USER, gpt("A"), SURE, gpt("Yes")],
+                 "rejected_conversations": [USER, gpt("B"), SURE, gpt("No")]},
+        "not one turn after the same turns"),
+    "several rejected answers": (pair(1, rejected=["A vase.", "A dog."]), "not text"),
+    "a tool's turn": (TRL | {"prompt": [{"role": "tool", "content": "x"}, *TRL["prompt"]]},
+                      "the turns are not"),
+    "half a surrogate pair": (pair(1, chosen="Two cups \ud83d"), "surrogates not allowed"),
+    "half of one in the question": (pair(1, question="\udc00?"), "surrogates not allowed"),
+    "an end-of-sequence token alone differs": (pair(1, chosen="A vase.</s>"), "are the same 8 tokens"),
+    "a number for an image": (pair(1, image=[1, 2]), "the image is int, not a path"),
+    "base64": (pair(1, image="iVBORw0K" * 200), "id p1"),
+    "a data URI": (pair(1, image="data:image/png;base64," + "iVBORw0K" * 200), "id p1"),
+    "base64 of a JPEG": (pair(1, image="/9j/4AAQ" * 200), "id p1"),
+    "base64 as a hub's bytes": (pair(1, image={"bytes": "iVBORw0K" * 200, "path": None}), "id p1"),
+    "a URL": (pair(1, image="https://example.com/a.png"), "is missing"),
+    "a hub's image without bytes and path": (pair(1, image={"url": "a.png"}), "key 'bytes' is missing"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_what_cannot_be_used_is_refused_with_its_place_and_dropped_by_skip_bad(tiny, folder, capsys, name):
+    row, words = FAULTY[name]
+    good = pair(0)
+    if "id" not in row:
+        good = LLAVA if "conversations" in row else TRL
+    path = lines(folder / "d.jsonl", [good, row])
+    said = refused(capsys, tiny["llava"], path)
+    assert said.startswith(f"{path}, line 2 (id {row.get('id', 'd:1')}): ") and words in said
+    assert said.count("\n") == 1 and len(said) < len(str(path)) + 400
+    pairs = checked(tiny["llava"], path, skip_bad=True)
+    assert len(pairs) == 1 and "--skip_bad left out 1 of 2" in capsys.readouterr().err
+
+
+# ---- what is used ----
+USED = {
+    "the plural key": pair(0, image=None, images=["0.png"], question="<image>\nWhat is it?"),
+    "TRL": TRL,
+    "TRL's implicit prompt": {"images": ["0.png"], "chosen": [*ask({"type": "image"}), *say("A dog.")],
+                              "rejected": [*ask({"type": "image"}), *say("A cat.")]},
+    "a prompt again in the completions": TRL | {"chosen": [*TRL["prompt"], *say("A dog.")]},
+    "mDPO": {"img_path": "0.png", "prompt": "USER: <image>\nWhat is it? ASSISTANT:", "chosen": "A dog.",
+             "rejected": "A cat."},
+    "LLaVA": LLAVA,
+    "RLAIF-V's image_path": pair(0, ds_name="RLAIF-V", image_path="elsewhere/0.png"),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
+    pairs = checked(tiny["llava"], lines(folder / "d.jsonl", [USED[name]]))
+    record = pairs.records[0]
+    assert (record["question"], record["history"]) == ("What is it?", [])
+    assert record["images"] == [str(folder / "0.png")]
+    native = checked(tiny["llava"], lines(folder / "n.jsonl", [pair(0, chosen=record["chosen"],
+                                                                    rejected=record["rejected"])]))
+    same, = pairs.read(0).pairs
+    assert same._replace(id="p0") == native.read(0).pairs[0]
+
+
+def test_mdpos_prompt_of_several_turns_is_history_and_question(folder):
+    prompt = "USER: <image>\nWhat is it? ASSISTANT: Two cups.</s>USER: Where? ASSISTANT:"
+    row = {"img_path": "0.png", "prompt": prompt, "chosen": "Left.", "rejected": "Right."}
+    record = Records(lines(folder / "d.jsonl", [row]))[0]
+    assert record["history"] == [["What is it?", "Two cups."]] and record["question"] == "Where?"
+
+
+@pytest.mark.parametrize("image", ["", [], [""], None, {"bytes": None, "path": None}])
+def test_an_image_of_nothing_is_no_image(tiny, folder, image):
+    pairs = checked(tiny["llava"], lines(folder / "d.jsonl", [pair(0), pair(1, image=image)]))
+    assert pairs.records[1]["images"] == [] and len(pairs) == 2
+
+
+@pytest.mark.parametrize("model", ["llava", "next"])
+def test_an_image_is_where_its_marker_is(tiny, folder, model):
+    """In the question and in an earlier turn, with the text before and after it."""
+    family = front.open_folder(tiny[model])
+    row = pair(0, image=["0.png", "1.png"], question="Is it the one in <image>, too?",
+               history=[["Look at <image> here.", "I do."]])
+    batch = checked(tiny[model], lines(folder / "d.jsonl", [row])).read(0)
+    ids = batch.pairs[0].prompt
+    parts, token = [[]], family.image_token_id
+    for n, id in enumerate(ids):
+        if id == token and ids[n - 1] != token:
+            parts.append([])
+        if id != token:
+            parts[-1].append(id)
+    before, between, after = map(family.tokenizer.decode, parts)
+    assert before.endswith("Look at ") and between.startswith(" here.") and between.endswith("in ")
+    assert "I do." in between and after.startswith(", too?")
+    assert len(vlm.encode_images(vlm.load(family), batch).images) == 2      # features are as many as places
+
+
+def test_markers_in_front_and_none_at_all_give_the_same_prompt(tiny, folder):
+    questions = ("What?", "<image>What?", "<image>\nWhat?")
+    path = lines(folder / "d.jsonl", [pair(i, question=text) for i, text in enumerate(questions)])
+    pairs = checked(tiny["llava"], path)
+    first, *others = [pairs.read(place).pairs[0].prompt for place in range(3)]
+    assert others == [first, first]
+
+
+def test_sft_needs_no_rejected_response_and_other_losses_do(tiny, folder, capsys):
+    row = pair(0)
+    del row["rejected"]
+    path = lines(folder / "d.jsonl", [row, pair(1, rejected="")])
+    assert len(checked(tiny["llava"], path, loss="sft")) == 2
+    assert "line 1 (id p0): key 'rejected' is missing" in refused(capsys, tiny["llava"], path)
+
+
+def test_a_record_without_an_image_is_refused_where_the_loss_compares_images(tiny, folder, capsys):
+    path = lines(folder / "d.jsonl", [pair(0), pair(1, image=None)])
+    assert "line 2 (id p1): there is no image" in refused(capsys, tiny["llava"], path, loss="mdpo")
+    assert len(checked(tiny["llava"], path, loss="mdpo", skip_bad=True)) == 1
+    assert len(checked(tiny["llava"], path)) == 2
+
+
+# ---- files ----
+def gzipped(text):
+    return gzip.compress(text.encode())
+
+
+def zipped(text):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr("d.jsonl", text)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (gzipped, "gzip"), (zipped, "zip"), (lambda text: text.encode("utf-16"), "UTF-16"),
+    (lambda text: text.encode("utf-16-be"), "UTF-16"),
+    (lambda text: b"question,chosen,rejected,image\na,b,c,0.png\n", "csv")])
+def test_a_file_of_another_kind_is_named(tiny, folder, capsys, spoil, word):
+    path = folder / "d.jsonl"
+    path.write_bytes(spoil(json.dumps(pair()) + "\n"))
+    said = refused(capsys, tiny["llava"], path)
+    assert word in said and str(path) in said and "\n" not in said
+
+
+# ---- images ----
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
+def test_an_orientation_is_applied_once_to_size_and_pixels(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = Image.fromarray(np.zeros((30, 40, 3), np.uint8))
+    grey.paste((255, 255, 255), (0, 0, 20, 15))              # the corner that moves
+    grey.save(tmp_path / f"a.{kind}", exif=exif)
+    image = data.read_image(tmp_path / f"a.{kind}")
+    assert image.size == data.image_size(tmp_path / f"a.{kind}") == ((40, 30), (30, 40))[orientation > 4]
+    corners = [image.getpixel((x, y))[0] > 128 for y in (4, image.height - 5) for x in (4, image.width - 5)]
+    assert corners.index(True) == [0, 1, 3, 2, 0, 1, 3, 2][orientation - 1] and sum(corners) == 1
+
+
+def test_a_turned_tiff_has_as_many_features_as_places(tiny, folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0, (160, 40)).save(folder / "wide.tiff", exif=exif)
+    pairs = checked(tiny["next"], lines(folder / "d.jsonl", [pair(0, image="wide.tiff"), pair(1)]))
+    m = vlm.load(pairs.front)
+    vlm.encode_images(m, batches.join([pairs.read(0), pairs.read(1)]))       # an error if they differ
+
+
+@pytest.mark.parametrize("top", [1, 255, 4000])
+def test_a_float_image_is_scaled(tmp_path, top):
+    """From 0 to 1, to 255 or beyond."""
+    ramp = np.linspace(0, top, 1200, dtype=np.float32).reshape(30, 40)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    found = np.asarray(data.read_image(tmp_path / "a.tiff"))[..., 0].astype(float)
+    assert np.abs(found - ramp / top * 255).max() <= 1
+
+
+def test_a_link_out_of_the_image_root_is_refused_with_what_helps(tiny, folder, tmp_path_factory, capsys):
+    disk = tmp_path_factory.mktemp("disk")
+    picture(9).save(disk / "a.png")
+    (folder / "coco").symlink_to(disk)
+    path = lines(folder / "d.jsonl", [pair(0, image="coco/a.png")])
+    assert "move it inside (a copy, not a link)" in refused(capsys, tiny["llava"], path)
+
+
+def test_no_message_is_longer_than_what_it_names():
+    text = base64.b64encode(bytes(3000)).decode()
+    assert len(str(UserError(f"image {text} is unreadable: {text}"))) < 250
+    assert str(UserError("a " * 400)) == "a " * 400
+
+
+# ---- rejected images ----
+def test_random_never_draws_the_same_picture_under_any_name(tiny, folder):
+    """The same file, a copy of it, and the same pixels in another format are one picture."""
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    Image.open(folder / "0.png").save(folder / "again.bmp")
+    names = ["0.png", "copy.png", "again.bmp", "1.png", "0.png", "1.png", "copy.png", "0.png"]
+    path = lines(folder / "d.jsonl", [pair(i, image=name) for i, name in enumerate(names)])
+    pairs = checked(tiny["llava"], path, loss="copo", image_rejected="random")
+    for place in range(len(pairs)):
+        batch = pairs.read(place)
+        own, = batch.images
+        drawn, = batch.images_rejected
+        assert (own["pixel_values"] != drawn["pixel_values"]).any(), names[place]
+
+
+def test_random_without_another_picture_is_refused(tiny, folder):
+    path = lines(folder / "d.jsonl", [pair(i, image="0.png") for i in range(3)])
+    with pytest.raises(UserError, match="all pictures are the same one"):
+        checked(tiny["llava"], path, loss="copo", image_rejected="random")
+
+
+def test_draws_that_differ_stay_as_they_were(folder):
+    path = lines(folder / "d.jsonl", [pair(i) for i in range(4)])
+    records = Records(path)
+    for i in range(4):
+        index = batches.other_index(0, f"p{i}", i, 4)
+        drawn = batches.other_image(records, 0, f"p{i}", i, picture(i))
+        assert drawn.tobytes() == picture(index).tobytes()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_rejected_image_that_leaves_no_room_is_found_before_training(tiny, folder, capsys, own):
+    """In LLaVA-1.6 a larger one has more tokens, whether it is the record's own or drawn."""
+    picture(8, (28, 28)).save(folder / "small.png")
+    picture(9, (84, 84)).save(folder / "big.png")
+    picture(7, (28, 28)).save(folder / "other.png")
+    rows = [pair(i, image=("small.png", "other.png")[i % 2]) for i in range(8)]
+    if own:
+        rows[5]["image_rejected"] = "big.png"
+    else:
+        rows[7]["image"] = "big.png"
+    path = lines(folder / "d.jsonl", rows)
+    kind = {"loss": "mdpo", "image_rejected": "crop" if own else "random"}
+    fits = checked(tiny["next"], path, **kind)
+    prompts = [len(max(fits.read(place).pairs[0][1:3], key=len)) for place in range(8)]
+    longest = max(prompts)
+    assert longest > min(prompts)
+    said = refused(capsys, tiny["next"], path, **kind, max_length=longest)
+    assert said.count("leaves no room") == prompts.count(longest)
+    kept = checked(tiny["next"], path, **kind, max_length=longest, skip_bad=True)
+    assert len(kept) == 8 - prompts.count(longest)
+
+
+# ---- what a run is ----
+def test_responses_that_become_equal_are_refused(tiny, folder, capsys):
+    text = "The table is long. " * 9
+    rows = [pair(0), pair(1, chosen=text + "Two cups.", rejected=text + "A vase.")]
+    path = lines(folder / "d.jsonl", rows)
+    assert "line 2 (id p1): chosen and rejected are the same" in refused(capsys, tiny["llava"], path,
+                                                                         max_length=300)
+    assert len(checked(tiny["llava"], path, max_length=300, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize("name", ["data", "val_data"])
+def test_a_run_of_pairs_that_have_changed_is_refused(tmp_path, name):
+    """A finished or stopped run names its pairs by content in its log's first line."""
+    files = {key: str(lines(tmp_path / f"{key}.jsonl", [pair(0)])) for key in ("data", "val_data")}
+    o = options.Options(**files, model=str(tmp_path))
+    out = tmp_path / "run"
+    out.mkdir()
+    first = {"options": dataclasses.asdict(o), **options.provenance(o)}
+    data.append_jsonl(out / "log.jsonl", first)
+    options.claim(out, o).close()
+    lines(tmp_path / f"{name}.jsonl", [pair(1)])
+    with pytest.raises(UserError, match=f"{name}.jsonl has changed since"):
+        options.claim(out, o)
+
+
+@pytest.mark.parametrize("words", [["--data", "pairs.jsonl"], ["--data", "a", "--loss", "dpo"]])
+def test_data_of_ones_own_needs_a_model(words):
+    with pytest.raises(UserError, match="needs --model"):
+        options.parse(words, "")
+    assert options.parse([*words, "--model", "classroom"], "").model == "classroom"
+
+
+def test_a_checkpoint_of_another_version_is_a_sentence(tmp_path):
+    import torch
+    from safetensors.torch import save
+    about = {"state": json.dumps({"step": 3, "moon": "full"}), "base": "b"}
+    tensors = {"reference/logps": torch.zeros(1), "reference/key": torch.zeros(1)}
+    data.atomic_write(tmp_path / checkpoint.FILE, save(tensors, about))
+    from types import SimpleNamespace
+    optimiser = SimpleNamespace(load=lambda tensors: None)
+    run = SimpleNamespace(out=tmp_path, base="b", reference=SimpleNamespace(), optimiser=optimiser)
+    with pytest.raises(UserError, match="is of another version .*moon"):
+        checkpoint.restore(run)
+
+
+# ---- the command itself ----
+def test_the_command_ends_with_one_sentence_and_no_traceback(tiny, folder):
+    path = lines(folder / "d.jsonl", [pair(0), pair(1, question="<image> and <image>")])
+    words = ["--model", tiny["llava"], "--data", path, "--loss", "dpo", "--out", folder / "run"]
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], text=True, capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in done.stderr
+    assert not (folder / "run" / "adapter").exists()
+
+
+# ---- the shared cases: number of pairs that are used, or what is said ----
+CASES = SHARED / "cases" / "training"
+FOUND = {
+    "changed-data/pairs.jsonl": 8,
+    "cut-to-identical/eos.jsonl": "the same",
+    "cut-to-identical/pairs.jsonl": "the same",
+    "empty-image-string/pairs.jsonl": 4,
+    "file-encodings/array_bom.json": 4,
+    "file-encodings/bom_crlf.jsonl": 4,
+    "file-encodings/csv.csv": "csv",
+    "file-encodings/dict_data.json": "no known format has the keys data",
+    "file-encodings/dict_one.json": "line 1: broken JSON",
+    "file-encodings/gz.jsonl.gz": "gzip",
+    "file-encodings/latin1.jsonl": "line 1: broken JSON",
+    "file-encodings/nan.jsonl": 4,
+    "file-encodings/utf16.jsonl": "UTF-16",
+    "file-encodings/z.zip": "zip",
+    "image-as-text/b64.jsonl": "line 1 (id p0)",
+    "image-as-text/datauri.jsonl": "line 1 (id p0)",
+    "image-as-text/emptylist.jsonl": 1,
+    "image-as-text/hfdict_b64.jsonl": "line 1 (id p0)",
+    "image-as-text/hfdict_null.jsonl": 1,
+    "image-as-text/int.jsonl": "the image is int",
+    "image-as-text/list_empty_str.jsonl": 1,
+    "image-as-text/none_str.jsonl": "image None is missing",
+    "image-as-text/url.jsonl": "a.png is missing",
+    "interleaved-images/pairs.jsonl": 4,
+    "llamafactory-sharegpt/pairs.jsonl": "the turns are not",
+    "lone-surrogate/pairs.jsonl": "line 3 (id s2)",
+    "marker-count-mismatch/pairs.jsonl": "2 <image> for 1 images",
+    "mdpo-multiturn-prompt/pairs.jsonl": 2,
+    "ms-swift/pairs.jsonl": "no known format has the keys images, messages",
+    "odd-image-files/pairs.jsonl": 30,
+    "parquet-hf/plural.parquet": 4,
+    "parquet-hf/trl.parquet": 4,
+    "plural-images-key/pairs.jsonl": 4,
+    "povid-multiturn/pairs.jsonl": "not one turn after the same turns",
+    "random-longer-image/later.jsonl": "leaves no room",
+    "random-longer-image/own.jsonl": "leaves no room",
+    "random-same-image/pairs.jsonl": 8,
+    "several-rejected/ids.jsonl": "line 3 (id 7): the id is a duplicate",
+    "several-rejected/marker.jsonl": "line 2 (id p1)",
+    "several-rejected/mixed.jsonl": "line 2 (id p1): there is no image",
+    "several-rejected/pairs.jsonl": "not text",
+    "several-rejected/sft.jsonl": 2,
+    "several-rejected/sys.jsonl": 1,
+    "several-rejected/tool.jsonl": "the turns are not",
+    "several-rejected/trl.jsonl": "not text",
+    "tiff-orientation/pairs.jsonl": 2,
+    "tiff-orientation/std.jsonl": 2,
+    "trl-implicit-prompt/pairs.jsonl": 4,
+    "trl-multiturn-completion/pairs.jsonl": "not one turn after the same turns",
+}
+WITH = {"cut-to-identical": {"max_length": 300}, "several-rejected/sft": {"loss": "sft"},
+        "random-same-image": {"loss": "copo", "image_rejected": "random"},
+        "random-longer-image": {"loss": "mdpo", "image_rejected": "random"},
+        "several-rejected/mixed": {"loss": "mdpo"}}
+NEXT = ("odd-image-files", "random-longer-image", "tiff-orientation")
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_shared_case(tiny, capsys, name):
+    path, folder = need(CASES / name), name.partition("/")[0]
+    changes = WITH.get(folder) or WITH.get(name.partition(".")[0]) or {}
+    model = tiny["next" if folder in NEXT else "llava"]
+    if folder == "random-longer-image":                       # as long as the longest prompt: no room in it
+        fits = checked(model, path, **changes)
+        changes = changes | {"max_length": max(len(max(fits.read(place).pairs[0][1:3], key=len))
+                                               for place in range(len(fits)))}
+    if isinstance(FOUND[name], int):
+        assert len(checked(model, path, **changes)) == FOUND[name]
+    else:
+        said = refused(capsys, model, path, **changes)
+        assert FOUND[name] in said and str(path) in said
