@@ -59,7 +59,7 @@ def records(case):
             path.write_text(json.dumps(rows))
         neutral = "blanks" if source.suffix == ".json" else True         # an object of records has an order
         case.spoil(path, mutate.a_json, neutral=not train and neutral)
-    more = case.draw.choice(("", "", "--skip_bad", "--loss dpo --image_rejected none", "--set max_length=60"))
+    more = case.draw.choice(("", "", "--skip_bad", "--loss dpo --image_rejected none"))
     words = f"--model {case.draw.choice(MODELS)} --data {path} --image_root images {more}"
     if train:
         case.run(f"train_dpo.py {words} {STEPS} --max_steps 1 --out {OUT}")

@@ -64,7 +64,8 @@ def questions(case):
 
 def replies(case):
     who = case.draw.choice(("judge", "extractor", "one", "writer"))
-    source, = Path("replies").glob(f"{who}.{case.draw.choice(('ours', 'server', 'batch'))}.*")
+    forms = ("ours", "batch", "server")[:2 if who == "writer" else 3]         # a server's replies have no ids
+    source, = Path("replies").glob(f"{who}.{case.draw.choice(forms)}.*")
     path = case.take(source)
     case.spoil(path, mutate.a_json, neutral=who != "one")       # there, the file's hash is a key of journals
     if who == "judge":

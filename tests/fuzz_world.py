@@ -86,12 +86,13 @@ def models():
 def records():
     """data/: three records of every published format; pairs.jsonl, which is trained on."""
     Path("images/VG_100K").mkdir(parents=True)
-    picture(0, (36, 24)).save("images/a.png")
-    picture(0, (36, 24)).save("images/VG_100K/7.jpg")
+    for name in ("a.png", "VG_100K/7.jpg", "VG_100K/07.jpg"):
+        picture(0, (36, 24)).save(f"images/{name}")
     two = ["a.png", "a.png"]
     more = {"history": [["what ?", "a dog"]], "image": two, "image_rejected": two, "meta": {"of": 1}}
     for name, record in {**PUBLISHED, "history": PUBLISHED["native"] | more}.items():
-        rows = [json.loads(json.dumps(record)) for _ in range(3)]
+        text = json.dumps(record).replace("A dog.", "a dog .").replace("A cat.", "a cat .")      # tokens
+        rows = [json.loads(text) for _ in range(3)]
         for k, row in enumerate(rows):
             if isinstance(row.get("id"), str):
                 row["id"] += str(k)
@@ -108,9 +109,9 @@ def records():
         import pyarrow.parquet
     except ImportError:
         return
-    image = {"bytes": Path("images/a.png").read_bytes(), "path": "a.png"}
-    for name, some in (("native", rows[:2]), ("bytes", [PUBLISHED["rlaif-v"] | {"image": image}] * 2)):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), f"data/{name}.parquet")
+    for row, image in zip(rows, ("a.png", {"bytes": Path("images/a.png").read_bytes()}), strict=False):
+        table = pyarrow.Table.from_pylist([row | {"image": image}])
+        pyarrow.parquet.write_table(table, f"data/{type(image).__name__}.parquet")
 
 
 # ---- training runs ----
@@ -165,7 +166,8 @@ def amber():
     notes[0]["truth"] = ["dog", "cat"]
     queries = [{"id": k, "image": f"{k}.jpg", "query": "Describe this image."} for k in range(1, 5)]
     write("amber/annotations.json", notes)
-    write("amber/query_all.json", queries)
+    write("amber/query_generative.json", queries[:1])
+    write("amber/query_discriminative.json", queries[1:])
     write("amber/relation.json", {"dog": ["puppy"], "cat": [], "car": ["truck"]})
     Path("amber/safe_words.txt").write_text("man\nwoman\n")
     said = enumerate(("A dog and a car.", "Yes", "No", "yes"), 1)
