@@ -55,7 +55,8 @@ KNOWN = {
     "logs": "evaluation/page.py training/options.py training/report.py",
     "states": "train_dpo.py training/report.py",
     "answers": "eval_hallu.py evaluation/objects.py evaluation/stats.py",
-    "questions": "evaluation/amber.py evaluation/benchmarks.py evaluation/metrics.py evaluation/stats.py",
+    "questions": "evaluation/amber.py evaluation/benchmarks.py evaluation/metrics.py evaluation/stats.py "
+                 "evaluation/words.py",
     "replies": "model/ask.py",
     "votes": "evaluation/compare.py",
     "journals": "data.py evaluation/page.py model/command.py synth.py synthesis/analysis.py "
