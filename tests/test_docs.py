@@ -127,7 +127,7 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
                 "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py",
                 "classroom/pairs.py scenes", "classroom/make.py",
                 "classroom/synthesis.py", "classroom/picture.py", "classroom/papers/reproduce.py",
-                "bench/vs_trl.py"]
+                "bench/vs_trl.py", "tests/fuzz.py", "tests/kill.py"]
     helps = "".join(said_by([*command.split(), "--help"], monkeypatch) for command in commands)
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
               "--model_args", "--log_samples", "--output_path", "--tasks"}       # torchrun, hf, lmms_eval
