@@ -20,11 +20,12 @@ def folder():
 
 @pytest.fixture(scope="module")
 def spoiled(folder):
-    """The outcomes of 2,000 spoiled inputs of all kinds."""
-    return fuzz.run(fuzz.tasks_of(2000, 0), folder, jobs=min(2, os.cpu_count()))
+    """The outcomes of some spoiled inputs of all kinds; NANOVPO_FUZZ says how many."""
+    n = int(os.environ.get("NANOVPO_FUZZ", 360))
+    return fuzz.run(fuzz.tasks_of(n, 0), folder, jobs=min(2, os.cpu_count()))
 
 
-def test_two_thousand_spoiled_inputs_are_refused_in_a_sentence_or_change_nothing(spoiled, capsys):
+def test_spoiled_inputs_are_refused_in_a_sentence_or_change_nothing(spoiled, capsys):
     lines = fuzz.table(spoiled)
     with capsys.disabled():
         print("", *lines[:len(fuzz_kinds.KINDS) + 2], sep="\n")
@@ -54,7 +55,7 @@ def linked(folder):
     return "once", "again"
 
 
-@pytest.mark.parametrize("job", ["train", "ranks", "answers", "synth"])
+@pytest.mark.parametrize("job", ["train", "answers"])
 def test_a_killed_job_ends_as_an_undisturbed_one(folder, tmp_path, job):
     with contextlib.chdir(folder / "world"):
         found, wrong = kill.run(2, 0, [job], tmp_path)
