@@ -45,7 +45,8 @@ LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to 
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
 LARGEST = 1 << 24       # bytes of a reply
 CUT = ("length", "content_filter")      # finish reasons of a reply that lacks its end
-OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": ""}      # of what a server refuses
+# The name under which a server that refuses a setting gets it instead; what is under "" is not sent.
+OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": ""}
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
     None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects,
     also in a later call. The last attempt's is kept all the same: what cannot be read is for the caller to
-    count.
-    timeout: seconds of one attempt, all of it. loading: of a Folder.
+    count. timeout: seconds of one attempt, all of it. loading: of a Folder.
     """
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
@@ -222,7 +222,7 @@ class Server:
     """
     url: str
     settings: dict
-    accept: object                  # reply -> whether it is acceptable
+    accept: object                  # row -> whether its reply is acceptable
     timeout: float
     attempts: int
     workers: int

@@ -208,8 +208,8 @@ def usable(front, records, o, needs):
         try:
             pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
             if "rejected" in needs and pair.chosen == pair.rejected:
-                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut: raise "
-                                "--set max_length or drop the record")
+                raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut and "
+                                "tokenised: raise --set max_length or drop the record")
         except UserError as e:
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue
