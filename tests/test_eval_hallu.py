@@ -1,10 +1,12 @@
 """eval_hallu.py, its answers and benchmarks: answers that survive a kill, scores without a model."""
 import base64
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -115,9 +117,17 @@ def test_faulty_scenes_are_refused(m, tmp_path, change, says):
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "eval_hallu.py", *map(str, arguments)],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    return done.returncode, done.stdout, done.stderr
+    """(exit code, stdout, stderr) of the command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["eval_hallu.py", *map(str, arguments)])
+        try:
+            eval_hallu.main()
+        except SystemExit as end:                               # as Python ends a process with it
+            if isinstance(end.code, str):
+                return 1, out.getvalue(), err.getvalue() + end.code + "\n"
+            return end.code or 0, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
 
 def test_score_by_hand(tmp_path):
