@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, SHARED, need, picture, write_llava
+from conftest import GOLDEN, ROOT, SHARED, need, picture, run_forked, write_llava
 from PIL import Image
 from test_chat import reply, server
 
@@ -410,21 +410,14 @@ def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_
         ask(m, "objhal", tmp_path / "data" / "q.jsonl", tmp_path / "a.jsonl")
 
 
-def torchrun(world, *arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(world),
-                           ROOT / "eval_hallu.py", *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path, monkeypatch):
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
     arguments = ["answers", "pope", "--model", m.front.folder, "--data", path, "--out", out,
                  "--batch_size", 3, "--max_new_tokens", 5]
-    done = torchrun(2, *arguments)
-    assert done.returncode == 0, done.stderr
+    code, said = run_forked(eval_hallu.main, list(map(str, arguments)), ranks=2)
+    assert code == 0, said
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     first, *lines = whole.read_text().splitlines()
     lines = [json.loads(line) for line in lines]
