@@ -2,7 +2,7 @@
 
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py.
+between them, texts and images, is in front.py and the families.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import lora
 import losses
-from model import front
+from model import family, front
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -74,43 +74,43 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
-    family = folder
-    if not isinstance(folder, front.Llava):
-        family = front.open_folder(folder, template, preparation)
+    own = folder
+    if not isinstance(folder, family.Family):
+        own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)
-    text = family.config.text_config
+    text = own.config.text_config
     for name in vars(text):
         if name.endswith(("_pdrop", "_dropout")):
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, family.architecture)
-    model, found = data.from_folder(kind, family.folder,
+    kind = getattr(transformers, own.architecture)
+    model, found = data.from_folder(kind, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
-                                    config=family.config,
+                                    config=own.config,
                                     output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
-        raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+        raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
-    family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
+    own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
-    words, weight = family.image_token_id, model.lm_head.weight
+    words, weight = own.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(family, model, words)
+    return VLM(own, model, words)
 
 
 def train_whole(m):
@@ -178,11 +178,12 @@ def encode_images(m, batch):
 
 
 def embed(m, ids, features):
-    """ids (..., T), the features [(K, D)] of their images in order -> embeddings (..., T, D)."""
+    """ids (..., T), the features [(K, D or more)] of their images in order -> embeddings (..., T, D)."""
     embeddings = m.model.get_input_embeddings()(ids)
     if features:
         at_image = (ids == m.front.image_token_id)[..., None]
-        embeddings = embeddings.masked_scatter(at_image, torch.cat(features).to(embeddings.dtype))
+        found = torch.cat(features)[:, :embeddings.shape[-1]]
+        embeddings = embeddings.masked_scatter(at_image, found.to(embeddings.dtype))
     return embeddings
 
 
@@ -214,10 +215,11 @@ def naive(m, pairs, features, needs):
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
-    outputs = m.model(inputs_embeds=embed(m, ids, shown),
-                      position_ids=positions,
-                      use_cache=False)
-    logits = outputs.logits[..., :m.words]                                              # (R, T, V)
+    outputs = m.language_model(inputs_embeds=embed(m, ids, shown),
+                               position_ids=positions,
+                               use_cache=False,
+                               **m.front.language_inputs(ids, shown))
+    logits = m.model.lm_head(outputs.last_hidden_state)[..., :m.words]                  # (R, T, V)
     return as_logps(losses.response_logps(logits, labels), pairs, needs)
 
 
@@ -288,7 +290,7 @@ def packed_token_logps(m, row, features):
                                attention_mask=ids.new_zeros(1, 1, 1, 1),
                                segments=row.segments,
                                use_cache=False,
-                               **m.front.language_inputs(row, features))
+                               **m.front.language_inputs(ids[None], features))
     hidden = outputs.last_hidden_state[0, row.predict.to(m.device)]                         # (N, D)
     return chunked_logps(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device))
 
@@ -361,6 +363,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
                                            padding_side="left", return_tensors="pt").to(m.device)
             if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+                inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
                                    **options,
                                    max_new_tokens=max_new_tokens,

@@ -20,7 +20,7 @@ from test_vlm import write_next
 import data
 import lora
 from data import UserError
-from model import command, front, vlm
+from model import command, front, llava, vlm
 from training import batches, checkpoint, options
 from training.records import Records
 
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
     """{name: folder} of a tiny LLaVA-1.5 and a tiny LLaVA-1.6, whose tokens an image depend on its shape."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = front.TEMPLATES["plain"]
+    tokenizer.chat_template = llava.TEMPLATES["plain"]
     return {"llava": write_llava(folder / "llava", byte_tokenizer()),
             "next": write_next(folder / "next", tokenizer=tokenizer)}
 
