@@ -16,8 +16,8 @@ RECIPES = dict(re.findall(r"^\*\*([\w ]+)\.\*\*(?:(?!^\*\*).)*?^```diff\n(.*?)^`
                           re.DOTALL | re.MULTILINE))
 FOLDERS = ("model", "training", "evaluation", "synthesis")
 OURS = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
-QUICK = ("--max_steps 3 --batch 8 --set pairs=24 --set scenes=4 --set questions=20 --set max_new_tokens=8 --set look=0 "
-         "--out run")
+QUICK = ("--max_steps 3 --batch 8 --set pairs=24 --set scenes=4 --set questions=20 --set look=0 "
+         "--set max_new_tokens=8 --out run")
 
 
 @pytest.fixture
