@@ -4,10 +4,11 @@ A family is a class that inherits from Family (or from another one) and says wha
 front.FAMILIES:
 
     architecture, image_token       the names of transformers' class, and of an image's token
+    lead, packs                     what stands between prompt and response, and if --forward packed is exact
     tower, language                 the model's parts: what --no-lora leaves frozen, and what reads embeddings
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
                                     where the template has one
-    prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
+    prepare(images)                 one prompt's PIL images -> [{name: tensor}], by transformers' names
     inputs(prepared)                those of a batch, as transformers' forward and generate take them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image; columns
                                     behind the D are for language_inputs
@@ -48,6 +49,8 @@ class Family:
     tower = "model.vision_tower"
     language = "model.language_model"
     squares = False            # whether `pad` makes sense
+    packs = True
+    lead = ""
 
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
@@ -154,11 +157,11 @@ class Family:
 
         An EOS in the text is removed. Raises UserError for a text with the image marker or without a token.
         """
-        text = text.replace(self.tokenizer.eos_token, "").strip()
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        text = text.replace(self.tokenizer.convert_ids_to_tokens(self.eos_id), "").strip()
+        ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
         if self.image_token_id in ids:
             raise data.UserError(f"the response {text[:60]!r} contains {IMAGE}: remove the marker")
-        if not ids:
+        if not text or not ids:
             raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
                                  "--skip_bad")
         return [*ids, self.eos_id]

@@ -12,9 +12,19 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import data
+from model.gemma import Gemma3
+from model.idefics import Idefics3, SmolVLM
+from model.internvl import InternVL
 from model.llava import TEMPLATES, Llava, LlavaNext, colour
+from model.onevision import OneVision
 
-FAMILIES = {"llava": Llava, "llava_next": LlavaNext}
+FAMILIES = {"llava": Llava,
+            "llava_next": LlavaNext,
+            "llava_onevision": OneVision,
+            "idefics3": Idefics3,
+            "smolvlm": SmolVLM,
+            "internvl": InternVL,
+            "gemma3": Gemma3}
 
 
 def read_config(folder):

@@ -97,7 +97,12 @@ class LlavaNext(Llava):
         return kind if kind in TEMPLATES else "vicuna"
 
     def image_ids(self, size):
-        """The whole picture, its tiles without the padding (unpad_image), a newline after each row."""
+        """The whole picture, its tiles without the padding, a newline after each row of patches."""
+        rows, columns = self.grid(size)
+        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
+
+    def grid(self, size):
+        """(rows, columns) of the tiles' patches without the padding (unpad_image)."""
         from transformers.image_processing_utils import select_best_resolution
         width, height = size
         vision = self.config.vision_config
@@ -108,7 +113,7 @@ class LlavaNext(Llava):
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
+        return rows, columns
 
 
 def pad_square(image, fill):
