@@ -109,8 +109,6 @@ class Family:
         return BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):
-        if not prepared:
-            return []
         return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]
 
     def messages(self, question, n_images, history=()):
@@ -158,9 +156,10 @@ class Family:
         An EOS in the text is removed. Raises UserError for a text with the image marker or without a token.
         """
         text = text.replace(self.tokenizer.convert_ids_to_tokens(self.eos_id), "").strip()
+        for marker in (IMAGE, self.image_token):
+            if marker in text:
+                raise data.UserError(f"the response {text[:60]!r} contains {marker}: remove the marker")
         ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
-        if self.image_token_id in ids:
-            raise data.UserError(f"the response {text[:60]!r} contains {IMAGE}: remove the marker")
         if not text or not ids:
             raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
                                  "--skip_bad")

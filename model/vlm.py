@@ -163,7 +163,8 @@ def encode_images(m, batch):
     Raises UserError if an image's features are not as many as its places in the prompt.
     """
     n = len(batch.images)
-    found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
+    images = [*batch.images, *batch.images_rejected]
+    found = m.front.encode(m.model, images) if images else []
     prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
     if batch.images_rejected:
         prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]

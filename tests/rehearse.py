@@ -61,16 +61,17 @@ TINY = {"bunny": sizes((40, 48, 2, 4, 4, 270, 256, 256, 256), (24, 40, 3, 4, 30,
 
 def write_smolvlm(folder, tiny=False):
     """SmolVLM-256M-Instruct as published: SigLIP-base of 512 pixels, SmolLM2-135M, at most 17 tiles."""
-    import families_tiles
+    import families
+    folder.mkdir(parents=True)
     if tiny:
-        return families_tiles.write_idefics(folder)
+        families.idefics3(folder)
+        return
     text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
             "num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192,
             "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
               "num_attention_heads": 12, "patch_size": 16}
-    return families_tiles.write_idefics(folder, text=text, vision=vision, tile=512, longest=2048, scale=4,
-                                        std=0.02)
+    families.idefics(folder, "Idefics3", text, vision, tile=512, longest=2048, scale=4, std=0.02)
 
 
 def byte_level_bpe(folder, size, end):
