@@ -13,11 +13,9 @@ from pathlib import Path
 
 import data
 from model.gemma import Gemma3
-from model.idefics import Idefics3, SmolVLM
-from model.internvl import InternVL
-from model.llava import TEMPLATES, Llava, LlavaNext, colour
-from model.onevision import OneVision
+from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
 from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from model.tiles import Idefics3, InternVL, SmolVLM
 
 # transformers' model_type -> the family
 FAMILIES = {"llava": Llava,

@@ -28,9 +28,6 @@ class Gemma3(Family):
     def image_ids(self, size):
         return [self.image_token_id] * self.config.mm_tokens_per_image
 
-    def prepare(self, images):
-        return [{"pixel_values": image["pixel_values"]} for image in super().prepare(images)]
-
     def generate_inputs(self, ids):
         return {"token_type_ids": (ids == self.image_token_id).long()}
 

@@ -5,9 +5,11 @@ import sys
 from types import SimpleNamespace
 
 import families
+import numpy as np
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 
 import data
 import lora
@@ -103,6 +105,13 @@ def test_a_prompt_is_the_processors_own(world, question, history, sizes):
         prepared = world.m.front.prepare(pictures(shapes))
         features = world.m.front.encode(world.m.model, prepared) if prepared else []
         assert ids.count(world.m.front.image_token_id) == sum(map(len, features))
+
+
+def test_an_image_becomes_as_many_tokens_as_the_processor_says(world):
+    sizes = np.random.default_rng(0).integers(2, 200, (40, 2)).tolist()
+    for size in [(40, 40), (16, 100), *map(tuple, sizes)]:
+        own = inputs_of(world.processor, "What?", [], [Image.new("RGB", size)])["input_ids"]
+        assert world.m.front.prompt_ids("What?", [size]) == own[0].tolist()
 
 
 def test_an_image_of_any_shape_has_as_many_features_as_places(world):
@@ -260,3 +269,45 @@ def test_a_stopped_run_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
     assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
     said = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert said[1]["loss"] == pytest.approx(3 * 0.693147, abs=1e-4) and said[2]["loss"] != said[1]["loss"]
+
+
+# ---- what a family refuses ----
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_gemma3_refuses_the_packed_forward_before_anything_loads(tmp_path, monkeypatch):
+    families.gemma3(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    picture(0).save(tmp_path / "0.png")
+    record = {"id": "0", "image": "0.png", "question": "Who?", "chosen": "A cat.", "rejected": "A dog."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+    words = ["train_dpo.py", "--model", str(tmp_path), "--data", str(tmp_path / "pairs.jsonl"),
+             "--out", str(tmp_path / "run")]
+    for more in ([], ["--dry_run"]):
+        monkeypatch.setattr(sys, "argv", words + more)
+        with pytest.raises(SystemExit, match="see each other in both directions.*pass --forward naive"):
+            train_dpo.main()
+
+
+def test_gemma3_refuses_pan_and_scan(tmp_path):
+    families.gemma3(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", do_pan_and_scan=True)
+    with pytest.raises(data.UserError, match="set do_pan_and_scan to false in its preprocessor_config.json"):
+        front.open_folder(tmp_path)
+
+
+def test_onevision_refuses_an_unknown_rule_for_its_tiles(tmp_path):
+    families.onevision(tmp_path)
+    edit(tmp_path / "config.json", vision_aspect_ratio="pad")
+    with pytest.raises(data.UserError, match="only anyres_max_N is known .* not pad"):
+        front.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "internvl", "gemma3"])
+def test_a_folder_without_its_template_is_refused(tmp_path, name):
+    families.FAMILIES[name](tmp_path)
+    (tmp_path / "chat_template.json").unlink()
+    with pytest.raises(data.UserError, match="has no chat template"):
+        front.open_folder(tmp_path)

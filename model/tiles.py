@@ -1,9 +1,11 @@
-"""Idefics3, SmolVLM and SmolVLM2: a picture is tiles between row and column tokens, then the whole of it."""
+"""Idefics3, SmolVLM and InternVL3: a picture becomes tiles of one size, as many as its shape asks for, and the
+whole of it in one more. InternVL3 is meant in transformers' form, as OpenGVLab/InternVL3-1B-hf.
+"""
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
 import math
-from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -11,14 +13,14 @@ from model.family import IMAGE, Family
 
 
 class Idefics3(Family):
-    """Idefics3, and SmolVLM, whose published folders are of this class."""
+    """Idefics3 and the first SmolVLM: tokens say a tile's row and column."""
     architecture = "Idefics3ForConditionalGeneration"
     image_token = IMAGE
     tower = "model.vision_model"
     language = "model.text_model"
     lead = " "                                             # "Assistant:" and its answer
 
-    @cached_property
+    @property
     def image_tokens(self):
         """The number of tokens of a tile."""
         vision = self.config.vision_config
@@ -61,3 +63,24 @@ class Idefics3(Family):
 class SmolVLM(Idefics3):
     """SmolVLM2."""
     architecture = "SmolVLMForConditionalGeneration"
+
+
+class InternVL(Family):
+    """The tokens of all tiles between <img> and </img>."""
+    architecture = "InternVLForConditionalGeneration"
+    image_token = "<IMG_CONTEXT>"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.image_processor.crop_to_patches = True        # as transformers' processor does, whatever it says
+
+    def image_ids(self, size):
+        width, height = size
+        tiles = self.image_processor.get_number_of_image_patches(height, width)
+        start, end = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        return [start, *[self.image_token_id] * (tiles * self.config.image_seq_length), end]
+
+    def encode(self, model, prepared):
+        import torch
+        tiles = iter(super().encode(model, prepared))
+        return [torch.cat([*islice(tiles, len(image["pixel_values"]))]) for image in prepared]
