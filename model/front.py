@@ -12,28 +12,41 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import data
-from model.llava import TEMPLATES, Llava, LlavaNext, colour
+from model.gemma import Gemma3
+from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
+from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from model.tiles import Idefics3, InternVL, SmolVLM
 
-FAMILIES = {"llava": Llava, "llava_next": LlavaNext}
+# transformers' model_type -> the family
+FAMILIES = {"llava": Llava,
+            "llava_next": LlavaNext,
+            "llava_onevision": OneVision,
+            "idefics3": Idefics3,
+            "smolvlm": SmolVLM,
+            "internvl": InternVL,
+            "gemma3": Gemma3,
+            "qwen2_vl": Qwen2VL,
+            "qwen2_5_vl": Qwen25VL,
+            "qwen3_vl": Qwen3VL}
 
 
 def read_config(folder):
-    """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
+    """config.json of a checkpoint of one of the families. Raises UserError, naming what it is instead."""
     path = Path(folder) / "config.json"
     config = data.read_json(path, kind=dict)
     kind = config.get("model_type")
-    # The original LLaVA's model_type is "llava" as well, but it has no text_config.
-    if kind in FAMILIES and isinstance(config.get("text_config"), dict):
+    # The original LLaVA's model_type is "llava" as well, but it has no vision_config.
+    if kind in FAMILIES and isinstance(config.get("vision_config"), dict):
         return config
-    fix = "give a llava-hf folder"
+    fix = "give one of those, as transformers saves it"
     if "mm_vision_tower" in config:
         fix = f"run `python -m model.import_checkpoint {folder} NEW_FOLDER`, then use that"
-    raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only llava-hf "
-                         f"folders of {', '.join(FAMILIES)} can be loaded; {fix}")
+    raise data.UserError(f"{path} says model_type {kind!r}, {config.get('architectures')}: only folders "
+                         f"of {', '.join(FAMILIES)} can be loaded; {fix}")
 
 
 def open_folder(folder, template=None, preparation=""):
-    """The family of a llava-hf folder, from its files alone.
+    """The family of a folder in transformers' layout, from its files alone.
 
     template: None for the folder's own, a name in TEMPLATES or Jinja. preparation: "" for the folder's own,
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
@@ -62,7 +75,7 @@ def check_tokens(folder, config, tokenizer, image_token):
     found = tokenizer.convert_tokens_to_ids(image_token)
     if found != config.image_token_id:
         raise data.UserError(f"{folder}: its tokenizer gives {image_token} the id {found}, config.json says "
-                             f"{config.image_token_id}: copy the tokenizer of the llava-hf folder, not that "
+                             f"{config.image_token_id}: copy the tokenizer of the published folder, not that "
                              "of its language model")
     if len(tokenizer) > (rows := config.text_config.vocab_size):
         raise data.UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model's embedding "

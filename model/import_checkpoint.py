@@ -444,10 +444,10 @@ def describe(folder):
         text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
         lines = [f"image           {own.about_images}; {own.preparation}",
                  f"template        {own.template_name}: {text!r}"]
-    parts = config.get("vision_config", {}).get("model_type"), config["text_config"].get("model_type")
+    parts = [config.get(name, {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({weight.type for weight in found})) or "no file"
     return [f"folder          {folder}",
-            f"model           {config['model_type']}: {parts[0]} + {parts[1]}",
+            f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
             f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
             *lines,
             f"missing         {'; '.join(faults) or 'nothing'}"]

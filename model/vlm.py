@@ -163,7 +163,8 @@ def encode_images(m, batch):
     Raises UserError if an image's features are not as many as its places in the prompt.
     """
     n = len(batch.images)
-    found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
+    images = [*batch.images, *batch.images_rejected]
+    found = m.front.encode(m.model, images) if images else []
     prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
     if batch.images_rejected:
         prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]
@@ -361,8 +362,8 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
         for batch in data.chunks(order, batch_size):
             inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
                                            padding_side="left", return_tensors="pt").to(m.device)
-            if pictures := [picture for i in batch for picture in images[i]]:
-                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
+                inputs |= m.front.on_device(m.model, prepared)
                 inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
                                    **options,

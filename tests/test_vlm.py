@@ -257,7 +257,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
         vlm.load(tmp_path)
     original = '{"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}'
     (tmp_path / "config.json").write_text(original)
-    with pytest.raises(data.UserError, match="only llava-hf folders"):
+    with pytest.raises(data.UserError, match="only folders of llava"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(data.UserError, match="config.json, line 1: broken JSON"):
@@ -618,7 +618,7 @@ def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, t
 
 def test_a_text_only_model_and_an_original_folder_are_told_apart(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(data.UserError, match="model_type 'llama'.*only llava-hf"):
+    with pytest.raises(data.UserError, match="model_type 'llama'.*only folders of llava"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bunny-phi", "mm_vision_tower": "siglip"}')
     with pytest.raises(data.UserError, match="run `python -m model.import_checkpoint .* NEW_FOLDER`"):
