@@ -77,6 +77,7 @@ class Pairs:
     front: Any                # a family of model/front.py
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
+    pinned: bool = False      # pixels go where a GPU copies from by itself, while the step before goes on
 
     def __len__(self):
         return len(self.good)
@@ -90,6 +91,8 @@ class Pairs:
         rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
         prepared = self.front.prepare(images + rejected)
+        if self.pinned:
+            prepared = [{name: x.pin_memory() for name, x in image.items()} for image in prepared]
         rejected = prepared[len(images):]
         images = prepared[:len(images)]
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
@@ -187,7 +190,7 @@ def checked(front, path, o, needs, ranks):
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs)
     good, tokens = ranks.first(partial(usable, front, records, o, needs))
-    return Pairs(records, good, tokens, front, o, frozenset(needs))
+    return Pairs(records, good, tokens, front, o, frozenset(needs), str(ranks.device).startswith("cuda"))
 
 
 def usable(front, records, o, needs):
