@@ -2,7 +2,7 @@
 
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py.
+between them, texts and images, is in front.py and the families.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import lora
 import losses
-from model import front
+from model import family, front
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -75,43 +75,43 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
-    family = folder
-    if not isinstance(folder, front.Llava):
-        family = front.open_folder(folder, template, preparation)
+    own = folder
+    if not isinstance(folder, family.Family):
+        own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)
-    text = family.config.text_config
+    text = own.config.text_config
     for name in vars(text):
         if name.endswith(("_pdrop", "_dropout")):
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, family.architecture)
-    model, found = data.from_folder(kind, family.folder,
+    kind = getattr(transformers, own.architecture)
+    model, found = data.from_folder(kind, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
-                                    config=family.config,
+                                    config=own.config,
                                     output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
-        raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+        raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
     model.requires_grad_(False).eval().to(device)
-    family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
+    own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
-    words, weight = family.image_token_id, model.lm_head.weight
+    words, weight = own.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(family, model, words)
+    return VLM(own, model, words)
 
 
 def train_whole(m):
@@ -179,13 +179,14 @@ def encode_images(m, batch):
 
 
 def embed(m, ids, features):
-    """ids (..., T) on the CPU, the features [(K, D)] of their images in order -> embeddings (..., T, D)."""
+    """ids (..., T), on the CPU, the features [(K, D or more)] of their images in order -> embeddings."""
     found = m.model.get_input_embeddings()(data.send(ids, m.device))
     if not features:
         return found
     places = (ids.flatten() == m.front.image_token_id).nonzero()[:, 0]             # a GPU would be waited for
-    shown = torch.cat(features).to(found.dtype)                                             # (K, D)
-    return found.flatten(0, -2).index_copy(0, data.send(places, m.device), shown).view_as(found)
+    shown = torch.cat(features)[:, :found.shape[-1]].to(found.dtype)                        # (K, D)
+    rows = found.flatten(0, -2).index_copy(0, data.send(places, m.device), shown)
+    return rows.view_as(found)                                                              # (..., T, D)
 
 
 # -------------------------------------------------------------------------------- forward: naive
@@ -216,10 +217,11 @@ def naive(m, pairs, features, needs):
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
-    outputs = m.model(inputs_embeds=embed(m, ids, shown),
-                      position_ids=positions,
-                      use_cache=False)
-    logits = outputs.logits[..., :m.words]                                              # (R, T, V)
+    outputs = m.language_model(inputs_embeds=embed(m, ids, shown),
+                               position_ids=positions,
+                               use_cache=False,
+                               **m.front.language_inputs(ids.to(m.device), shown))
+    logits = m.model.lm_head(outputs.last_hidden_state)[..., :m.words]                  # (R, T, V)
     return as_logps(losses.response_logps(logits, labels.to(m.device)), pairs, needs)
 
 
@@ -345,15 +347,16 @@ def packed_token_logps(m, row, features):
 
     features: [(K, D)] of the row's images.
     """
-    positions, predict, target = (data.send(x, m.device) for x in (row.positions, row.predict, row.target))
+    tensors = row.ids, row.positions, row.predict, row.target
+    ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
     outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)
                                position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
-                               attention_mask=positions.new_zeros(1, 1, 1, 1),
+                               attention_mask=ids.new_zeros(1, 1, 1, 1),
                                layout=Layout(row.segments, m.device),
                                use_cache=False,
-                               **m.front.language_inputs(row, features))
+                               **m.front.language_inputs(ids[None], features))
     hidden = outputs.last_hidden_state[0, predict]                                          # (N, D)
     return chunked_logps(hidden, m.model.lm_head.weight[:m.words], target)
 
@@ -427,6 +430,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
                                            padding_side="left", return_tensors="pt").to(m.device)
             if pictures := [picture for i in batch for picture in images[i]]:
                 inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+                inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
                                    **options,
                                    max_new_tokens=max_new_tokens,

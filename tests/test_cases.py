@@ -8,20 +8,19 @@ import dataclasses
 import gzip
 import io
 import json
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, need, picture, write_llava
+from conftest import SHARED, need, picture, write_llava
 from PIL import Image
+from test_train_dpo import run
 from test_vlm import write_next
 
 import data
 import lora
 from data import UserError
-from model import command, front, vlm
+from model import command, front, llava, vlm
 from training import batches, checkpoint, options
 from training.records import Records
 
@@ -43,7 +42,7 @@ def tiny(tmp_path_factory):
     """{name: folder} of a tiny LLaVA-1.5 and a tiny LLaVA-1.6, whose tokens an image depend on its shape."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = front.TEMPLATES["plain"]
+    tokenizer.chat_template = llava.TEMPLATES["plain"]
     return {"llava": write_llava(folder / "llava", byte_tokenizer()),
             "next": write_next(folder / "next", tokenizer=tokenizer)}
 
@@ -444,9 +443,9 @@ def test_an_adapter_that_does_more_than_lora_is_refused_by_name(tmp_path, settin
 def test_the_command_ends_with_one_sentence_and_no_traceback(tiny, folder):
     path = lines(folder / "d.jsonl", [pair(0), pair(1, question="<image> and <image>")])
     words = ["--model", tiny["llava"], "--data", path, "--loss", "dpo", "--out", folder / "run"]
-    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], text=True, capture_output=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in done.stderr
+    code, said = run(list(map(str, words)))
+    assert code == 1 and "Traceback" not in said
+    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in said
     assert not (folder / "run" / "adapter").exists()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 import losses
-from model import command, front, vlm
+from model import command, front, llava, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
@@ -403,7 +403,7 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
     lengths = {len(m.front.image_ids(size)) for size in SIZES}
-    assert (len(lengths) > 1) == isinstance(m.front, front.LlavaNext)
+    assert (len(lengths) > 1) == isinstance(m.front, llava.LlavaNext)
 
 
 @pytest.mark.parametrize("patch, image", [(14, 336), (14, 30)])
@@ -455,7 +455,7 @@ def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
 
 # ---- a family of your own: a class, and a line in FAMILIES ----
 
-class Qwen25(front.Llava):
+class Qwen25(llava.Llava):
     """Qwen2.5-VL: an image is <start>, as many tokens as its grid has, <end>; positions are (3, T)."""
     architecture = "Qwen2_5_VLForConditionalGeneration"
     tower = "model.visual"
@@ -563,7 +563,7 @@ LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful langu
     ("mistral", "[INST] <image>\nWho? [/INST]"), ("llama3", LLAMA3)])
 def test_a_template_writes_the_published_prompt(model, name, said):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
-    template = {"chat_template": front.TEMPLATES[name], "tokenize": False}
+    template = {"chat_template": llava.TEMPLATES[name], "tokenize": False}
     assert model.front.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template) == said
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Me."}]}
     text = model.front.tokenizer.apply_chat_template(messages + [answer], **template)
@@ -611,7 +611,7 @@ def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, t
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"eos_token": end})
     m = front.open_folder(write_next(tmp_path, text, tokenizer))
-    assert (m.template_name, m.template) == (name, front.TEMPLATES[name])
+    assert (m.template_name, m.template) == (name, llava.TEMPLATES[name])
 
 
 # ---- faults of a folder ----

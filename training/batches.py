@@ -74,7 +74,7 @@ class Pairs:
     records: Records
     good: list                # indices of records
     tokens: list              # of each record's packed row
-    front: Any                # a family of model/front.py
+    front: Any                # a family of model/
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
     pinned: bool = False      # pixels go where a GPU copies from by itself, while the step before goes on
@@ -148,7 +148,7 @@ def crop_pixels(pixels, box):
 def rejected_pixels(strategy, pixels, seed, id):
     """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
-        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+        raise UserError("--set crop_pixels=true: this model's pixels cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     rng = data.rng_of(strategy, seed, id)
     return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))

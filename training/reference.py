@@ -49,9 +49,10 @@ class Reference:
     def score(self, batch, features):
         """The log-probs of a batch (B, F). If something in front of the language model trains, the policy's
         features are not the base's."""
+        behind = self.model.front.language, "lm_head"
         trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
         with vlm.base_of(self.model) as base:
-            if not all("language_model." in name or "lm_head." in name for name in trained):
+            if not all(name.startswith(behind) for name in trained):
                 features = vlm.encode_images(base, batch)
             found = self.forward(base, batch.pairs, features, self.needs)
         logps = [getattr(found, field) for field in self.fields]
