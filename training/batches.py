@@ -77,6 +77,7 @@ class Pairs:
     front: Any                # a family of model/
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
+    pinned: bool = False      # pixels go where a GPU copies from by itself, while the step before goes on
 
     def __len__(self):
         return len(self.good)
@@ -89,7 +90,7 @@ class Pairs:
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
-        images, rejected = map(self.front.prepare, (images, rejected))
+        images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
@@ -99,6 +100,13 @@ class Pairs:
             digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
         return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
+
+    def prepared(self, images):
+        """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
+        found = self.front.prepare(images)
+        if self.pinned:
+            found = [{name: x.pin_memory() for name, x in image.items()} for image in found]
+        return found
 
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
@@ -188,7 +196,7 @@ def checked(front, path, o, needs, ranks):
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs)
     good, tokens = ranks.first(partial(usable, front, records, o, needs))
-    return Pairs(records, good, tokens, front, o, frozenset(needs))
+    return Pairs(records, good, tokens, front, o, frozenset(needs), str(ranks.device).startswith("cuda"))
 
 
 def usable(front, records, o, needs):
