@@ -77,6 +77,7 @@ class Pairs:
     front: Any                # a family of model/front.py
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
+    without_image: int = 0    # pairs that CoPO skips
 
     def __len__(self):
         return len(self.good)
@@ -104,7 +105,7 @@ class Pairs:
 
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
-        if record["images_rejected"] or self.o.crop_pixels:
+        if record["images_rejected"] or self.o.crop_pixels or not images:
             return [data.read_image(x) for x in record["images_rejected"]]
         other = partial(other_image, self.records, seed, record["id"], self.good[place], images[0])
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
@@ -185,24 +186,24 @@ def checked(front, path, o, needs, ranks):
     """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
     UserError."""
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
-                      "rejected" in needs)
-    good, tokens = ranks.first(partial(usable, front, records, o, needs))
-    return Pairs(records, good, tokens, front, o, frozenset(needs))
+                      "rejected" in needs, o.follow_links)
+    good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
+    return Pairs(records, good, tokens, front, o, frozenset(needs), without_image)
 
 
 def usable(front, records, o, needs):
-    """(indices of the good records, tokens of each one's packed row). Cut responses are counted, and faults
-    end the run as in records.drop."""
+    """(indices of the good records, tokens of each one's packed row, how many CoPO skips: those without an
+    image). Cut responses are counted, and faults end the run as in records.drop."""
     twice = "image_rejected" in needs
     good = check(records, twice, o.skip_bad)
-    faults, tokens, cut = [], [], 0
+    faults, tokens, cut, skipped = [], [], 0, 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         record = records[i]
         images = shown(record, o)
         rejected = ()
         if twice:
             rejected = tuple(map(data.image_size, record["images_rejected"]))
-        if twice and o.image_rejected == "random" and not rejected:
+        if twice and o.image_rejected == "random" and images and not rejected:
             drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
             rejected = (drawn.size,) * len(images)
         try:
@@ -214,11 +215,14 @@ def usable(front, records, o, needs):
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue
         cut += lost > 0
+        skipped += twice and not images
         tokens.append(len(data.pack([pair], needs).ids))
     good = drop(records, good, faults, o.skip_bad)
     if cut:
         print(f"{cut} of {len(good)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return good, tokens
+    if skipped:
+        print(f"{skipped} of {len(good)} pairs have no image: what compares images (CoPO) skips them")
+    return good, tokens, skipped
 
 
 # ---- steps ----

@@ -31,6 +31,7 @@ class Options:
     data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
+    follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
