@@ -230,6 +230,16 @@ def as_logps(sums, pairs, needs):
                         rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
 
 
+def without_image(policy, pairs):
+    """The policy's Logps with image_rejected -inf for pairs that show no image: there is nothing less likely,
+    so that a log-sigmoid or a hinge which compares with it is 0, and its gradient too."""
+    bare = [not p.sizes for p in pairs]
+    if policy.image_rejected is None or not any(bare):
+        return policy
+    bare = torch.tensor(bare, device=policy.image_rejected.device)
+    return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
+
+
 # -------------------------------------------------------------------------------- forward: packed
 def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `segments` are given (generation, naive).

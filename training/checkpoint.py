@@ -104,7 +104,8 @@ def opening(run):
     return {"options": asdict(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
-            "images": front.preparation, "pairs": len(run.pairs), "steps": run.steps,
+            "images": front.preparation, "pairs": len(run.pairs),
+            "pairs_without_image": run.pairs.without_image, "steps": run.steps,
             "official": options.departures(run.o), **options.provenance(run.o)}
 
 
