@@ -462,6 +462,29 @@ def test_a_run_of_pairs_that_have_changed_is_refused(tmp_path, name):
         options.claim(out, o)
 
 
+@pytest.mark.parametrize("name", ["data", "val_data"])
+@pytest.mark.parametrize("change", ["other pixels of the same size", "gone", "rejected"])
+def test_a_run_whose_images_have_changed_is_refused(tmp_path, name, change):
+    """The file of an image, or of a rejected one, is another, or there is none any more."""
+    files = {}
+    for k, key in enumerate(("data", "val_data")):
+        rows = [pair(k, image=f"{key}.bmp", image_rejected=f"{key}-rejected.bmp"), pair(8, image="no.png")]
+        files[key] = str(lines(tmp_path / f"{key}.jsonl", rows))
+        for seed, image in enumerate((f"{key}.bmp", f"{key}-rejected.bmp")):
+            picture(seed).save(tmp_path / image)
+    o = options.Options(**files, model=str(tmp_path))
+    out = tmp_path / "run"
+    out.mkdir()
+    data.append_jsonl(out / "log.jsonl", {"options": dataclasses.asdict(o), **options.provenance(o)})
+    options.claim(out, o).close()
+    image = tmp_path / (f"{name}-rejected.bmp" if change == "rejected" else f"{name}.bmp")
+    picture(9).save(image)
+    if change == "gone":
+        image.unlink()
+    with pytest.raises(UserError, match=f"an image of {tmp_path}/{name}.jsonl has changed since"):
+        options.claim(out, o)
+
+
 @pytest.mark.parametrize("words", [["--data", "pairs.jsonl"], ["--data", "a", "--loss", "dpo"]])
 def test_data_of_ones_own_needs_a_model(words):
     with pytest.raises(UserError, match="needs --model"):

@@ -86,14 +86,15 @@ class Array(list):
 class Table(list):
     """Parquet or arrow: where each record is, by row group; only a few groups of parquet are in memory, and
     arrow, a stream as `datasets` writes it, is one group that is mapped and not read."""
-    def __init__(self, path):
+    def __init__(self, path, stored):
         self.path = path
-        for group, rows in enumerate(_table(path)):
+        self.stored = stored
+        for group, rows in enumerate(_table(stored)):
             self += [(group, row) for row in range(rows)]
 
     def __getitem__(self, k):
         group, row = super().__getitem__(k)
-        record, = _table(self.path, group).slice(row, 1).to_pylist()
+        record, = _table(self.stored, group).slice(row, 1).to_pylist()
         return record
 
     def place(self, k):
@@ -159,7 +160,7 @@ def opened(path, stored=None):
     if head.startswith(b"\x1f\x8b"):
         return opened(path, _unpacked(path))
     if head.startswith((b"PAR1", ARROW)):
-        return Table(stored)
+        return Table(path, stored)
     if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', text):
         return Array(path, stored)
     if text[:1] in b"{" and b"\0" not in head[:4]:      # or empty

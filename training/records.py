@@ -46,7 +46,10 @@ from tqdm import tqdm
 
 import data
 from data import UserError, draw, read_image
+from model import command
 from training import files
+
+WHOLE = 1 << 12                                         # blocks: a file of records is hashed up to 256 MiB
 
 
 # ---- the formats: raw record -> what it has elsewhere: question, chosen, rejected, each a text or turns ----
@@ -287,6 +290,16 @@ class Records:
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             problem = f"not laid out as {self.format} is ({data.brief(error)}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
+
+    def identity(self):
+        """A hash over the records' files, and one over the images that they name, with - between them."""
+        paths, images = [file.path for file in getattr(self.raw, "files", [self.raw])], {}
+        for i in range(len(self)):
+            with contextlib.suppress(UserError):
+                record = self[i]
+                images |= dict.fromkeys(record["images"] + record["images_rejected"])
+        images = [image for image in images if isinstance(image, str) and os.path.isfile(image)]
+        return f"{command.identity_of(paths, WHOLE)}-{command.identity_of(images)}"
 
     def _images(self, found, rejected):
         """What is under the one key that names the image: see _image."""
