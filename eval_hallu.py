@@ -192,7 +192,10 @@ def table(benchmark, scores):
         if key in scores["intervals"]:
             numbers = scores[key], *scores["intervals"][key]
             value, low, high = (shown(benchmark, key, number) for number in numbers)
-            lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
+            if stats.undefined(scores, key):
+                lines.append(f"{name:32}undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
+            else:
+                lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for name, part in scores.get(parts, {}).items():
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
