@@ -170,7 +170,7 @@ def test_arrow_without_pyarrow_says_what_to_install(folder, monkeypatch):
     import sys
     (folder / "d.arrow").write_bytes(b"\xff\xff\xff\xff....")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match="d.arrow is parquet or arrow: pip install pyarrow"):
+    with pytest.raises(UserError, match="d.arrow needs pyarrow: pip install pyarrow"):
         Records(folder / "d.arrow")
 
 

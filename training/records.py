@@ -293,13 +293,12 @@ class Records:
 
     def identity(self):
         """A hash over the records' files, and one over the images that they name, with - between them."""
-        paths, images = [file.path for file in getattr(self.raw, "files", [self.raw])], {}
+        paths, images = [file.path for file in getattr(self.raw, "files", [self.raw])], set()
         for i in range(len(self)):
             with contextlib.suppress(UserError):
                 record = self[i]
-                images |= dict.fromkeys(record["images"] + record["images_rejected"])
-        images = [image for image in images if isinstance(image, str) and os.path.isfile(image)]
-        return f"{command.identity_of(paths, WHOLE)}-{command.identity_of(images)}"
+                images.update(filter(os.path.isfile, record["images"] + record["images_rejected"]))
+        return f"{command.identity_of(paths, WHOLE)}-{command.identity_of(sorted(images))}"
 
     def _images(self, found, rejected):
         """What is under the one key that names the image: see _image."""
@@ -334,16 +333,20 @@ def check(records, needs_image=False, skip_bad=False):
     if len(records) < len(records.raw):
         print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
-    all_pairs, bare = [], []                 # indices; bare: those without an image
+    n, bare = len(records), []               # bare: pairs without an image
+    pairs = list(range(n))
 
     def fault(i, kind, says):
         faults.add((i, kind, f"{records.where(i)}: {says}"))
 
-    for i, record in _each(records):
-        all_pairs.append(i)
-        if isinstance(record, UserError):
-            faults.add((i, "unreadable record", str(record)))
+    for i in pairs:
+        try:
+            record = records[i]
+        except UserError as error:
+            faults.add((i, "unreadable record", str(error)))
             continue
+        if i < n:
+            pairs += range(i + n, n * record["pairs"], n)    # those of its other rejected responses
         for kind, says in _text_faults(record):
             fault(i, kind, says)
         if not record["images"]:
@@ -352,7 +355,7 @@ def check(records, needs_image=False, skip_bad=False):
         if before != i:
             fault(i, "duplicate id", f"the id is a duplicate of that at {records.place(before)}; rename one")
         for image in record["images"] + record["images_rejected"]:
-            shown_by.setdefault(image if isinstance(image, str) else i % len(records), []).append(i)
+            shown_by.setdefault(image if isinstance(image, str) else i % n, []).append(i)
     if needs_image and not shown_by:
         for i in bare:
             fault(i, "missing image", "there is no image and this loss needs one; add it or choose dpo")
@@ -362,22 +365,8 @@ def check(records, needs_image=False, skip_bad=False):
         for indices, says in zip(shown_by.values(), looked, strict=True):
             for i in indices if says else ():
                 fault(i, "missing or unreadable image", says)
-    return drop(records, all_pairs, sorted(faults), skip_bad)
-
-
-def _each(records):
-    """(index, pair, or its UserError) of all pairs, those of one record together."""
-    n = len(records)
-    for i in range(n):
-        at, end = i, i + 1
-        while at < end:
-            try:
-                pair = records[at]
-                end = n * pair["pairs"]
-            except UserError as error:
-                pair = error
-            yield at, pair
-            at += n
+    pairs.sort(key=lambda i: i % n)          # those of one record together
+    return drop(records, pairs, sorted(faults), skip_bad)
 
 
 def drop(records, indices, faults, skip_bad):
