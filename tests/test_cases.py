@@ -405,6 +405,21 @@ def test_random_without_another_picture_is_refused(tiny, folder):
         checked(tiny["llava"], path, loss="copo", image_rejected="random")
 
 
+def test_a_rare_other_picture_is_found_and_that_there_is_none_costs_one_look_at_each(folder, monkeypatch):
+    """Among hundreds of the same picture; no record is read again and again."""
+    rows = [pair(i, image="0.png") for i in range(250)]
+    read, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: read.append(path) or read_image(path))
+    with pytest.raises(UserError, match="all pictures are the same one"):
+        batches.other_image(Records(lines(folder / "d.jsonl", rows)), 0, "p0", 0, picture(0))
+    assert len(read) == 100 + 250
+    rows[200:202] = pair(200, image="1.png"), pair(201, image="2.png")
+    records = Records(lines(folder / "d.jsonl", rows))
+    drawn = [batches.other_image(records, 0, f"p{i}", i, picture(0)).tobytes() for i in range(4)]
+    assert {*drawn} == {picture(1).tobytes(), picture(2).tobytes()} and len(read) < 2 * 350 + 4 * 101
+    assert drawn == [batches.other_image(records, 0, f"p{i}", i, picture(0)).tobytes() for i in range(4)]
+
+
 def test_draws_that_differ_stay_as_they_were(folder):
     path = lines(folder / "d.jsonl", [pair(i) for i in range(4)])
     records = Records(path)

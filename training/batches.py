@@ -118,14 +118,29 @@ def join(batches):
 
 
 def other_image(records, seed, id, i, image):
-    """The first image of another record than i, drawn until it is another picture than this image."""
-    for attempt in range(10 * len(records)):
-        index = other_index(seed, id, i, len(records), attempt)
-        with suppress(UserError, IndexError):                   # a faulty record, or one without an image
-            found = data.read_image(records[index]["images"][0])
-            if found.tobytes() != image.tobytes():
-                return found
-    raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
+    """The first image of another record than i, drawn until it is another picture than this image; where it
+    is nearly always the same one, drawn among those that are another."""
+    pixels = image.tobytes()
+    for attempt in range(100):
+        found = first_image(records, other_index(seed, id, i, len(records), attempt))
+        if found and found.tobytes() != pixels:
+            return found
+    others = of_other_pictures(records, pixels)
+    if not others:
+        raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
+    return first_image(records, others[data.hash64(seed, "other", id) % len(others)])
+
+
+def first_image(records, i):
+    with suppress(UserError, IndexError):                       # a faulty record, or one without an image
+        return data.read_image(records[i]["images"][0])
+
+
+@lru_cache(4)
+def of_other_pictures(records, pixels):
+    """The indices of the records whose first image is another picture than one of these bytes."""
+    images = ((i, first_image(records, i)) for i in range(len(records)))
+    return [i for i, image in images if image and image.tobytes() != pixels]
 
 
 def other_index(seed, id, i, n, attempt=0):
