@@ -137,6 +137,7 @@ def step_loss(run, batch, frozen):
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
     policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = vlm.without_image(policy, batch.pairs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
 
@@ -175,9 +176,10 @@ def step(run, t):
                              f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
                              "checkpoint")
     seconds = time.monotonic() - began
-    tokens = sums.pop("tokens")
+    tokens, shown = sums.pop("tokens"), sums.pop("with_image", 0)
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
-            **{name: value / len(found) for name, value in sums.items()},
+            **{name: value / (shown if "/image_" in name else len(found)) for name, value in sums.items()
+               if shown or "/image_" not in name},
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
             "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
@@ -199,8 +201,10 @@ def measures(policy, reference, loss, beta):
         found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
                   "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
     if image is not None:
-        found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image,
-                  "rewards/image_accuracies": chosen > image}
+        there = image.isfinite()                                       # not of pairs without an image
+        found |= {"rewards/image_rejected": image.where(there, 0),
+                  "rewards/image_margins": (chosen - image).where(there, 0),
+                  "rewards/image_accuracies": (chosen > image) & there, "with_image": there}
     return {name: value.detach() for name, value in found.items()}
 
 
@@ -281,7 +285,7 @@ def scores(run, name):
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
-                              o.eval_annotations, o.eval_synonyms)
+                              o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 

@@ -235,6 +235,16 @@ def as_logps(sums, pairs, needs):
     return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected)
 
 
+def without_image(policy, pairs):
+    """The policy's Logps with image_rejected -inf for pairs that show no image: there is nothing less likely,
+    so that a log-sigmoid or a hinge which compares with it is 0, and its gradient too."""
+    bare = [not p.sizes for p in pairs]
+    if policy.image_rejected is None or not any(bare):
+        return policy
+    bare = torch.tensor(bare, device=policy.image_rejected.device)
+    return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
+
+
 # -------------------------------------------------------------------------------- forward: packed
 class Layout:
     """Where a packed row's segments are. No tuple: torch.compile would compile for every row's lengths.
@@ -405,22 +415,40 @@ class Completion(NamedTuple):
     finished: bool             # it ended by itself; else it was cut at max_new_tokens
 
 
-@torch.no_grad()
 def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
     """A Completion for each question about images (a list of PIL images each, possibly empty).
 
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
-    Batches are left-padded, prompts of similar length together. An answer ends at any token that
-    generation_config.json calls an end, or the tokenizer.
+    The rest is as `continued` takes it.
     """
-    own = m.model.generation_config.eos_token_id
-    ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
-    options = {"do_sample": False}
-    if sample_seed is not None:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
     for question, shown in zip(questions, images, strict=True):
         prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
+    found = []
+    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
+        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
+    return found
+
+
+def ends_of(m):
+    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
+    own = m.model.generation_config.eos_token_id
+    return {m.front.eos_id, *(own if isinstance(own, list) else [own])}
+
+
+@torch.no_grad()
+def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
+    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
+
+    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
+    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
+    """
+    ends = ends_of(m)
+    options = {"do_sample": False}
+    if sample_seed is not None:
+        rows = len(m.model.lm_head.weight)
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [None] * len(prompts)
     as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
@@ -439,8 +467,8 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
                                    pad_token_id=m.front.eos_id)
             new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
             for i, tokens in zip(batch, new.tolist(), strict=True):
-                text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-                found[i] = Completion(text.strip(), not ends.isdisjoint(tokens))
+                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
+                found[i] = tokens[:ended[0]] if ended else tokens
     return found
 
 

@@ -558,6 +558,7 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     scores, _ = score(tmp_path, "amber", answers, "--data", folder)
     said = capsys.readouterr().out
     assert "2 answers are empty (ids 1, 2)" in said and "generative: chair is 0/0, given as 0" in said
+    assert "CHAIR, lower is better          undefined: names no objects" in said
     assert any("2 answers are empty" in remark for remark in scores["remarks"])
     questions, rows = pope_file(tmp_path / "pope")
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))

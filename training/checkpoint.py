@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -105,8 +106,9 @@ def opening(run):
     return {"options": asdict(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
-            "images": front.preparation, "pairs": len(run.pairs), "steps": run.steps,
-            "official": options.departures(run.o), **options.provenance(run.o)}
+            "images": front.preparation, "pairs": len(run.pairs),
+            "pairs_without_image": run.pairs.without_image, "steps": run.steps,
+            "official": options.departures(run.o), **run.ranks.first(partial(options.provenance, run.o))}
 
 
 def log(run, line):
