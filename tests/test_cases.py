@@ -284,7 +284,7 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged = train_dpo.measures(policy, reference, loss, run.o.beta)
+    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
     assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
 
 
