@@ -348,7 +348,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     generation_config.json calls an end, or the tokenizer.
     """
     own = m.model.generation_config.eos_token_id
-    ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
+    ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
     options = {"do_sample": False}
     if sample_seed is not None:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
