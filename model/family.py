@@ -4,10 +4,11 @@ A family is a class that inherits from Family (or from another one) and says wha
 front.FAMILIES:
 
     architecture, image_token       the names of transformers' class, and of an image's token
+    lead, packs                     what stands between prompt and response, and if --forward packed is exact
     tower, language                 the model's parts: what --no-lora leaves frozen, and what reads embeddings
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
-                                    where the template has one
-    prepare(images)                 PIL images -> [{name: tensor}], one an image, by transformers' names
+                                    where the template has the one of image_token
+    prepare(images)                 one prompt's PIL images -> [{name: tensor}], by transformers' names
     inputs(prepared)                those of a batch, as transformers' forward and generate take them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image; columns
                                     behind the D are for language_inputs
@@ -48,10 +49,11 @@ class Family:
     tower = "model.vision_tower"
     language = "model.language_model"
     squares = False            # whether `pad` makes sense
+    packs = True
+    lead = ""
 
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
-        self.place_id = self.image_token_id                # the template's one token in an image's place
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
 
@@ -69,7 +71,11 @@ class Family:
         return [part for part in found[1:] if part.get("text") != ""]
 
     def prepare(self, images):
-        return [dict(self.image_processor(images=[image], return_tensors="pt")) for image in images]
+        found = []
+        for image in images:
+            made = self.image_processor(images=[image], return_tensors="pt")
+            found.append({name: x for name, x in made.items() if not name.startswith("num_")})    # no model's
+        return found
 
     def inputs(self, prepared):
         import torch
@@ -139,12 +145,12 @@ class Family:
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
         if ids[-1:] == [self.tokenizer.eos_token_id]:      # some tokenizers close every text
             ids.pop()
-        if (places := ids.count(self.place_id)) != len(sizes):
+        if (places := ids.count(self.image_token_id)) != len(sizes):
             raise data.UserError(f"the template {self.template_name!r} makes {places} image places for "
                                  f"{len(sizes)} images in {text[:80]!r}: mind {IMAGE} in the text")
         found, shown = [], iter(sizes)
         for token in ids:
-            found += self.image_ids(next(shown)) if token == self.place_id else [token]
+            found += self.image_ids(next(shown)) if token == self.image_token_id else [token]
         return found
 
     def response_ids(self, text):
@@ -152,12 +158,12 @@ class Family:
 
         An EOS in the text is removed. Raises UserError for a text with the image marker or without a token.
         """
-        text = text.replace(self.tokenizer.eos_token, "").strip()
+        text = text.replace(self.tokenizer.convert_ids_to_tokens(self.eos_id), "").strip()
         for marker in (IMAGE, self.image_token):
             if marker in text:
                 raise data.UserError(f"the response {text[:60]!r} contains {marker}: remove the marker")
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if not ids:
+        ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
+        if not text or not ids:
             raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
                                  "--skip_bad")
         return [*ids, self.eos_id]

@@ -12,12 +12,22 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import data
-from model.llava import TEMPLATES, Llava, LlavaNext, colour
+from model.gemma import Gemma3
+from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
 from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from model.tiles import Idefics3, InternVL, SmolVLM
 
 # transformers' model_type -> the family
-FAMILIES = {"llava": Llava, "llava_next": LlavaNext,
-            "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen25VL, "qwen3_vl": Qwen3VL}
+FAMILIES = {"llava": Llava,
+            "llava_next": LlavaNext,
+            "llava_onevision": OneVision,
+            "idefics3": Idefics3,
+            "smolvlm": SmolVLM,
+            "internvl": InternVL,
+            "gemma3": Gemma3,
+            "qwen2_vl": Qwen2VL,
+            "qwen2_5_vl": Qwen25VL,
+            "qwen3_vl": Qwen3VL}
 
 
 def read_config(folder):

@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-1.6 and imported Bunny, and the templates that their published folders lack.
+"""LLaVA-1.5, LLaVA-1.6, LLaVA-OneVision, imported Bunny; the templates that their published folders lack.
 
 Images are prepared as the folder's own image processor does it: llava-hf's published folders resize and cut
 out the middle; what model/import_checkpoint.py wrote pads to a square with the mean colour first, as the
@@ -7,8 +7,12 @@ official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does t
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
+import math
+from itertools import groupby
+
 from PIL import Image
 
+import data
 from model.family import IMAGE, Family
 
 # Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
@@ -97,7 +101,12 @@ class LlavaNext(Llava):
         return kind if kind in TEMPLATES else "vicuna"
 
     def image_ids(self, size):
-        """The whole picture, its tiles without the padding (unpad_image), a newline after each row."""
+        """The whole picture, its tiles without the padding, a newline after each row of patches."""
+        rows, columns = self.grid(size)
+        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
+
+    def grid(self, size):
+        """(rows, columns) of the tiles' patches without the padding (unpad_image)."""
         from transformers.image_processing_utils import select_best_resolution
         width, height = size
         vision = self.config.vision_config
@@ -108,7 +117,54 @@ class LlavaNext(Llava):
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
+        return rows, columns
+
+
+class OneVision(LlavaNext):
+    """LLaVA-OneVision: as LLaVA-1.6, up to most_tiles; several pictures in a prompt have one tile each."""
+    architecture = "LlavaOnevisionForConditionalGeneration"
+    usual_template = Family.usual_template
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind, _, most = self.config.vision_aspect_ratio.rpartition("_")                    # anyres_max_9
+        if kind != "anyres_max" or not most.isdigit():
+            raise data.UserError(f"{self.folder}: only anyres_max_N is known as a vision_aspect_ratio, not "
+                                 f"{self.config.vision_aspect_ratio}: take the published config.json")
+        self.most_tiles = int(most)
+
+    def grid(self, size):
+        """What the tiles hold, made smaller if it is clearly more than most_tiles whole ones."""
+        rows, columns = super().grid(size)
+        ratio = math.sqrt(rows * columns / (self.most_tiles * self.image_tokens))
+        if ratio > 1.1:
+            return int(rows // ratio), int(columns // ratio)
+        return rows, columns
+
+    def image_ids(self, size):
+        if not size:
+            return [self.image_token_id] * (self.image_tokens + 1)                         # and a newline
+        return super().image_ids(size)
+
+    def prompt_ids(self, question, sizes, history=()):
+        if len(sizes) > 1:
+            sizes = [None] * len(sizes)
+        return super().prompt_ids(question, sizes, history)
+
+    def prepare(self, images):
+        if not images:
+            return []
+        made = self.image_processor(images=[images], return_tensors="pt")
+        both = zip(made.pixel_values, made.image_sizes, strict=True)
+        return [{"pixel_values": tiles, "image_sizes": size} for tiles, size in both]
+
+    def inputs(self, prepared):
+        import torch
+        found, numbers = super().inputs(prepared), []
+        for cut, some in groupby(prepared, lambda image: len(image["pixel_values"]) > 1):
+            n = len([*some])
+            numbers += [1] * n if cut else [n]             # a number above 1: none of these is cut into tiles
+        return found | {"batch_num_images": torch.tensor(numbers)}
 
 
 def pad_square(image, fill):

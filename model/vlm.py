@@ -362,8 +362,8 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
         for batch in data.chunks(order, batch_size):
             inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
                                            padding_side="left", return_tensors="pt").to(m.device)
-            if pictures := [picture for i in batch for picture in images[i]]:
-                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
+                inputs |= m.front.on_device(m.model, prepared)
                 inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
                                    **options,

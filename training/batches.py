@@ -89,9 +89,7 @@ class Pairs:
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
-        prepared = self.front.prepare(images + rejected)
-        rejected = prepared[len(images):]
-        images = prepared[:len(images)]
+        images, rejected = map(self.front.prepare, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
@@ -184,6 +182,9 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks):
     """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
     UserError."""
+    if o.forward == "packed" and not front.packs:
+        raise UserError(f"{front.folder}: the tokens of an image see each other in both directions, which a "
+                        "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs)
     good, tokens = ranks.first(partial(usable, front, records, o, needs))

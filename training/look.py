@@ -162,7 +162,7 @@ def divergence(m, shown, o):
     for question, picture, text in zip(questions, pictures, texts, strict=True):
         sizes = (picture.size,)
         prompt = front.prompt_ids(question, sizes)
-        ids = front.tokenizer(text, add_special_tokens=False).input_ids
+        ids = front.tokenizer(front.lead + text, add_special_tokens=False).input_ids
         answer = [token for token in ids if token != front.image_token_id]
         answer = [*answer, front.eos_id][:o.max_new_tokens]
         pair = data.Pair("", prompt, prompt, answer, [], sizes)
@@ -180,7 +180,8 @@ def logps_of(m, cases, o, fields):
     rows = []
     while some := [*islice(cases, o.micro_batch)]:
         pairs, pictures = zip(*some, strict=True)
-        batch = data.Batch(pairs, m.front.prepare(pictures))
+        prepared = [m.front.prepare([picture])[0] for picture in pictures]
+        batch = data.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]
