@@ -241,6 +241,20 @@ def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(
     assert vlm.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
 
 
+def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
+    """The tokens with their end; a sum of probabilities over all first tokens that can be drawn is 1."""
+    m = vlm.load(folder)
+    prompts = [m.front.prompt_ids("what is this ?", ())] * 40
+    drawn = vlm.continued(m, prompts, [[]] * 40, 3, sample_seed=1)
+    assert m.front.image_token_id not in {token for tokens in drawn for token in tokens}
+    ends = vlm.ends_of(m)
+    assert all(len(tokens) == 3 or tokens[-1] in ends for tokens in drawn)
+    assert all(ends.isdisjoint(tokens[:-1]) for tokens in drawn)
+    said = vlm.complete(m, [[]] * 40, ["what is this ?"] * 40, 3, sample_seed=1)
+    assert [one.finished for one in said] == [tokens[-1] in ends for tokens in drawn]
+    assert said[0].text == m.front.tokenizer.decode(drawn[0], skip_special_tokens=True).strip()
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
