@@ -267,7 +267,9 @@ class Records:
             found = raw | self.read(raw)
             if found.get("tools"):
                 raise UserError("no prompt here tells of tools; remove them")
-            system = [("system", found["system"])] if found.get("system") else []
+            system = found.get("system") or []
+            if system:
+                system = _turns({"role": "system", "content": system})
             images = self._images(found, rejected=False)
             prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
             history, question = _dialogue(system + prompt, images)
