@@ -98,7 +98,7 @@ def _files(path, pattern):
     return found
 
 
-def questions(benchmark, paths, images=None, prompt="{question}"):
+def questions(benchmark, paths, images=None, prompt="{question}", follow_links=False):
     """[Question] of a benchmark's file or folder (POPE: or several files).
 
     images: the folder that holds the images; None if they lie beside the questions.
@@ -112,7 +112,7 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    files = find_images(root, [image for _, image in asked])
+    files = find_images(root, [image for _, image in asked], follow_links)
     found, missing = [], []
     for (line, image), file in zip(asked, files, strict=True):
         if file is None:
@@ -184,9 +184,9 @@ def image_names(line, listed=()):
     return names or ["one without a name"]
 
 
-def find_images(root, lines):
+def find_images(root, lines, follow_links=False):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
-    that is the image itself, as bytes, stays."""
+    that is the image itself, as bytes, stays. follow_links: as data.inside has it."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is not a folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
@@ -194,7 +194,8 @@ def find_images(root, lines):
         if isinstance(line, bytes):
             found.append(line)
             continue
-        paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
+        names = image_names(line, listed)
+        paths = [data.inside(root, name, "the image of a question", follow_links) for name in names]
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 

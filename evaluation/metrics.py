@@ -126,7 +126,8 @@ def classroom(answers, resamples=1000):
         "n": len(items),
         "images": len({item["image"] for item in items}),
         "unparsed": total["all", "items", "unparsed"],
-        "intervals": spread}
+        "intervals": spread,
+        "remarks": remarks(total)}
 
 
 def difference(before, after):

@@ -211,6 +211,12 @@ def remarks(total):
             if what == "bottom" and not number]
 
 
+def undefined(scores, measure):
+    """Whether a measure is 0/0, as CHAIR_i is where no object is named: its 0 says nothing."""
+    said = scores.get("remarks", ())
+    return any(f"{part}: {measure} is 0/0, given as 0" in said for part in ("all", "generative"))
+
+
 def interval(values, point):
     """The middle 95% of the resamples in which the ratio exists."""
     values = values[~np.isnan(values)]

@@ -1,14 +1,16 @@
 """eval_hallu.py, its answers and benchmarks: answers that survive a kill, scores without a model."""
 import base64
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, SHARED, need, picture, write_llava
+from conftest import GOLDEN, ROOT, SHARED, need, picture, run_forked, write_llava
 from PIL import Image
 from test_chat import reply, server
 
@@ -115,9 +117,17 @@ def test_faulty_scenes_are_refused(m, tmp_path, change, says):
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "eval_hallu.py", *map(str, arguments)],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    return done.returncode, done.stdout, done.stderr
+    """(exit code, stdout, stderr) of the command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["eval_hallu.py", *map(str, arguments)])
+        try:
+            eval_hallu.main()
+        except SystemExit as end:                               # as Python ends a process with it
+            if isinstance(end.code, str):
+                return 1, out.getvalue(), err.getvalue() + end.code + "\n"
+            return end.code or 0, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
 
 def test_score_by_hand(tmp_path):
@@ -400,21 +410,14 @@ def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_
         ask(m, "objhal", tmp_path / "data" / "q.jsonl", tmp_path / "a.jsonl")
 
 
-def torchrun(world, *arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(world),
-                           ROOT / "eval_hallu.py", *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path, monkeypatch):
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
     arguments = ["answers", "pope", "--model", m.front.folder, "--data", path, "--out", out,
                  "--batch_size", 3, "--max_new_tokens", 5]
-    done = torchrun(2, *arguments)
-    assert done.returncode == 0, done.stderr
+    code, said = run_forked(eval_hallu.main, list(map(str, arguments)), ranks=2)
+    assert code == 0, said
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     first, *lines = whole.read_text().splitlines()
     lines = [json.loads(line) for line in lines]
@@ -628,6 +631,7 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     scores, _ = score(tmp_path, "amber", answers, "--data", folder)
     said = capsys.readouterr().out
     assert "2 answers are empty (ids 1, 2)" in said and "generative: chair is 0/0, given as 0" in said
+    assert "CHAIR, lower is better          undefined: names no objects" in said
     assert any("2 answers are empty" in remark for remark in scores["remarks"])
     questions, rows = pope_file(tmp_path / "pope")
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
