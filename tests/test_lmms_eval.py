@@ -1,6 +1,7 @@
 """LMMs-Eval itself on a merged folder: it answers a local task of eight questions as eval_hallu.py does.
 
-Runs where LMMs-Eval 0.7.3 is installed beside the rest (docs/evaluation.md says how), and is skipped elsewhere.
+Runs where LMMs-Eval 0.7.3 is installed beside the rest (docs/evaluation.md says how), and is skipped
+elsewhere.
 """
 import importlib.util
 import json
@@ -87,13 +88,13 @@ def test_lmms_eval_answers_as_we_do(tmp_path, place):
     (tmp_path / "eight.yaml").write_text(TASK.format(data=questions))
     (tmp_path / "utils.py").write_text(UTILS)
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args",
-               f"pretrained={tmp_path / 'merged'},device_map=auto,device=cpu", "--tasks", "eight", "--include_path", tmp_path,
-               "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
+               f"pretrained={tmp_path / 'merged'},device_map=auto,device=cpu", "--tasks", "eight",
+               "--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"),
                                "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""})
     path = next((tmp_path / "out").rglob("*samples_eight.jsonl"), None)
-    assert path, (done.stdout + done.stderr)[-2000:]                          # its exit code is 0 all the same
+    assert path, (done.stdout + done.stderr)[-2000:]                         # its exit code is 0 all the same
     samples = {line["doc_id"]: line for line in map(json.loads, path.read_text().splitlines())}
     theirs = [samples[i]["resps"][0][0].strip() for i in range(8)]
     assert theirs == ours and len(set(ours)) > 1, (done.stdout + done.stderr)[-2000:]
