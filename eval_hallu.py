@@ -47,7 +47,7 @@ def run_answers(o):
                  template=o.template, preparation="pad" if o.pad else "")
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
     if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, o.batch_size or 64, length, ranks=ranks)
+        answers.answer_scenes(m, o.data[0], o.out, o.batch_size or 256, length, ranks=ranks)
     else:
         answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, length,
                                  ranks=ranks)
@@ -270,7 +270,7 @@ COMMANDS = {
         "--follow_links": LINKS,
         "--out": path("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [classroom: 64, others: 16]"),
+        "--batch_size": number("questions at once [classroom: 256, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",

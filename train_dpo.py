@@ -27,6 +27,7 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 5. A response is stripped of white space around it, which the official codes keep.
 """
+import contextlib
 import json
 import math
 import os
@@ -268,7 +269,11 @@ def kept_scores(run, name):
     if not file.exists():
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        data.atomic_write(file, json.dumps(scores(run, name)))
+        adapter = contextlib.nullcontext()
+        if name == "before":
+            adapter = vlm.base_of(run.model)                 # it changes nothing yet: spare its products
+        with adapter:
+            data.atomic_write(file, json.dumps(scores(run, name)))
     return data.read_json(file)
 
 

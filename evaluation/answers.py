@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import hashlib
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import data
@@ -73,7 +73,7 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
-    read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
+    read = m.front.reader()
     for group in groups:
         questions = [item["_question"] for item in group]
         images = [[read(question.image)] for question in questions]
@@ -82,7 +82,7 @@ def _texts(m, max_new_tokens, batch_size, groups):
         yield [{"answer": text} for text in texts]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
+def answer_scenes(m, scenes_path, out_path, batch_size=256, max_new_tokens=64, description="answering",
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
     scenes, file = read_scenes(scenes_path)

@@ -28,6 +28,7 @@ import mmap
 import sys
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -412,6 +413,7 @@ class FrozenHead(torch.autograd.Function):
 
 
 FORWARDS = {"packed": packed, "naive": naive}
+NEIGHBOURS = 64                # prompts that are padded to one length: padding may move an answer's last bits
 
 
 # -------------------------------------------------------------------------------- generation
@@ -422,7 +424,7 @@ class Completion(NamedTuple):
 
 
 def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
-    """A Completion for each question about images (a list of PIL images each, possibly empty).
+    """A Completion for each question about images (a list of PIL images or Pictures each, possibly empty).
 
     The rest is as `continued` takes it.
     """
@@ -447,7 +449,8 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
     """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
 
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
+    from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
+    at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
     """
     ends = ends_of(m)
     options = {"do_sample": False}
@@ -455,15 +458,15 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
         rows = len(m.model.lm_head.weight)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
                    "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [None] * len(prompts)
     as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
     with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
-        for batch in data.chunks(order, batch_size):
+        for batch, width in padded(prompts, batch_size):
             inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
+                                           padding="max_length", max_length=width,
                                            padding_side="left", return_tensors="pt").to(m.device)
-            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
+            if prepared := [image for i in batch for image in m.front.prepared(images[i])]:
                 inputs |= m.front.on_device(m.model, prepared)
                 inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
@@ -476,6 +479,20 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
                 ended = [n for n, token in enumerate(tokens, 1) if token in ends]
                 found[i] = tokens[:ended[0]] if ended else tokens
     return found
+
+
+def padded(prompts, batch_size):
+    """Batches of prompts' places, each with the length that its prompts are padded to."""
+    order = range(len(prompts))
+    if len(prompts) > batch_size:
+        order = sorted(order, key=lambda i: len(prompts[i]))
+    width = {}
+    for some in data.chunks(order, min(batch_size, NEIGHBOURS)):
+        longest = max(len(prompts[i]) for i in some)
+        width |= dict.fromkeys(some, longest)
+    for longest, alike in groupby(sorted(order, key=width.get), width.get):
+        for batch in data.chunks([*alike], batch_size):
+            yield batch, longest
 
 
 def generate(*arguments, **options):

@@ -195,12 +195,19 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
     and of the rejected ones where they are others. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
-    prompts = {x: front.prompt_ids(record["question"], x, record["history"]) for x in {sizes, sizes_rejected}}
+    history = tuple(map(tuple, record["history"]))
+    prompts = {x: prompt_ids(front, record["question"], x, history) for x in {sizes, sizes_rejected}}
     chosen = front.response_ids(record["chosen"])
     rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
     pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
                      sizes_rejected)
     return data.truncate(pair, o.max_length)
+
+
+@lru_cache(1024)
+def prompt_ids(front, *prompt):
+    """front.prompt_ids(*prompt), once: many pictures are asked the same question."""
+    return front.prompt_ids(*prompt)
 
 
 def checked(front, path, o, needs, ranks):
