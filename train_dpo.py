@@ -28,6 +28,7 @@ log-probs are kept from the first epoch on (with redraw they are not).
 5. A response is stripped of white space around it, which the official codes keep.
 """
 import contextlib
+import gc
 import json
 import math
 import os
@@ -344,7 +345,8 @@ def launch(o, ranks):
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
     if not (out / "summary.json").exists():
-        # ---- two settings for the whole process ----
+        # ---- three settings for the whole process ----
+        gc.set_threshold(100_000)                        # what libraries make stays: look through it rarely
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):

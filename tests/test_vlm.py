@@ -222,6 +222,65 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
     assert together == alone and any(together)
 
 
+@pytest.mark.parametrize("batch_size", [3, 12, 64])
+def test_a_batch_of_many_pads_as_many_small_ones_do(folder, batch_size, monkeypatch):
+    """Up to NEIGHBOURS neighbours are padded to the longest of them, whatever runs at once: the same bits, and
+    the answers of batches that are no larger than that."""
+    m = vlm.load(folder)
+    questions = ["what is this ?", "a cat ?", "what is a red cat and a blue dog ?", "is this one ?",
+                 "is there a dog ?", "what ?", "a red cat ?", "is this a dog ?", "a ?"]
+    images = [[picture(i)] for i in range(9)]
+    prompts = [[0] * length for length in (5, 2, 9, 4, 6, 1, 5, 5, 2)]
+    monkeypatch.setattr(vlm, "NEIGHBOURS", 3)
+    padded = list(vlm.padded(prompts, batch_size))
+    assert sorted(i for batch, _ in padded for i in batch) == list(range(len(prompts)))
+    order = range(len(prompts))
+    if batch_size < len(prompts):
+        order = sorted(order, key=lambda i: len(prompts[i]))
+    width = {i: max(len(prompts[j]) for j in some) for some in data.chunks(order, 3) for i in some}
+    assert all(width[i] == longest for batch, longest in padded for i in batch)
+    assert all(len(batch) <= batch_size for batch, _ in padded)
+
+    naive = []
+    for at in range(0, 9, 3):
+        naive += vlm.generate(m, images[at:at + 3], questions[at:at + 3], 8, batch_size=3)
+    if batch_size > 9:                                                              # else sorted first
+        assert vlm.generate(m, images, questions, 8, batch_size=batch_size) == naive
+
+
+def test_a_picture_that_is_prepared_once_is_the_image(folder, tmp_path, monkeypatch):
+    m = vlm.load(folder)
+    picture(1).save(tmp_path / "a.png")
+    read, prepared = m.front.reader(), m.front.prepare([picture(1)])
+    made = read(str(tmp_path / "a.png"))
+    assert made is read(str(tmp_path / "a.png")) and made.size == picture(1).size
+    assert torch.equal(made.inputs["pixel_values"], prepared[0]["pixel_values"])
+    asked = ["what is this ?", "a cat ?"]
+    assert vlm.generate(m, [[made]] * 2, asked, 8) == vlm.generate(m, [[picture(1)]] * 2, asked, 8)
+
+
+def test_an_untrained_adapter_changes_no_bit(folder):
+    """So `before` is asked of the base alone."""
+    import lora
+    m = vlm.load(folder)
+    lora.add_lora(m.model, r=4, alpha=8)
+    pairs, features = ragged(m)
+    with torch.no_grad():
+        ours = vlm.packed(m, pairs, features, EVERYTHING)
+        with vlm.base_of(m):
+            base = vlm.packed(m, pairs, features, EVERYTHING)
+    assert all(torch.equal(getattr(ours, name), getattr(base, name)) for name in FIELDS)
+
+
+def test_the_masks_of_a_row_are_lower_right(model):
+    from torch.nn.attention.bias import causal_lower_right
+    segments = [data.Segment(0, 5, 3, 4), data.Segment(12, 2, 3), data.Segment(17, 1, 1, 1)]
+    for s, mask in zip(segments, vlm.Layout(segments, "cpu").masks, strict=True):
+        assert mask.shape == (s.rejected, s.prompt + s.rejected)
+        want = causal_lower_right(*mask.shape)._materialize("cpu")
+        assert torch.equal(mask, want)
+
+
 def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(folder, tmp_path):
     """LLaVA-1.6 on Llama 3 has two ends; an answer that is cut is not finished."""
     m = vlm.load(folder)
