@@ -24,6 +24,8 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 4. Gradients and the optimiser's state are divided among the ranks by hand: ZeRO-2's saving without DeepSpeed.
 `--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
+
+5. A response is stripped of white space around it, which the official codes keep.
 """
 import json
 import math

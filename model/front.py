@@ -17,8 +17,7 @@ from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
 from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
 from model.tiles import Idefics3, InternVL, SmolVLM
 
-# transformers' model_type -> the family
-FAMILIES = {"llava": Llava,
+FAMILIES = {"llava": Llava,                                        # by transformers' model_type
             "llava_next": LlavaNext,
             "llava_onevision": OneVision,
             "idefics3": Idefics3,
@@ -85,11 +84,14 @@ def check_tokens(folder, config, tokenizer, image_token):
 def choose_template(front, asked):
     """(name, Jinja) of the template asked for, else the folder's own, else the family's usual one.
 
-    A folder's own is beside its tokenizer or its processor.
+    A folder's own is its processor's, as transformers reads it, or else its tokenizer's.
     """
-    own = front.tokenizer.chat_template
+    own = None
+    if (front.folder / "chat_template.jinja").exists():                # which the tokenizer has read
+        own = front.tokenizer.chat_template
     for file in ("chat_template.json", "processor_config.json"):
         own = own or data.read_json(front.folder / file, {}).get("chat_template")
+    own = own or front.tokenizer.chat_template                         # a language model's, perhaps
     if own and not asked:
         return "folder", own
     name = asked or front.usual_template()

@@ -432,7 +432,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
 def ends_of(m):
     """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
     own = m.model.generation_config.eos_token_id
-    return {m.front.eos_id, *(own if isinstance(own, list) else [own])}
+    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 @torch.no_grad()

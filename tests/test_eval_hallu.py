@@ -535,6 +535,79 @@ def test_popes_own_form_over_several_splits(tmp_path):
     assert scores["recall"] == pytest.approx(2 / 3) and scores["n"] == 18
 
 
+def hub_file(folder, splits=benchmarks.SPLITS):
+    """The splits in one file under the columns of lmms-lab/POPE, all values texts; and POPE's own rows."""
+    own, hubs = {}, []
+    for split in splits:
+        own[split] = pope_file(folder / "own", split, n=2)[1]
+        for row in own[split]:
+            hubs.append({"id": str(len(hubs)), "question_id": str(row["question_id"]),
+                         "question": row["text"], "answer": row["label"], "category": split,
+                         "image_source": row["image"].removesuffix(".jpg"), "image": {"bytes": "..."}})
+    return write_json(folder / "test.jsonl", hubs[::-1]), own, hubs
+
+
+def test_the_hubs_pope_is_asked_and_scored_as_popes_own_files(m, tmp_path):
+    """All splits in one file, in any order; answers by question_id, by the hub's id, by image and text."""
+    path, own, hubs = hub_file(tmp_path)
+    rows = [row | {"split": split} for split in benchmarks.SPLITS for row in own[split]]
+    answers = [line | {"split": row["split"]} for line, row in zip(pope_answers(rows), rows, strict=True)]
+    expected, _ = score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", answers), "--questions",
+                        tmp_path / "own")
+    named = [{"image": line["image_source"], "question": f"{line['question']} Yes or no?",
+              "category": line["category"]} for line in hubs]
+    for lines in (answers, [{"id": line["id"]} for line in hubs],
+                  [{"id": int(line["id"])} for line in hubs[::-1]],
+                  [line | {"answer": 0} for line in hubs],
+                  [line | {"question": line["question"][:-11]} for line in named[::-1]]):
+        lines = [line | {"answer": "yes"} for line in lines]
+        found, _ = score(tmp_path, "pope", write_json(tmp_path / "b.jsonl", lines), "--questions", path)
+        assert found | {"version": ""} == expected | {"version": ""}
+    asked, wanted = (benchmarks.questions("pope", [each], tmp_path / "own")
+                     for each in (path, tmp_path / "own"))
+    assert [q.prompt for q in asked] == [q.prompt for q in sorted(
+        wanted, key=lambda q: (benchmarks.SPLITS.index(q.line["split"]), -q.line["question_id"]))]
+    assert {q.image for q in asked} == {q.image for q in wanted}
+    with pytest.raises(data.UserError, match="is a second file of the split random"):
+        benchmarks.pope_questions([path, tmp_path / "own" / "coco_pope_random.json"])
+
+
+def test_an_answer_about_another_image_is_refused(tmp_path):
+    """Nothing else tells: its id is known, and it does not say what was asked."""
+    path, rows = pope_file(tmp_path / "data")
+    lines = [{"question_id": row["question_id"], "image": f"val2014/{row['image']}", "answer": "yes"}
+             for row in rows]
+    good = score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path)[0]
+    assert good["n"] == 6
+    lines[2]["image"] = "AMBER_7.jpg"
+    with pytest.raises(data.UserError, match="1 answers are to other questions .*ids random 3"):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path)
+    with pytest.raises(data.UserError, match="1 answers are to other questions .*ids 2"):
+        score(tmp_path, "amber", write_json(tmp_path / "b.jsonl", [
+            {"id": i, "image": "AMBER_1.jpg", "response": "A dog."} for i in (1, 2)]),
+            "--data", amber_folder(tmp_path / "amber"))
+    template, rows = mmhal_file(tmp_path / "mmhal")
+    lines = [{"image_id": row["image_id"], "response": "a dog"} for row in rows]
+    lines[1]["image_id"] = "ffff"
+    with pytest.raises(data.UserError, match="1 answers belong to none of the questions .ids image ffff"):
+        score(tmp_path, "mmhal", write_json(tmp_path / "c.jsonl", lines), "--template", template)
+
+
+def test_two_versions_of_popes_random_questions_are_told_apart(tmp_path):
+    """The longer version has other questions under most ids of the shorter one."""
+    path, rows = pope_file(tmp_path / "data", n=12)
+    short = [row | {"question_id": i} for i, row in enumerate(rows[:3] + rows[6:], 1)]
+    for given, says in ((short, "3 of 12 questions have no answer"), (rows, "3 answers belong to none")):
+        other = path if given is short else write_json(tmp_path / "coco_pope_random.json", short)
+        for keys in (("question_id", "question"), ("question",)):
+            lines = [{key: line[key] for key in (*keys, "answer")} for line in pope_answers(given)]
+            with pytest.raises(data.UserError, match=says):
+                score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", other)
+    lines = pope_answers(short)
+    with pytest.raises(data.UserError, match="answers are to other questions"):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path, "--partial")
+
+
 def test_answers_to_another_split_are_refused(tmp_path):
     """Their ids are those of this one; their questions are not."""
     questions, _ = pope_file(tmp_path / "data")
