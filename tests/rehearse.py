@@ -228,7 +228,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     try:
         kind, cpu = args.preset.partition("-")[2], not torch.cuda.is_available()
-        # The random tokenizers know letters alone: so many tokens are about what a real one makes of the pairs.
+        # The random tokenizers know letters alone: about as many tokens as a real one makes of the pairs.
         options = ["--set", f"max_length={1400 if args.preset in WRITTEN else 1300}"]
         if cpu and args.preset not in WRITTEN:
             options += ["--dtype", "bfloat16", "--set", "checkpointing=true"]
