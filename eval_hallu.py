@@ -150,10 +150,9 @@ def run_score(o):
     if not scores["n"]:
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
-    empty = [answer.id for answer in stats.read(lines) if not answer.text.strip()]
-    if empty:
-        scores.setdefault("remarks", []).append(
-            f"{len(empty)} answers are empty (ids {stats.few(empty)}): a broken model writes such answers")
+    if o.benchmark != "classroom":
+        empty = stats.empty((answer.id, answer.text) for answer in stats.read(lines))
+        scores["remarks"] = scores.get("remarks", []) + empty
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)

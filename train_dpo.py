@@ -24,6 +24,8 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 4. Gradients and the optimiser's state are divided among the ranks by hand: ZeRO-2's saving without DeepSpeed.
 `--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
+
+5. A response is stripped of white space around it, which the official codes keep.
 """
 import json
 import math
@@ -210,14 +212,14 @@ def measures(policy, reference, loss, beta):
 
 def fetched(measured):
     """[measures of a micro-batch] -> (their sums over all pairs, each pair's loss), in one copy."""
-    sums, each = Counter(), []
-    if measured:
-        tables = [torch.stack([*found.values()]) for found in measured]                         # (F, B)
-        whole = torch.cat(tables, 1).cpu().double()
-        for table in whole.split([len(found["loss"]) for found in measured], 1):
-            sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
-            each += table[0].tolist()
-    return sums, each
+    sums = Counter()
+    if not measured:
+        return sums, []
+    tables = [torch.stack([*found.values()]) for found in measured]                             # (F, B)
+    whole = torch.cat(tables, 1).cpu().double()
+    for table in whole.split([table.shape[1] for table in tables], 1):
+        sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
+    return sums, whole[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------- the loop

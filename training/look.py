@@ -162,8 +162,8 @@ def divergence(m, shown, o):
     answers = vlm.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
                             sample_seed=o.eval_seed)
     cases = []
-    for prompt, picture, answer in zip(prompts, pictures, answers, strict=True):
-        pair = data.Pair("", prompt, prompt, answer, [], (picture.size,))
+    for record, prompt, picture, answer in zip(shown, prompts, pictures, answers, strict=True):
+        pair = data.Pair(record["id"], prompt, prompt, answer, [], (picture.size,))
         cases.append((pair, picture))
     policy = logps_of(m, cases, o, ["chosen"])
     with vlm.base_of(m) as base:

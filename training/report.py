@@ -60,7 +60,15 @@ def table(summary):
     lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
     for name, before, after, change, spread in rows(summary):
         lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
-    return lines
+    return lines + remarks(summary)
+
+
+def remarks(summary):
+    """What both sides' scores say beside their numbers, a line each."""
+    found = []
+    for side in ("before", "after"):
+        found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
+    return found
 
 
 def before_and_after(summary):
@@ -69,6 +77,7 @@ def before_and_after(summary):
     if images:
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
                 "it is clear where its interval does not include 0.")
+    note = " ".join([note, *map(escape, remarks(summary))])
     head = "", "before", "after", "change", "95% interval of the change"
     return page.section("Before and after", note, page.table(head, rows(summary)))
 
