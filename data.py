@@ -191,13 +191,14 @@ def read_records(path, torn_ok=True):
     return [as_record(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
 
 
-def inside(root, path, what):
-    """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
-    root = os.path.realpath(root)
-    found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
+def inside(root, path, what, follow_links=False):
+    """The path of `path` in `root`, which it must not leave; its symbolic links may, with follow_links (else
+    they are resolved). Raises UserError."""
+    root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path)
+    found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or "
-                        "give the folder it is in (--image_root, --images)")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or give "
+                        "the folder it is in (--image_root, --images), or let links lead out: --follow_links")
     return found
 
 
@@ -431,6 +432,11 @@ class Row(NamedTuple):
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
+
+
+def send(x, device):
+    """A tensor of the host on the device; the host does not wait until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def plain_positions(ids, sizes):

@@ -21,6 +21,7 @@ import limit
 import qwen3b
 import torch
 from section import SHAPES
+from torch.nn.functional import scaled_dot_product_attention
 
 import data
 import lora
@@ -276,6 +277,24 @@ def resume(bench):
     steps = steps_of(out)
     found = {"stopped_after": before, "steps": len(steps), "loss": farthest(steps, whole)}
     return {**found, "ok": before == STOPPED and found["loss"] < (0.02 if bench.device == "cuda" else 1e-9)}
+
+
+# ---------------------------------------------------------------------------------------- the fast paths
+def plain_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, *, scale=None, window_size,
+                 enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes, written out: it has no kernel for a CPU.
+
+    query (T, H, d), key and value (K, H_kv, d); a sequence's last query sees all of its keys.
+    """
+    assert window_size == (-1, 0) and starts_q.dtype == starts_k.dtype == torch.int32
+    lengths = [starts.diff().tolist() for starts in (starts_q, starts_k)]
+    assert longest_q >= max(lengths[0]) and longest_k >= max(lengths[1])
+    out = []
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0])
+    return torch.cat(out, 1).transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------- the step

@@ -109,7 +109,10 @@ class Family:
     def on_device(self, model, prepared):
         """inputs(prepared) on the model's device, floats in its type."""
         from transformers import BatchFeature
-        return BatchFeature(self.inputs(prepared)).to(model.device, model.dtype)
+        there = []                                       # and joined there: so a pinned image goes by itself
+        for image in prepared:
+            there.append({name: data.send(x, model.device) for name, x in image.items()})
+        return BatchFeature(self.inputs(there)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):
         return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]

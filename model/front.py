@@ -17,8 +17,7 @@ from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
 from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
 from model.tiles import Idefics3, InternVL, SmolVLM
 
-# transformers' model_type -> the family
-FAMILIES = {"llava": Llava,
+FAMILIES = {"llava": Llava,                                        # by transformers' model_type
             "llava_next": LlavaNext,
             "llava_onevision": OneVision,
             "idefics3": Idefics3,

@@ -1,5 +1,5 @@
-"""Idefics3, SmolVLM and InternVL3: a picture becomes tiles of one size, as many as its shape asks for, and
-one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLab/InternVL3-1B-hf.
+"""Idefics3, SmolVLM and InternVL3: a picture becomes tiles of one size, as many as its shape asks for,
+and one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLab/InternVL3-1B-hf.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
