@@ -434,6 +434,11 @@ class Row(NamedTuple):
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
 
 
+def send(x, device):
+    """A tensor of the host on the device; the host does not wait until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def plain_positions(ids, sizes):
     """Positions (T,) of a prompt whose images are tokens like all others."""
     import torch

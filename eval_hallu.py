@@ -277,7 +277,7 @@ COMMANDS = {
                         choices=("bfloat16", "float16", "float32", "float64"))}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
-        "--questions": path("coco_pope_SPLIT.json, several of them, or their folder", nargs="+")}),
+        "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
     "score amber": (run_score, "captions, and questions by type", SCORED | MODES | {
         "--data": path("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),

@@ -5,7 +5,8 @@
 
 No question, image or prompt of theirs is part of this repository: everything is read by path.
 
-    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder
+    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder;
+             also lmms-lab/POPE's columns       {question_id, question, answer, image_source, category}
     amber    query_generative.json ...          list of {id, image, query}; or their folder: all 15,220
     objhal   obj_halbench_300_with_image.jsonl  {image (base64 or a name) or image_path, question, image_id};
              also LLaVA's question files        {question_id, image, text}: any captions over COCO images
@@ -26,6 +27,7 @@ from evaluation.metrics import SPLITS
 from evaluation.stats import first, image_number
 
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
+HUBS = {"text": "question", "label": "answer", "image": "image_source", "split": "category"}  # lmms-lab/POPE
 NAME = 300                                     # characters: anything longer is base64, not a file's name
 
 
@@ -37,9 +39,9 @@ class Question(NamedTuple):
 
 
 # ---- questions ----
-def records(path, keys, what):
-    """The records of a question file, each with these keys. Raises UserError."""
-    found = data.read_records(path, torn_ok=False)
+def records(path, keys, what, named=dict):
+    """The records of a question file as `named` gives them, each with these keys. Raises UserError."""
+    found = [named(record) for record in data.read_records(path, torn_ok=False)]
     for number, record in enumerate(found, 1):
         for key in keys:
             if record.get(key) is None:
@@ -59,17 +61,24 @@ def prompt(path, own, places):
 
 
 def pope_questions(paths):
-    """{split: records} of POPE's question files, or of folders of them. A split's name is its file's."""
-    files, found = [], {}
+    """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
+    its file's."""
+    files, found, homes = [], {}, {}
     for path in map(Path, paths):
         files += _files(path, "*pope*.json*")
-    for file in sorted(files, key=lambda file: [split not in file.name for split in SPLITS]):
-        split = _split(file) or file.stem
-        if split in found:
-            raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
-                            "circulation (2,910 and 3,000 questions); give one of them by its name")
-        found[split] = records(file, ("question_id", "image", "text", "label"), "POPE question file")
-    return found
+    for file in files:
+        for row in records(file, ("question_id", "image", "text", "label"), "POPE question file", _popes):
+            split = row.get("split") or _split(file) or file.stem
+            if homes.setdefault(split, file) != file:
+                raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
+                                "circulation (2,910 and 3,000 questions); give one of them by its name")
+            found.setdefault(split, []).append(row)
+    return dict(sorted(found.items(), key=lambda each: [split != each[0] for split in SPLITS]))
+
+
+def _popes(row):
+    """A question under POPE's own names."""
+    return row if "label" in row else row | {ours: row.get(hubs) for ours, hubs in HUBS.items()}
 
 
 def _split(file):

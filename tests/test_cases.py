@@ -7,16 +7,15 @@ import base64
 import dataclasses
 import io
 import json
-import subprocess
-import sys
 import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, need, picture, write_llava
+from conftest import SHARED, need, picture, write_llava
 from PIL import Image
+from test_train_dpo import run
 from test_vlm import write_next
 
 import data
@@ -24,7 +23,7 @@ import lora
 import losses
 import train_dpo
 from data import UserError
-from model import command, front, vlm
+from model import command, front, llava, vlm
 from training import batches, checkpoint, options
 from training.records import Records
 from training.reference import Reference
@@ -47,7 +46,7 @@ def tiny(tmp_path_factory):
     """{name: folder} of a tiny LLaVA-1.5 and a tiny LLaVA-1.6, whose tokens an image depend on its shape."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = front.TEMPLATES["plain"]
+    tokenizer.chat_template = llava.TEMPLATES["plain"]
     return {"llava": write_llava(folder / "llava", byte_tokenizer()),
             "next": write_next(folder / "next", tokenizer=tokenizer)}
 
@@ -289,7 +288,7 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged = train_dpo.measures(policy, reference, loss, run.o.beta)
+    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
     assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
 
 
@@ -579,9 +578,9 @@ def test_an_adapter_that_does_more_than_lora_is_refused_by_name(tmp_path, settin
 def test_the_command_ends_with_one_sentence_and_no_traceback(tiny, folder):
     path = lines(folder / "d.jsonl", [pair(0), pair(1, question="<image> and <image>")])
     words = ["--model", tiny["llava"], "--data", path, "--loss", "dpo", "--out", folder / "run"]
-    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], text=True, capture_output=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in done.stderr
+    code, said = run(list(map(str, words)))
+    assert code == 1 and "Traceback" not in said
+    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in said
     assert not (folder / "run" / "adapter").exists()
 
 

@@ -1,19 +1,24 @@
-"""The README's five recipes: each diff is applied to a copy of the code, and what it says is run."""
+"""Five recipes of the README and one of docs/design.md: each diff is applied to a copy, and run."""
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, picture, write_llava
+from conftest import ROOT, picture, run_forked, write_llava
 
 README = (ROOT / "README.md").read_text()
 RECIPES = dict(re.findall(r"^\*\*([\w ]+)\.\*\*(?:(?!^\*\*).)*?^```diff\n(.*?)^```", README,
                           re.DOTALL | re.MULTILINE))
 FOLDERS = ("model", "training", "evaluation", "synthesis")
-QUICK = ("--max_steps 3 --set pairs=48 --set scenes=8 --set questions=20 --set max_new_tokens=8 --set look=0 "
-         "--out run")
+TESTS = ("conftest", "families", "test_families")
+OURS = {*FOLDERS, *TESTS, *(path.stem for path in ROOT.glob("*.py"))}
+QUICK = ("--max_steps 3 --batch 8 --set pairs=24 --set scenes=4 --set questions=20 --set look=0 "
+         "--set max_new_tokens=8 --out run")
 
 
 @pytest.fixture
@@ -28,16 +33,29 @@ def copy(tmp_path):
 
 
 def change(folder, name):
-    """Apply a recipe's diff, of at most six lines."""
-    diff = RECIPES[name]
-    assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= 6
+    """Apply a recipe of the README, of at most six lines."""
+    apply(folder, RECIPES[name], 6)
+
+
+def apply(folder, diff, most):
+    assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= most
     subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
 
 
 def python(folder, *words):
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run a script of the folder, in a fork of this process that knows none of our modules yet."""
+    script, *arguments = words
+
+    def afresh():
+        for name in [*sys.modules]:
+            if name.partition(".")[0] in OURS:
+                del sys.modules[name]
+        os.chdir(folder)
+        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+        runpy.run_path(str(folder / script), run_name="__main__")
+    code, said = run_forked(afresh, arguments)
+    assert code == 0, said
+    return said
 
 
 def steps_of(run):
@@ -73,10 +91,10 @@ def test_the_rejected_image(copy):
     assert steps[0]["rewards/image_margins"] == pytest.approx(0, abs=1e-5)
     assert steps[2]["rewards/image_margins"] != 0
     picture(0).save(copy / "a.png")
-    code = ("import data; image = data.read_image('a.png'); "
-            "turned = data.rejected_image('upside_down', image, 0, 'a'); "
-            "print(turned == image.rotate(180), turned == image)")
-    assert python(copy, "-c", code).split() == ["True", "False"]
+    (copy / "turned.py").write_text("import data; image = data.read_image('a.png'); "
+                                    "turned = data.rejected_image('upside_down', image, 0, 'a'); "
+                                    "print(turned == image.rotate(180), turned == image)")
+    assert python(copy, "turned.py").split() == ["True", "False"]
 
 
 def test_where_lora_goes(copy):
@@ -126,3 +144,19 @@ def test_a_model_family(copy):
     assert len(logged["packed"]) == 2 and len(logged["packed"][0]) >= 2
     for packed, naive in zip(logged["packed"], logged["naive"], strict=True):
         assert packed == pytest.approx(naive, rel=1e-5)
+
+
+def test_a_family_that_needs_more(copy):
+    """At most sixty lines of docs/design.md: its prompts, log-probs and answers are transformers' own."""
+    (copy / "tests").mkdir()
+    for name in TESTS:
+        shutil.copy(ROOT / "tests" / f"{name}.py", copy / "tests")
+    design = (ROOT / "docs" / "design.md").read_text()
+    diff, = re.findall(r"^```diff\n(.*?)^```", design, re.DOTALL | re.MULTILINE)
+    apply(copy, diff, 60)
+    (copy / "check.py").write_text("import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))\n")
+    said = python(copy, "check.py", "tests/test_families.py", "-q", "-rA", "-p", "no:cacheprovider", "-k",
+                  "glm4v and (prompt or equals or answer)")
+    passed = set(re.findall(r"^PASSED .*::(\w+)\[glm4v", said, re.MULTILINE))
+    assert {"test_a_prompt_is_the_processors_own", "test_naive_equals_transformers_own_forward",
+            "test_packed_equals_naive", "test_an_answer_is_transformers_own"} <= passed

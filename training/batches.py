@@ -74,10 +74,11 @@ class Pairs:
     records: Records
     good: list                # indices of records
     tokens: list              # of each record's packed row
-    front: Any                # a family of model/front.py
+    front: Any                # a family of model/
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
     without_image: int = 0    # pairs that CoPO skips
+    pinned: bool = False      # pixels go where a GPU copies from by itself, while the step before goes on
 
     def __len__(self):
         return len(self.good)
@@ -90,9 +91,7 @@ class Pairs:
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
-        prepared = self.front.prepare(images + rejected)
-        rejected = prepared[len(images):]
-        images = prepared[:len(images)]
+        images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
@@ -102,6 +101,13 @@ class Pairs:
             digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
         return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
+
+    def prepared(self, images):
+        """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
+        found = self.front.prepare(images)
+        if self.pinned:
+            found = [{name: x.pin_memory() for name, x in image.items()} for image in found]
+        return found
 
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
@@ -161,7 +167,7 @@ def crop_pixels(pixels, box):
 def rejected_pixels(strategy, pixels, seed, id):
     """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
-        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+        raise UserError("--set crop_pixels=true: this model's pixels cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     rng = data.rng_of(strategy, seed, id)
     return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
@@ -200,10 +206,14 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks):
     """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
     UserError."""
+    if o.forward == "packed" and not front.packs:
+        raise UserError(f"{front.folder}: the tokens of an image see each other in both directions, which a "
+                        "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs, o.follow_links)
     good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
-    return Pairs(records, good, tokens, front, o, frozenset(needs), without_image)
+    return Pairs(records, good, tokens, front, o, frozenset(needs), without_image,
+                 pinned=str(ranks.device).startswith("cuda"))
 
 
 def usable(front, records, o, needs):

@@ -36,7 +36,8 @@ def save(run):
     from safetensors.torch import save as to_bytes
     run.reference.sync()
     tensors = run.optimiser.state()
-    tensors |= {"reference/logps": run.reference.logps, "reference/key": run.reference.key}
+    logps = run.reference.logps.cpu().double()                                         # MPS has no float64
+    tensors |= {"reference/logps": logps, "reference/key": run.reference.key}
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
@@ -84,7 +85,7 @@ def restore(run):
         state = State(**json.loads(about.pop("state")))
         if about != made_from(run):
             raise data.UserError(f"{file} is of a run with another base or other options: give another --out")
-        run.reference.logps = tensors.pop("reference/logps")
+        run.reference.logps.copy_(tensors.pop("reference/logps"))
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
         run.state = state

@@ -178,7 +178,8 @@ def logps_of(m, cases, o, fields):
     rows = []
     while some := [*islice(cases, o.micro_batch)]:
         pairs, pictures = zip(*some, strict=True)
-        batch = data.Batch(pairs, m.front.prepare(pictures))
+        prepared = [m.front.prepare([picture])[0] for picture in pictures]
+        batch = data.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]

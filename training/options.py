@@ -77,6 +77,8 @@ class Options:
     crop_pixels: bool = behind_set(False, "crop the prepared pixels, padding and all, not the picture")
     official: bool = behind_set(False, "a paper's preset with the departures of its official code")
     checkpointing: bool = behind_set(False, "recompute activations in the backward, which saves memory")
+    compile: bool = behind_set(False, "torch.compile the decoder layers: a minute or two at the start, then "
+                               "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
