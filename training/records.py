@@ -280,13 +280,13 @@ class Records:
             system = found.get("system") or []
             if system:
                 system = _turns({"role": "system", "content": system})
-            images = self._images(found, rejected=False)
+            images, meta = self._images(found, rejected=False), raw.get("meta") or {}
             prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
             history, question = _dialogue(system + prompt, images)
             record = {"id": self._id(raw, i), "images": images,
                       "images_rejected": self._images(found, rejected=True),
                       "question": question, "history": history, "chosen": chosen,
-                      "meta": raw.get("meta") or {}, "pairs": 1}
+                      "meta": meta if isinstance(meta, dict) else {"meta": meta}, "pairs": 1}
             if self.rejected:
                 rejected = found["rejected"]
                 if isinstance(rejected, list) and not any(isinstance(turn, dict) for turn in rejected):
