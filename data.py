@@ -197,8 +197,8 @@ def inside(root, path, what, follow_links=False):
     root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path)
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or give "
-                        "the folder it is in (--image_root, --images), or let links lead out: --follow_links")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
+                        "its own folder (--image_root, --images), or let links lead out (--follow_links)")
     return found
 
 

@@ -95,7 +95,7 @@ def look(m, records, good, o, name, kept=None):
 # ---- which pair is shown which image ----
 def kinds_of(shown, images, seed):
     """{true, blank, other, same_theme: {place of a pair: of the pair whose image it is shown}}."""
-    themes = [record["meta"].get("theme") for record in shown]
+    themes = [str(record["meta"].get("theme") or "") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
     own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)
