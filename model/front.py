@@ -32,6 +32,7 @@ from typing import Any
 from PIL import Image
 
 import data
+from model import command, template
 
 IMAGE = "<image>"
 # Jinja templates for folders that bring none, and for presets that ask for one by name. `vicuna`: LLaVA-1.5
@@ -235,10 +236,11 @@ def colour(processor):
 def read_config(folder):
     """config.json of a llava-hf checkpoint. Raises UserError, naming what the folder is instead."""
     path = Path(folder) / "config.json"
-    config = data.read_json(path, kind=dict)
+    config = data.read_json(path, check=data.as_record)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no text_config.
-    if kind in FAMILIES and isinstance(config.get("text_config"), dict):
+    parts = {"model_type": str, "text_config": dict, "vision_config": (dict, None)}
+    if command.fits(config, parts) and kind in FAMILIES:
         return config
     fix = "give a llava-hf folder"
     if "mm_vision_tower" in config:
@@ -269,7 +271,22 @@ def open_folder(folder, template=None, preparation=""):
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
                                  "images=pad")
         found.pad = colour(processor)
+    probe(found)
     return found
+
+
+def probe(front):
+    """Raise UserError if a question about a picture cannot be made with what the folder says, or takes too
+    much; what only some questions show is found with them."""
+    with command.explained(f"{front.folder}: its files are not one model's", "copy them again"):
+        template.check(front.folder, front.tokenizer, front.template, messages("QUESTION", 1, ()))
+        front.prompt_ids("QUESTION", ())
+        front.response_ids("ANSWER")
+        picture = Image.new("RGB", (64, 48))
+        front.image_ids(picture.size)
+        pixels, side = front.prepare([picture])[0]["pixel_values"], front.config.vision_config.image_size
+        if front.architecture.startswith("Llava") and pixels.shape[-1] != side:
+            raise ValueError(f"pictures become {pixels.shape[-1]} pixels wide, its vision tower takes {side}")
 
 
 def check_tokens(folder, config, tokenizer):

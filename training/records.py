@@ -158,7 +158,7 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
             means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
@@ -226,7 +226,7 @@ def _parquet(path, group=None):
         return Table.from_batches(file.iter_batches(1000, [group]))         # a piece holds at most 2 GB
     except ImportError as error:
         raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-    except ValueError as error:                         # pyarrow's ArrowInvalid
+    except (ValueError, OSError) as error:              # pyarrow's ArrowInvalid
         raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
 
 
@@ -235,13 +235,14 @@ class Array(list):
     def __init__(self, path):
         self.path, rows = path, data.read_json(path)
         if isinstance(rows, dict):
-            rows = [{"image_id": name, **row} for name, row in rows.items()]
+            rows = [{"image_id": name, **data.as_record(row, path)} for name, row in rows.items()]
         super().__init__(rows)
 
     @functools.cached_property
     def numbers(self):
         """The line in which each record begins: found when the first fault is to be named."""
-        text, decoder, at, end, line, found = data.read_text(self.path), json.JSONDecoder(), 0, 0, 1, []
+        text, decoder = data.read_bytes(self.path).decode("utf-8-sig"), json.JSONDecoder()
+        at, end, line, found = 0, 0, 1, []
         before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
         for _ in self:
             begin = before.match(text, end).end()
