@@ -41,8 +41,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
-        paragraphs = (self.description or "").strip().split("\n\n")
-        self.description = "\n\n".join(map(_reflowed, paragraphs))
+        self.description = "\n\n".join(map(_reflowed, (self.description or "").strip().split("\n\n")))
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
@@ -94,17 +93,12 @@ def atomic_write(path, content):
     except OSError as e:
         raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
-        with contextlib.suppress(OSError):      # gone already if all went well: renamed
-            tmp.unlink()
-
-
-def _json_line(record):
-    return json.dumps(record, ensure_ascii=False) + "\n"
+        tmp.unlink(missing_ok=True)             # it is gone if all went well
 
 
 def write_jsonl(path, rows):
     """Write one object per line: the whole file, or the old one stays. Raises UserError."""
-    atomic_write(path, "".join(map(_json_line, rows)))
+    atomic_write(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def append_jsonl(path, record):
@@ -113,7 +107,7 @@ def append_jsonl(path, record):
         with open(path, "ab+", buffering=0) as file:
             size = _end_line(file)
             try:
-                _write_all(file, _json_line(record))
+                _write_all(file, f"{json.dumps(record, ensure_ascii=False)}\n")
             except OSError:
                 file.truncate(size)
                 raise
@@ -203,15 +197,23 @@ def read_records(path, torn_ok=True, check=as_record):
     return [check(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
 
 
-def inside(root, path, what):
-    """The real path of `path`, which is relative to `root` and must not lead out of it. Raises UserError."""
+def inside(root, path, what, follow_links=False):
+    """The real path of `path`, which is relative to `root` and must not lead out of it; symbolic links may,
+    with follow_links (then they stay in the path). Raises UserError."""
     root = os.path.realpath(root)
-    path = path.replace("\0", "\ufffd")                             # no file's name has it
-    found = os.path.realpath(os.path.join(root, path))              # through links, which may not lead out
+    found = os.path.join(root, path.replace("\0", "\ufffd"))         # no file's name has a NUL
+    found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or "
-                        "give the folder it is in (--image_root, --images)")
+        raise UserError(f"{what}: {brief(path)} leaves the folder {root}; move it inside (a copy, not a "
+                        "link) or give the folder it is in (--image_root, --images); --follow_links allows "
+                        "links that lead out")
     return found
+
+
+def brief(value):
+    """A user's text as a message shows it: its two ends if it is long."""
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def chunks(items, size):
@@ -252,7 +254,7 @@ def _opened(source):
     if isinstance(source, bytes):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
     elif not os.path.isfile(source) and not os.path.isdir(source):
-        raise UserError(f"image {name} is missing; put it there or give the right --image_root")
+        raise UserError(f"image {brief(name)} is missing; put it there or give the right --image_root")
     try:
         with Image.open(source, formats=FORMATS) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
@@ -290,7 +292,6 @@ def image_size(source):
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
-# other: a function that reads another record's image. rng: keyed by its purpose, not by the order of calls.
 def hash64(*key):
     text = "\0".join(map(str, key)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
@@ -434,6 +435,11 @@ class Row(NamedTuple):
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
+
+
+def send(x, device):
+    """A tensor of the host on the device; the host does not wait until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def plain_positions(ids, sizes):

@@ -36,7 +36,7 @@ from model import ask, command
 def run_answers(o):
     questions = None
     if o.benchmark != "classroom":          # before torch and the model are loaded
-        questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt)[:o.limit]
+        questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt, o.follow_links)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
@@ -151,10 +151,9 @@ def run_score(o):
     if not scores["n"]:
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
-    empty = [answer.id for answer in stats.read(lines) if not answer.text.strip()]
-    if empty:
-        scores.setdefault("remarks", []).append(
-            f"{len(empty)} answers are empty (ids {stats.few(empty)}): a broken model writes such answers")
+    if o.benchmark != "classroom":
+        empty = stats.empty((answer.id, answer.text) for answer in stats.read(lines))
+        scores["remarks"] = scores.get("remarks", []) + empty
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
@@ -171,7 +170,7 @@ def run_votes(o):
 
 
 def run_compare(o):
-    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed), sep="\n")
+    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed, o.follow_links), sep="\n")
 
 
 # ---- tables ----
@@ -193,7 +192,10 @@ def table(benchmark, scores):
         if key in scores["intervals"]:
             numbers = scores[key], *scores["intervals"][key]
             value, low, high = (shown(benchmark, key, number) for number in numbers)
-            lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
+            if stats.undefined(scores, key):
+                lines.append(f"{name:32}undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
+            else:
+                lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for name, part in scores.get(parts, {}).items():
             cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
@@ -261,6 +263,7 @@ MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
+LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
 CHAT_MODEL = {
     "--chat_model": text("the server's name for the model [the server's choice]"),
     "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
@@ -275,6 +278,7 @@ COMMANDS = {
         "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
+        "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
         "--batch_size": number("questions at once [classroom: 64, others: 16]"),
@@ -284,7 +288,7 @@ COMMANDS = {
                         choices=("bfloat16", "float16", "float32", "float64"))}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
-        "--questions": path("coco_pope_SPLIT.json, several of them, or their folder", nargs="+")}),
+        "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
     "score amber": (run_score, "captions, and questions by type", SCORED | MODES | {
         "--data": path("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
@@ -312,6 +316,7 @@ COMMANDS = {
         "b": text("answers of the other to the same questions", type=Path),
         "--out": out("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
+        "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
                         required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
         "--n": number("pairs on the page, drawn at random [100]", default=100),

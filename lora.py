@@ -78,7 +78,7 @@ def targeted(names, targets=None):
     names nothing.
     """
     names = [n for n in names if not n.endswith("lm_head")]
-    language = [n for n in names if "language_model." in n] or names
+    language = [n for n in names if re.search(r"\b(language|text)_model\.", n)] or names
     chosen = []
     for target in filter(None, targets or ()):
         among = names if "." in target else language
@@ -232,8 +232,8 @@ def write_folder(model, source, out, weights=None):
     """A folder that transformers alone loads, whole or not at all: `model`, the rest as it is in `source`.
 
     weights: {name: tensor}, the whole ones of those that are sharded over ranks. A processor_config.json,
-    without which AutoProcessor cannot count an image's tokens, is made where there is none. Raises UserError
-    for a weight that is not finite.
+    without which LLaVA's processor cannot count an image's tokens, is made where there is none. Raises
+    UserError for a weight that is not finite.
     """
     temporary = data.temporary(out)
     state = dict(model.state_dict())
@@ -251,7 +251,7 @@ def write_folder(model, source, out, weights=None):
             if kept and not new.exists():
                 shutil.copyfile(file, new)
         new = temporary / "processor_config.json"
-        if not new.exists():
+        if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
             config, vision = model.config, model.config.vision_config
             about = {"patch_size": vision.patch_size,
                      "vision_feature_select_strategy": config.vision_feature_select_strategy,

@@ -8,6 +8,8 @@ A loss of your own is a function, one line in LOSSES below, and `python train_dp
 
 What it does not read is not computed: without `image_rejected` the model never sees the second image. Names
 joined by + are summed (`--loss dpo+mine`), and an argument named `anchors` receives what `--anchors` says.
+Of a pair without an image the policy's `image_rejected` is -inf, so that a log-sigmoid, or a hinge, of the
+margin over it is 0: such a term skips the pair.
 
     here              papers    what it is
     chosen            y_w       the preferred response

@@ -24,6 +24,8 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 4. Gradients and the optimiser's state are divided among the ranks by hand: ZeRO-2's saving without DeepSpeed.
 `--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
+
+5. A response is stripped of white space around it, which the official codes keep.
 """
 import json
 import math
@@ -101,7 +103,8 @@ def prepare(o, out, ranks):
         first = ranks.first
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
-    adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay)
+    adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay,
+                    fused=ranks.device.type == "cuda")
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
@@ -125,6 +128,8 @@ def load(family, o, dtype, device):
     if o.checkpointing:
         model.language_model.train()                             # transformers recomputes in train mode only
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    if o.compile:
+        vlm.compile_layers(model)
     return model
 
 
@@ -134,6 +139,7 @@ def step_loss(run, batch, frozen):
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
     policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = vlm.without_image(policy, batch.pairs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
 
@@ -141,15 +147,20 @@ def step_loss(run, batch, frozen):
 def step(run, t):
     """One optimiser step on the mean loss of `o.batch` pairs, over all ranks. Returns its line of the log."""
     began = time.monotonic()
-    sums, found = Counter(), {}
+    measured, places, ids = [], [], []
     for batch in run.batches(t):                                       # this rank's micro-batches
         loss, policy, reference = step_loss(run, batch, run.reference)
         (loss[:batch.counts].sum() / batch.of).backward()
         if batch.counts == 0:                                          # a filler
             continue
-        sums.update(measures(policy, reference, loss, run.o.beta))
-        sums["tokens"] += sum(run.pairs.tokens[place] for place in batch.places)
-        found |= zip([pair.id for pair in batch.pairs], loss.tolist(), strict=True)
+        measured.append(measures(policy, reference, loss, run.o.beta))
+        places += batch.places
+        ids += [pair.id for pair in batch.pairs]
+
+    # ---- the device is waited for here, and for the gradient's norm ----
+    sums, each = fetched(measured)
+    sums["tokens"] = sum(run.pairs.tokens[place] for place in places)
+    found = dict(zip(ids, each, strict=True))
 
     # ---- all ranks together ----
     ours = sums, found, run.batches.waited, run.stop.asked
@@ -167,9 +178,10 @@ def step(run, t):
                              f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
                              "checkpoint")
     seconds = time.monotonic() - began
-    tokens = sums.pop("tokens")
+    tokens, shown = sums.pop("tokens"), sums.pop("with_image", 0)
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
-            **{name: value / len(found) for name, value in sums.items()},
+            **{name: value / (shown if "/image_" in name else len(found)) for name, value in sums.items()
+               if shown or "/image_" not in name},
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
             "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
@@ -184,16 +196,30 @@ def learning_rate(t, steps, o):
 
 
 def measures(policy, reference, loss, beta):
-    """Sums over a micro-batch for the log, under TRL's names, of the log-probs that the loss reads."""
+    """A micro-batch's numbers for the log (B,), under TRL's names, of the log-probs that the loss reads."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
     found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
     if rejected is not None:
         found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
                   "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
     if image is not None:
-        found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image,
-                  "rewards/image_accuracies": chosen > image}
-    return {name: value.detach().cpu().double().sum().item() for name, value in found.items()}
+        there = image.isfinite()                                       # not of pairs without an image
+        found |= {"rewards/image_rejected": image.where(there, 0),
+                  "rewards/image_margins": (chosen - image).where(there, 0),
+                  "rewards/image_accuracies": (chosen > image) & there, "with_image": there}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def fetched(measured):
+    """[measures of a micro-batch] -> (their sums over all pairs, each pair's loss), in one copy."""
+    sums = Counter()
+    if not measured:
+        return sums, []
+    tables = [torch.stack([*found.values()]) for found in measured]                             # (F, B)
+    whole = torch.cat(tables, 1).cpu().double()
+    for table in whole.split([table.shape[1] for table in tables], 1):
+        sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
+    return sums, whole[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -263,7 +289,7 @@ def scores(run, name):
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
-                              o.eval_annotations, o.eval_synonyms)
+                              o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
     return found
 
@@ -272,11 +298,12 @@ def scores(run, name):
 def validate(run, name):
     """Loss, margin and accuracy on held-out pairs, by the same step_loss."""
     n = len(run.val)
-    sums = Counter()
+    measured = []
     for places in tqdm(data.chunks(range(n), run.o.micro_batch), f"{name}: validation pairs"):
         batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
-        sums.update(measures(policy, reference, loss, run.o.beta))
+        measured.append(measures(policy, reference, loss, run.o.beta))
+    sums, _ = fetched(measured)
     return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
             "accuracy": 100 * sums["rewards/accuracies"] / n, "n": n}
 

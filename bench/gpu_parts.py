@@ -18,8 +18,10 @@ from types import SimpleNamespace
 from unittest import mock
 
 import limit
+import qwen3b
 import torch
 from section import SHAPES
+from torch.nn.functional import scaled_dot_product_attention
 
 import data
 import lora
@@ -277,6 +279,24 @@ def resume(bench):
     return {**found, "ok": before == STOPPED and found["loss"] < (0.02 if bench.device == "cuda" else 1e-9)}
 
 
+# ---------------------------------------------------------------------------------------- the fast paths
+def plain_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, *, scale=None, window_size,
+                 enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn computes, written out: it has no kernel for a CPU.
+
+    query (T, H, d), key and value (K, H_kv, d); a sequence's last query sees all of its keys.
+    """
+    assert window_size == (-1, 0) and starts_q.dtype == starts_k.dtype == torch.int32
+    lengths = [starts.diff().tolist() for starts in (starts_q, starts_k)]
+    assert longest_q >= max(lengths[0]) and longest_k >= max(lengths[1])
+    out = []
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out.append(scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)[0])
+    return torch.cat(out, 1).transpose(0, 1)
+
+
 # ---------------------------------------------------------------------------------------- the step
 def step(bench, loss, micro_batch, checkpointing=""):
     """A 7B's optimiser step in its first epoch and in later ones, whose reference is kept."""
@@ -344,6 +364,36 @@ def trl(bench, micro_batch, checkpointing=""):
 def in_autocast(theirs, collated):
     with theirs.trainer.accelerator.autocast():
         theirs.step(collated)
+
+
+# ---------------------------------------------------------------------------------------- another family
+def qwen(bench):
+    """Qwen2.5-VL-3B's step of two pairs with mDPO, and its packed loss beside the naive one."""
+    bench.tidy(broken=True)                                            # room for this one
+    folder = bench.folder / "qwen"
+    with made_here(partial(qwen3b.random, qwen3b.write(folder, bench.tiny), DTYPE, bench.device),
+                   "Qwen2_5_VLForConditionalGeneration"):
+        side = limit.Ours(folder, bench.shape, DTYPE, bench.device)
+    pairs, images, rejected = [], [], []
+    for i, record in enumerate(limit.random_records(bench.shape)):
+        sizes = (record["image"].size,)
+        prompt = side.m.front.prompt_ids(record["prompt"], sizes)
+        responses = [side.m.front.response_ids(record[name]) for name in ("chosen", "rejected")]
+        pairs.append(data.Pair(str(i), prompt, prompt, *responses, sizes, sizes))
+        images += side.m.front.prepare([record["image"]])
+        rejected += side.m.front.prepare([record["image_rejected"]])
+    batch = data.Batch(pairs, images, rejected, [0, 1], [1, 2], 2, 2)
+    value, naive = (side.loss(batch, "mdpo", False, forward) for forward in (vlm.packed, vlm.naive))
+    side.optimiser.grad.zero_()
+    tokens = len(data.pack(pairs, limit.needs_of("mdpo")).ids)
+    found = {"parameters": sum(p.numel() for p in side.m.model.parameters()), "tokens": tokens,
+             "loss": value, "naive_loss": naive}
+    for epoch, cached in (("first", False), ("cached", True)):
+        run = partial(side.step, batch, "mdpo", cached)
+        seconds = bench.seconds(run, bench.rounds)
+        found[epoch] = {"pairs_per_second": 2 / seconds, "tokens_per_second": tokens / seconds,
+                        "peak_gib": bench.peak_gib(run)}
+    return {**found, "ok": abs(value - naive) < 0.05 * naive}
 
 
 # ---------------------------------------------------------------------------------------- the rest

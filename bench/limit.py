@@ -34,7 +34,7 @@ import lora
 import losses
 from model import vlm
 from model.command import Ranks
-from train_dpo import measures, step_loss
+from train_dpo import fetched, measures, step_loss
 from training import options
 from training.optimiser import Zero2
 from training.reference import Reference
@@ -152,7 +152,8 @@ class Ours:
                     p.copy_(torch.randn(p.shape, generator=draw) * 0.02)
         self.ranks, self.places, self.references = Ranks(rank, world, device), places, {}
         trained = lora.lora_parameters(self.m.model)
-        self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
+        self.optimiser = Zero2(trained, partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0,
+                                        fused=device == "cuda"),
                                self.ranks, clip=1.0)
 
     def loss(self, batch, loss, cached, forward=vlm.packed):
@@ -166,8 +167,8 @@ class Ours:
         run = SimpleNamespace(model=self.m, loss=loss_of, o=options.Options(beta=BETA))
         value, policy, frozen = step_loss(run, batch, reference)
         (value.sum() / batch.of).backward()
-        measures(policy, frozen, value, BETA)
-        return value.mean().item()
+        sums, _ = fetched([measures(policy, frozen, value, BETA)])
+        return sums["loss"] / len(batch.pairs)
 
     def step(self, batch, loss, cached, forward=vlm.packed):
         value = self.loss(batch, loss, cached, forward)

@@ -50,7 +50,8 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     query = {same_id(line["id"]): line for line in queries}
     asked = {}
     for name, line in known.items():
-        asked[name] = {"part": kind_of(line["type"]), "text": query.get(name, {}).get("query", "")}
+        about = query.get(name, {})
+        asked[name] = about | {"part": kind_of(line["type"]), "text": about.get("query", "")}
     found, items = read(answers, "amber"), []
     coverage = join([answer.id for answer in found], found, asked, partial)
     words, near = vocabulary(relation), similar_words(similarity or {})

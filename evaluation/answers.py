@@ -113,7 +113,7 @@ def difference(before_path, after_path):
     return metrics.difference(*(benchmarks.read_answers([path]) for path in (before_path, after_path)))
 
 
-def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **options):
+def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follow_links=False, **options):
     """{measure: percent} of a small file of questions, asked of a model as it is while it is trained.
 
     path: POPE's questions, or questions about COCO images ({question_id, image, text}), whose answers are
@@ -123,7 +123,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, **opt
     Path(out_path).unlink(missing_ok=True)                       # of other weights, if the run was resumed
     first, *_ = benchmarks.records(path, "question file")
     kind = "pope" if "label" in first else "objhal"
-    questions = benchmarks.questions(kind, [path], images)
+    questions = benchmarks.questions(kind, [path], images, follow_links=follow_links)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
     lines = benchmarks.read_answers([out_path])
     if kind == "pope":

@@ -5,7 +5,8 @@
 
 No question, image or prompt of theirs is part of this repository: everything is read by path.
 
-    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder
+    pope     coco_pope_random.json ...          JSON lines {question_id, image, text, label}; or their folder;
+             also lmms-lab/POPE's columns       {question_id, question, answer, image_source, category}
     amber    query_generative.json ...          list of {id, image, query}; or their folder: all 15,220
     objhal   obj_halbench_300_with_image.jsonl  {image (base64 or a name) or image_path, question, image_id};
              also LLaVA's question files        {question_id, image, text}: any captions over COCO images
@@ -33,6 +34,7 @@ ANSWER = command.fields("file of answers", image=(*NAME, None), image_id=(*NAME,
 COCO = command.fields("file of COCO's", images=[(None, {"id": int})], annotations=[(None, MARK)],
                       categories=(None, [{"id": int, "name": str}]))
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
+HUBS = {"text": "question", "label": "answer", "image": "image_source", "split": "category"}  # lmms-lab/POPE
 LONGEST = 300                                  # characters: anything longer is base64, not a file's name
 
 
@@ -44,9 +46,11 @@ class Question(NamedTuple):
 
 
 # ---- questions ----
-def records(path, what, **shapes):
-    """The records of a question file, each with fields as command.fields takes them. Raises UserError."""
-    found, check = data.read_records(path, torn_ok=False), command.fields(what, **shapes)
+def records(path, what, named=dict, **shapes):
+    """The records of a question file as `named` gives them, each with fields as command.fields takes them.
+    Raises UserError."""
+    found = [named(record) for record in data.read_records(path, torn_ok=False)]
+    check = command.fields(what, **shapes)
     for number, record in enumerate(found, 1):
         check(record, f"{path}, record {number}")
     if not found:
@@ -64,17 +68,25 @@ def prompt(path, own, places):
 
 
 def pope_questions(paths):
-    """{split: records} of POPE's question files, or of folders of them. A split's name is its file's."""
-    files, found = [], {}
+    """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
+    its file's."""
+    files, found, homes = [], {}, {}
     for path in map(Path, paths):
         files += _files(path, "*pope*.json*")
-    for file in sorted(files, key=lambda file: [split not in file.name for split in SPLITS]):
-        split = _split(file) or file.stem
-        if split in found:
-            raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
-                            "circulation (2,910 and 3,000 questions); give one of them by its name")
-        found[split] = records(file, "POPE question file", question_id=NAME, image=str, text=str, label=str)
-    return found
+    for file in files:
+        for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
+                           label=str, split=(str, None)):
+            split = row.get("split") or _split(file) or file.stem
+            if homes.setdefault(split, file) != file:
+                raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
+                                "circulation (2,910 and 3,000 questions); give one of them by its name")
+            found.setdefault(split, []).append(row)
+    return dict(sorted(found.items(), key=lambda each: [split != each[0] for split in SPLITS]))
+
+
+def _popes(row):
+    """A question under POPE's own names."""
+    return row if "label" in row else row | {ours: row.get(hubs) for ours, hubs in HUBS.items()}
 
 
 def _split(file):
@@ -97,7 +109,7 @@ def _files(path, pattern):
     return found
 
 
-def questions(benchmark, paths, images=None, prompt="{question}"):
+def questions(benchmark, paths, images=None, prompt="{question}", follow_links=False):
     """[Question] of a benchmark's file or folder (POPE: or several files).
 
     images: the folder that holds the images; None if they lie beside the questions.
@@ -111,7 +123,7 @@ def questions(benchmark, paths, images=None, prompt="{question}"):
     read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    files = find_images(root, [image for _, image in asked])
+    files = find_images(root, [image for _, image in asked], follow_links)
     found, missing = [], []
     for (line, image), file in zip(asked, files, strict=True):
         if file is None:
@@ -184,9 +196,9 @@ def image_names(line, listed=()):
     return names or ["one without a name"]
 
 
-def find_images(root, lines):
+def find_images(root, lines, follow_links=False):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
-    that is the image itself, as bytes, stays."""
+    that is the image itself, as bytes, stays. follow_links: as data.inside has it."""
     if not os.path.isdir(root):
         raise UserError(f"--images {root} is not a folder; give the one that holds the images")
     listed, found = sorted(os.listdir(root)), []
@@ -194,7 +206,8 @@ def find_images(root, lines):
         if isinstance(line, bytes):
             found.append(line)
             continue
-        paths = [data.inside(root, name, "the image of a question") for name in image_names(line, listed)]
+        names = image_names(line, listed)
+        paths = [data.inside(root, name, "the image of a question", follow_links) for name in names]
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 

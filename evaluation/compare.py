@@ -65,7 +65,7 @@ def table(found, names):
     return lines
 
 
-def report(a_path, b_path, out, images=None, items=None, n=100, seed=0):
+def report(a_path, b_path, out, images=None, items=None, n=100, seed=0, follow_links=False):
     """The whole command -> its lines of text. items: the two files of `score`, for answers without truth."""
     a, b, names = by_id(a_path), by_id(b_path), (str(a_path), str(b_path))
     both = pairs(a, b)
@@ -78,7 +78,9 @@ def report(a_path, b_path, out, images=None, items=None, n=100, seed=0):
         lines = table(stats.paired(*known), names)
     elif all("truth" in line for line in known[0] + known[1]):
         lines = table(stats.paired(*map(metrics.classroom_items, known)), names)
-    shown, equal = write(both, names, out, images, n, seed)
+    for side, found in (("A", a), ("B", b)):
+        lines += [f"{side}: {says}" for says in stats.empty((each.id, each.text) for each in found.values())]
+    shown, equal = write(both, names, out, images, n, seed, follow_links)
     if {len(a), len(b)} != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {len(a)}, B {len(b)}")
     without = "" if images else "; without pictures, as there is no --images"
@@ -203,14 +205,14 @@ def a_is_first(seed, item):
     return bool(data.hash64(seed, "side", *item) & 1)
 
 
-def write(both, names, out, images=None, n=100, seed=0):
+def write(both, names, out, images=None, n=100, seed=0, follow_links=False):
     """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
     order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
     drawn = [both[i] for i in order]
     shown = [(key, a, b) for key, a, b in drawn if a.text != b.text]
     paths = [None] * len(shown)
     if images:
-        paths = benchmarks.find_images(images, [a.line for _, a, _ in shown])
+        paths = benchmarks.find_images(images, [a.line for _, a, _ in shown], follow_links)
     items = []
     for (key, a, b), path in zip(shown, paths, strict=True):
         first, second = (a, b) if a_is_first(seed, key) else (b, a)

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -37,8 +37,10 @@ from data import UserError
 from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
+    empty,
     few,
     first,
+    image_name,
     image_number,
     intervals,
     join,
@@ -47,6 +49,7 @@ from evaluation.stats import (
     ratios,
     read,
     remarks,
+    same_id,
     scored,
     tally,
 )
@@ -124,7 +127,8 @@ def classroom(answers, resamples=1000):
         "n": len(items),
         "images": len({item["image"] for item in items}),
         "unparsed": total["all", "items", "unparsed"],
-        "intervals": spread}
+        "intervals": spread,
+        "remarks": remarks(total) + empty((item["id"], item["answer"]) for item in items)}
 
 
 def difference(before, after):
@@ -153,12 +157,12 @@ def pope(splits, answers, mode="robust", partial=False, resamples=1000):
     ratios means of the splits. An unparsed answer is wrong, and not a yes in yes_ratio.
 
     splits: {split: its questions {"question_id", "image", "text", "label"}}. An answer is to the split that
-    it names in `split`, which may be absent where there is only one; those without an id are in the
-    questions' order, as POPE's own script takes them.
+    it names in `split`, which may be absent where there is only one; those without an id join by image and
+    text, or are in the questions' order, as POPE's own script takes them.
     """
     asked = _pope_questions(splits)
     found = read(answers, "pope")
-    names = _pope_names(found, splits)
+    names = _pope_names(found, splits, asked)
     coverage = join(names, found, asked, partial)
     items = [_pope_item(answer, asked[name], mode) for name, answer in zip(names, found, strict=True)]
     total, draws = tally(items, lambda item: [item["split"]], resamples)
@@ -199,19 +203,27 @@ def _pope_questions(splits):
     return asked
 
 
-def _pope_names(found, splits):
-    """["split id"] of the answers; questions of one's own are one split, whatever the answers call theirs."""
+def _pope_names(found, splits, asked):
+    """["split id"] of the answers; questions of one's own are one split, whatever the answers call theirs.
+
+    Where a line has no question_id: by the questions' own `id`, else by image and text, else by its place.
+    """
     only, *others = splits
     unsaid = "without `split`:" if others else only
-    waiting = {split: iter(lines) for split, lines in splits.items()}
-    names = []
+    known, waiting, names = defaultdict(list), {split: iter(lines) for split, lines in splits.items()}, []
+    for name, line in asked.items():
+        for key in (same_id(line.get("id")), (line["part"], image_name(line), line["text"].strip())):
+            known[key].append(name)
     for answer in found:
-        name, split = answer.id, first(answer.line, "split", "category") or unsaid
+        line, key, name = answer.line, answer.id, answer.id
+        split = first(line, "split", "category") or unsaid
         if not others and only not in SPLITS:
             split = only
-        if split in waiting and not answer.line.keys() & {"question_id", "id"}:
-            name = next(waiting[split], {}).get("question_id")
-        names.append(f"{split} {name}")
+        if split in waiting and not line.keys() & {"question_id", "id"}:
+            name = next(waiting[split], {}).get("question_id", f"at place {name}")
+            key = split, image_name(line), answer.question.strip()
+        unique = "question_id" not in line and len(known[key]) == 1
+        names.append(known[key][0] if unique else f"{split} {name}")
     return names
 
 
@@ -347,8 +359,10 @@ MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "envi
 def _mmhal_answers(template, answers, partial):
     """{place in the template: response}, joined by image, else by id; and the coverage."""
     places = {record.get("image_id"): place for place, record in enumerate(template)}
-    found = read(answers, "mmhal")
-    names = [places.get(answer.line.get("image_id", ""), answer.id) for answer in found]
+    found, names = read(answers, "mmhal"), []
+    for answer in found:
+        image = answer.line.get("image_id", "")
+        names.append(places.get(image, f"image {image}" if image else answer.id))
     asked = {place: {"part": "all", "text": record["question"]} for place, record in enumerate(template)}
     coverage = join(names, found, asked, partial)
     said = {name: _caption(answer.text) for name, answer in zip(names, found, strict=True)}

@@ -55,6 +55,15 @@ def image_number(image):
     return int(found[1]) if found else None
 
 
+def image_name(record):
+    """What an image is told by in a question or an answer: COCO's number, else its file's name; or None."""
+    name = first(record, "image_source", "image", "image_id")
+    number = image_number(name)
+    if name is None or number is not None:
+        return number
+    return re.sub(r".*/|\.\w+$", "", str(name))
+
+
 def same_id(name):
     """An id as it is joined: "1" and 1 are the same."""
     number = isinstance(name, str) and re.fullmatch("0|[1-9][0-9]*", name)
@@ -92,10 +101,11 @@ def once(names, what="answers"):
 
 def join(names, found, asked, partial=False):
     """Refuse duplicates, strangers and gaps among the names of the answers found, and answers that were given
-    to another text. -> the coverage.
+    to another text or about another image. -> the coverage.
 
-    asked: {name: {"part" of the benchmark, "text", "" if it is unknown}}. A part that is answered at all must
-    be answered whole, unless `partial`. What an answer says that it was asked may be more than the question.
+    asked: {name: {"part" of the benchmark, "text", "" if it is unknown, "image" if it is known}}. A part that
+    is answered at all must be answered whole, unless `partial`. What an answer says that it was asked may be
+    more than the question.
     """
     once(names)
     strangers = [name for name in names if name not in asked]
@@ -109,8 +119,11 @@ def join(names, found, asked, partial=False):
     if missing and not partial:
         raise UserError(f"{len(missing)} of {len(whole)} questions have no answer (ids {few(missing)}); "
                         "complete them, or score the others with --partial")
-    others = [name for name, answer in zip(names, found, strict=True)
-              if answer.question and asked[name]["text"].strip() not in answer.question]
+    others = []
+    for name, answer in zip(names, found, strict=True):
+        text, images = asked[name]["text"].strip(), {image_name(asked[name]), image_name(answer.line)}
+        if answer.question and text not in answer.question or len(images - {None}) > 1:
+            others.append(name)
     if others:
         raise UserError(f"{len(others)} answers are to other questions under these ids (ids {few(others)}); "
                         "give the questions that they answer")
@@ -196,6 +209,19 @@ def remarks(total):
     """Which measures are 0/0."""
     return [f"{part}: {measure} is 0/0, given as 0" for (part, measure, what), number in total.items()
             if what == "bottom" and not number]
+
+
+def empty(answers):
+    """[a remark] that counts and names the answers, (id, text), that say nothing; [] if all say something."""
+    ids = [name for name, text in answers if not text.strip()]
+    says = f"{len(ids)} answers are empty (ids {few(ids)}): a broken model writes such answers"
+    return [says] if ids else []
+
+
+def undefined(scores, measure):
+    """Whether a measure is 0/0, as CHAIR_i is where no object is named: its 0 says nothing."""
+    said = scores.get("remarks", ())
+    return any(f"{part}: {measure} is 0/0, given as 0" in said for part in ("all", "generative"))
 
 
 def interval(values, point):

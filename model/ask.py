@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import command, front, template
+from model import command, family, template
 
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
@@ -446,14 +446,14 @@ class Folder:
         return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
 
 
-class Texts(front.Llava):
+class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
     def __init__(self, tokenizer):
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
 
     def prompt_ids(self, question, sizes):
         if sizes:
-            raise UserError("a model for text was asked about an image; give a LLaVA folder or a server")
+            raise UserError("a model for text was asked about an image; give one that sees, or a server")
         with command.explained("the chat template fails", "correct it"):
             found = self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True)
         return found.input_ids

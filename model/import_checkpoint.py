@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-from model import command, front
+from model import command, front, llava
 
 SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -274,7 +274,7 @@ def tokenizer_of(src, kind, config):
     if len(tokenizer) > config["vocab_size"]:
         raise data.UserError(f"{src}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
                              f"{config['vocab_size']}: one of the two is not this model's")
-    tokenizer.add_special_tokens({"additional_special_tokens": [front.IMAGE]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [llava.IMAGE]})
     tokenizer.padding_side = "left"                    # for generation; vlm.py pads by itself
     return tokenizer
 
@@ -301,7 +301,7 @@ def plan(src, tower=None):
     if kind == "bunny":                                # Departure 3
         extra = re.compile(rf"model\.vision_tower\.encoder\.layers\.{vision.num_hidden_layers}\.")
         found = {n: w for n, w in found.items() if not extra.match(n)}
-    image_id = tokenizer.convert_tokens_to_ids(front.IMAGE)
+    image_id = tokenizer.convert_tokens_to_ids(llava.IMAGE)
     rows = max(config["vocab_size"], image_id + 1)
     new = llava_config(src, config, kind, vision, image_id, rows)
     shapes = expected(new)
@@ -400,7 +400,7 @@ def write_rest(todo, dst, config):
     LlavaProcessor(pictures, todo.tokenizer, patch_size=todo.config.vision_config.patch_size,
                    vision_feature_select_strategy=todo.config.vision_feature_select_strategy,
                    num_additional_image_tokens=int(todo.kind == "llava"),
-                   chat_template=front.TEMPLATES["vicuna"]).save_pretrained(dst)
+                   chat_template=llava.TEMPLATES["vicuna"]).save_pretrained(dst)
     if todo.kind == "llava":                           # transformers does not keep it, and reads it again
         path = dst / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": True}, indent=1))
@@ -438,17 +438,15 @@ def describe(folder):
     attempt(faults, shards, folder)
     for file in sorted(folder.glob("*.safetensors")):
         found += attempt(faults, weights, file) or []
-    family = attempt(faults, front.open_folder, folder)
-    if family:
-        text = family.tokenizer.apply_chat_template(front.messages("QUESTION", 1, ()), tokenize=False,
-                                                   chat_template=family.template, add_generation_prompt=True)
-        side = family.config.vision_config.image_size
-        lines = [f"image           {side} pixels, {family.image_tokens} tokens; {family.preparation}",
-                 f"template        {family.template_name}: {text!r}"]
-    parts = (config.get("vision_config") or {}).get("model_type"), config["text_config"].get("model_type")
+    own = attempt(faults, front.open_folder, folder)
+    if own:
+        text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
+        lines = [f"image           {own.about_images}; {own.preparation}",
+                 f"template        {own.template_name}: {text!r}"]
+    parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({weight.type for weight in found})) or "no file"
     return [f"folder          {folder}",
-            f"model           {config['model_type']}: {parts[0]} + {parts[1]}",
+            f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
             f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
             *lines,
             f"missing         {'; '.join(faults) or 'nothing'}"]

@@ -2,7 +2,7 @@
 
 A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
 LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py.
+between them, texts and images, is in front.py and the families.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.backends import cuda
 from torch.utils.checkpoint import checkpoint
 
 import data
 import lora
 import losses
-from model import front
+from model import family, front
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -49,6 +50,7 @@ class VLM:
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: the softmax's
     frozen: Any = None         # if the model itself trains: a VLM, the frozen copy
+    compiled: bool = False     # by compile_layers
 
     @property
     def device(self):
@@ -74,27 +76,30 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
-    family = folder
-    if not isinstance(folder, front.Llava):
-        family = front.open_folder(folder, template, preparation)
+    own = folder
+    if not isinstance(folder, family.Family):
+        own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)
-    text = family.config.text_config
+    text = own.config.text_config
+    if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
+        raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
+                             "not: give another model")
     for name in vars(text):
         if name.endswith(("_pdrop", "_dropout")):
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, family.architecture)
-    model, found = data.from_folder(kind, family.folder,
+    kind = getattr(transformers, own.architecture)
+    model, found = data.from_folder(kind, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
-                                    config=family.config,
+                                    config=own.config,
                                     output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
-        raise data.UserError(f"{family.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
+        raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
     for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
         mapped = weight.data
@@ -104,16 +109,16 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             raise data.UserError(f"{family.folder}: {name} is not finite: copy the checkpoint again, or give "
                                  "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
-    family.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
+    own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
-    words, weight = family.image_token_id, model.lm_head.weight
+    words, weight = own.image_token_id, model.lm_head.weight
     if weight[words:].any():
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(family, model, words)
+    return VLM(own, model, words)
 
 
 def train_whole(m):
@@ -166,7 +171,8 @@ def encode_images(m, batch):
     Raises UserError if an image's features are not as many as its places in the prompt.
     """
     n = len(batch.images)
-    found = m.front.encode(m.model, [*batch.images, *batch.images_rejected])
+    images = [*batch.images, *batch.images_rejected]
+    found = m.front.encode(m.model, images) if images else []
     prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
     if batch.images_rejected:
         prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]
@@ -181,11 +187,13 @@ def encode_images(m, batch):
 
 
 def embed(m, ids, features):
-    """ids (..., T), the features [(K, D)] of their images in order -> embeddings (..., T, D)."""
-    embeddings = m.model.get_input_embeddings()(ids)
+    """ids (..., T), on the CPU, the features [(K, D or more)] of their images in order -> embeddings."""
+    embeddings = m.model.get_input_embeddings()(data.send(ids, m.device))                   # (..., T, D)
     if features:
-        at_image = (ids == m.front.image_token_id)[..., None]
-        embeddings = embeddings.masked_scatter(at_image, torch.cat(features).to(embeddings.dtype))
+        at_image = (ids == m.front.image_token_id).nonzero(as_tuple=True)          # a GPU would be waited for
+        places = [data.send(x, m.device) for x in at_image]
+        found = torch.cat(features)[:, :embeddings.shape[-1]]
+        embeddings = embeddings.index_put(places, found.to(embeddings.dtype))
     return embeddings
 
 
@@ -213,50 +221,101 @@ def naive(m, pairs, features, needs):
         labels.append([-100] * len(prompt) + response + [-100] * padding)
         own = m.front.positions(prompt, sizes)                                             # (P,) or (3, P)
         positions += [own, data.positions_after(own, longest - len(prompt))]
-    ids, labels = torch.tensor([ids, labels], device=m.device)                          # (R, T) each
+    ids, labels = torch.tensor([ids, labels])                                           # (R, T) each
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
-    outputs = m.model(inputs_embeds=embed(m, ids, shown),
-                      position_ids=positions,
-                      use_cache=False)
-    logits = outputs.logits[..., :m.words]                                              # (R, T, V)
-    return as_logps(losses.response_logps(logits, labels), pairs, needs)
+    outputs = m.language_model(inputs_embeds=embed(m, ids, shown),
+                               position_ids=positions,
+                               use_cache=False,
+                               **m.front.language_inputs(ids.to(m.device), shown))
+    logits = m.model.lm_head(outputs.last_hidden_state)[..., :m.words]                  # (R, T, V)
+    return as_logps(losses.response_logps(logits, labels.to(m.device)), pairs, needs)
 
 
 def as_logps(sums, pairs, needs):
     """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
     parts = iter(sums.split(len(pairs)))
     found = {name: next(parts) for name in ("chosen", "rejected", "image_rejected") if name in needs}
-    return losses.Logps(**found,
-                        chosen_tokens=sums.new_tensor([len(p.chosen) for p in pairs]),
-                        rejected_tokens=sums.new_tensor([len(p.rejected) for p in pairs]))
+    lengths = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs], dtype=sums.dtype)
+    chosen, rejected = data.send(lengths, sums.device).T
+    return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected)
+
+
+def without_image(policy, pairs):
+    """The policy's Logps with image_rejected -inf for pairs that show no image: there is nothing less likely,
+    so that a log-sigmoid or a hinge which compares with it is 0, and its gradient too."""
+    bare = [not p.sizes for p in pairs]
+    if policy.image_rejected is None or not any(bare):
+        return policy
+    bare = data.send(torch.tensor(bare), policy.image_rejected.device)
+    return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
 
 
 # -------------------------------------------------------------------------------- forward: packed
-def packed_attention(module, query, key, value, attention_mask, scaling=None, segments=None, **kwargs):
-    """Attention of one packed row; transformers' SDPA where no `segments` are given (generation, naive).
+class Layout:
+    """Where a packed row's segments are. No tuple: torch.compile would compile for every row's lengths.
 
-    query (1, H, T, d), key and value (1, H_kv, T, d); segments: [data.Segment].
+    For attention in one call, a sequence is a prompt and `chosen`, or `rejected`, behind the same prompt.
+    keys (K,): the places that the sequences see, one after another; starts (2, sequences + 1), int32: where
+    their queries begin in the row, and what they see in `keys`.
+    """
+    def __init__(self, segments, device):
+        keys, starts = [], [(0, 0)]
+        for s in segments:
+            end = s.start + s.prompt
+            prompt = range(s.start, end)
+            for n in filter(None, (s.chosen, s.rejected)):
+                keys += [*prompt, *range(end, end + n)]
+                end += n
+                starts.append((end, len(keys)))
+        self.segments = segments                                               # [data.Segment]
+        self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
+        self.keys = data.send(torch.tensor(keys), device)
+        self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
+    """Attention of one packed row; transformers' SDPA where no `layout` is given (generation, naive).
+
+    query (1, H, T, d), key and value (1, H_kv, T, d); layout: the row's Layout.
     Within a segment prompt + chosen is causal; `rejected` sees the prompt and itself (lower-right causal).
     """
-    from torch.nn.attention.bias import causal_lower_right
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    if segments is None:
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     window = kwargs.get("sliding_window")
+    if window and layout.longest > window:
+        raise data.UserError(f"a pair of {layout.longest} tokens is longer than the model's sliding window "
+                             f"of {window}: pass --forward naive, or a smaller --set max_length")
+    grouped = query.shape[1] != key.shape[1]
+    attend = in_turn
+    if cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)):
+        attend = at_once
+    return attend(query, key, value, layout, scale=scaling, enable_gqa=grouped), None       # (1, T, H, d)
+
+
+def at_once(query, key, value, layout, **options):
+    """In one call of FlashAttention, in which causal is lower-right; prompts' keys and values go in twice."""
+    from torch.nn.attention import varlen
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                            # (T, H, d)
+    k, v = (x.index_select(0, layout.keys) for x in (k, v))                                  # (K, H_kv, d)
+    longest = layout.longest
+    out = varlen.varlen_attn(q, k, v, *layout.starts, longest, longest, window_size=(-1, 0), **options)
+    return out[None]
+
+
+def in_turn(query, key, value, layout, **options):
+    """Segment by segment: on any device, in any type."""
+    from torch.nn.attention.bias import causal_lower_right
+    attend = partial(F.scaled_dot_product_attention, **options)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths = []
-    for s in segments:
+    for s in layout.segments:
         lengths += [s.prompt + s.chosen, s.rejected]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = []
-    for s in segments:
-        longest = s.prompt + max(s.chosen, s.rejected)
-        if window and longest > window:
-            raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
-                                 f"{window}: pass --forward naive, or a smaller --set max_length")
+    for s in layout.segments:
         q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
         q, k_own, v_own = next(pieces)                                          # of rejected
@@ -265,7 +324,25 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, se
             v = torch.cat([v[:, :, :s.prompt], v_own], 2)
             mask = causal_lower_right(s.rejected, s.prompt + s.rejected)
             out.append(attend(q, k, v, attn_mask=mask))
-    return torch.cat(out, 2).transpose(1, 2), None                                          # (1, T, H, d)
+    return torch.cat(out, 2).transpose(1, 2)
+
+
+def compile_layers(m):
+    """torch.compile of the decoder layers' parts: norms, MLP, attention up to packed_attention.
+
+    Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
+    """
+    import transformers
+    from transformers.masking_utils import sdpa_mask
+    # called, not looked into: no two rows are alike
+    transformers.AttentionInterface.register("called", torch.compiler.disable(packed_attention))
+    transformers.AttentionMaskInterface.register("called", sdpa_mask)
+    for each in filter(None, (m, m.frozen)):
+        each.compiled = True
+        each.language_model.set_attn_implementation("called")
+        for layer in each.language_model.layers:
+            for part in layer.children():
+                part.compile(dynamic=True)
 
 
 def packed(m, pairs, features, needs):
@@ -283,17 +360,18 @@ def packed_token_logps(m, row, features):
 
     features: [(K, D)] of the row's images.
     """
-    ids, positions = row.ids.to(m.device), row.positions.to(m.device)
+    tensors = row.ids, row.positions, row.predict, row.target
+    ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
-    outputs = m.language_model(inputs_embeds=embed(m, ids, features)[None],        # (1, T, D)
+    outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)
                                position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
                                attention_mask=ids.new_zeros(1, 1, 1, 1),
-                               segments=row.segments,
+                               layout=Layout(row.segments, m.device),
                                use_cache=False,
-                               **m.front.language_inputs(row, features))
-    hidden = outputs.last_hidden_state[0, row.predict.to(m.device)]                         # (N, D)
-    return chunked_logps(hidden, m.model.lm_head.weight[:m.words], row.target.to(m.device))
+                               **m.front.language_inputs(ids[None], features))
+    hidden = outputs.last_hidden_state[0, predict]                                          # (N, D)
+    return chunked_logps(hidden, m.model.lm_head.weight[:m.words], target)
 
 
 def chunked_logps(hidden, weight, target, chunk=1024):
@@ -339,31 +417,51 @@ class Completion(NamedTuple):
     finished: bool             # it ended by itself; else it was cut at max_new_tokens
 
 
-@torch.no_grad()
 def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
     """A Completion for each question about images (a list of PIL images each, possibly empty).
 
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw).
-    Batches are left-padded, prompts of similar length together. An answer ends at any token that
-    generation_config.json calls an end, or the tokenizer.
+    The rest is as `continued` takes it.
     """
-    own = m.model.generation_config.eos_token_id
-    ends = {m.front.eos_id, *(own if isinstance(own, list) else [own])}
-    options = {"do_sample": False}
-    if sample_seed is not None:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
     for question, shown in zip(questions, images, strict=True):
         prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
+    found = []
+    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
+        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
+    return found
+
+
+def ends_of(m):
+    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
+    own = m.model.generation_config.eos_token_id
+    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
+@torch.no_grad()
+def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
+    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
+
+    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
+    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
+    """
+    ends = ends_of(m)
+    options = {"do_sample": False}
+    if sample_seed is not None:
+        rows = len(m.model.lm_head.weight)
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [None] * len(prompts)
-    with torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
+    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
+    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
         torch.manual_seed(sample_seed or 0)
         for batch in data.chunks(order, batch_size):
             inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
                                            padding_side="left", return_tensors="pt").to(m.device)
-            if pictures := [picture for i in batch for picture in images[i]]:
-                inputs |= m.front.on_device(m.model, m.front.prepare(pictures))
+            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
+                inputs |= m.front.on_device(m.model, prepared)
+                inputs |= m.front.generate_inputs(inputs.input_ids)
             new = m.model.generate(**inputs,
                                    **options,
                                    max_new_tokens=max_new_tokens,
@@ -371,8 +469,8 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
                                    pad_token_id=m.front.eos_id)
             new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
             for i, tokens in zip(batch, new.tolist(), strict=True):
-                text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-                found[i] = Completion(text.strip(), not ends.isdisjoint(tokens))
+                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
+                found[i] = tokens[:ended[0]] if ended else tokens
     return found
 
 

@@ -1,8 +1,11 @@
 """What every test shares: the repository on the path, one thread, and where the published data lies."""
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -97,3 +100,42 @@ def llama_tokenizer():
     tokenizer = LlamaTokenizer.from_pretrained(path, legacy=True, add_bos_token=True)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
     return tokenizer
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def run_forked(main, argv, before=None, ranks=1):
+    """A command in a fork of this process, or as some ranks: (exit code of the first, what all printed).
+
+    `before` runs there first, to break things.
+    """
+    def child(rank):
+        if ranks > 1:                                     # what torchrun sets, without its start-up time
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                           "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        with open(log, "a", buffering=1) as sys.stdout:
+            sys.stderr = sys.stdout
+            sys.argv = ["command", *argv]
+            if before:
+                before()
+            try:
+                main()
+            except SystemExit as e:
+                print(e.code if isinstance(e.code, str) else "")
+                raise SystemExit(1 if isinstance(e.code, str) else e.code) from None
+            except BaseException:
+                traceback.print_exc()
+                raise
+    with tempfile.TemporaryDirectory() as folder:
+        log, port = Path(folder) / "log", free_port()
+        fork = multiprocessing.get_context("fork").Process
+        processes = [fork(target=child, args=(rank,), daemon=True) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+        return processes[0].exitcode, log.read_text().replace("\r", "\n")

@@ -3,11 +3,12 @@
     python tests/rehearse.py mdpo-bunny        14 GB of memory, 13 GB of disk
     python tests/rehearse.py mdpo-llava        7B: a GPU or 64 GB; 40 GB of disk
     python tests/rehearse.py pds-llava         the same
+    python tests/rehearse.py smolvlm-256m      SmolVLM-256M: minutes on two cores
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
 published; takes it through model/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
-pairs (or, where ../shared is absent, on two pairs of its own). write_original() with other sizes makes the
-tests' checkpoints.
+pairs (or, where ../shared is absent, on two pairs of its own). What transformers itself writes needs no
+import. write_original() with other sizes makes the tests' checkpoints.
 """
 import json
 import os
@@ -56,6 +57,21 @@ PUBLISHED = {"bunny": sizes((2560, 10240, 32, 32, 32, 50295, 50256, 50256, 50256
              "llava": sizes((4096, 11008, 32, 32, 32, 32000, 1, 2, 0), (1024, 4096, 24, 16, 336, 14))}
 TINY = {"bunny": sizes((40, 48, 2, 4, 4, 270, 256, 256, 256), (24, 40, 3, 4, 30, 14)),
         "llava": sizes((32, 48, 2, 4, 2, 400, 1, 2, 0), (24, 40, 3, 4, 28, 14))}
+
+
+def write_smolvlm(folder, tiny=False):
+    """SmolVLM-256M-Instruct as published: SigLIP-base of 512 pixels, SmolLM2-135M, at most 17 tiles."""
+    import families
+    folder.mkdir(parents=True)
+    if tiny:
+        families.idefics3(folder)
+        return
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+              "num_attention_heads": 12, "patch_size": 16}
+    families.idefics(folder, "Idefics3", text, vision, tile=512, longest=2048, scale=4, std=0.02)
 
 
 def byte_level_bpe(folder, size, end):
@@ -186,6 +202,8 @@ def rehearse(preset, folder, steps=2, sizes=None, options=()):
     """Write and import, where that is not done yet, and train; returns the lines of log.jsonl."""
     from model import import_checkpoint
     kind = preset.partition("-")[2]
+    if preset in WRITTEN and not (folder / "imported").exists():
+        WRITTEN[preset](folder / "imported", tiny=bool(sizes))
     if not (folder / "imported").exists():
         original, tower = write_original(kind, folder / "original", sizes,
                                          torch.float16 if kind == "llava" else torch.bfloat16)
@@ -197,9 +215,12 @@ def rehearse(preset, folder, steps=2, sizes=None, options=()):
     return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
 
 
+WRITTEN = {"smolvlm-256m": write_smolvlm}              # by transformers itself
+
+
 def main():
     parser = data.Parser(prog="tests/rehearse.py", description=__doc__)
-    parser.add_argument("preset", choices=["mdpo-bunny", "mdpo-llava", "pds-llava"])
+    parser.add_argument("preset", choices=["mdpo-bunny", "mdpo-llava", "pds-llava", *WRITTEN])
     parser.add_argument("--keep", help="write into this folder and leave it there")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: does the rehearsal itself run?")
     args = parser.parse_args()
@@ -210,7 +231,7 @@ def main():
         # The random tokenizer knows letters alone: 1300 tokens are about what a real one makes of the pairs.
         options = ["--set", "max_length=1300", *["--dtype", "bfloat16", "--set", "checkpointing=true"] * cpu]
         options = [] if args.tiny else options
-        sizes = TINY[kind] if args.tiny else None
+        sizes = TINY.get(kind, True) if args.tiny else None
         _, *steps = rehearse(args.preset, folder, sizes=sizes, options=options)
         for line in steps:
             print(f"step {line['step']}: loss {line['loss']:.4f}, {line['tokens_per_second']} tokens/s, "

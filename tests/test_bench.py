@@ -143,21 +143,6 @@ def test_real_pairs_come_in_file_order_without_the_empty_ones(tmp_path):
     assert all(record["prompt"].count("<image>") == 1 for record in records)
 
 
-# ---- what is imported
-
-def test_importing_every_script_takes_under_three_seconds_beyond_torch():
-    """The processor's seconds, of all of them together."""
-    import subprocess
-    names = [path.stem for path in ROOT.glob("*.py")]
-    for folder in ("model", "training", "evaluation", "synthesis"):
-        names += [f"{folder}.{path.stem}" for path in (ROOT / folder).glob("[!_]*.py")]
-    names = ", ".join(sorted(names))
-    code = ("import torch, time; start = time.process_time(); "
-            f"import {names}; print(time.process_time() - start)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 3
-
-
 # ---- scale
 
 def test_scale_reads_pictures_ahead_of_a_step(monkeypatch, tmp_path):

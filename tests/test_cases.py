@@ -5,25 +5,28 @@ Never silence, never a traceback, and --skip_bad drops what is refused. The inpu
 """
 import base64
 import dataclasses
-import gzip
 import io
 import json
-import subprocess
-import sys
+import types
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, need, picture, write_llava
+import torch
+from conftest import SHARED, need, picture, write_llava
 from PIL import Image
+from test_train_dpo import run
 from test_vlm import write_next
 
 import data
 import lora
+import losses
+import train_dpo
 from data import UserError
-from model import command, front, vlm
+from model import command, front, llava, vlm
 from training import batches, checkpoint, options
 from training.records import Records
+from training.reference import Reference
 
 
 def byte_tokenizer():
@@ -43,7 +46,7 @@ def tiny(tmp_path_factory):
     """{name: folder} of a tiny LLaVA-1.5 and a tiny LLaVA-1.6, whose tokens an image depend on its shape."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = front.TEMPLATES["plain"]
+    tokenizer.chat_template = llava.TEMPLATES["plain"]
     return {"llava": write_llava(folder / "llava", byte_tokenizer()),
             "next": write_next(folder / "next", tokenizer=tokenizer)}
 
@@ -128,11 +131,14 @@ FAULTY = {
         LLAVA | {"conversations": [USER, gpt("A"), SURE, gpt("Yes")],
                  "rejected_conversations": [USER, gpt("B"), SURE, gpt("No")]},
         "not one turn after the same turns"),
-    "several rejected answers": (pair(1, rejected=["A vase.", "A dog."]), "not text"),
     "a tool's turn": (TRL | {"prompt": [{"role": "tool", "content": "x"}, *TRL["prompt"]]},
                       "the turns are not"),
     "half a surrogate pair": (pair(1, chosen="Two cups \ud83d"), "surrogates not allowed"),
     "half of one in the question": (pair(1, question="\udc00?"), "surrogates not allowed"),
+    "half of one in the system text": (pair(1, system="\udc00?"), "surrogates not allowed"),
+    "half of one in the history": (pair(1, history=[["\udc00?", "Yes."]]), "surrogates not allowed"),
+    "half of one in the image's path": (pair(1, image="\ud83d.png"), "surrogates not allowed"),
+    "an unreadable rejected image": (pair(1, image_rejected="d.jsonl"), "d.jsonl is unreadable"),
     "an end-of-sequence token alone differs": (pair(1, chosen="A vase.</s>"), "are the same 8 tokens"),
     "a number for an image": (pair(1, image=[1, 2]), "the image is int, not a path"),
     "base64": (pair(1, image="iVBORw0K" * 200), "id p1"),
@@ -237,18 +243,67 @@ def test_sft_needs_no_rejected_response_and_other_losses_do(tiny, folder, capsys
     assert "line 1 (id p0): key 'rejected' is missing" in refused(capsys, tiny["llava"], path)
 
 
-def test_a_record_without_an_image_is_refused_where_the_loss_compares_images(tiny, folder, capsys):
-    path = lines(folder / "d.jsonl", [pair(0), pair(1, image=None)])
+def test_records_without_any_image_are_refused_where_the_loss_compares_images(tiny, folder, capsys):
+    path = lines(folder / "d.jsonl", [pair(0, image=""), pair(1, image=None)])
     assert "line 2 (id p1): there is no image" in refused(capsys, tiny["llava"], path, loss="mdpo")
-    assert len(checked(tiny["llava"], path, loss="mdpo", skip_bad=True)) == 1
     assert len(checked(tiny["llava"], path)) == 2
 
 
+def mixed(model, folder, **changes):
+    """(Run of a tuned model in float64, a batch of pairs with and without an image)."""
+    rows = [pair(0), pair(1, image=""), pair(2, image_rejected="3.png"), pair(3, image=None)]
+    del rows[3]["image"]
+    pairs = checked(model, lines(folder / "d.jsonl", rows), loss="mdpo", **changes)
+    m = vlm.load(pairs.front, dtype=torch.float64)
+    lora.add_lora(m.model, 4, 8, [""], 0)
+    torch.manual_seed(0)
+    for name, weight in m.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    run = types.SimpleNamespace(model=m, o=pairs.o, loss=options.loss_of(pairs.o), pairs=pairs)
+    return run, batches.join([pairs.read(place) for place in range(4)])
+
+
+def gradients_of(run, loss):
+    loss.sum().backward()
+    found = {name: p.grad.clone() for name, p in run.model.model.named_parameters() if p.grad is not None}
+    run.model.model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("change", [{}, {"image_rejected": "random", "anchors": "wlm"},
+                                    {"crop_pixels": True}])
+def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny, folder, capsys, change):
+    """Their DPO and AncPO count, CoPO is 0 with its gradient; naive equals packed; the log's numbers are of
+    those that have one."""
+    run, batch = mixed(tiny["llava"], folder, **change)
+    assert run.pairs.without_image == 2 and "2 of 4 pairs have no image" in capsys.readouterr().out
+    found, gradients = {}, {}
+    for name, forward in vlm.FORWARDS.items():
+        frozen = Reference(4, run.model, forward, run.pairs.needs, command.Ranks())
+        loss, policy, reference = train_dpo.step_loss(run, batch, frozen)
+        gradients[name], found[name] = gradients_of(run, loss), loss.detach()
+        parts = losses.resolve("dpo+ancpo", anchors=change.get("anchors", "w").replace("m", ""))
+        rest = parts(policy, reference, run.o.beta, 0.0)
+        assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
+    torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
+    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
+    assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
+
+
+def test_the_gradient_of_a_pair_without_an_image_is_that_of_dpo_and_ancpo(tiny, folder):
+    run, batch = mixed(tiny["llava"], folder)
+    gradients = []
+    for loss in (run.loss, losses.resolve("dpo+ancpo")):
+        run.loss = loss
+        frozen = Reference(4, run.model, vlm.packed, run.pairs.needs, command.Ranks())
+        value, _, _ = train_dpo.step_loss(run, batch, frozen)
+        gradients.append(gradients_of(run, value[[1, 3]]))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
 # ---- files ----
-def gzipped(text):
-    return gzip.compress(text.encode())
-
-
 def zipped(text):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
@@ -257,7 +312,7 @@ def zipped(text):
 
 
 @pytest.mark.parametrize("spoil, word", [
-    (gzipped, "gzip"), (zipped, "zip"), (lambda text: text.encode("utf-16"), "UTF-16"),
+    (zipped, "zip"), (lambda text: text.encode("utf-16"), "UTF-16"),
     (lambda text: text.encode("utf-16-be"), "UTF-16"),
     (lambda text: b"question,chosen,rejected,image\na,b,c,0.png\n", "csv")])
 def test_a_file_of_another_kind_is_named(tiny, folder, capsys, spoil, word):
@@ -309,6 +364,45 @@ def test_a_turned_tiff_has_as_many_features_as_places(tiny, folder):
     vlm.encode_images(m, batches.join([pairs.read(0), pairs.read(1)]))       # an error if they differ
 
 
+@pytest.mark.parametrize("which", ["places for images, the vision tower gives 4", "p1: its prompt has 3"])
+def test_fewer_places_than_features_are_an_error_that_names_the_pair(tiny, folder, which):
+    """In either image, before both forwards: a prompt that lacks a place, as another size would make it."""
+    pairs = checked(tiny["llava"], lines(folder / "d.jsonl", [pair(0), pair(1)]), loss="mdpo")
+    batch = batches.join([pairs.read(0), pairs.read(1)])
+    token = pairs.front.image_token_id
+    for name in ("prompt", "prompt_rejected"):
+        ids = list(getattr(batch.pairs[1], name))
+        ids.remove(token)
+        wrong = batch._replace(pairs=[batch.pairs[0], batch.pairs[1]._replace(**{name: ids})])
+        with pytest.raises(UserError, match=which):
+            vlm.encode_images(vlm.load(pairs.front), wrong)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"image": "none.png"}, "is missing"), ({"rejected": "Two cups 1."}, "are identical"),
+    ({"chosen": "</s>"}, "has no token"), ({"question": "How? " * 99}, "leaves no room"),
+    ({"chosen": "So long. " * 99, "rejected": "So long. " * 98}, "the same")])
+def test_faulty_validation_pairs_are_found_before_loading(tiny, folder, capsys, monkeypatch, change, says):
+    class Loads(Exception):
+        pass
+
+    def load(*_):
+        raise Loads
+    monkeypatch.setattr(train_dpo, "load", load)
+    good = lines(folder / "d.jsonl", [pair(0)])
+    held_out = lines(folder / "v.jsonl", [pair(0), pair(1, **change)])
+    o = options.Options(model=str(tiny["llava"]), data=str(good), val_data=str(held_out), loss="sft",
+                        max_length=300)
+    ranks = command.Ranks(device=torch.device("cpu"))
+    with pytest.raises(UserError, match="faulty"):
+        train_dpo.prepare(o, folder / "run", ranks)
+    said = capsys.readouterr().err
+    assert f"{held_out}, line 2 (id p1): " in said and says in said
+    with pytest.raises(Loads):
+        train_dpo.prepare(dataclasses.replace(o, skip_bad=True), folder / "run", ranks)
+    assert f"--skip_bad left out 1 of 2 records of {held_out}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("top", [1, 255, 4000])
 def test_a_float_image_is_scaled(tmp_path, top):
     """From 0 to 1, to 255 or beyond."""
@@ -353,6 +447,21 @@ def test_random_without_another_picture_is_refused(tiny, folder):
         checked(tiny["llava"], path, loss="copo", image_rejected="random")
 
 
+def test_a_rare_other_picture_is_found_and_that_there_is_none_costs_one_look_at_each(folder, monkeypatch):
+    """Among hundreds of the same picture; no record is read again and again."""
+    rows = [pair(i, image="0.png") for i in range(250)]
+    read, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: read.append(path) or read_image(path))
+    with pytest.raises(UserError, match="all pictures are the same one"):
+        batches.other_image(Records(lines(folder / "d.jsonl", rows)), 0, "p0", 0, picture(0))
+    assert len(read) == 100 + 250
+    rows[200:202] = pair(200, image="1.png"), pair(201, image="2.png")
+    records = Records(lines(folder / "d.jsonl", rows))
+    drawn = [batches.other_image(records, 0, f"p{i}", i, picture(0)).tobytes() for i in range(4)]
+    assert {*drawn} == {picture(1).tobytes(), picture(2).tobytes()} and len(read) < 2 * 350 + 4 * 101
+    assert drawn == [batches.other_image(records, 0, f"p{i}", i, picture(0)).tobytes() for i in range(4)]
+
+
 def test_draws_that_differ_stay_as_they_were(folder):
     path = lines(folder / "d.jsonl", [pair(i) for i in range(4)])
     records = Records(path)
@@ -379,6 +488,8 @@ def test_a_rejected_image_that_leaves_no_room_is_found_before_training(tiny, fol
     prompts = [len(max(fits.read(place).pairs[0][1:3], key=len)) for place in range(8)]
     longest = max(prompts)
     assert longest > min(prompts)
+    rows = [data.pack(fits.read(place).pairs, fits.needs) for place in range(8)]   # the plan counts both
+    assert fits.tokens == [len(row.ids) for row in rows]
     said = refused(capsys, tiny["next"], path, **kind, max_length=longest)
     assert said.count("leaves no room") == prompts.count(longest)
     kept = checked(tiny["next"], path, **kind, max_length=longest, skip_bad=True)
@@ -407,6 +518,29 @@ def test_a_run_of_pairs_that_have_changed_is_refused(tmp_path, name):
     options.claim(out, o).close()
     lines(tmp_path / f"{name}.jsonl", [pair(1)])
     with pytest.raises(UserError, match=f"{name}.jsonl has changed since"):
+        options.claim(out, o)
+
+
+@pytest.mark.parametrize("name", ["data", "val_data"])
+@pytest.mark.parametrize("change", ["other pixels of the same size", "gone", "rejected"])
+def test_a_run_whose_images_have_changed_is_refused(tmp_path, name, change):
+    """The file of an image, or of a rejected one, is another, or there is none any more."""
+    files = {}
+    for k, key in enumerate(("data", "val_data")):
+        rows = [pair(k, image=f"{key}.bmp", image_rejected=f"{key}-rejected.bmp"), pair(8, image="no.png")]
+        files[key] = str(lines(tmp_path / f"{key}.jsonl", rows))
+        for seed, image in enumerate((f"{key}.bmp", f"{key}-rejected.bmp")):
+            picture(seed).save(tmp_path / image)
+    o = options.Options(**files, model=str(tmp_path))
+    out = tmp_path / "run"
+    out.mkdir()
+    data.append_jsonl(out / "log.jsonl", {"options": dataclasses.asdict(o), **options.provenance(o)})
+    options.claim(out, o).close()
+    image = tmp_path / (f"{name}-rejected.bmp" if change == "rejected" else f"{name}.bmp")
+    picture(9).save(image)
+    if change == "gone":
+        image.unlink()
+    with pytest.raises(UserError, match=f"an image of {tmp_path}/{name}.jsonl has changed since"):
         options.claim(out, o)
 
 
@@ -444,9 +578,9 @@ def test_an_adapter_that_does_more_than_lora_is_refused_by_name(tmp_path, settin
 def test_the_command_ends_with_one_sentence_and_no_traceback(tiny, folder):
     path = lines(folder / "d.jsonl", [pair(0), pair(1, question="<image> and <image>")])
     words = ["--model", tiny["llava"], "--data", path, "--loss", "dpo", "--out", folder / "run"]
-    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], text=True, capture_output=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in done.stderr
+    code, said = run(list(map(str, words)))
+    assert code == 1 and "Traceback" not in said
+    assert f"{path}, line 2 (id p1): 2 <image> for 1 images" in said
     assert not (folder / "run" / "adapter").exists()
 
 
@@ -462,15 +596,15 @@ FOUND = {
     "file-encodings/csv.csv": "csv",
     "file-encodings/dict_data.json": "no known format has the keys data",
     "file-encodings/dict_one.json": "line 1: broken JSON",
-    "file-encodings/gz.jsonl.gz": "gzip",
+    "file-encodings/gz.jsonl.gz": 4,
     "file-encodings/latin1.jsonl": "line 1: broken JSON",
     "file-encodings/nan.jsonl": 4,
     "file-encodings/utf16.jsonl": "UTF-16",
     "file-encodings/z.zip": "zip",
-    "image-as-text/b64.jsonl": "line 1 (id p0)",
-    "image-as-text/datauri.jsonl": "line 1 (id p0)",
+    "image-as-text/b64.jsonl": 1,
+    "image-as-text/datauri.jsonl": 1,
     "image-as-text/emptylist.jsonl": 1,
-    "image-as-text/hfdict_b64.jsonl": "line 1 (id p0)",
+    "image-as-text/hfdict_b64.jsonl": 1,
     "image-as-text/hfdict_null.jsonl": 1,
     "image-as-text/int.jsonl": "the image is int",
     "image-as-text/list_empty_str.jsonl": 1,
@@ -492,12 +626,12 @@ FOUND = {
     "random-same-image/pairs.jsonl": 8,
     "several-rejected/ids.jsonl": "line 3 (id 7): the id is a duplicate",
     "several-rejected/marker.jsonl": "line 2 (id p1)",
-    "several-rejected/mixed.jsonl": "line 2 (id p1): there is no image",
-    "several-rejected/pairs.jsonl": "not text",
+    "several-rejected/mixed.jsonl": 2,
+    "several-rejected/pairs.jsonl": 2,
     "several-rejected/sft.jsonl": 2,
     "several-rejected/sys.jsonl": 1,
     "several-rejected/tool.jsonl": "the turns are not",
-    "several-rejected/trl.jsonl": "not text",
+    "several-rejected/trl.jsonl": 2,
     "tiff-orientation/pairs.jsonl": 2,
     "tiff-orientation/std.jsonl": 2,
     "trl-implicit-prompt/pairs.jsonl": 4,

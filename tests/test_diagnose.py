@@ -48,7 +48,8 @@ def opts(world, **more):
 
 def by_hand(m, record, image, role):
     """log p of a response with an image in the prompt, one token after another, of policy and reference."""
-    ids, answer = m.front.prompt_ids(record["question"], [image.size]), m.front.response_ids(record[role])
+    ids = m.front.prompt_ids(record["question"], [image.size], record["history"])
+    answer = m.front.response_ids(record[role])
     features = m.front.encode(m.model, m.front.prepare([image]))
     out = []
     with torch.no_grad():
@@ -164,25 +165,31 @@ def test_the_interval_is_the_bootstraps_over_images():
     assert diagnose.interval(np.full(9, 1.5), range(9), 0) == [1.5, 1.5, 1.5]
 
 
-def test_kl_is_the_drawn_answers_log_ratio_with_its_end_if_it_ended(world, tuned, monkeypatch):
-    records, o = Records(world[1]), opts(world, look=3, max_new_tokens=4)
-    said = ["a red cat", "", "a red cat dog"]               # 3 tokens and the end; the end alone; cut at 4
-    asked = {}
+def test_kl_is_the_log_ratio_of_the_tokens_that_were_drawn(world, tuned, tmp_path, monkeypatch):
+    """With the pair's history. No text is made of them: tokenised again, it might be other tokens."""
+    pairs = write_pairs(tmp_path, n=3)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows[1]["history"] = [["what is this ?", "a dog"]]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, o = Records(pairs), opts(world, look=3, max_new_tokens=4)
+    front, eos = tuned.front, tuned.front.eos_id
+    drawn = [[8, 9, 10, eos], [eos], [0, 0, 1, 2]]           # no text is one of <unk> and <pad>
+    continued, prompts = vlm.continued, []
 
-    def generate(m, images, questions, max_new_tokens, batch_size, **how):
-        asked.update(how, new=max_new_tokens)
-        return said
-    monkeypatch.setattr(vlm, "generate", generate)
-    found = diagnose.look(tuned, records, range(12), o, "after")
+    def noting(m, asked, images, *more, **how):
+        assert how == {"sample_seed": o.eval_seed} and more[0] == 4
+        assert all(len(tokens) <= 4 for tokens in continued(m, asked, images, *more, **how))
+        prompts.extend(asked)
+        return drawn
+    monkeypatch.setattr(vlm, "continued", noting)
+    found = diagnose.look(tuned, records, range(3), o, "after")
     ratios = []
-    for i, text in enumerate(said):
-        record = records[i]
-        ids = tuned.front.tokenizer(text, add_special_tokens=False).input_ids
-        monkeypatch.setattr(tuned.front, "response_ids", lambda _, ids=ids: [*ids, tuned.front.eos_id][:4])
+    for record, tokens in zip(records, drawn, strict=True):
+        monkeypatch.setattr(front, "response_ids", lambda _, tokens=tokens: tokens)
         mine, frozen = by_hand(tuned, record, data.read_image(record["images"][0]), "chosen")
         ratios.append(mine - frozen)
     assert found["kl"][0] == pytest.approx(np.mean(ratios), abs=1e-5)
-    assert asked["new"] == 4 and asked["sample_seed"] == o.eval_seed
+    assert "a dog" in front.tokenizer.decode(prompts[1]) and "a dog" not in front.tokenizer.decode(prompts[0])
 
 
 def test_records_without_an_image_are_passed_over_and_themes_may_lack(world, tuned, tmp_path):

@@ -1,14 +1,16 @@
 """eval_hallu.py, its answers and benchmarks: answers that survive a kill, scores without a model."""
 import base64
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, ROOT, SHARED, need, picture, write_llava
+from conftest import GOLDEN, ROOT, SHARED, need, picture, run_forked, write_llava
 from PIL import Image
 from test_chat import reply, server
 
@@ -115,9 +117,17 @@ def test_faulty_scenes_are_refused(m, tmp_path, change, says):
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, ROOT / "eval_hallu.py", *map(str, arguments)],
-                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
-    return done.returncode, done.stdout, done.stderr
+    """(exit code, stdout, stderr) of the command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["eval_hallu.py", *map(str, arguments)])
+        try:
+            eval_hallu.main()
+        except SystemExit as end:                               # as Python ends a process with it
+            if isinstance(end.code, str):
+                return 1, out.getvalue(), err.getvalue() + end.code + "\n"
+            return end.code or 0, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
 
 def test_score_by_hand(tmp_path):
@@ -400,21 +410,14 @@ def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_
         ask(m, "objhal", tmp_path / "data" / "q.jsonl", tmp_path / "a.jsonl")
 
 
-def torchrun(world, *arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                           str(world),
-                           ROOT / "eval_hallu.py", *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, tmp_path, monkeypatch):
     path, _ = pope_file(tmp_path / "data", n=14)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     ask(m, "pope", path, whole)
     arguments = ["answers", "pope", "--model", m.front.folder, "--data", path, "--out", out,
                  "--batch_size", 3, "--max_new_tokens", 5]
-    done = torchrun(2, *arguments)
-    assert done.returncode == 0, done.stderr
+    code, said = run_forked(eval_hallu.main, list(map(str, arguments)), ranks=2)
+    assert code == 0, said
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     first, *lines = whole.read_text().splitlines()
     lines = [json.loads(line) for line in lines]
@@ -532,6 +535,79 @@ def test_popes_own_form_over_several_splits(tmp_path):
     assert scores["recall"] == pytest.approx(2 / 3) and scores["n"] == 18
 
 
+def hub_file(folder, splits=benchmarks.SPLITS):
+    """The splits in one file under the columns of lmms-lab/POPE, all values texts; and POPE's own rows."""
+    own, hubs = {}, []
+    for split in splits:
+        own[split] = pope_file(folder / "own", split, n=2)[1]
+        for row in own[split]:
+            hubs.append({"id": str(len(hubs)), "question_id": str(row["question_id"]),
+                         "question": row["text"], "answer": row["label"], "category": split,
+                         "image_source": row["image"].removesuffix(".jpg"), "image": {"bytes": "..."}})
+    return write_json(folder / "test.jsonl", hubs[::-1]), own, hubs
+
+
+def test_the_hubs_pope_is_asked_and_scored_as_popes_own_files(m, tmp_path):
+    """All splits in one file, in any order; answers by question_id, by the hub's id, by image and text."""
+    path, own, hubs = hub_file(tmp_path)
+    rows = [row | {"split": split} for split in benchmarks.SPLITS for row in own[split]]
+    answers = [line | {"split": row["split"]} for line, row in zip(pope_answers(rows), rows, strict=True)]
+    expected, _ = score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", answers), "--questions",
+                        tmp_path / "own")
+    named = [{"image": line["image_source"], "question": f"{line['question']} Yes or no?",
+              "category": line["category"]} for line in hubs]
+    for lines in (answers, [{"id": line["id"]} for line in hubs],
+                  [{"id": int(line["id"])} for line in hubs[::-1]],
+                  [line | {"answer": 0} for line in hubs],
+                  [line | {"question": line["question"][:-11]} for line in named[::-1]]):
+        lines = [line | {"answer": "yes"} for line in lines]
+        found, _ = score(tmp_path, "pope", write_json(tmp_path / "b.jsonl", lines), "--questions", path)
+        assert found | {"version": ""} == expected | {"version": ""}
+    asked, wanted = (benchmarks.questions("pope", [each], tmp_path / "own")
+                     for each in (path, tmp_path / "own"))
+    assert [q.prompt for q in asked] == [q.prompt for q in sorted(
+        wanted, key=lambda q: (benchmarks.SPLITS.index(q.line["split"]), -q.line["question_id"]))]
+    assert {q.image for q in asked} == {q.image for q in wanted}
+    with pytest.raises(data.UserError, match="is a second file of the split random"):
+        benchmarks.pope_questions([path, tmp_path / "own" / "coco_pope_random.json"])
+
+
+def test_an_answer_about_another_image_is_refused(tmp_path):
+    """Nothing else tells: its id is known, and it does not say what was asked."""
+    path, rows = pope_file(tmp_path / "data")
+    lines = [{"question_id": row["question_id"], "image": f"val2014/{row['image']}", "answer": "yes"}
+             for row in rows]
+    good = score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path)[0]
+    assert good["n"] == 6
+    lines[2]["image"] = "AMBER_7.jpg"
+    with pytest.raises(data.UserError, match="1 answers are to other questions .*ids random 3"):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path)
+    with pytest.raises(data.UserError, match="1 answers are to other questions .*ids 2"):
+        score(tmp_path, "amber", write_json(tmp_path / "b.jsonl", [
+            {"id": i, "image": "AMBER_1.jpg", "response": "A dog."} for i in (1, 2)]),
+            "--data", amber_folder(tmp_path / "amber"))
+    template, rows = mmhal_file(tmp_path / "mmhal")
+    lines = [{"image_id": row["image_id"], "response": "a dog"} for row in rows]
+    lines[1]["image_id"] = "ffff"
+    with pytest.raises(data.UserError, match="1 answers belong to none of the questions .ids image ffff"):
+        score(tmp_path, "mmhal", write_json(tmp_path / "c.jsonl", lines), "--template", template)
+
+
+def test_two_versions_of_popes_random_questions_are_told_apart(tmp_path):
+    """The longer version has other questions under most ids of the shorter one."""
+    path, rows = pope_file(tmp_path / "data", n=12)
+    short = [row | {"question_id": i} for i, row in enumerate(rows[:3] + rows[6:], 1)]
+    for given, says in ((short, "3 of 12 questions have no answer"), (rows, "3 answers belong to none")):
+        other = path if given is short else write_json(tmp_path / "coco_pope_random.json", short)
+        for keys in (("question_id", "question"), ("question",)):
+            lines = [{key: line[key] for key in (*keys, "answer")} for line in pope_answers(given)]
+            with pytest.raises(data.UserError, match=says):
+                score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", other)
+    lines = pope_answers(short)
+    with pytest.raises(data.UserError, match="answers are to other questions"):
+        score(tmp_path, "pope", write_json(tmp_path / "a.jsonl", lines), "--questions", path, "--partial")
+
+
 def test_answers_to_another_split_are_refused(tmp_path):
     """Their ids are those of this one; their questions are not."""
     questions, _ = pope_file(tmp_path / "data")
@@ -555,6 +631,7 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     scores, _ = score(tmp_path, "amber", answers, "--data", folder)
     said = capsys.readouterr().out
     assert "2 answers are empty (ids 1, 2)" in said and "generative: chair is 0/0, given as 0" in said
+    assert "CHAIR, lower is better          undefined: names no objects" in said
     assert any("2 answers are empty" in remark for remark in scores["remarks"])
     questions, rows = pope_file(tmp_path / "pope")
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))

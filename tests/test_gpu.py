@@ -107,7 +107,7 @@ def test_nothing_is_asked_of_the_network(rehearsal):
 def test_the_section_says_that_it_is_a_rehearsal(rehearsal):
     _, section, _ = rehearsal
     assert "for a GPU: not run" in section.splitlines()[1] and "No number here says anything" in section
-    assert section.count("| dpo | 8 | on |") == 2 and "Qwen2.5-VL-3B | not yet supported" in section
+    assert section.count("| dpo | 8 | on |") == 2 and "| Qwen2.5-VL-3B, a step of two pairs" in section
 
 
 # ---- what does not run
@@ -181,6 +181,15 @@ def test_the_hours_are_of_the_best_setting():
     assert found == pytest.approx({"PDS-DPO": 0.75, "PDS-DPO with TRL": 2.5, "mDPO with TRL": 8.333333})
     with pytest.raises(ValueError, match="no step"):
         gpu.hours({})
+
+
+def test_the_model_of_another_family_has_the_published_number_of_weights(tmp_path):
+    """Qwen2.5-VL-3B-Instruct, by its model.safetensors.index.json: 7,509,245,952 bytes of bfloat16."""
+    import qwen3b
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    model = qwen3b.random(qwen3b.write(tmp_path, tiny=False), "bfloat16", "meta",
+                          Qwen2_5_VLForConditionalGeneration)
+    assert sum(p.nbytes for p in model.parameters()) == 7_509_245_952
 
 
 def test_a_gpus_section_is_no_rehearsal():

@@ -1,6 +1,7 @@
 """The house as specification: the tree, who imports whom, how much code there is, one of each, --help."""
 import ast
 import io
+import json
 import os
 import re
 import subprocess
@@ -147,9 +148,11 @@ def python(*words, **options):
                           stdin=subprocess.DEVNULL, **options)
 
 
-def test_all_files_import_in_silence_and_metrics_without_torch():
+def test_all_files_import_in_silence_at_once_and_metrics_without_torch():
+    """Within three seconds of the processor beyond torch's own, and nothing heavy."""
     modules = ", ".join(map(module_of, CODE))
-    code = (f"import sys, evaluation.metrics; assert 'torch' not in sys.modules; import {modules}; "
+    code = ("import sys, time, evaluation.metrics; assert 'torch' not in sys.modules; import torch; "
+            f"start = time.process_time(); import {modules}; assert time.process_time() - start < 3; "
             f"print(sorted({{*{HEAVY}}} & {{*sys.modules}}))")
     done = python("-c", code, cwd=ROOT)
     assert (done.stdout, done.stderr, done.returncode) == ("[]\n", "", 0)
@@ -300,29 +303,35 @@ COMMANDS = ["train_dpo.py", "lora.py", "lora.py merge", "synth.py", "eval_hallu.
             *(f"eval_hallu.py score {name}" for name in SCORES),
             "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py scenes", *SCRIPTS_OF]
 TORCH = {"train_dpo.py", "lora.py", "bench/limit.py", "bench/scale.py", "bench/vs_trl.py"}   # may load torch
-STARTED = f"""
-import atexit, os, runpy, sys, time
-def told():
-    print(sorted({{*{HEAVY}, "torch"}} & {{*sys.modules}}), time.process_time(), file=sys.stderr)
-atexit.register(told)
-sys.argv = sys.argv[1:]
-if sys.argv[0] == "-m":
-    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-else:
-    sys.path[0] = os.path.dirname(sys.argv[0])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def words_of(command):
     """A command's words, its script with its whole path."""
     script, *words = command.split()
-    return [script if script == "-m" else ROOT / script, *words]
+    return [script if script == "-m" else str(ROOT / script), *words]
+
+
+def started(commands, *modules):
+    """What tests/start.py tells of each [folder, words]."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "start.py", *modules], input=json.dumps(commands),
+                          capture_output=True, text=True,
+                          env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def torch_seconds():
-    return float(python("-c", "import time, torch; print(time.process_time())").stdout)
+def outcomes(tmp_path_factory):
+    """{(command, an argument): (what it said, its folder)} of all commands, whose torch is there already."""
+    found = {}
+    for modules, commands in (((), [c for c in COMMANDS if c.split()[0] not in TORCH]),
+                              (("torch",), [c for c in COMMANDS if c.split()[0] in TORCH])):
+        asked = [(command, word) for command in commands for word in ("--help", "--no_such_option")]
+        folders = [tmp_path_factory.mktemp("empty") for _ in asked]
+        told = started([[str(folder), [*words_of(command), word]]
+                        for folder, (command, word) in zip(folders, asked, strict=True)], *modules)
+        found |= zip(asked, zip(told, folders, strict=True), strict=True)
+    return found
 
 
 def undescribed(text):
@@ -334,39 +343,43 @@ def undescribed(text):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_complete_narrow_and_light(command, tmp_path, torch_seconds):
+def test_help_is_complete_narrow_and_light(command, outcomes):
     """From any folder: 80 columns, each option described, at once, and nothing is started or written."""
-    env = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    done = python("-c", STARTED, *words_of(command), "--help", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage:")
-    assert undescribed(done.stdout) == []
-    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
-    heavy, seconds = re.fullmatch(r"(\[.*\]) (\S+)\n", done.stderr).groups()
-    allowed = ["torch"] if command.split()[0] in TORCH else []
-    assert ast.literal_eval(heavy) in ([], allowed)
-    assert float(seconds) < 1 + torch_seconds * len(allowed)
-    assert list(tmp_path.iterdir()) == []
+    told, folder = outcomes[command, "--help"]
+    assert (told["code"], told["err"]) == (0, "")
+    assert told["out"].startswith("usage:")
+    assert undescribed(told["out"]) == []
+    assert [line for line in told["out"].splitlines() if len(line) > 80] == []
+    allowed = {"torch"} if command.split()[0] in TORCH else set()
+    assert {*HEAVY, "torch"} & {*told["loaded"]} <= allowed
+    assert told["seconds"] < 1
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_wrong_argument_is_refused_with_a_sentence(command, tmp_path):
-    done = python(*words_of(command), "--no_such_option", "1", cwd=tmp_path,
-                  env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode in (1, 2) and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_a_wrong_argument_is_refused_with_a_sentence(command, outcomes):
+    told, folder = outcomes[command, "--no_such_option"]
+    assert told["code"] in (1, 2) and told["out"] == ""
+    assert len(told["err"].splitlines()) == 1 and "Traceback" not in told["err"]
+    assert list(folder.iterdir()) == []
 
 
 PARTS = [name for name in [*CODE, *CLASSROOM, *BENCH] if name not in {*RUN, *SCRIPTS_OF}]
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """{a part: what it said, started by its path and with -m}."""
+    told = iter(started([[str(ROOT), [*words, "--help"]]
+                         for name in PARTS for words in ([name], ["-m", module_of(name)])]))
+    return {name: (next(told), next(told)) for name in PARTS}
+
+
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_says_which_command_it_belongs_to(name):
+def test_a_part_says_which_command_it_belongs_to(name, parts):
     """Started by mistake, by its path or with -m, it prints one line that names a command, and ends."""
-    for words in ([name], ["-m", module_of(name)]):
-        done = python(*words, "--help", cwd=ROOT)
-        assert (done.returncode, done.stderr) == (0, "")
-        said, = done.stdout.splitlines()
+    for told in parts[name]:
+        assert (told["code"], told["err"]) == (0, "")
+        said, = told["out"].splitlines()
         script, = re.findall(r"run: python (\S+\.py) --help$", said)
         assert script in {*RUN, *SCRIPTS_OF}

@@ -25,6 +25,7 @@ import losses
 from model import (
     front,
     import_checkpoint,  # noqa: E402
+    llava,
     vlm,
 )
 from training import batches
@@ -324,7 +325,7 @@ def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
     shutil.copyfile(file, src / "tokenizer.model")
     import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
     m, pieces = front.open_folder(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
-    system = front.TEMPLATES["vicuna"].partition("{%")[0]
+    system = llava.TEMPLATES["vicuna"].partition("{%")[0]
     before, after = pieces.encode(f"{system}USER: "), pieces.encode(f"\n{question} ASSISTANT:")
     assert m.image_token_id == 32000
     assert m.prompt_ids(question, ONE) == [1, *before, *[32000] * m.image_tokens, *after]

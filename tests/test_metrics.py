@@ -268,7 +268,7 @@ TWO = pope_questions(["yes", "no"])
     ([{"question_id": 1, "answer": None}], "answer 1 .id 1. has no text"),
     ([{"question_id": 1, "answer": ["Yes"]}], "answer 1 .id 1. has no text"),
     ([{"answer": "Yes"}], "1 of 2 questions have no answer .ids pope 2"),        # without ids, in their order
-    ([{"answer": "Yes"}] * 3, "1 answers belong to none of the questions .ids pope None"),
+    ([{"answer": "Yes"}] * 4, "2 answers belong to none .* .ids pope at place 2, pope at place 3"),
     ([{"question_id": 1, "question": TWO[1]["text"], "answer": "Yes"},
       {"question_id": 2, "answer": "No"}], "1 answers are to other questions under these ids .ids pope 1"),
     ([{"question_id": [1], "answer": "Yes"}], "no usable `question_id`"),

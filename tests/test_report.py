@@ -98,6 +98,17 @@ def test_the_table_as_text(tmp_path):
     loss = report.table({"before": {"loss": .5}, "after": {"loss": .25}})[1]
     assert loss.split() == ["loss", "0.5000", "0.2500", "-0.2500"]
     assert len(report.table({"before": {}, "after": {}})) == 1
+    silent = json.loads((run / "summary.json").read_text())
+    silent["after"]["remarks"] = ["all: chair_i is 0/0, given as 0"]
+    rows = {line[:8].strip(): line for line in report.table(silent)}
+    assert rows["CHAIR_i,"].endswith("undefined: 0 of 0") and "undefined" not in rows["CHAIR_s,"]
+    answers = [json.loads(line) for line in (run / "after.jsonl").read_text().splitlines()]
+    answers = [line | {"answer": " "} if "id" in line else line for line in answers]
+    silent["after"] = metrics.classroom(answers)
+    said = "after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x): a broken model writes such answers"
+    assert report.table(silent)[-1] == said
+    (run / "summary.json").write_text(json.dumps(silent))
+    assert said in Page(read(run)).text
 
 
 def test_every_curve_is_drawn_with_its_ends(tmp_path):
@@ -146,6 +157,8 @@ def test_margins_with_each_image_before_and_after_with_their_intervals(tmp_path)
     assert "KL of an answer from the reference0.000.00 to 1.004.004.00 to 5.00" in seen.text
     lines(run / "log.jsonl", [first | {"look": found(0)}, *steps, {"evaluation": "after", "look": found(4)}])
     assert "true image+2.00+1.50 to +2.25+6.00" in Page(read(run)).text            # a line of their own
+    lines(run / "log.jsonl", [first | {"look": found(0)}, *steps, {"evaluation": "after", "look": found(-4)}])
+    assert "reference0.000.00 to 1.00undefinedall below 0" in Page(read(run)).text  # no KL is negative
 
 
 def test_hostile_text_is_escaped_everywhere(tmp_path):

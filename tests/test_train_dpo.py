@@ -4,22 +4,28 @@ It starts at ln 2, resumes bit for bit, scales over ranks, and refuses in one se
 """
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import traceback
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, WORDS, llama_tokenizer, need, picture, write_llava
+from conftest import (
+    ROOT,
+    SHARED,
+    WORDS,
+    free_port,
+    llama_tokenizer,
+    need,
+    picture,
+    run_forked,
+    write_llava,
+)
 from safetensors.torch import load_file
 from test_command import both
 
@@ -59,49 +65,13 @@ def arguments(world, out, *more):
             "--lora_r", "16", "--set", "lora_alpha=32", *more]    # whatever the defaults are tuned to
 
 
-def run(argv, before=None, ranks=1):
-    """train_dpo.py in a process of its own, or as some ranks: (exit code of the first, what all printed).
-
-    `before` runs there first, to break things.
-    """
-    def child(rank):
-        if ranks > 1:                                     # what torchrun sets, without its start-up time
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                           "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        with open(log, "a", buffering=1) as sys.stdout:
-            sys.stderr = sys.stdout
-            sys.argv = ["train_dpo.py", *argv]
-            if before:
-                before()
-            try:
-                train_dpo.main()
-            except SystemExit as e:
-                print(e.code if isinstance(e.code, str) else "")
-                raise SystemExit(1 if isinstance(e.code, str) else e.code) from None
-            except BaseException:
-                traceback.print_exc()
-                raise
-    with tempfile.TemporaryDirectory() as folder:
-        log, port = Path(folder) / "log", free_port()
-        fork = multiprocessing.get_context("fork").Process
-        processes = [fork(target=child, args=(rank,), daemon=True) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(240)
-        return processes[0].exitcode, log.read_text().replace("\r", "\n")
+run = partial(run_forked, train_dpo.main)
 
 
 def trained(argv, before=None, ranks=1):
     code, text = run(argv, before, ranks)
     assert code == 0, text
     return text
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
 
 
 def lines_of(out):
@@ -325,9 +295,9 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_pat
     assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
 
 
-def torchrun(*argv, agents=("--standalone",), ranks=2):
-    """train_dpo.py under torchrun; with several `agents`, one torchrun (a node) for each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+def torchrun(*argv, agents):
+    """train_dpo.py under several torchruns, each a node of one rank with its own options."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
     nodes = [subprocess.Popen([*command, *agent.split(), str(ROOT / "train_dpo.py"), *argv],
                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
              for agent in agents]
@@ -353,10 +323,10 @@ def assert_equal_runs(one, two, steps):
 
 
 def test_two_ranks_equal_one(world, tmp_path):
-    """Twenty steps under torchrun with gloo, gradients and Adam's moments sharded: 1e-6 relative."""
+    """Twenty steps with gloo, gradients and Adam's moments sharded: 1e-6 relative."""
     more = ("--epochs", "7", "--max_steps", "20")
     trained(arguments(world, tmp_path / "one", *more))
-    torchrun(*arguments(world, tmp_path / "two", *more))
+    trained(arguments(world, tmp_path / "two", *more), ranks=2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 20)
     assert log_of(tmp_path / "two")[0]["ranks"] == 2
 
@@ -448,7 +418,7 @@ def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     trained(arguments(deep, tmp_path / "one", *more, "--micro_batch", "4"))
     meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}"
     torchrun(*arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"),
-             agents=(meet, meet), ranks=1)
+             agents=(meet, meet))
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
     for name in ("before", "step-4", "after"):
         one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 import data
 import losses
-from model import command, front, vlm
+from model import command, front, llava, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
@@ -241,6 +241,20 @@ def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(
     assert vlm.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
 
 
+def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
+    """The tokens with their end; a sum of probabilities over all first tokens that can be drawn is 1."""
+    m = vlm.load(folder)
+    prompts = [m.front.prompt_ids("what is this ?", ())] * 40
+    drawn = vlm.continued(m, prompts, [[]] * 40, 3, sample_seed=1)
+    assert m.front.image_token_id not in {token for tokens in drawn for token in tokens}
+    ends = vlm.ends_of(m)
+    assert all(len(tokens) == 3 or tokens[-1] in ends for tokens in drawn)
+    assert all(ends.isdisjoint(tokens[:-1]) for tokens in drawn)
+    said = vlm.complete(m, [[]] * 40, ["what is this ?"] * 40, 3, sample_seed=1)
+    assert [one.finished for one in said] == [tokens[-1] in ends for tokens in drawn]
+    assert said[0].text == m.front.tokenizer.decode(drawn[0], skip_special_tokens=True).strip()
+
+
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
@@ -257,7 +271,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
         vlm.load(tmp_path)
     original = '{"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}'
     (tmp_path / "config.json").write_text(original)
-    with pytest.raises(data.UserError, match="only llava-hf folders"):
+    with pytest.raises(data.UserError, match="only folders of llava"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(data.UserError, match="config.json, line 1: broken JSON"):
@@ -403,7 +417,7 @@ def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
     lengths = {len(m.front.image_ids(size)) for size in SIZES}
-    assert (len(lengths) > 1) == isinstance(m.front, front.LlavaNext)
+    assert (len(lengths) > 1) == isinstance(m.front, llava.LlavaNext)
 
 
 @pytest.mark.parametrize("patch, image", [(14, 336), (14, 30)])
@@ -455,7 +469,7 @@ def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
 
 # ---- a family of your own: a class, and a line in FAMILIES ----
 
-class Qwen25(front.Llava):
+class Qwen25(llava.Llava):
     """Qwen2.5-VL: an image is <start>, as many tokens as its grid has, <end>; positions are (3, T)."""
     architecture = "Qwen2_5_VLForConditionalGeneration"
     tower = "model.visual"
@@ -563,7 +577,7 @@ LLAMA3 = ("<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful langu
     ("mistral", "[INST] <image>\nWho? [/INST]"), ("llama3", LLAMA3)])
 def test_a_template_writes_the_published_prompt(model, name, said):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}]
-    template = {"chat_template": front.TEMPLATES[name], "tokenize": False}
+    template = {"chat_template": llava.TEMPLATES[name], "tokenize": False}
     assert model.front.tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template) == said
     answer = {"role": "assistant", "content": [{"type": "text", "text": "Me."}]}
     text = model.front.tokenizer.apply_chat_template(messages + [answer], **template)
@@ -611,14 +625,14 @@ def test_a_folder_without_a_template_gets_that_of_its_language_model(tmp_path, t
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"eos_token": end})
     m = front.open_folder(write_next(tmp_path, text, tokenizer))
-    assert (m.template_name, m.template) == (name, front.TEMPLATES[name])
+    assert (m.template_name, m.template) == (name, llava.TEMPLATES[name])
 
 
 # ---- faults of a folder ----
 
 def test_a_text_only_model_and_an_original_folder_are_told_apart(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(data.UserError, match="model_type 'llama'.*only llava-hf"):
+    with pytest.raises(data.UserError, match="model_type 'llama'.*only folders of llava"):
         vlm.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bunny-phi", "mm_vision_tower": "siglip"}')
     with pytest.raises(data.UserError, match="run `python -m model.import_checkpoint .* NEW_FOLDER`"):

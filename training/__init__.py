@@ -1,6 +1,7 @@
 """The parts of train_dpo.py.
 
     options.py     the options, the keys of --set, the presets, the name of a run
+    files.py       raw records out of JSON, parquet, arrow, gzip, or a folder of such
     records.py     pairs in every published format, and their check
     batches.py     which pairs a step takes, read ahead and made into tokens and pixels
     reference.py   the frozen reference's log-probs, kept per pair

@@ -74,9 +74,11 @@ class Pairs:
     records: Records
     good: list                # indices of records
     tokens: list              # of each record's packed row
-    front: Any                # a family of model/front.py
+    front: Any                # a family of model/
     o: Any
     needs: frozenset          # the fields of losses.Logps that are to be computed
+    without_image: int = 0    # pairs that CoPO skips
+    pinned: bool = False      # pixels go where a GPU copies from by itself, while the step before goes on
 
     def __len__(self):
         return len(self.good)
@@ -89,9 +91,7 @@ class Pairs:
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
         pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
-        prepared = self.front.prepare(images + rejected)
-        rejected = prepared[len(images):]
-        images = prepared[:len(images)]
+        images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
                 pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
@@ -102,9 +102,16 @@ class Pairs:
         key = int.from_bytes(digest.digest(), "little", signed=True)
         return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
 
+    def prepared(self, images):
+        """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
+        found = self.front.prepare(images)
+        if self.pinned:
+            found = [{name: x.pin_memory() for name, x in image.items()} for image in found]
+        return found
+
     def rejected_images(self, place, record, images, seed):
         """The record's own rejected images, or one made for each; [] if the prepared pixels are cropped."""
-        if record["images_rejected"] or self.o.crop_pixels:
+        if record["images_rejected"] or self.o.crop_pixels or not images:
             return [data.read_image(x) for x in record["images_rejected"]]
         other = partial(other_image, self.records, seed, record["id"], self.good[place], images[0])
         return [data.rejected_image(self.o.image_rejected, image, seed, named(record, n), other, record)
@@ -117,14 +124,29 @@ def join(batches):
 
 
 def other_image(records, seed, id, i, image):
-    """The first image of another record than i, drawn until it is another picture than this image."""
-    for attempt in range(10 * len(records)):
-        index = other_index(seed, id, i, len(records), attempt)
-        with suppress(UserError, IndexError):                   # a faulty record, or one without an image
-            found = data.read_image(records[index]["images"][0])
-            if found.tobytes() != image.tobytes():
-                return found
-    raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
+    """The first image of another record than i, drawn until it is another picture than this image; where it
+    is nearly always the same one, drawn among those that are another."""
+    pixels = image.tobytes()
+    for attempt in range(100):
+        found = first_image(records, other_index(seed, id, i, len(records), attempt))
+        if found and found.tobytes() != pixels:
+            return found
+    others = of_other_pictures(records, pixels)
+    if not others:
+        raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
+    return first_image(records, others[data.hash64(seed, "other", id) % len(others)])
+
+
+def first_image(records, i):
+    with suppress(UserError, IndexError):                       # a faulty record, or one without an image
+        return data.read_image(records[i]["images"][0])
+
+
+@lru_cache(4)
+def of_other_pictures(records, pixels):
+    """The indices of the records whose first image is another picture than one of these bytes."""
+    images = ((i, first_image(records, i)) for i in range(len(records)))
+    return [i for i, image in images if image and image.tobytes() != pixels]
 
 
 def other_index(seed, id, i, n, attempt=0):
@@ -145,7 +167,7 @@ def crop_pixels(pixels, box):
 def rejected_pixels(strategy, pixels, seed, id):
     """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
-        raise UserError("--set crop_pixels=true: LLaVA-1.6's tiles cannot be cropped; leave it out")
+        raise UserError("--set crop_pixels=true: this model's pixels cannot be cropped; leave it out")
     height, width = pixels.shape[1:]
     rng = data.rng_of(strategy, seed, id)
     return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
@@ -184,25 +206,29 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
 def checked(front, path, o, needs, ranks):
     """Pairs of a file, which rank 0 has checked. --image_root is for files that the user gives. Raises
     UserError."""
+    if o.forward == "packed" and not front.packs:
+        raise UserError(f"{front.folder}: the tokens of an image see each other in both directions, which a "
+                        "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
-                      "rejected" in needs)
-    good, tokens = ranks.first(partial(usable, front, records, o, needs))
-    return Pairs(records, good, tokens, front, o, frozenset(needs))
+                      "rejected" in needs, o.follow_links)
+    good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
+    return Pairs(records, good, tokens, front, o, frozenset(needs), without_image,
+                 pinned=str(ranks.device).startswith("cuda"))
 
 
 def usable(front, records, o, needs):
-    """(indices of the good records, tokens of each one's packed row). Cut responses are counted, and faults
-    end the run as in records.drop."""
+    """(indices of the good records, tokens of each one's packed row, how many CoPO skips: those without an
+    image). Cut responses are counted, and faults end the run as in records.drop."""
     twice = "image_rejected" in needs
     good = check(records, twice, o.skip_bad)
-    faults, tokens, cut = [], [], 0
+    faults, tokens, cut, skipped = [], [], 0, 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
         record = records[i]
         images = shown(record, o)
         rejected = ()
         if twice:
             rejected = tuple(map(data.image_size, record["images_rejected"]))
-        if twice and o.image_rejected == "random" and not rejected:
+        if twice and o.image_rejected == "random" and images and not rejected:
             drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
             rejected = (drawn.size,) * len(images)
         try:
@@ -214,11 +240,14 @@ def usable(front, records, o, needs):
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
             continue
         cut += lost > 0
+        skipped += twice and not images
         tokens.append(len(data.pack([pair], needs).ids))
     good = drop(records, good, faults, o.skip_bad)
     if cut:
         print(f"{cut} of {len(good)} pairs had a response cut at {o.max_length} tokens (--set max_length)")
-    return good, tokens
+    if skipped:
+        print(f"{skipped} of {len(good)} pairs have no image: what compares images (CoPO) skips them")
+    return good, tokens, skipped
 
 
 # ---- steps ----

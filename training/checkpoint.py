@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -43,7 +44,8 @@ def save(run):
     from safetensors.torch import save as to_bytes
     run.reference.sync()
     tensors = run.optimiser.state()
-    tensors |= {"reference/logps": run.reference.logps, "reference/key": run.reference.key}
+    logps = run.reference.logps.cpu().double()                                         # MPS has no float64
+    tensors |= {"reference/logps": logps, "reference/key": run.reference.key}
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
@@ -92,7 +94,7 @@ def restore(run):
         if about != made_from(run):
             raise data.UserError(f"{file} is of a run with another base or other options: give another "
                                  "--out, or --restart")
-        run.reference.logps = tensors.pop("reference/logps")
+        run.reference.logps.copy_(tensors.pop("reference/logps"))
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
         run.state = state
@@ -113,8 +115,9 @@ def opening(run):
     return {"options": options.decisive(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
-            "images": front.preparation, "pairs": len(run.pairs), "steps": run.steps,
-            "official": options.departures(run.o), **options.provenance(run.o)}
+            "images": front.preparation, "pairs": len(run.pairs),
+            "pairs_without_image": run.pairs.without_image, "steps": run.steps,
+            "official": options.departures(run.o), **run.ranks.first(partial(options.provenance, run.o))}
 
 
 def log(run, line):

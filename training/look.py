@@ -21,8 +21,9 @@ reward, beta * (policy - reference), 0 for all before training.
     logps_chosen           log p(chosen) with the true image; logps_chosen_change: minus the reference's
     kl                     KL(policy || reference) of an answer, in nats. One answer a pair is drawn from the
                            policy at temperature 1, cut at max_new_tokens; the mean of its log p minus the
-                           reference's. It is unbiased and noisy: an interval may reach below 0. Before
-                           training it is 0, and nothing is drawn.
+                           reference's, of the tokens as they were drawn. It is unbiased and noisy: an
+                           interval may reach below 0 (one that is all below 0 is printed as undefined).
+                           Before training it is 0, and nothing is drawn.
 
 `other` gives every image to exactly one other pair, and so does `same_theme` within its theme: the same
 images are seen as under `true`, by other pairs.
@@ -152,20 +153,17 @@ def case_of(front, record, other, kind, o):
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    front = m.front
-    pictures = [data.read_image(record["images"][0]) for record in shown]
-    questions = [record["question"] for record in shown]
-    size = 64 if front.is_classroom else 16
-    images = [[picture] for picture in pictures]
-    texts = vlm.generate(m, images, questions, o.max_new_tokens, size, sample_seed=o.eval_seed)
+    pictures, prompts = [], []
+    for record in shown:
+        picture = data.read_image(record["images"][0])
+        pictures.append(picture)
+        prompts.append(m.front.prompt_ids(record["question"], (picture.size,), record["history"]))
+    size = 64 if m.front.is_classroom else 16
+    answers = vlm.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
+                            sample_seed=o.eval_seed)
     cases = []
-    for question, picture, text in zip(questions, pictures, texts, strict=True):
-        sizes = (picture.size,)
-        prompt = front.prompt_ids(question, sizes)
-        ids = front.tokenizer(text, add_special_tokens=False).input_ids
-        answer = [token for token in ids if token != front.image_token_id]
-        answer = [*answer, front.eos_id][:o.max_new_tokens]
-        pair = data.Pair("", prompt, prompt, answer, [], sizes)
+    for record, prompt, picture, answer in zip(shown, prompts, pictures, answers, strict=True):
+        pair = data.Pair(record["id"], prompt, prompt, answer, [], (picture.size,))
         cases.append((pair, picture))
     policy = logps_of(m, cases, o, ["chosen"])
     with vlm.base_of(m) as base:
@@ -180,7 +178,8 @@ def logps_of(m, cases, o, fields):
     rows = []
     while some := [*islice(cases, o.micro_batch)]:
         pairs, pictures = zip(*some, strict=True)
-        batch = data.Batch(pairs, m.front.prepare(pictures))
+        prepared = [m.front.prepare([picture])[0] for picture in pictures]
+        batch = data.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]

@@ -147,7 +147,7 @@ class Zero2:
                 if kind == "weight":
                     part.data.copy_(piece)
                 else:
-                    self.optimiser.state[part][kind] = piece.clone()
+                    self.optimiser.state[part][kind] = piece.to(part.device, copy=True)
         self.spread()
 
     def pieces(self, tensors, kind):

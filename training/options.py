@@ -20,6 +20,7 @@ import losses
 from data import UserError
 from model import command
 from model.command import behind_set, option
+from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
 
@@ -32,6 +33,7 @@ class Options:
     data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
+    follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
@@ -78,6 +80,8 @@ class Options:
     crop_pixels: bool = behind_set(False, "crop the prepared pixels, padding and all, not the picture")
     official: bool = behind_set(False, "a paper's preset with the departures of its official code")
     checkpointing: bool = behind_set(False, "recompute activations in the backward, which saves memory")
+    compile: bool = behind_set(False, "torch.compile the decoder layers: a minute or two at the start, then "
+                               "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
@@ -213,19 +217,23 @@ def claim(out, o):
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
     for name in ("data", "val_data"):
-        path = getattr(o, name)
-        now = data_identity(path)
-        if now and first.get(f"{name}_identity", now) != now:
-            differ.append(f"{path} has changed since")
+        now = data_identity(o, name)
+        was = first.get(f"{name}_identity", now)
+        if now and was != now:
+            image = "an image of " * (was.partition("-")[0] == now.partition("-")[0])
+            differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder, or --restart")
     return lock
 
 
-def data_identity(path):
+def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    return command.identity(path) if path not in ("", "classroom") and Path(path).exists() else ""
+    path = getattr(o, name)
+    if path in ("", "classroom") or not Path(path).exists():
+        return ""
+    return Records(path, o.image_root, False, o.follow_links).identity()
 
 
 def provenance(o):
@@ -234,4 +242,4 @@ def provenance(o):
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),
-            "data_identity": data_identity(o.data), "val_data_identity": data_identity(o.val_data)}
+            "data_identity": data_identity(o, "data"), "val_data_identity": data_identity(o, "val_data")}

@@ -41,7 +41,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
     count = Counter()
     for name, p in model.named_parameters():
-        layer = ".language_model.layers." in name and ".lora_" not in name
+        layer = name.startswith(f"{family.language}.layers.") and ".lora_" not in name
         count[p.requires_grad, layer and o.shard and world > 1] += p.numel()
     frozen = count[False, False] + count[False, True] / world
     whole, sharded = count[True, False], count[True, True] / world

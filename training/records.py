@@ -4,12 +4,12 @@
     good = check(records)               # every record and image, once; the faults on stderr, one a line
     pair = records[good[0]]             # id images images_rejected question history chosen rejected meta
 
-Formats, detected by their keys, in JSON lines, a JSON array or parquet, and where each is published:
+Formats, detected by their keys, in any kind of file that files.py reads, and where each is published:
     native      question chosen rejected image (history meta image_rejected)     this project's own
     mdpo        img_path prompt chosen rejected                                  luka-group/mDPO
     llava       conversations rejected_conversations image                       PDS-DPO; YiyangZhou/POVID
                 conversations chosen rejected images                             LLaMA-Factory's sharegpt
-    ms-swift    messages rejected_response images (rejected_images)              ms-swift
+    ms-swift    messages rejected_response|rejected_messages images (rejected_images)                ms-swift
     rlhf-v      text (object or string of: question chosen rejected) image       openbmb/RLHF-V-Dataset
     rlaif-v     question chosen rejected ds_name image (path or {bytes path})    openbmb/RLAIF-V-Dataset
     vlfeedback  prompt img_path completions (of: annotations response)           MMInstruction/VLFeedback
@@ -17,8 +17,9 @@ Formats, detected by their keys, in JSON lines, a JSON array or parquet, and whe
     ha-dpo      image_id question chosen reject | {image_id: chosen rejected}    opendatalab/HA-DPO
     trl         prompt chosen rejected images (messages or text)                 TRL's "Dataset formats"
                 chosen rejected images (messages that begin with the prompt)     TRL's implicit prompt
-In all of them images are under the one key that names an image, and their places are where <image> stands in
-the text, or in front of the first question. chosen and rejected are one turn after the same turns.
+In all of them images are under the one key that names an image (a path, bytes, base64 or a data: URI), and
+their places are where <image> stands in the text, or in front of the first question. chosen and rejected are
+one turn after the same turns; several rejected ones, in a list, are a pair each, with the ids ID#1, ID#2, ...
 Ours, where a format leaves a choice:
  1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
  2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
@@ -28,6 +29,7 @@ Ours, where a format leaves a choice:
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import base64
 import contextlib
 import functools
 import json
@@ -35,7 +37,6 @@ import os
 import re
 import statistics
 import sys
-from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -45,6 +46,10 @@ from tqdm import tqdm
 
 import data
 from data import UserError, draw, read_image
+from model import command
+from training import files
+
+WHOLE = 1 << 12                                         # blocks: a file of records is hashed up to 256 MiB
 
 
 # ---- the formats: raw record -> what it has elsewhere: question, chosen, rejected, each a text or turns ----
@@ -65,6 +70,15 @@ def llava(raw):
     if "chosen" in raw:
         return {"question": raw["conversations"]}
     return {"chosen": raw["conversations"], "rejected": raw.get("rejected_conversations")}
+
+
+def ms_swift(raw):
+    """The last answer to reject, or the whole dialogue with it."""
+    found = {"chosen": raw["messages"]}
+    for key in ("rejected_response", "rejected_messages"):
+        if raw.get(key):
+            found["rejected"] = raw[key]
+    return found
 
 
 def openbmb(raw):
@@ -99,6 +113,7 @@ def ha_dpo(raw):
 
 MARKER = "<image>"
 IMAGE_KEY = re.compile(r"(\w+_)?(image|img|picture|photo|video|audio)s?(_?(rejected|path|file|name|url)s?)?")
+BASE64 = re.compile(r"data:.*|[A-Za-z0-9+/\s]{88,}=*\s*", re.DOTALL)      # as long as the smallest PNG's
 ROLES = ["user", "assistant"]
 DESCRIBE = ("Describe this image in detail.", "Take a look at this image and describe what you notice.",
             "Please provide a detailed description of the picture.",
@@ -106,6 +121,11 @@ DESCRIBE = ("Describe this image in detail.", "Take a look at this image and des
 
 
 # ---- what several formats share ----
+def _image_keys(found):
+    """The keys of an object that name an image and have a value."""
+    return [key for key, value in found.items() if value and IMAGE_KEY.fullmatch(key)]
+
+
 def _turns(dialogue):
     """[(role, text)] of turns in LLaVA's or OpenAI's layout, or of texts by turns."""
     found = []
@@ -113,8 +133,11 @@ def _turns(dialogue):
         if isinstance(turn, str):
             turn = {"role": ROLES[len(found) % 2], "content": turn}
         role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-        if isinstance(text, list):
-            text = "".join(part["text"] if part["type"] == "text" else MARKER for part in text)
+        parts = text if isinstance(text, list) else []
+        if any(map(_image_keys, [turn, *parts])):
+            raise UserError("a message names its image itself; list the record's images under `images`")
+        if parts:
+            text = "".join(part["text"] if part["type"] == "text" else MARKER for part in parts)
         text.encode()                                       # a ValueError for half of a surrogate pair
         found.append(({"human": "user", "gpt": "assistant"}.get(role, role), text))
     return found
@@ -169,8 +192,7 @@ def _by_rating(raw):
 FORMATS = {                     # the keys that each is detected by, in this order, and its function above
     "vlfeedback": ("prompt completions", vlfeedback),
     "llava-rlhf": ("output_1 output_2", llava_rlhf),
-    "ms-swift": ("messages rejected_response",
-                 lambda raw: {"chosen": raw["messages"], "rejected": raw["rejected_response"]}),
+    "ms-swift": ("messages", ms_swift),
     "mdpo": ("img_path prompt", mdpo),
     "llava": ("conversations", llava),
     "ha-dpo": ("image_id chosen", ha_dpo),
@@ -181,99 +203,16 @@ FORMATS = {                     # the keys that each is detected by, in this ord
 IS_PAIR = {"vlfeedback": _by_rating, "ha-dpo": lambda raw: not raw.get("correct")}   # else all are
 
 
-# ---- a file's raw records, by their number in it ----
-class Lines:
-    """JSON lines: only where they begin is in memory."""
-    def __init__(self, path):
-        self.path, self.starts, self.numbers, at = path, array("q"), array("q"), 0
-        with data.reading(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    self.starts.append(at)
-                    self.numbers.append(number)
-                at += len(line)
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, k):
-        with data.reading(self.path) as file:
-            file.seek(self.starts[k])
-            return data.parse(file.readline().rstrip(), self.path, self.numbers[k])
-
-
-class Parquet(list):
-    """Parquet: where each record is, by row group; only a few of those are in memory."""
-    def __init__(self, path):
-        self.path, about = path, _parquet(path)
-        for group in range(about.num_row_groups):
-            self += [(group, row) for row in range(about.row_group(group).num_rows)]
-
-    def __getitem__(self, k):
-        group, row = super().__getitem__(k)
-        record, = _parquet(self.path, group).slice(row, 1).to_pylist()
-        return record
-
-
-@functools.lru_cache(4)
-def _parquet(path, group=None):
-    """The metadata of a parquet file, or one of its row groups as a table."""
-    try:
-        from pyarrow import Table, parquet
-        file = parquet.ParquetFile(path, memory_map=True)
-        if group is None:
-            return file.metadata
-        return Table.from_batches(file.iter_batches(1000, [group]))         # a piece holds at most 2 GB
-    except ImportError as error:
-        raise UserError(f"{path} is parquet: pip install pyarrow, or convert it to JSON lines") from error
-    except (ValueError, OSError) as error:              # pyarrow's ArrowInvalid
-        raise UserError(f"{path} is not readable parquet ({error}); fetch it again") from error
-
-
-class Array(list):
-    """A JSON array, or the values of one object {image id: record} (HA-DPO's), read whole."""
-    def __init__(self, path):
-        self.path, rows = path, data.read_json(path)
-        if isinstance(rows, dict):
-            rows = [{"image_id": name, **data.as_record(row, path)} for name, row in rows.items()]
-        super().__init__(rows)
-
-    @functools.cached_property
-    def numbers(self):
-        """The line in which each record begins: found when the first fault is to be named."""
-        text, decoder = data.read_bytes(self.path).decode("utf-8-sig"), json.JSONDecoder()
-        at, end, line, found = 0, 0, 1, []
-        before = re.compile(r'\s*[\[{,]\s*("[^"]*"\s*:\s*)?')        # a bracket or comma, and the image id
-        for _ in self:
-            begin = before.match(text, end).end()
-            line += text.count("\n", at, begin)
-            found.append(line)
-            _, end = decoder.raw_decode(text, begin)
-            at = begin
-        return found
-
-
-def _opened(path):
-    """A file's raw records; its first bytes decide how they are read."""
-    with data.reading(path) as file:
-        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"PAR1"):
-        return Parquet(path)
-    if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', head):
-        return Array(path)
-    if head[:1] not in b"{":
-        raise UserError(f"{path} is no JSON or parquet (gzip, zip, csv, UTF-16?); convert it to JSON lines")
-    return Lines(path)
-
-
 # ---- the records ----
 class Records:
     """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records.
-    rejected: whether a record's rejected response is read."""
+    rejected: whether a record's rejected response is read. follow_links: as data.inside has it."""
 
-    def __init__(self, path, image_root=None, rejected=True):
-        self.path, self.raw, self.rejected = str(path), _opened(str(path)), rejected
-        self.root = os.path.realpath(image_root or Path(path).parent)
+    def __init__(self, path, image_root=None, rejected=True, follow_links=False):
+        self.path, self.raw, self.rejected = str(path), files.opened(str(path)), rejected
+        self.follow_links = follow_links
+        own = path if os.path.isdir(path) else Path(path).parent
+        self.root = os.path.realpath(image_root or own)
         self.keep = range(len(self.raw))
         if not len(self):
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
@@ -292,75 +231,102 @@ class Records:
         for name, (needed, read) in FORMATS.items():
             if keys >= set(needed.split()):
                 return name, read
-        raise UserError(f"{self.place(i)}: no known format has the keys {', '.join(sorted(keys))}; rename "
-                        f"them to those of one of {', '.join(FORMATS)} (docs/data.md)")
+        keys = data.brief(", ".join(sorted(keys)))
+        raise UserError(f"{self.place(i)}: no known format has the keys {keys}; rename them to those of one "
+                        f"of {', '.join(FORMATS)} (docs/data.md)")
 
     def __len__(self):
         return len(self.keep)
 
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
     def place(self, i):
-        """FILE, line N (in parquet: record N): for messages."""
-        k = self.keep[i]
-        where = f"record {k + 1}" if isinstance(self.raw, Parquet) else f"line {self.raw.numbers[k]}"
-        return f"{self.path}, {where}"
+        """FILE, line N (in parquet and arrow: record N): for messages."""
+        return self.raw.place(self.keep[i % len(self)])
 
     def where(self, i):
         """FILE, line N (id X): for messages."""
-        return f"{self.place(i)} (id {self._id(self._raw(i), i)})"
+        id, n = data.brief(self._id(self._raw(i), i)), i // len(self)
+        return f"{self.place(i)} (id {id}#{n + 1})" if n else f"{self.place(i)} (id {id})"
 
     def _raw(self, i):
-        found = self.raw[self.keep[i]]                  # beyond the last: IndexError, which ends a loop
+        found = self.raw[self.keep[i % len(self)]]
         return data.as_record(found, self.place(i))
 
     def _id(self, raw, i):
         own = raw.get("id")
         if own is None or self.format == "llava-rlhf":           # whose ids repeat
-            return f"{Path(self.path).stem}:{self.keep[i]}"
+            return f"{Path(self.path.removesuffix('.gz')).stem}:{self.keep[i % len(self)]}"
         return str(own)
 
     def __getitem__(self, i):
+        """A pair. The n-th more of a record with several rejected responses is n * len(self) further."""
         raw = self._raw(i)
         try:
             found = raw | self.read(raw)
+            if found.get("tools"):
+                raise UserError("no prompt here tells of tools; remove them")
+            system = found.get("system") or []
+            if system:
+                system = _turns({"role": "system", "content": system})
             images = self._images(found, rejected=False)
             prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
-            history, question = _dialogue(prompt, images)
+            history, question = _dialogue(system + prompt, images)
             record = {"id": self._id(raw, i), "images": images,
                       "images_rejected": self._images(found, rejected=True),
                       "question": question, "history": history, "chosen": chosen,
-                      "meta": raw.get("meta") or {}}
+                      "meta": raw.get("meta") or {}, "pairs": 1}
             if self.rejected:
-                _, record["rejected"] = _completed(prompt, found["rejected"])
+                rejected = found["rejected"]
+                if isinstance(rejected, list) and not any(isinstance(turn, dict) for turn in rejected):
+                    n = i // len(self)
+                    record |= {"id": f"{record['id']}#{n + 1}", "pairs": len(rejected)}
+                    rejected = rejected[n] if rejected else ""
+                _, record["rejected"] = _completed(prompt, rejected)
             return record
         except KeyError as error:
-            problem = f"key {error} is missing; add it"
+            problem = f"key {data.brief(error)} is missing; add it"
         except UserError as error:
             problem = error
         except (TypeError, AttributeError, IndexError, ValueError) as error:
-            problem = f"not laid out as {self.format} is ({error}); fix the record"
+            problem = f"not laid out as {self.format} is ({data.brief(error)}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
 
+    def identity(self):
+        """A hash over the records' files, and one over the images that they name, with - between them."""
+        paths, images = [file.path for file in getattr(self.raw, "files", [self.raw])], set()
+        for i in range(len(self)):
+            with contextlib.suppress(UserError):
+                record = self[i]
+                images.update(filter(os.path.isfile, record["images"] + record["images_rejected"]))
+        return f"{command.identity_of(paths, WHOLE)}-{command.identity_of(sorted(images))}"
+
     def _images(self, found, rejected):
-        """Paths inside the image root, or bytes: what is under the one key that names the image."""
-        keys = [key for key, value in found.items()
-                if value and IMAGE_KEY.fullmatch(key) and ("rejected" in key) == rejected]
+        """What is under the one key that names the image: see _image."""
+        keys = [key for key in _image_keys(found) if ("rejected" in key) == rejected]
         if len(keys) > 1:
             raise UserError(f"{' and '.join(keys)} each name an image; leave one")
-        images, paths = found[keys[0]] if keys else [], []
-        for image in images if isinstance(images, list) else [images]:
-            if isinstance(image, dict):                     # as Hugging Face's datasets hold images
-                image = image["bytes"] or image["path"]
-            if image in (None, ""):
-                continue
-            if isinstance(image, str):
-                second = image.replace("VG_100K/", "VG_100K_2/")        # Visual Genome comes in two folders
-                if self.format == "ha-dpo" and os.path.exists(os.path.join(self.root, second)):
-                    image = second
-                image = data.inside(self.root, image, "image")
-            elif not isinstance(image, bytes):
-                raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
-            paths.append(image)
-        return paths
+        images = found[keys[0]] if keys else []
+        images = map(self._image, images if isinstance(images, list) else [images])
+        return [image for image in images if image is not None]
+
+    def _image(self, image):
+        """A path inside the image root, or bytes; None for nothing."""
+        if isinstance(image, dict):                     # as Hugging Face's datasets hold images
+            image = image["bytes"] or image["path"]
+        if image in (None, ""):
+            return None
+        if isinstance(image, bytes):
+            return image
+        if not isinstance(image, str):
+            raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
+        if BASE64.fullmatch(image) and not os.path.exists(os.path.join(self.root, image)):
+            return base64.b64decode(image.rpartition(",")[2])
+        second = image.replace("VG_100K/", "VG_100K_2/")        # Visual Genome comes in two folders
+        if self.format == "ha-dpo" and os.path.exists(os.path.join(self.root, second)):
+            image = second
+        return data.inside(self.root, image, "image", self.follow_links)
 
 
 # ---- the full check ----
@@ -369,30 +335,40 @@ def check(records, needs_image=False, skip_bad=False):
     if len(records) < len(records.raw):
         print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
+    n, bare = len(records), []               # bare: pairs without an image
+    pairs = list(range(n))
 
     def fault(i, kind, says):
         faults.add((i, kind, f"{records.where(i)}: {says}"))
 
-    for i in range(len(records)):
+    for i in pairs:
         try:
             record = records[i]
         except UserError as error:
             faults.add((i, "unreadable record", str(error)))
             continue
-        for kind, says in _text_faults(record, needs_image):
+        if i < n:
+            pairs += range(i + n, n * record["pairs"], n)    # those of its other rejected responses
+        for kind, says in _text_faults(record):
             fault(i, kind, says)
+        if not record["images"]:
+            bare.append(i)
         before = first.setdefault(record["id"], i)
         if before != i:
             fault(i, "duplicate id", f"the id is a duplicate of that at {records.place(before)}; rename one")
         for image in record["images"] + record["images_rejected"]:
-            shown_by.setdefault(image if isinstance(image, str) else i, []).append(i)
+            shown_by.setdefault(image if isinstance(image, str) else i % n, []).append(i)
+    if needs_image and not shown_by:
+        for i in bare:
+            fault(i, "missing image", "there is no image and this loss needs one; add it or choose dpo")
     with ThreadPoolExecutor() as pool:
         looked = pool.map(functools.partial(_image_fault, records), shown_by)
         looked = tqdm(looked, "checking images", len(shown_by), delay=1, disable=None)
         for indices, says in zip(shown_by.values(), looked, strict=True):
             for i in indices if says else ():
                 fault(i, "missing or unreadable image", says)
-    return drop(records, range(len(records)), sorted(faults), skip_bad)
+    pairs.sort(key=lambda i: i % n)          # those of one record together
+    return drop(records, pairs, sorted(faults), skip_bad)
 
 
 def drop(records, indices, faults, skip_bad):
@@ -401,7 +377,7 @@ def drop(records, indices, faults, skip_bad):
     for _, _, text in faults:
         print(text, file=sys.stderr)
     bad = {i for i, _, _ in faults}
-    share = f"{len(bad)} of {len(records)} records of {records.path}"
+    share = f"{len(bad)} of {max(len(records), len(indices))} records of {records.path}"
     if bad and not skip_bad:
         raise UserError(f"{share} are faulty (listed above); fix them or pass --skip_bad")
     if len(bad) == len(indices):
@@ -413,7 +389,7 @@ def drop(records, indices, faults, skip_bad):
     return [i for i in indices if i not in bad]
 
 
-def _text_faults(record, needs_image):
+def _text_faults(record):
     """Yields (kind, sentence): what is wrong with a record, its images' files apart."""
     images = record["images"]
     texts = {name: record[name].strip() for name in ("chosen", "rejected") if name in record}
@@ -422,8 +398,6 @@ def _text_faults(record, needs_image):
             yield "empty response", f"the {name} response is empty; write or delete it"
     if texts["chosen"] == texts.get("rejected") != "":
         yield "identical responses", "chosen and rejected are identical; fix or delete it"
-    if needs_image and not images:
-        yield "missing image", "there is no image and this loss needs one; add it or choose dpo"
     if len(record["images_rejected"] or images) != len(images):
         yield "rejected images", "image and image_rejected differ in number; give as many"
 

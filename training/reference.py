@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
 import torch
 
+import data
 from model import vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
@@ -16,13 +17,14 @@ FIELDS = ("chosen", "rejected", "image_rejected")
 class Reference:
     """reference(batch, features) -> losses.Logps of the model as it was before training.
 
-    Log-probs are kept in `logps` (n, F), under `key` (n,): both are part of the checkpoint. A pair whose key
-    has changed, as all do in each epoch with `--set redraw=true`, is scored again.
+    Log-probs are kept in `logps` (n, F), on the device, under `key` (n,): both are part of the checkpoint. A
+    pair whose key has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
     def __init__(self, n, model, forward, needs, ranks, together=False):
         """needs: the fields to compute. together: all ranks run a forward, or none (--shard)."""
         self.fields = [field for field in FIELDS if field in needs]
-        self.logps = torch.zeros(n, len(self.fields), dtype=torch.float64)
+        exact = torch.promote_types(model.model.dtype, torch.float32)
+        self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
         self.key = torch.zeros(n, dtype=torch.int64)
         self.model = model
         self.forward = forward
@@ -33,33 +35,33 @@ class Reference:
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
+        places = data.send(torch.tensor(batch.places), self.logps.device)
         stale = not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
-            self.score(batch, features)
+            self.logps[places] = self.score(batch, features)
             self.key[batch.places] = keys
             self.new += batch.places
-        exact = torch.promote_types(self.model.model.dtype, torch.float32)
-        kept = self.logps[batch.places].to(exact).to(self.model.device)                         # (B, F)
-        return vlm.as_logps(kept.T.flatten(), batch.pairs, self.needs)
+        return vlm.as_logps(self.logps[places].T.flatten(), batch.pairs, self.needs)
 
     @torch.no_grad()
     def score(self, batch, features):
-        """Keep the log-probs of a batch. If something in front of the language model trains, the policy's
+        """The log-probs of a batch (B, F). If something in front of the language model trains, the policy's
         features are not the base's."""
+        behind = self.model.front.language, "lm_head"
         trained = [name for name, p in self.model.model.named_parameters() if p.requires_grad]
         with vlm.base_of(self.model) as base:
-            if not all("language_model." in name or "lm_head." in name for name in trained):
+            if not all(name.startswith(behind) for name in trained):
                 features = vlm.encode_images(base, batch)
             found = self.forward(base, batch.pairs, features, self.needs)
         logps = [getattr(found, field) for field in self.fields]
-        self.logps[batch.places] = torch.stack(logps, 1).cpu().double()                         # (B, F)
+        return torch.stack(logps, 1)
 
     def sync(self):
         """Share new log-probs among the ranks: a pair is scored by one rank."""
-        added = self.new, self.logps[self.new], self.key[self.new]
+        added = self.new, self.logps[self.new].cpu(), self.key[self.new]
         for places, logps, key in self.ranks.gather(added):
-            self.logps[places] = logps
+            self.logps[places] = logps.to(self.logps.device)
             self.key[places] = key
         self.new = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from evaluation import metrics, page
+from evaluation import metrics, page, stats
 from model import command
 
 ROWS = ({str: {"acc": float}}, None)
@@ -61,6 +61,8 @@ def rows(summary):
                 change, form = paired[name]["change"], ".1f"
                 spread = "{:10.1f} to {:.1f}".format(*paired[name]["interval"])
             title = metrics.CLASSROOM.get(name, name)
+            if any(stats.undefined(summary[side], name) for side in ("before", "after")):
+                spread = "   undefined: 0 of 0"
             found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
 
@@ -70,7 +72,15 @@ def table(summary):
     lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
     for name, before, after, change, spread in rows(summary):
         lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
-    return lines
+    return lines + remarks(summary)
+
+
+def remarks(summary):
+    """What both sides' scores say beside their numbers, a line each."""
+    found = []
+    for side in ("before", "after"):
+        found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
+    return found
 
 
 def before_and_after(summary):
@@ -79,13 +89,16 @@ def before_and_after(summary):
     if images:
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
                 "it is clear where its interval does not include 0.")
+    note = " ".join([note, *map(escape, remarks(summary))])
     head = "", "before", "after", "change", "95% interval of the change"
     return page.section("Before and after", note, page.table(head, rows(summary)))
 
 
-def cell(measure, form):
-    """[mean, low, high] as page.table takes it, the interval in small print."""
+def cell(measure, form, least=-np.inf):
+    """[mean, low, high] as page.table takes it, the interval in small print; none if all is below `least`."""
     value, *interval = measure
+    if interval and interval[-1] < least:
+        return "undefined", "all below 0, by chance: draw more answers"
     return page.num(value, form), " to ".join(page.num(bound, form) for bound in interval)
 
 
@@ -137,7 +150,8 @@ def held_out(lines):
         cells = [cell(column.get(kind, [None]), "+z.2f") for column in columns]
         body.append((IMAGES.get(kind, kind), *cells))
     for key, name in ONCE.items():
-        body.append((name, *(cell(look[key], "z.2f") for look in (first, last))))
+        least = 0 if key == "kl" else -np.inf
+        body.append((name, *(cell(look[key], "z.2f", least) for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
             "training taught the model to look; at 0 it changed words alone.")

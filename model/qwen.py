@@ -1,0 +1,76 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: an image keeps its shape, and a token's position has three numbers.
+
+An image is scaled to whole blocks of patches, its pixels within the limits of the folder's image processor;
+each block becomes a token. The template writes <|vision_start|> and <|vision_end|> around them.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
+import data
+from model.family import Family
+
+
+class Qwen2VL(Family):
+    architecture = "Qwen2VLForConditionalGeneration"
+    image_token = "<|image_pad|>"
+    tower = "model.visual"                     # with the layers that merge its patches
+
+    def grid(self, size):
+        """(rows, columns) of the tokens of an image of (width, height) pixels."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+        processor, (width, height) = self.image_processor, size
+        side = processor.patch_size * processor.merge_size
+        height, width = smart_resize(height, width, side,
+                                     min_pixels=processor.size["shortest_edge"],
+                                     max_pixels=processor.size["longest_edge"])
+        return height // side, width // side
+
+    def image_ids(self, size):
+        rows, columns = self.grid(size)
+        return [self.image_token_id] * (rows * columns)
+
+    def positions(self, ids, sizes):
+        """(3, T): time, row and column. A text goes on from the largest; an image has one time."""
+        import torch
+        found, at = torch.full((3, 1), -1), 0                          # before the first; the tokens done
+        for size in sizes:
+            rows, columns = self.grid(size)
+            first = ids.index(self.image_token_id, at)
+            found = torch.cat([found, data.positions_after(found, first - at)], 1)
+            places = torch.arange(rows * columns)
+            image = torch.stack([0 * places, places // columns, places % columns])
+            found = torch.cat([found, found.max() + 1 + image], 1)
+            at = first + rows * columns
+        return torch.cat([found, data.positions_after(found, len(ids) - at)], 1)[:, 1:]
+
+    def generate_inputs(self, ids):
+        return {"mm_token_type_ids": (ids == self.image_token_id).int()}
+
+    @property
+    def preparation(self):
+        processor = self.image_processor
+        return (f"scaled to whole blocks of {processor.patch_size * processor.merge_size} pixels, "
+                f"{processor.size['shortest_edge']:,} to {processor.size['longest_edge']:,} pixels in all "
+                f"({type(processor).__name__})")
+
+
+class Qwen25VL(Qwen2VL):
+    architecture = "Qwen2_5_VLForConditionalGeneration"
+
+
+class Qwen3VL(Qwen2VL):
+    """Its first layers get features of the tower's own layers as well (DeepStack, arXiv 2406.04334)."""
+    architecture = "Qwen3VLForConditionalGeneration"
+
+    def encode(self, model, prepared):
+        import torch
+        found = model.get_image_features(**self.on_device(model, prepared))
+        layers = [found.pooler_output, *found.deepstack_features]
+        return [torch.cat(own, 1) for own in zip(*layers, strict=True)]        # (K, D + as many a layer)
+
+    def language_inputs(self, ids, features):
+        import torch
+        if not features:
+            return {}
+        _, *deep = torch.cat([*features]).split(self.config.text_config.hidden_size, 1)
+        return {"visual_pos_masks": ids == self.image_token_id, "deepstack_visual_embeds": deep}

@@ -1,0 +1,86 @@
+"""Idefics3, SmolVLM and InternVL3: a picture becomes tiles of one size, as many as its shape asks for,
+and one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLab/InternVL3-1B-hf.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
+import math
+from itertools import islice
+
+import numpy as np
+
+from model.family import IMAGE, Family
+
+
+class Idefics3(Family):
+    """Idefics3 and the first SmolVLM: tokens say a tile's row and column."""
+    architecture = "Idefics3ForConditionalGeneration"
+    image_token = IMAGE
+    tower = "model.vision_model"
+    language = "model.text_model"
+    lead = " "                                             # "Assistant:" and its answer
+
+    @property
+    def image_tokens(self):
+        """The number of tokens of a tile."""
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor ** 2
+
+    def grid(self, size):
+        """(rows, columns) of a picture's tiles; (0, 0) if it is not cut."""
+        from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
+        processor, (width, height) = self.image_processor, size
+        tile = processor.max_image_size["longest_edge"]
+        if processor.do_resize:
+            blank = np.broadcast_to(0, (height, width))                                   # takes no memory
+            height, width = get_resize_output_image_size(blank, processor.size["longest_edge"])
+
+        # ---- the longer side in whole tiles first, the other in its proportion to that ----
+        aspect = width / height
+        if width >= height:
+            columns = math.ceil(width / tile)
+            rows = math.ceil(int(columns * tile / aspect) / tile)
+        else:
+            rows = math.ceil(height / tile)
+            columns = math.ceil(int(rows * tile * aspect) / tile)
+        cut = processor.do_image_splitting and max(rows, columns) > 1
+        return (rows, columns) if cut else (0, 0)
+
+    def image_ids(self, size):
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+        text = get_image_prompt_string(*self.grid(size), self.image_tokens, "<fake_token_around_image>",
+                                       self.image_token, "<global-img>")
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def inputs(self, prepared):
+        from torch.nn.utils.rnn import pad_sequence
+        found = {}
+        for name in prepared[0]:
+            found[name] = pad_sequence([image[name][0] for image in prepared], batch_first=True)
+        return found                       # pixel_values (N, P, 3, H, W), pixel_attention_mask (N, P, H, W)
+
+
+class SmolVLM(Idefics3):
+    """SmolVLM2."""
+    architecture = "SmolVLMForConditionalGeneration"
+
+
+class InternVL(Family):
+    """The tokens of all tiles between <img> and </img>."""
+    architecture = "InternVLForConditionalGeneration"
+    image_token = "<IMG_CONTEXT>"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.image_processor.crop_to_patches = True        # as transformers' processor does, whatever it says
+
+    def image_ids(self, size):
+        width, height = size
+        tiles = self.image_processor.get_number_of_image_patches(height, width)
+        start, end = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
+        return [start, *[self.image_token_id] * (tiles * self.config.image_seq_length), end]
+
+    def encode(self, model, prepared):
+        import torch
+        tiles = iter(super().encode(model, prepared))
+        return [torch.cat([*islice(tiles, len(image["pixel_values"]))]) for image in prepared]

@@ -1,0 +1,101 @@
+"""LMMs-Eval itself on a merged folder: it answers a local task of eight questions as eval_hallu.py does.
+
+Runs where LMMs-Eval 0.7.3 is installed beside the rest (docs/evaluation.md says how), and is skipped
+elsewhere.
+"""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, llama_tokenizer, picture, write_llava
+
+TASK = """
+task: eight
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visual
+doc_to_text: !function utils.text
+doc_to_target: label
+generation_kwargs: {{max_new_tokens: 6, temperature: 0}}
+process_results: !function utils.results
+metric_list: [{{metric: right, aggregation: mean, higher_is_better: true}}]
+"""
+UTILS = """
+import os
+from PIL import Image
+def visual(doc): return [Image.open(os.path.join(os.path.dirname(__file__), doc["image"])).convert("RGB")]
+def text(doc, kwargs=None): return doc["text"]
+def results(doc, found): return {"right": float(found[0].strip().lower() == doc["label"])}
+"""
+
+
+def own_template(folder, tokenizer):
+    """Where llava-hf's folders have it: the template reads parts, and knows no text by itself."""
+
+
+def without_template(folder, tokenizer):
+    """As folders of old: LMMs-Eval and the family's usual one are then LLaVA's."""
+    path = folder / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    about.pop("chat_template", None)
+    path.write_text(json.dumps(about))
+    (folder / "chat_template.jinja").unlink()
+
+
+def beside_the_processor(folder, tokenizer):
+    """As llava-hf published it first."""
+    without_template(folder, tokenizer)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": tokenizer.chat_template}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("lmms_eval"),
+                    reason="lmms_eval is not installed here: docs/evaluation.md says how")
+@pytest.mark.parametrize("place", [own_template, without_template, beside_the_processor])
+def test_lmms_eval_answers_as_we_do(tmp_path, place):
+    import torch
+
+    import lora
+    from evaluation import answers, benchmarks
+    from model import front, vlm
+    tokenizer, folder = llama_tokenizer(), tmp_path / "model"
+    tokenizer.chat_template = front.TEMPLATES["plain"]
+    write_llava(folder, tokenizer, seed=5)
+    place(folder, tokenizer)
+    policy = vlm.load(folder)
+    lora.add_lora(policy.model, 4, 8)
+    torch.manual_seed(1)
+    for weight in lora.lora_parameters(policy.model).values():
+        weight.data.normal_(std=.2)
+    lora.save(policy.model, tmp_path / "adapter", str(folder))
+    rows = []
+    for i, thing in enumerate("dog cat bus cup car bird boat horse".split()):
+        picture(i).save(tmp_path / f"{i}.png")
+        rows.append({"question_id": i, "image": f"{i}.png", "text": f"Is there a {thing} in the image?",
+                     "label": ("yes", "no")[i % 2]})
+    questions = tmp_path / "eight.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers.answer_questions(policy, "pope", benchmarks.questions("pope", [questions]), tmp_path / "a.jsonl",
+                             max_new_tokens=6)
+    ours = [json.loads(line).get("answer") for line in (tmp_path / "a.jsonl").read_text().splitlines()[1:]]
+    lora.merge_folder(folder, tmp_path / "adapter", tmp_path / "merged")
+
+    (tmp_path / "eight.yaml").write_text(TASK.format(data=questions))
+    (tmp_path / "utils.py").write_text(UTILS)
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args",
+               f"pretrained={tmp_path / 'merged'},device_map=auto,device=cpu", "--tasks", "eight",
+               "--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"),
+                               "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""})
+    path = next((tmp_path / "out").rglob("*samples_eight.jsonl"), None)
+    assert path, (done.stdout + done.stderr)[-2000:]                         # its exit code is 0 all the same
+    samples = {line["doc_id"]: line for line in map(json.loads, path.read_text().splitlines())}
+    theirs = [samples[i]["resps"][0][0].strip() for i in range(8)]
+    assert theirs == ours and len(set(ours)) > 1, (done.stdout + done.stderr)[-2000:]
+    assert ROOT not in tmp_path.parents
