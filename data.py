@@ -198,22 +198,14 @@ def read_records(path, torn_ok=True, check=as_record):
 
 
 def inside(root, path, what, follow_links=False):
-    """The real path of `path`, which is relative to `root` and must not lead out of it; symbolic links may,
-    with follow_links (then they stay in the path). Raises UserError."""
-    root = os.path.realpath(root)
-    found = os.path.join(root, path.replace("\0", "\ufffd"))         # no file's name has a NUL
+    """The path of `path` in `root`, which it must not leave; its symbolic links may, with follow_links (else
+    they are resolved). Raises UserError."""
+    root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {brief(path)} leaves the folder {root}; move it inside (a copy, not a "
-                        "link) or give the folder it is in (--image_root, --images); --follow_links allows "
-                        "links that lead out")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
+                        "the folder it is in (--image_root, --images), or let links lead out: --follow_links")
     return found
-
-
-def brief(value):
-    """A user's text as a message shows it: its two ends if it is long."""
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
 
 
 def chunks(items, size):
@@ -254,7 +246,7 @@ def _opened(source):
     if isinstance(source, bytes):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
     elif not os.path.isfile(source) and not os.path.isdir(source):
-        raise UserError(f"image {brief(name)} is missing; put it there or give the right --image_root")
+        raise UserError(f"image {name} is missing; put it there or give the right --image_root")
     try:
         with Image.open(source, formats=FORMATS) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte

@@ -1,5 +1,6 @@
 """Every family as specification: transformers' prompts, logits and answers; packed, PEFT, merged, resumed."""
 import json
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import ROOT, picture
 from PIL import Image
 
 import data
@@ -271,16 +272,25 @@ def train(world, out, *options):
                 signal.signal(number, handler)
 
 
+def write_pairs(folder):
+    """Four records with images in their places: three of ASKED, and docs/data.md's with rejected images."""
+    records = []
+    for i, (question, history, sizes) in enumerate(ASKED[:3]):
+        names = [f"{i}-{n}.png" for n in range(len(sizes))]
+        records.append({"id": str(i), "image": names, "question": question, "history": history,
+                        "chosen": "A red cat.", "rejected": "Two dogs."})
+    shown = re.search(r'^{"id": "rooms-3".*', (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)[0]
+    records.append(json.loads(shown))
+    (folder / "images").mkdir()
+    for record in records:
+        for i, name in enumerate([*record["image"], *record.get("image_rejected", [])]):
+            picture(i, SIZES[i % 3]).save(folder / name)
+    data.write_jsonl(folder / "pairs.jsonl", records)
+
+
 def test_a_stopped_run_ends_with_the_same_bytes(world, tmp_path, monkeypatch, capsys):
     """On records with images in their places. Its first loss is mDPO's at the start."""
-    with open(tmp_path / "pairs.jsonl", "w") as file:
-        for i, (question, history, sizes) in enumerate(ASKED[:4]):
-            names = []
-            for n, image in enumerate(pictures(sizes, seed=i)):
-                names.append(f"{i}-{n}.png")
-                image.save(tmp_path / names[-1])
-            file.write(json.dumps({"id": str(i), "image": names, "question": question, "history": history,
-                                   "chosen": "A red cat.", "rejected": "Two dogs."}) + "\n")
+    write_pairs(tmp_path)
     train(world, tmp_path / "whole")
     train(world, tmp_path / "whole", "--dry_run", "--set", "device=cpu")
     assert f"model           {world.m.front.config.model_type}: " in capsys.readouterr().out

@@ -121,6 +121,12 @@ DESCRIBE = ("Describe this image in detail.", "Take a look at this image and des
 
 
 # ---- what several formats share ----
+def brief(value, room=150):
+    """A record's text, or a sentence about it, as a message shows it: its two ends if it is long."""
+    text = str(value)
+    return text if len(text) <= room else f"{text[:room // 2]}...{text[-room // 2:]}"
+
+
 def _image_keys(found):
     """The keys of an object that name an image and have a value."""
     return [key for key, value in found.items() if value and IMAGE_KEY.fullmatch(key)]
@@ -231,7 +237,7 @@ class Records:
         for name, (needed, read) in FORMATS.items():
             if keys >= set(needed.split()):
                 return name, read
-        keys = data.brief(", ".join(sorted(keys)))
+        keys = brief(", ".join(sorted(keys)))
         raise UserError(f"{self.place(i)}: no known format has the keys {keys}; rename them to those of one "
                         f"of {', '.join(FORMATS)} (docs/data.md)")
 
@@ -247,7 +253,7 @@ class Records:
 
     def where(self, i):
         """FILE, line N (id X): for messages."""
-        id, n = data.brief(self._id(self._raw(i), i)), i // len(self)
+        id, n = brief(self._id(self._raw(i), i)), i // len(self)
         return f"{self.place(i)} (id {id}#{n + 1})" if n else f"{self.place(i)} (id {id})"
 
     def _raw(self, i):
@@ -286,11 +292,11 @@ class Records:
                 _, record["rejected"] = _completed(prompt, rejected)
             return record
         except KeyError as error:
-            problem = f"key {data.brief(error)} is missing; add it"
+            problem = f"key {brief(error)} is missing; add it"
         except UserError as error:
-            problem = error
+            problem = brief(error, 400)
         except (TypeError, AttributeError, IndexError, ValueError) as error:
-            problem = f"not laid out as {self.format} is ({data.brief(error)}); fix the record"
+            problem = f"not laid out as {self.format} is ({brief(error)}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
 
     def identity(self):
@@ -412,4 +418,4 @@ def _image_fault(records, key):
         for image in images:
             read_image(image)
     except UserError as error:
-        return str(error).replace(records.root + os.sep, "")       # as the records have it
+        return brief(str(error).replace(records.root + os.sep, ""), 250)       # as the records have it
