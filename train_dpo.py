@@ -33,7 +33,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,11 +265,13 @@ def evaluate(run, name):
 
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
-    if not file.exists():
+    found = checkpoint.kept(file, report.SIDE)
+    if not found:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        data.atomic_write(file, json.dumps(scores(run, name)))
-    return data.read_json(file)
+        found = scores(run, name)
+        data.atomic_write(file, json.dumps(found))
+    return found
 
 
 def scores(run, name):
@@ -319,7 +321,7 @@ def finish(run, before, after, weights):
     out = run.out
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-               "seconds": round(run.state.seconds, 1), "options": asdict(run.o)}
+               "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.lora_r:
         lora.save(model.model, out / "adapter", str(model.front.folder))
     elif not (out / "model").exists():
@@ -338,7 +340,7 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not (out / "summary.json").exists():
+    if not checkpoint.kept(out / "summary.json", report.FINISHED):
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
@@ -346,7 +348,7 @@ def launch(o, ranks):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary = data.read_json(out / "summary.json")
+        summary = data.read_json(out / "summary.json", check=report.FINISHED)
         page = out / "report.html"
         if not page.exists():
             report.write(out)
@@ -364,7 +366,7 @@ def main():
                 print(line)
         else:
             launch(o, command.join(o.device))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except torch.OutOfMemoryError:
         sys.exit(f"train_dpo.py: out of memory: {plan.advice(o, int(os.environ.get('WORLD_SIZE', 1)))}")

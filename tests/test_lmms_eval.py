@@ -89,7 +89,8 @@ def test_lmms_eval_answers_as_we_do(tmp_path, place):
     (tmp_path / "utils.py").write_text(UTILS)
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args",
                f"pretrained={tmp_path / 'merged'},device_map=auto,device=cpu", "--tasks", "eight",
-               "--include_path", tmp_path, "--batch_size", "1", "--log_samples", "--output_path", tmp_path / "out"]
+               "--include_path", tmp_path, "--batch_size", "1", "--log_samples",
+               "--output_path", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"),
                                "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": ""})
