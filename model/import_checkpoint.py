@@ -431,8 +431,8 @@ def run(src, dst, tower=None, report=print):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing. Raises UserError
-    only if its config.json is not a llava-hf folder's."""
+    """Lines that say what a model's folder is, by its files, and what is torn or missing. Raises UserError
+    only if its config.json is not of a family that can be loaded."""
     folder = data.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
