@@ -219,7 +219,7 @@ def model_folder(name):
     for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
         if path.is_dir():
             return path
-    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
 
 
 def from_folder(kind, folder, what, fix, **options):

@@ -8,9 +8,9 @@
     python train_dpo.py --dry_run --preset ...              what it would need
 
 The first takes two minutes on two CPU cores. A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out):
-log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a llava-hf folder) with --no-lora, report.html,
-last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a
-finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a whole model) with --no-lora, report.html,
+last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a finished run prints
+its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
 
