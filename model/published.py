@@ -7,6 +7,9 @@
 LLaVA's scripts write a LoRA as PEFT's adapter on the original classes' names, beside it what was trained
 whole (the projector) as non_lora_trainables.bin, and the whole model's config.json.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of the import; run: python model/import_checkpoint.py --help"))
+
 import importlib.util
 import json
 from pathlib import Path
