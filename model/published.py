@@ -7,12 +7,14 @@
 LLaVA's scripts write a LoRA as PEFT's adapter on the original classes' names, beside it what was trained
 whole (the projector) as non_lora_trainables.bin, and the whole model's config.json.
 """
+if __name__ == "__main__":
+    raise SystemExit(print("A part of the import; run: python model/import_checkpoint.py --help"))
+
 import importlib.util
 import json
 from pathlib import Path
 
 import data
-import lora
 from model import llava
 
 ADAPTER, WHOLE = "adapter_config.json", "non_lora_trainables.bin"
@@ -91,6 +93,7 @@ def base_of(src, given=None):
 def deltas(src, unpickle):
     """{published name of a weight: (A (in, r), B (r, out)), the transpose of whose product is to be added to
     it} of a LoRA, in float32; {} if src is none. unpickle: a function file -> tensors."""
+    import lora
     if not (src / ADAPTER).exists():
         return {}
     file, found = src / "adapter_model.bin", {}
