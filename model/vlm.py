@@ -106,7 +106,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
         if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-            raise data.UserError(f"{family.folder}: {name} is not finite: copy the checkpoint again, or give "
+            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
                                  "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
     own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
