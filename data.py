@@ -93,7 +93,8 @@ def atomic_write(path, content):
     except OSError as e:
         raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
-        tmp.unlink(missing_ok=True)             # it is gone if all went well
+        with contextlib.suppress(OSError):      # gone already if all went well: renamed
+            tmp.unlink()
 
 
 def write_jsonl(path, rows):
