@@ -26,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -273,6 +273,15 @@ class Layout:
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
+    @cached_property
+    def masks(self):
+        """For in_turn: which of its prompt and itself `rejected` sees, once for all layers."""
+        found = []
+        for s in self.segments:
+            seen = self.keys.new_ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool)
+            found.append(seen.tril(s.prompt))
+        return found
+
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `layout` is given (generation, naive).
@@ -306,7 +315,6 @@ def at_once(query, key, value, layout, **options):
 
 def in_turn(query, key, value, layout, **options):
     """Segment by segment: on any device, in any type."""
-    from torch.nn.attention.bias import causal_lower_right
     attend = partial(F.scaled_dot_product_attention, **options)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths = []
@@ -314,14 +322,13 @@ def in_turn(query, key, value, layout, **options):
         lengths += [s.prompt + s.chosen, s.rejected]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = []
-    for s in layout.segments:
+    for s, mask in zip(layout.segments, layout.masks, strict=True):
         q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
         q, k_own, v_own = next(pieces)                                          # of rejected
         if s.rejected:
             k = torch.cat([k[:, :, :s.prompt], k_own], 2)
             v = torch.cat([v[:, :, :s.prompt], v_own], 2)
-            mask = causal_lower_right(s.rejected, s.prompt + s.rejected)
             out.append(attend(q, k, v, attn_mask=mask))
     return torch.cat(out, 2).transpose(1, 2)
 
