@@ -306,8 +306,15 @@ def main_pairs(argv):
 
 
 def main():
-    argv = sys.argv[1:]
-    main_scenes(argv[1:]) if argv[:1] == ["scenes"] else main_pairs(argv)
+    """One command, or several behind --then each: imports and sprites serve them all."""
+    commands = [[]]
+    for word in sys.argv[1:]:
+        if word == "--then":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    for argv in [argv for argv in commands if argv] or [[]]:
+        main_scenes(argv[1:]) if argv[:1] == ["scenes"] else main_pairs(argv)
 
 
 if __name__ == "__main__":

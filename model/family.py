@@ -63,6 +63,7 @@ class Family:
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
+        self.kept = lru_cache(2048)(self.picture)
 
     # ---- what differs between families: image_ids(size), and where these do not fit ----
     def usual_template(self):
@@ -123,8 +124,8 @@ class Family:
         return Picture(image.size, inputs)
 
     def reader(self):
-        """picture(), which keeps what it made: all that an evaluation shows, if it is the classroom's."""
-        return lru_cache(1024 if self.is_classroom else 2)(self.picture)
+        """picture(), which keeps what it made; the classroom's small ones for all evaluations of a run."""
+        return self.kept if self.is_classroom else lru_cache(2)(self.picture)
 
     def language_model(self, model):
         return model.get_submodule(self.language)

@@ -1,8 +1,7 @@
-"""Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses, generate.
 
-A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
-LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py and the families.
+A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
+classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -70,10 +69,10 @@ class Features(NamedTuple):
 
 # -------------------------------------------------------------------------------- loading
 def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
-    """A VLM from a llava-hf folder, or from what front.open_folder made of it, frozen and in eval mode.
+    """A VLM from a model's folder, or from what front.open_folder made of it, frozen and in eval mode.
 
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
-    UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
+    UserError for a folder of no known family or without a part, and for a bad adapter.
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
@@ -102,10 +101,13 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
+    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
+                                 "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
     own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 

@@ -224,8 +224,7 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
 
 @pytest.mark.parametrize("batch_size", [3, 12, 64])
 def test_a_batch_of_many_pads_as_many_small_ones_do(folder, batch_size, monkeypatch):
-    """Up to NEIGHBOURS neighbours are padded to the longest of them, whatever runs at once: the same bits, and
-    the answers of batches that are no larger than that."""
+    """NEIGHBOURS are padded to their longest, whatever runs at once: the answers of batches of so many."""
     m = vlm.load(folder)
     questions = ["what is this ?", "a cat ?", "what is a red cat and a blue dog ?", "is this one ?",
                  "is there a dog ?", "what ?", "a red cat ?", "is this a dog ?", "a ?"]
@@ -275,7 +274,7 @@ def test_an_untrained_adapter_changes_no_bit(folder):
 def test_the_masks_of_a_row_are_lower_right(model):
     from torch.nn.attention.bias import causal_lower_right
     segments = [data.Segment(0, 5, 3, 4), data.Segment(12, 2, 3), data.Segment(17, 1, 1, 1)]
-    for s, mask in zip(segments, vlm.Layout(segments, "cpu").masks, strict=True):
+    for s, mask in zip(segments, vlm.Layout(segments, torch.device("cpu")).masks, strict=True):
         assert mask.shape == (s.rejected, s.prompt + s.rejected)
         want = causal_lower_right(*mask.shape)._materialize("cpu")
         assert torch.equal(mask, want)

@@ -39,25 +39,31 @@ def classroom_files(o, out):
     own = built_in(o)
     made = o.data == "classroom"
     path, held_out = o.data, o.val_data
+    wanted = {}
     if own:
-        make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
-                             f"--questions {o.questions}")
+        wanted["scenes"] = (f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
+                            f"--questions {o.questions}")
     if made:
-        make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+        wanted["data"] = f"--seed {o.seed} --n {o.pairs} {o.pair_options}"
         path = out / "data" / "pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
-        make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
-                               f"--n {min(o.look, o.pairs)}")
+        wanted["held_out"] = (f"{o.pair_options} --split tune --seed {o.eval_seed} "
+                              f"--n {min(o.look, o.pairs)}")
         held_out = out / "held_out" / "pairs.jsonl"
+    make(out, wanted)
     return path, held_out
 
 
-def make(folder, arguments):
-    """Run classroom/pairs.py as a program, unless its folder is there."""
-    if folder.exists():
+def make(out, wanted):
+    """Run classroom/pairs.py as a program, once for all folders {name: arguments} that are not there."""
+    words = []
+    for name, arguments in wanted.items():
+        if not (out / name).exists():
+            words += ["--then", *shlex.split(arguments), "--out", out / name]
+    if not words:
         return
     program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-    words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
+    words = [sys.executable, program, *words]
     done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
         raise UserError(f"{program} failed: {done.stderr.strip()}")
