@@ -73,10 +73,9 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import vlm
-    read = m.front.reader()
     for group in groups:
         questions = [item["_question"] for item in group]
-        images = [[read(question.image)] for question in questions]
+        images = [[m.front.read(question.image)] for question in questions]
         prompts = [question.prompt for question in questions]
         texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         yield [{"answer": text} for text in texts]
