@@ -142,10 +142,7 @@ def base_of(m):
 
 
 def forget(mapped):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
-
-    Without it loading would need the memory of the weights twice.
-    """
+    """Give the memory of a tensor that is mapped from a file back: loading would need the weights' twice."""
     first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (mapped.data_ptr() + mapped.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0 and LIBC:
@@ -424,10 +421,7 @@ class Completion(NamedTuple):
 
 
 def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
-    """A Completion for each question about images (a list of PIL images each, possibly empty).
-
-    The rest is as `continued` takes it.
-    """
+    """A Completion for each question about images (a list of PIL images each); the rest as `continued`."""
     prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
     for question, shown in zip(questions, images, strict=True):
         prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
