@@ -29,7 +29,7 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
     model: str = option("classroom", "a llava-hf folder, or classroom")
-    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
+    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
