@@ -86,6 +86,8 @@ def test_attention_in_one_call_equals_that_in_turn(tmp_path, monkeypatch, kv_hea
 def test_compiled_layers_give_the_same_numbers_and_ten_lengths_compile_nothing_new(world, monkeypatch):
     """Policy and reference, with checkpointing; and generation compiles nothing. By Dynamo alone, which
     decides what is compiled: making kernels takes a minute."""
+    torch._dynamo.reset()                                                  # of what other tests compiled
+    torch._dynamo.utils.counters.clear()
     counters = torch._dynamo.utils.counters["stats"]
     compiler = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiler, backend="eager"))

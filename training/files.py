@@ -60,7 +60,7 @@ class Array(list):
         with open() as file:
             rows = data.parse(file.read(), path)
         if isinstance(rows, dict):
-            rows = [{"image_id": name, **row} for name, row in rows.items()]
+            rows = [{"image_id": name, **data.as_record(row, path)} for name, row in rows.items()]
         super().__init__(rows)
 
     @cached_property

@@ -187,7 +187,7 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
             means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
