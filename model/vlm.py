@@ -444,7 +444,7 @@ def ends_of(m):
 
 @torch.no_grad()
 def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself. Greedy; with
+    """The tokens of an answer to each prompt (token ids), with its end if it ended by itself. Greedy; with
     sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw) from the
     softmax that the forwards score. Batches are left-padded, prompts of similar length together."""
     ends = ends_of(m)
