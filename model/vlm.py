@@ -440,11 +440,9 @@ def ends_of(m):
 
 @torch.no_grad()
 def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
-
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
-    """
+    """The tokens of an answer to each prompt (token ids), with its end if it ended by itself. Greedy; with
+    sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw) from the
+    softmax that the forwards score. Batches are left-padded, prompts of similar length together."""
     ends = ends_of(m)
     options = {"do_sample": False}
     if sample_seed is not None:
@@ -462,10 +460,7 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
             if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
                 inputs |= m.front.on_device(m.model, prepared)
                 inputs |= m.front.generate_inputs(inputs.input_ids)
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
+            new = m.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=[*ends],
                                    pad_token_id=m.front.eos_id)
             new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
             for i, tokens in zip(batch, new.tolist(), strict=True):
