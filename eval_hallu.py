@@ -29,7 +29,7 @@ import data
 from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
-from model import ask
+from model import ask, command
 
 
 # ---- answers ----
@@ -41,7 +41,7 @@ def run_answers(o):
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
 
-    from model import command, vlm
+    from model import vlm
     ranks = command.join()
     m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device), device=ranks.device,
                  template=o.template, preparation="pad" if o.pad else "")
@@ -66,14 +66,14 @@ def score_pope(o, lines):
 def score_amber(o, lines):
     finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
-    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
+    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, check=data.as_record)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
 
 
 def score_chair(o, lines):
     original = o.scorer == "original"
-    table = objects.synonyms(data.read_text(o.synonyms), literal=original and o.mode == "official")
+    table = objects.synonyms(command.read_text(o.synonyms), literal=original and o.mode == "official")
     lemmatize = words.singulars if original else words.lemmas
     if o.nouns == "nltk":
         lemmatize = words.nltk_lemmas
@@ -88,7 +88,8 @@ def score_chair(o, lines):
 
 
 def score_mmhal(o, lines):
-    template = benchmarks.records(o.template, ("image_content", "question", "gt_answer"), "MMHal template")
+    template = benchmarks.records(o.template, "MMHal template", image_content=[str], question=str,
+                                  gt_answer=str, image_id=(str, None))
     text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     if not o.judge:
@@ -150,10 +151,9 @@ def run_score(o):
     if not scores["n"]:
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
-    empty = [answer.id for answer in stats.read(lines) if not answer.text.strip()]
-    if empty:
-        scores.setdefault("remarks", []).append(
-            f"{len(empty)} answers are empty (ids {stats.few(empty)}): a broken model writes such answers")
+    if o.benchmark != "classroom":
+        empty = stats.empty((answer.id, answer.text) for answer in stats.read(lines))
+        scores["remarks"] = scores.get("remarks", []) + empty
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
@@ -229,9 +229,15 @@ def notes(scores):
 
 # ---- command line ----
 def positive(text):
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= command.MOST):
         raise ValueError
     return int(text)
+
+
+def new_file(text):
+    if not Path(text).name:
+        raise ValueError
+    return Path(text)
 
 
 def text(help, **more):
@@ -242,13 +248,17 @@ def path(help, required=True, **more):
     return text(help, type=Path, required=required, **more)
 
 
+def out(help):
+    return text(help, type=new_file, required=True)
+
+
 def number(help, **more):
     return text(help, type=positive, metavar="N", **more)
 
 
 SCORED = {
     "--answers": path("what `answers` wrote, or a file as the official scripts take it", nargs="+"),
-    "--out": path("scores.json, and per item .items.jsonl")}
+    "--out": out("scores.json, and per item .items.jsonl")}
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
@@ -269,7 +279,7 @@ COMMANDS = {
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--follow_links": LINKS,
-        "--out": path("answers.jsonl; an unfinished one is continued"),
+        "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
         "--batch_size": number("questions at once [classroom: 64, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
@@ -300,11 +310,11 @@ COMMANDS = {
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
         "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
-        "--out": path("preference.json")}),
+        "--out": out("preference.json")}),
     "compare": (run_compare, "two answers files: the paired difference, and a page to choose on", {
         "a": text("answers of the one model", type=Path),
         "b": text("answers of the other to the same questions", type=Path),
-        "--out": path("page.html"),
+        "--out": out("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
@@ -333,7 +343,7 @@ def main():
     o = parse()
     try:
         o.run(o)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"eval_hallu.py: {error}")
 
 

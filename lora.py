@@ -165,6 +165,8 @@ def load(model, folder):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
                             f"the model has {layer}: load it into the model that it was trained on, or let "
                             "PEFT merge it")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
         found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
@@ -191,7 +193,7 @@ def read_adapter(folder, tensors=None):
     """(adapter_config.json, the tensors under PEFT's names, where they are not given). Raises UserError for
     anything but plain LoRA."""
     try:
-        config = data.read_json(Path(folder, "adapter_config.json"), kind=dict)
+        config = data.read_json(Path(folder, "adapter_config.json"), check=data.as_record)
         tensors = tensors or safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
@@ -207,13 +209,16 @@ def setting(config, key, patterns, name):
 
     To PEFT it is a regular expression; here it is a plain name, as PEFT writes it, whose dots may be escaped.
     """
-    for pattern, value in (config.get(patterns) or {}).items():
+    found = config.get(key, 8)
+    for pattern, value in reversed(data.as_record(config.get(patterns) or {}, patterns).items()):
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
             raise UserError(f"{patterns} has {pattern!r}, which is not a layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
-            return value
-    return config.get(key, 8)
+            found = value                                           # the first that fits is the last here
+    if type(found) not in (int, float) or not 0 < found < 1e9:
+        raise UserError(f"adapter_config.json has {found!r:.40} as {key} of {name}: it is a number above 0")
+    return found
 
 
 # ---- a merged folder ----
@@ -236,7 +241,7 @@ def write_folder(model, source, out, weights=None):
     without which LLaVA's processor cannot count an image's tokens, is made where there is none. Raises
     UserError for a weight that is not finite.
     """
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    temporary = data.temporary(out)
     state = dict(model.state_dict())
     for name, weight in (weights or {}).items():
         state[name] = weight.to(model.dtype)
@@ -277,7 +282,7 @@ def main():
     try:
         merge_folder(o.model, o.adapter, o.out, o.dtype)
         print(f"{o.out}: the merged model, its tokenizer and its processor; transformers loads it as it is")
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f"lora.py: {e}")
 
 

@@ -24,6 +24,8 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 4. Gradients and the optimiser's state are divided among the ranks by hand: ZeRO-2's saving without DeepSpeed.
 `--shard` also splits the base (and the copy) over them, for models that one GPU cannot hold.
+
+5. A response is stripped of white space around it, which the official codes keep.
 """
 import json
 import math
@@ -31,7 +33,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,14 +212,14 @@ def measures(policy, reference, loss, beta):
 
 def fetched(measured):
     """[measures of a micro-batch] -> (their sums over all pairs, each pair's loss), in one copy."""
-    sums, each = Counter(), []
-    if measured:
-        tables = [torch.stack([*found.values()]) for found in measured]                         # (F, B)
-        whole = torch.cat(tables, 1).cpu().double()
-        for table in whole.split([len(found["loss"]) for found in measured], 1):
-            sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
-            each += table[0].tolist()
-    return sums, each
+    sums = Counter()
+    if not measured:
+        return sums, []
+    tables = [torch.stack([*found.values()]) for found in measured]                             # (F, B)
+    whole = torch.cat(tables, 1).cpu().double()
+    for table in whole.split([table.shape[1] for table in tables], 1):
+        sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
+    return sums, whole[0].tolist()
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -263,11 +265,13 @@ def evaluate(run, name):
 
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
-    if not file.exists():
+    found = checkpoint.kept(file, report.SIDE)
+    if not found:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        data.atomic_write(file, json.dumps(scores(run, name)))
-    return data.read_json(file)
+        found = scores(run, name)
+        data.atomic_write(file, json.dumps(found))
+    return found
 
 
 def scores(run, name):
@@ -317,7 +321,7 @@ def finish(run, before, after, weights):
     out = run.out
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-               "seconds": round(run.state.seconds, 1), "options": asdict(run.o)}
+               "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.lora_r:
         lora.save(model.model, out / "adapter", str(model.front.folder))
     elif not (out / "model").exists():
@@ -336,7 +340,7 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not (out / "summary.json").exists():
+    if not checkpoint.kept(out / "summary.json", report.FINISHED):
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
@@ -344,7 +348,7 @@ def launch(o, ranks):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary = data.read_json(out / "summary.json")
+        summary = data.read_json(out / "summary.json", check=report.FINISHED)
         page = out / "report.html"
         if not page.exists():
             report.write(out)
@@ -362,7 +366,7 @@ def main():
                 print(line)
         else:
             launch(o, command.join(o.device))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except torch.OutOfMemoryError:
         sys.exit(f"train_dpo.py: out of memory: {plan.advice(o, int(os.environ.get('WORLD_SIZE', 1)))}")

@@ -6,8 +6,8 @@
     python bench/gpu.py --tiny --out runs/tiny        does it run? a minute
 
 First the hardware and whether the numbers are right; then LLaVA-1.5-7B's step in bfloat16 with random
-weights, and TRL's beside it; then generation, the main command, and Stable Diffusion 3's sizes. The models
-are made on the device: about 40 GB of its memory at least, and little of the disk.
+weights, and TRL's beside it; then generation, the main command, Qwen2.5-VL-3B's step, and Stable Diffusion
+3's sizes. The models are made on the device: about 40 GB of its memory at least, and little of the disk.
 
 Each part appends a line to OUT/gpu.jsonl when it ends, so that a killed run loses one part. What does not fit
 into the minutes is skipped. A part that fails leaves its reason; a later call tries it again, after the rest.
@@ -25,13 +25,14 @@ from pathlib import Path
 from section import command, heading, machine
 
 import data
-from model.front import FAMILIES
 
 # Each part's function in gpu_parts.py with its arguments, and its minutes on an H100 or H200: a guess, until
 # there is a run. The most valuable come first.
 PARTS = {"hardware": 0.2, "packed": 0.2, "peft": 0.2, "trl_equality": 0.2, "cpu_log": 0.5, "resume": 0.3,
          "step dpo 2": 0.6, "step mdpo 2": 0.2, "trl 2": 0.5, "step dpo 8": 0.2, "step mdpo 8": 0.4,
-         "profile": 0.2, "generation": 0.4, "classroom": 1.2,
+         "attention": 0.1, "waits": 0.2, "compiled": 0.8,
+         "step dpo 8 compile": 0.8, "step mdpo 8 compile": 0.4, "step dpo 2 compile": 0.2,
+         "profile": 0.2, "generation": 0.4, "classroom": 1.2, "qwen": 0.3,
          "step dpo 8 checkpointing": 0.2, "step mdpo 8 checkpointing": 0.4, "trl 8": 0.6,
          "encode": 0.2, "paint": 0.5,
          "step dpo 4": 0.3, "step mdpo 4": 0.2, "step dpo 1": 0.1, "step mdpo 1": 0.1,
@@ -39,8 +40,10 @@ PARTS = {"hardware": 0.2, "packed": 0.2, "peft": 0.2, "trl_equality": 0.2, "cpu_
          "step dpo 2 checkpointing": 0.1, "step mdpo 2 checkpointing": 0.2,
          "step dpo 1 checkpointing": 0.1, "step mdpo 1 checkpointing": 0.1,
          "trl 8 checkpointing": 0.6, "hours": 0}
-REST = {"profile": "a DPO step of two pairs: where its time goes", "hours": "hours of training alone",
-        "generation": "generation", "classroom": "the main command", "encode": "Stable Diffusion 3's T5",
+REST = {"attention": "attention of a packed row, segment by segment (in turn) and in one call (at once)",
+        "profile": "a DPO step of two pairs: where its time goes", "hours": "hours of training alone",
+        "generation": "generation", "qwen": "Qwen2.5-VL-3B, a step of two pairs with mDPO",
+        "classroom": "the main command", "encode": "Stable Diffusion 3's T5",
         "paint": "four images of Stable Diffusion 3"}
 # What the papers' runs are: (loss, pairs, epochs), facts of the presets in training/options.py.
 RUNS = {"PDS-DPO": ("dpo", 9000, 2), "mDPO": ("mdpo", 10000, 3)}
@@ -70,7 +73,8 @@ def keep(path, line):
 def rows(lines, kind):
     """What the parts of a kind found, `step` or `trl`: in the order of loss, micro-batch, checkpointing."""
     found = [line["found"] for name, line in lines.items() if name.split()[0] == kind and "found" in line]
-    return sorted(found, key=lambda row: (row.get("loss", ""), row["micro_batch"], row["checkpointing"]))
+    return sorted(found, key=lambda row: (row.get("loss", ""), row["micro_batch"], row["checkpointing"],
+                                         row.get("compile", False)))
 
 
 def hours(lines):
@@ -173,15 +177,15 @@ def section(lines):
         out.append(f"Hardware: {written(done['hardware'])}.")
 
     out += head("is it right?", "relative differences", "within bounds")
-    for name in ("packed", "peft", "trl_equality", "cpu_log", "resume"):
+    for name in ("packed", "peft", "trl_equality", "cpu_log", "resume", "waits", "compiled"):
         if name in done:
             out.append(row_of(name, written(done[name]), "yes" if done[name]["ok"] else "NO"))
-    out += head(model, "micro-batch", "checkpointing", "epoch", "pairs/s", "tokens/s",
+    out += head(model, "micro-batch", "checkpointing", "torch.compile", "epoch", "pairs/s", "tokens/s",
                 "GiB", "fraction of the matrix products' rate")
     for row in rows(lines, "step"):
         for epoch, words in (("first", "first"), ("cached", "later")):
             got = row[epoch]
-            out.append(row_of(row["loss"], row["micro_batch"], on_off(row), words,
+            out.append(row_of(row["loss"], row["micro_batch"], on_off(row), on_off(row, "compile"), words,
                               f"{got['pairs_per_second']:.2f}", f"{got['tokens_per_second']:,.0f}",
                               f"{got['peak_gib']:.1f}", f"{got['fraction']:.0%}"))
     out += head("TRL", "micro-batch", "its checkpointing", "pairs/s", "GiB", "ours, GiB", "ours, first epoch",
@@ -195,8 +199,6 @@ def section(lines):
                               f"{got['ours_cached']:.2f} x"))
     out += head("the rest", "")
     out += [row_of(words, written(done[name])) for name, words in REST.items() if name in done]
-    if "qwen2_5_vl" not in FAMILIES:
-        out.append(row_of("Qwen2.5-VL-3B", "not yet supported"))
     lack = [f"{name} ({lines.get(name, {}).get('failed', 'skipped')})" for name in PARTS if name not in done]
     out.append(f"\nNot run: {', '.join(lack)}." if lack else "\nEvery part ran.")
     return out
@@ -210,8 +212,8 @@ def row_of(*cells):
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def on_off(row):
-    return "on" if row["checkpointing"] else "off"
+def on_off(row, name="checkpointing"):
+    return "on" if row[name] else "off"
 
 
 # ---------------------------------------------------------------------------------------- the command

@@ -37,6 +37,7 @@ from data import UserError
 from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
+    empty,
     few,
     first,
     image_name,
@@ -127,7 +128,7 @@ def classroom(answers, resamples=1000):
         "images": len({item["image"] for item in items}),
         "unparsed": total["all", "items", "unparsed"],
         "intervals": spread,
-        "remarks": remarks(total)}
+        "remarks": remarks(total) + empty((item["id"], item["answer"]) for item in items)}
 
 
 def difference(before, after):

@@ -211,6 +211,13 @@ def remarks(total):
             if what == "bottom" and not number]
 
 
+def empty(answers):
+    """[a remark] that counts and names the answers, (id, text), that say nothing; [] if all say something."""
+    ids = [name for name, text in answers if not text.strip()]
+    says = f"{len(ids)} answers are empty (ids {few(ids)}): a broken model writes such answers"
+    return [says] if ids else []
+
+
 def undefined(scores, measure):
     """Whether a measure is 0/0, as CHAIR_i is where no object is named: its 0 says nothing."""
     said = scores.get("remarks", ())

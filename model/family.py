@@ -112,7 +112,7 @@ class Family:
         there = []                                       # and joined there: so a pinned image goes by itself
         for image in prepared:
             there.append({name: data.send(x, model.device) for name, x in image.items()})
-        return BatchFeature(self.inputs(there)).to(model.dtype)
+        return BatchFeature(self.inputs(there)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):
         return [*model.get_image_features(**self.on_device(model, prepared)).pooler_output]

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-from model import front, llava, published
+from model import command, front, llava, published
 
 SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -94,10 +94,11 @@ def read_header(path):
             length, = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else None
             header.pop("__metadata__", None)
-            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
+            fits = command.fits(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int, int]}})
+            if not fits or 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
                 raise ValueError
         return header
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+    except (struct.error, ValueError, AttributeError):
         raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
 
 
@@ -117,8 +118,8 @@ def unpickle(file):
         raise data.UserError(f"{file} holds more than tensors, or is torn, and is not opened "
                              f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise data.UserError(f"{file} is torn or not a weights file ({reason}): download it again") from None
+        reason = " ".join(str(e).split()[:20])
+        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
 
 
 def place(name):
@@ -151,8 +152,7 @@ def family(src):
     """(config.json, "llava" or "bunny") of an original checkpoint. Raises UserError for anything else."""
     config = data.read_json(src / "config.json", {})
     if not config or not isinstance(config, dict):
-        why = "is not a JSON object" if config else "is missing or empty"
-        raise data.UserError(f"{src}/config.json {why}: {src} is not a model's folder")
+        raise data.UserError(f"{src}/config.json is missing or empty, or not a JSON object: get all of it")
     if isinstance(config.get("text_config"), dict):
         raise data.UserError(f"{src} is a transformers folder already: give it to --model as it is")
     if "mm_vision_tower" not in config:
@@ -387,10 +387,10 @@ def run(src, dst, tower=None, report=print, base=None):
             raise data.UserError(f"{folder}: no such folder")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise data.UserError(f"{dst} exists and is not empty: give a new folder")
-    todo = plan(src, tower, base)
-    unfinished = dst.with_name(f".{dst.name}.unfinished")
+    with command.explained(f"{src} cannot be read as a checkpoint", "download it again"):
+        todo = plan(src, tower, base)
+    unfinished = data.temporary(dst)                   # removes what a run that was killed has left
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir(parents=True)
         write_rest(todo, unfinished, data.read_json(src / "config.json", {}))
         write_weights(todo, unfinished, report)
@@ -404,8 +404,7 @@ def run(src, dst, tower=None, report=print, base=None):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing. Raises UserError
-    only if its config.json is not a llava-hf folder's."""
+    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing."""
     folder = data.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
@@ -417,7 +416,7 @@ def describe(folder):
         text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
         lines = [f"image           {own.about_images}; {own.preparation}",
                  f"template        {own.template_name}: {text!r}"]
-    parts = [config.get(name, {}).get("model_type") for name in ("vision_config", "text_config")]
+    parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({weight.type for weight in found})) or "no file"
     return [f"folder          {folder}",
             f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
@@ -427,9 +426,10 @@ def describe(folder):
 
 
 def attempt(faults, work, *arguments):
-    """The result of work, or None if it raises a UserError, whose text joins the faults."""
+    """The result of work, or None if it raises an error, whose text joins the faults."""
     try:
-        return work(*arguments)
+        with command.explained(arguments[0], "copy it again"):
+            return work(*arguments)
     except data.UserError as e:
         faults.append(str(e))
 
@@ -445,7 +445,7 @@ def main():
     try:
         run(args.src, args.dst, args.vision_tower, base=args.base)
         print("\n".join(describe(args.dst)))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"import_checkpoint.py: {e}")
 
 

@@ -82,7 +82,7 @@ def base_of(src, given=None):
         if given:
             raise data.UserError(f"{src} is no LoRA, it has no {ADAPTER}: leave out --base")
         return src
-    named = data.read_json(path, kind=dict).get("base_model_name_or_path")
+    named = data.read_json(path, check=data.as_record).get("base_model_name_or_path")
     base = Path(given or str(named))
     if not base.is_dir():
         raise data.UserError(f"{src} is a LoRA on {named}, and {base} is no folder here: give --base DIR, "

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.backends import cuda
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -83,6 +84,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     transformers.AttentionInterface.register("packed", packed_attention)
     transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
+    if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
+        raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
+                             "not: give another model")
     for name in vars(text):
         if name.endswith(("_pdrop", "_dropout")):
             setattr(text, name, 0.0)
@@ -97,10 +101,13 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
+    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
+                                 "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
     own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
@@ -181,13 +188,13 @@ def encode_images(m, batch):
 
 def embed(m, ids, features):
     """ids (..., T), on the CPU, the features [(K, D or more)] of their images in order -> embeddings."""
-    found = m.model.get_input_embeddings()(data.send(ids, m.device))
-    if not features:
-        return found
-    places = (ids.flatten() == m.front.image_token_id).nonzero()[:, 0]             # a GPU would be waited for
-    shown = torch.cat(features)[:, :found.shape[-1]].to(found.dtype)                        # (K, D)
-    rows = found.flatten(0, -2).index_copy(0, data.send(places, m.device), shown)
-    return rows.view_as(found)                                                              # (..., T, D)
+    embeddings = m.model.get_input_embeddings()(data.send(ids, m.device))                   # (..., T, D)
+    if features:
+        at_image = (ids == m.front.image_token_id).nonzero(as_tuple=True)          # a GPU would be waited for
+        places = [data.send(x, m.device) for x in at_image]
+        found = torch.cat(features)[:, :embeddings.shape[-1]]
+        embeddings = embeddings.index_put(places, found.to(embeddings.dtype))
+    return embeddings
 
 
 # -------------------------------------------------------------------------------- forward: naive
@@ -241,7 +248,7 @@ def without_image(policy, pairs):
     bare = [not p.sizes for p in pairs]
     if policy.image_rejected is None or not any(bare):
         return policy
-    bare = torch.tensor(bare, device=policy.image_rejected.device)
+    bare = data.send(torch.tensor(bare), policy.image_rejected.device)
     return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
 
 
@@ -263,6 +270,7 @@ class Layout:
                 end += n
                 starts.append((end, len(keys)))
         self.segments = segments                                               # [data.Segment]
+        self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
@@ -277,43 +285,37 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, la
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.get("sliding_window")
-    longest = max(s.prompt + max(s.chosen, s.rejected) for s in layout.segments)
-    if window and longest > window:
-        raise data.UserError(f"a pair of {longest} tokens is longer than the model's sliding window of "
-                             f"{window}: pass --forward naive, or a smaller --set max_length")
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if flash_takes(query):
-        return at_once(query, key, value, layout, longest, options), None                   # (1, T, H, d)
-    return in_turn(query, key, value, layout.segments, options), None
+    if window and layout.longest > window:
+        raise data.UserError(f"a pair of {layout.longest} tokens is longer than the model's sliding window "
+                             f"of {window}: pass --forward naive, or a smaller --set max_length")
+    grouped = query.shape[1] != key.shape[1]
+    attend = in_turn
+    if cuda.can_use_flash_attention(cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)):
+        attend = at_once
+    return attend(query, key, value, layout, scale=scaling, enable_gqa=grouped), None       # (1, T, H, d)
 
 
-def flash_takes(query):
-    """Whether PyTorch's FlashAttention does: bfloat16, on a GPU since Ampere, of a width that it knows."""
-    if query.dtype != torch.bfloat16 or not query.is_cuda or query.shape[-1] not in range(8, 257, 8):
-        return False
-    return torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def at_once(query, key, value, layout, longest, options):
-    """One call for all; the prompts' keys and values are there twice. Causal is lower-right here."""
+def at_once(query, key, value, layout, **options):
+    """In one call of FlashAttention, in which causal is lower-right; prompts' keys and values go in twice."""
     from torch.nn.attention import varlen
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                            # (T, H, d)
-    k, v = k.index_select(0, layout.keys), v.index_select(0, layout.keys)                    # (K, H_kv, d)
+    k, v = (x.index_select(0, layout.keys) for x in (k, v))                                  # (K, H_kv, d)
+    longest = layout.longest
     out = varlen.varlen_attn(q, k, v, *layout.starts, longest, longest, window_size=(-1, 0), **options)
     return out[None]
 
 
-def in_turn(query, key, value, segments, options):
+def in_turn(query, key, value, layout, **options):
     """Segment by segment: on any device, in any type."""
     from torch.nn.attention.bias import causal_lower_right
     attend = partial(F.scaled_dot_product_attention, **options)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths = []
-    for s in segments:
+    for s in layout.segments:
         lengths += [s.prompt + s.chosen, s.rejected]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = []
-    for s in segments:
+    for s in layout.segments:
         q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
         q, k_own, v_own = next(pieces)                                          # of rejected
@@ -433,7 +435,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
 def ends_of(m):
     """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
     own = m.model.generation_config.eos_token_id
-    return {m.front.eos_id, *(own if isinstance(own, list) else [own])}
+    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
 
 
 @torch.no_grad()

@@ -235,6 +235,11 @@ def gallery(run, ranked, analysis):
 def analyse(run):
     """Writes analysis.json and gallery.html into the run's folder."""
     ranked, file = run.rows("ranked", "rank"), run.out / "gallery.html"
+    kinds = set()
+    for row in ranked:
+        kinds.add((*row["scores"], len(row["candidates"]), *map(len, row["scores"].values())))
+    if len(kinds) != 1 or len({*map(len, ranked[0]["scores"].values()), len(ranked[0]["candidates"])}) != 1:
+        raise data.UserError(f"{run.out}/ranked.jsonl: not every ranker scored every candidate; rank again")
     found = {"guidance": guidance(ranked),
              "agreement": agreement(ranked),
              "judge": judged(run, ranked),

@@ -52,7 +52,7 @@ def _load(folder, device, dtype, without):
     A part that has nothing but fp16 weights is read from those. Raises UserError for one that is not there.
     """
     folder, variant = Path(folder), None
-    index = data.read_json(folder / "model_index.json", kind=dict)
+    index = data.read_json(folder / "model_index.json", check=data.as_record)
     named = [name for name, part in index.items() if isinstance(part, list) and part[0]]
     for name in named:
         if not (folder / name).is_dir():

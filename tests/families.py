@@ -7,6 +7,7 @@ import json
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SPECIAL_QWEN = ("<|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> "
                 "<|video_pad|>").split()
@@ -131,6 +132,26 @@ def qwen(folder, kind, template, patch=14, text=None, vision=None):
                                                    patch_size=patch)
     save(folder, model, tokenizer, pixels)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    if kind != "Qwen3VL":
+        as_published(folder)
+
+
+def as_published(folder):
+    """What was published in 2025: a flat config.json, other names, a text template beside the other."""
+    about = json.loads((folder / "config.json").read_text())
+    text = about.pop("text_config")
+    rope = text.pop("rope_parameters")
+    about = text | about | {"rope_theta": rope["rope_theta"],
+                            "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    (folder / "config.json").write_text(json.dumps(about))
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        weights[name] = weight
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    about["chat_template"] = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
 def qwen2_vl(folder):
@@ -165,13 +186,13 @@ def text_of(tokenizer, **more):
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 
 
-def idefics(folder, kind, text=None, vision=None, tile=16, longest=48, scale=2, std=0.3):
+def idefics(folder, kind, text=None, vision=None, tile=16, longest=48, scale=2, std=0.3, merges=NEWLINES):
     """Tiles of 16 pixels, four tokens each, three along an image's longer side; see qwen() for the rest."""
     import transformers
     most = range(1, 1 + longest // tile)
     special = ["<image>", "<fake_token_around_image>", "<global-img>",
                *(f"<row_{row}_col_{column}>" for row in most for column in most)]
-    tokenizer = byte_tokenizer(transformers.GPT2Tokenizer, special, NEWLINES, bos_token="<|im_start|>",
+    tokenizer = byte_tokenizer(transformers.GPT2Tokenizer, special, merges, bos_token="<|im_start|>",
                                eos_token="<end_of_utterance>", pad_token="<|pad|>")
     vision = VISION | {"image_size": tile, "patch_size": 4} | (vision or {})
     config = getattr(transformers, f"{kind}Config")(

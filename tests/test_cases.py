@@ -135,6 +135,10 @@ FAULTY = {
                       "the turns are not"),
     "half a surrogate pair": (pair(1, chosen="Two cups \ud83d"), "surrogates not allowed"),
     "half of one in the question": (pair(1, question="\udc00?"), "surrogates not allowed"),
+    "half of one in the system text": (pair(1, system="\udc00?"), "surrogates not allowed"),
+    "half of one in the history": (pair(1, history=[["\udc00?", "Yes."]]), "surrogates not allowed"),
+    "half of one in the image's path": (pair(1, image="\ud83d.png"), "surrogates not allowed"),
+    "an unreadable rejected image": (pair(1, image_rejected="d.jsonl"), "d.jsonl is unreadable"),
     "an end-of-sequence token alone differs": (pair(1, chosen="A vase.</s>"), "are the same 8 tokens"),
     "a number for an image": (pair(1, image=[1, 2]), "the image is int, not a path"),
     "base64": (pair(1, image="iVBORw0K" * 200), "id p1"),
@@ -188,6 +192,15 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
                                                                     rejected=record["rejected"])]))
     same, = pairs.read(0).pairs
     assert same._replace(id="p0") == native.read(0).pairs[0]
+
+
+@pytest.mark.parametrize("meta", ["a text", ["a", "list"], {"theme": ["kitchen", 1]}, 7])
+def test_meta_of_any_kind_is_kept_and_looked_at(tiny, folder, meta):
+    from training import look
+    records = Records(lines(folder / "d.jsonl", [pair(i, meta=meta) for i in range(3)]))
+    shown = list(records)
+    assert all(meta in (record["meta"], record["meta"].get("meta")) for record in shown)
+    assert look.kinds_of(shown, [record["images"][0] for record in shown], 0)["other"].keys() == {0, 1, 2}
 
 
 def test_mdpos_prompt_of_several_turns_is_history_and_question(folder):
@@ -284,7 +297,7 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged = train_dpo.measures(policy, reference, loss, run.o.beta)
+    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
     assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
 
 
@@ -358,6 +371,45 @@ def test_a_turned_tiff_has_as_many_features_as_places(tiny, folder):
     pairs = checked(tiny["next"], lines(folder / "d.jsonl", [pair(0, image="wide.tiff"), pair(1)]))
     m = vlm.load(pairs.front)
     vlm.encode_images(m, batches.join([pairs.read(0), pairs.read(1)]))       # an error if they differ
+
+
+@pytest.mark.parametrize("which", ["places for images, the vision tower gives 4", "p1: its prompt has 3"])
+def test_fewer_places_than_features_are_an_error_that_names_the_pair(tiny, folder, which):
+    """In either image, before both forwards: a prompt that lacks a place, as another size would make it."""
+    pairs = checked(tiny["llava"], lines(folder / "d.jsonl", [pair(0), pair(1)]), loss="mdpo")
+    batch = batches.join([pairs.read(0), pairs.read(1)])
+    token = pairs.front.image_token_id
+    for name in ("prompt", "prompt_rejected"):
+        ids = list(getattr(batch.pairs[1], name))
+        ids.remove(token)
+        wrong = batch._replace(pairs=[batch.pairs[0], batch.pairs[1]._replace(**{name: ids})])
+        with pytest.raises(UserError, match=which):
+            vlm.encode_images(vlm.load(pairs.front), wrong)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"image": "none.png"}, "is missing"), ({"rejected": "Two cups 1."}, "are identical"),
+    ({"chosen": "</s>"}, "has no token"), ({"question": "How? " * 99}, "leaves no room"),
+    ({"chosen": "So long. " * 99, "rejected": "So long. " * 98}, "the same")])
+def test_faulty_validation_pairs_are_found_before_loading(tiny, folder, capsys, monkeypatch, change, says):
+    class Loads(Exception):
+        pass
+
+    def load(*_):
+        raise Loads
+    monkeypatch.setattr(train_dpo, "load", load)
+    good = lines(folder / "d.jsonl", [pair(0)])
+    held_out = lines(folder / "v.jsonl", [pair(0), pair(1, **change)])
+    o = options.Options(model=str(tiny["llava"]), data=str(good), val_data=str(held_out), loss="sft",
+                        max_length=300)
+    ranks = command.Ranks(device=torch.device("cpu"))
+    with pytest.raises(UserError, match="faulty"):
+        train_dpo.prepare(o, folder / "run", ranks)
+    said = capsys.readouterr().err
+    assert f"{held_out}, line 2 (id p1): " in said and says in said
+    with pytest.raises(Loads):
+        train_dpo.prepare(dataclasses.replace(o, skip_bad=True), folder / "run", ranks)
+    assert f"--skip_bad left out 1 of 2 records of {held_out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("top", [1, 255, 4000])
@@ -445,6 +497,8 @@ def test_a_rejected_image_that_leaves_no_room_is_found_before_training(tiny, fol
     prompts = [len(max(fits.read(place).pairs[0][1:3], key=len)) for place in range(8)]
     longest = max(prompts)
     assert longest > min(prompts)
+    rows = [data.pack(fits.read(place).pairs, fits.needs) for place in range(8)]   # the plan counts both
+    assert fits.tokens == [len(row.ids) for row in rows]
     said = refused(capsys, tiny["next"], path, **kind, max_length=longest)
     assert said.count("leaves no room") == prompts.count(longest)
     kept = checked(tiny["next"], path, **kind, max_length=longest, skip_bad=True)

@@ -204,7 +204,8 @@ def test_several_rejected_responses_are_one_pair_each(folder, name):
     assert [r["id"] for r in found] == ["p0", "p1#1", "p1#2", "p1#3", "p2"]
     assert [r["rejected"] for r in found] == ["A vase.", "A dog.", "A cat.", "A car.", "A vase."]
     assert {r["chosen"] for r in found[1:4]} == {"Two cups 1."}
-    assert found[1]["images"] == found[3]["images"] and len(list(Records(folder / "s.jsonl"))) == 3
+    assert found[1]["images"] == found[3]["images"]
+    assert [r["id"] for r in Records(folder / "s.jsonl")] == [r["id"] for r in found]
 
 
 def test_a_faulty_one_of_several_is_named_and_dropped_alone(folder, capsys):
@@ -252,7 +253,7 @@ def test_links_may_lead_out_where_they_are_followed_and_nothing_else_may(folder,
     (folder / "coco").symlink_to(disk)
     lines([pair(0, image="coco/0.png"), pair(1, image=f"{disk}/0.png"), pair(2, image="coco/../../0.png")])(
         folder, folder / "s.jsonl")
-    with pytest.raises(UserError, match="leaves the folder .*--follow_links allows"):
+    with pytest.raises(UserError, match="leaves the folder .*--follow_links"):
         Records(folder / "s.jsonl")[0]
     records = Records(folder / "s.jsonl", follow_links=True)
     assert read_image(records[0]["images"][0]).tobytes() == picture(0, (8, 8)).tobytes()

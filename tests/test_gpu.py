@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -45,7 +46,7 @@ def expected():
 def rehearsal(tmp_path_factory):
     """(folder, section, what was asked of the network) of a run that is killed after each of its parts.
 
-    First really, then by an exception, which spares the imports.
+    First really, then by an exception, which spares the imports, and the models, which all calls share.
     """
     out, asked = tmp_path_factory.mktemp("gpu"), []
     path, keep = out / "gpu.jsonl", gpu.keep
@@ -62,6 +63,7 @@ def rehearsal(tmp_path_factory):
         raise Killed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *where, **options: asked.append(where))
+        patch.setattr(gpu_parts, "Bench", cache(gpu_parts.Bench))
         patch.setattr(gpu, "keep", keep_and_die)
         while len(gpu.read(path)) < len(gpu.PARTS) - 1:                # the last one are the hours
             before = path.read_bytes()
@@ -107,7 +109,7 @@ def test_nothing_is_asked_of_the_network(rehearsal):
 def test_the_section_says_that_it_is_a_rehearsal(rehearsal):
     _, section, _ = rehearsal
     assert "for a GPU: not run" in section.splitlines()[1] and "No number here says anything" in section
-    assert section.count("| dpo | 8 | on |") == 2 and "Qwen2.5-VL-3B | not yet supported" in section
+    assert section.count("| dpo | 8 | on |") == 2 and "| Qwen2.5-VL-3B, a step of two pairs" in section
 
 
 # ---- what does not run
@@ -171,16 +173,26 @@ def line(part, **found):
 
 def test_the_hours_are_of_the_best_setting():
     """PDS-DPO: 9000 pairs at 5 a second, and again at 10 a second."""
-    def step(first, cached, micro_batch):
+    def step(first, cached, micro_batch, compiled=False):
         return line(f"step dpo {micro_batch}", loss="dpo", micro_batch=micro_batch, checkpointing=False,
-                    first={"pairs_per_second": first}, cached={"pairs_per_second": cached})
-    lines = {"step dpo 2": step(4, 8, 2), "step dpo 8": step(5, 10, 8),
+                    compile=compiled, first={"pairs_per_second": first}, cached={"pairs_per_second": cached})
+    lines = {"step dpo 2": step(4, 8, 2), "step dpo 8": step(4, 10, 8),
+             "step dpo 8 compile": step(5, 10, 8, compiled=True),
              "trl 2": line("trl 2", micro_batch=2, checkpointing=False, dpo={"pairs_per_second": 2},
                            mdpo={"pairs_per_second": 1})}
     found = gpu.hours(lines)
     assert found == pytest.approx({"PDS-DPO": 0.75, "PDS-DPO with TRL": 2.5, "mDPO with TRL": 8.333333})
     with pytest.raises(ValueError, match="no step"):
         gpu.hours({})
+
+
+def test_the_model_of_another_family_has_the_published_number_of_weights(tmp_path):
+    """Qwen2.5-VL-3B-Instruct, by its model.safetensors.index.json: 7,509,245,952 bytes of bfloat16."""
+    import qwen3b
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    model = qwen3b.random(qwen3b.write(tmp_path, tiny=False), "bfloat16", "meta",
+                          Qwen2_5_VLForConditionalGeneration)
+    assert sum(p.nbytes for p in model.parameters()) == 7_509_245_952
 
 
 def test_a_gpus_section_is_no_rehearsal():

@@ -1,4 +1,4 @@
-"""The README's five recipes: each diff is applied to a copy of the code, and what it says is run."""
+"""Five recipes of the README and one of docs/design.md: each diff is applied to a copy, and run."""
 import json
 import os
 import re
@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 RECIPES = dict(re.findall(r"^\*\*([\w ]+)\.\*\*(?:(?!^\*\*).)*?^```diff\n(.*?)^```", README,
                           re.DOTALL | re.MULTILINE))
 FOLDERS = ("model", "training", "evaluation", "synthesis")
-OURS = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
+TESTS = ("conftest", "families", "test_families")
+OURS = {*FOLDERS, *TESTS, *(path.stem for path in ROOT.glob("*.py"))}
 QUICK = ("--max_steps 3 --batch 8 --set pairs=24 --set scenes=4 --set questions=20 --set look=0 "
          "--set max_new_tokens=8 --out run")
 
@@ -32,10 +33,13 @@ def copy(tmp_path):
 
 
 def change(folder, name):
-    """Apply a recipe's diff, of at most six lines."""
-    diff = RECIPES[name]
-    assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= 6
-    subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
+    """Apply a recipe of the README, of at most six lines."""
+    apply(folder, RECIPES[name], 6, "--recount")
+
+
+def apply(folder, diff, most, *options):
+    assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= most
+    subprocess.run(["git", "apply", *options, "-"], cwd=folder, input=diff, text=True, check=True)
 
 
 def python(folder, *words):
@@ -140,3 +144,19 @@ def test_a_model_family(copy):
     assert len(logged["packed"]) == 2 and len(logged["packed"][0]) >= 2
     for packed, naive in zip(logged["packed"], logged["naive"], strict=True):
         assert packed == pytest.approx(naive, rel=1e-5)
+
+
+def test_a_family_that_needs_more(copy):
+    """At most sixty lines of docs/design.md: its prompts, log-probs and answers are transformers' own."""
+    (copy / "tests").mkdir()
+    for name in TESTS:
+        shutil.copy(ROOT / "tests" / f"{name}.py", copy / "tests")
+    design = (ROOT / "docs" / "design.md").read_text()
+    diff, = re.findall(r"^```diff\n(.*?)^```", design, re.DOTALL | re.MULTILINE)
+    apply(copy, diff, 60)
+    (copy / "check.py").write_text("import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))\n")
+    said = python(copy, "check.py", "tests/test_families.py", "-q", "-rA", "-p", "no:cacheprovider", "-k",
+                  "glm4v and (prompt or equals or answer)")
+    passed = set(re.findall(r"^PASSED .*::(\w+)\[glm4v", said, re.MULTILINE))
+    assert {"test_a_prompt_is_the_processors_own", "test_naive_equals_transformers_own_forward",
+            "test_packed_equals_naive", "test_an_answer_is_transformers_own"} <= passed

@@ -102,6 +102,13 @@ def test_the_table_as_text(tmp_path):
     silent["after"]["remarks"] = ["all: chair_i is 0/0, given as 0"]
     rows = {line[:8].strip(): line for line in report.table(silent)}
     assert rows["CHAIR_i,"].endswith("undefined: 0 of 0") and "undefined" not in rows["CHAIR_s,"]
+    answers = [json.loads(line) for line in (run / "after.jsonl").read_text().splitlines()]
+    answers = [line | {"answer": " "} if "id" in line else line for line in answers]
+    silent["after"] = metrics.classroom(answers)
+    said = "after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x): a broken model writes such answers"
+    assert report.table(silent)[-1] == said
+    (run / "summary.json").write_text(json.dumps(silent))
+    assert said in Page(read(run)).text
 
 
 def test_every_curve_is_drawn_with_its_ends(tmp_path):

@@ -2,8 +2,6 @@
 import json
 import shutil
 import sys
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -465,101 +463,6 @@ def test_a_pair_longer_than_a_sliding_window_is_refused(tmp_path):
     pairs, shown = pairs_of(m)
     with pytest.raises(data.UserError, match="sliding window of 8"):
         vlm.packed(m, pairs[:1], features_of(m, pairs[:1], shown[:1]), {"chosen"})
-
-
-# ---- a family of your own: a class, and a line in FAMILIES ----
-
-class Qwen25(llava.Llava):
-    """Qwen2.5-VL: an image is <start>, as many tokens as its grid has, <end>; positions are (3, T)."""
-    architecture = "Qwen2_5_VLForConditionalGeneration"
-    tower = "model.visual"
-    squares = False
-
-    def grid(self, size):
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-        p, limits = self.image_processor, dict(self.image_processor.size)
-        height, width = smart_resize(size[1], size[0], p.patch_size * p.merge_size,
-                                     limits["shortest_edge"], limits["longest_edge"])
-        return 1, height // p.patch_size, width // p.patch_size
-
-    def image_ids(self, size):
-        t, height, width = self.grid(size)
-        inner = [self.image_token_id] * (t * height * width // self.image_processor.merge_size ** 2)
-        return [self.config.vision_start_token_id, *inner, self.config.vision_end_token_id]
-
-    def positions(self, ids, sizes):
-        from transformers import Qwen2_5_VLModel
-        ids = torch.tensor(ids)[None]
-        grids = torch.tensor([self.grid(size) for size in sizes]).view(-1, 3)
-        rope = Qwen2_5_VLModel.get_rope_index
-        model = SimpleNamespace(config=self.config)
-        model.get_vision_position_ids = partial(Qwen2_5_VLModel.get_vision_position_ids, model)
-        return rope(model, ids, (ids == self.image_token_id).int(), image_grid_thw=grids)[0][:, 0]
-
-    def prepare(self, images):
-        found = []
-        for image in images:
-            made = self.image_processor(images=[image], return_tensors="pt")
-            found.append({"pixel_values": made.pixel_values, "image_grid_thw": made.image_grid_thw[0]})
-        return found
-
-    def inputs(self, prepared):
-        return {"pixel_values": torch.cat([x["pixel_values"] for x in prepared]),
-                "image_grid_thw": torch.stack([x["image_grid_thw"] for x in prepared])}
-
-
-def write_qwen(folder):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
-    tokenizer = word_tokenizer()
-    image, start, end, eos = tokenizer.convert_tokens_to_ids(["<image>", "there", "and", "</s>"])
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=2, eos_token_id=eos,
-                         rope_scaling={"mrope_section": [1, 1, 2], "rope_type": "default"}),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32,
-                           patch_size=14, window_size=56, fullatt_block_indexes=[1]),
-        image_token_id=image, vision_start_token_id=start, vision_end_token_id=end, tie_word_embeddings=False)
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 16).save_pretrained(folder)
-    return folder
-
-
-def test_a_family_of_your_own_is_a_class_and_a_line(tmp_path, monkeypatch):
-    """Naive and packed equal transformers' own forward of ids and pixels; positions are (3, T)."""
-    monkeypatch.setitem(front.FAMILIES, "qwen2_5_vl", Qwen25)
-    m = vlm.load(write_qwen(tmp_path), dtype=torch.float64)
-    pairs, images, rejected = [], [], []
-    for name, sizes in (("one", ((90, 60),)), ("two", ((60, 120), (33, 45)))):
-        turned = tuple(size[::-1] for size in sizes)
-        prompts = (m.front.prompt_ids("what is this ?", shape) for shape in (sizes, turned))
-        responses = (m.front.response_ids(text) for text in ("a red cat on a dog", "no , no"))
-        pairs.append(data.Pair(name, *prompts, *responses, sizes, turned))
-        images.append([picture(len(images), size) for size in sizes])
-        rejected.append([picture(9, size) for size in turned])
-
-    def own(ids, response, shown):
-        ids = torch.tensor([ids + response])
-        labels = torch.full_like(ids, -100)
-        labels[0, -len(response):] = torch.tensor(response)
-        inputs = m.front.on_device(m.model, m.front.prepare(shown))
-        kinds = (ids == m.front.image_token_id).int()
-        logits = m.model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits
-        return losses.response_logps(logits, labels)[0]
-    expected = {"chosen": [own(p.prompt, p.chosen, x) for p, x in zip(pairs, images, strict=True)],
-                "rejected": [own(p.prompt, p.rejected, x) for p, x in zip(pairs, images, strict=True)],
-                "image_rejected": [own(p.prompt_rejected, p.chosen, x)
-                                   for p, x in zip(pairs, rejected, strict=True)]}
-    features = features_of(m, pairs, sum(images, []), sum(rejected, []))
-    for forward in (vlm.naive, vlm.packed):
-        got = forward(m, pairs, features, EVERYTHING)
-        for field, values in expected.items():
-            torch.testing.assert_close(getattr(got, field), torch.stack(values), rtol=1e-9, atol=0)
 
 
 # ---- templates: the prompts that the official codes and the model cards write ----

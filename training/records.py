@@ -121,6 +121,12 @@ DESCRIBE = ("Describe this image in detail.", "Take a look at this image and des
 
 
 # ---- what several formats share ----
+def brief(value, room=150):
+    """A record's text, or a sentence about it, as a message shows it: its two ends if it is long."""
+    text = str(value)
+    return text if len(text) <= room else f"{text[:room // 2]}...{text[-room // 2:]}"
+
+
 def _image_keys(found):
     """The keys of an object that name an image and have a value."""
     return [key for key, value in found.items() if value and IMAGE_KEY.fullmatch(key)]
@@ -181,7 +187,7 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
             means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
@@ -231,7 +237,7 @@ class Records:
         for name, (needed, read) in FORMATS.items():
             if keys >= set(needed.split()):
                 return name, read
-        keys = data.brief(", ".join(sorted(keys)))
+        keys = brief(", ".join(sorted(keys)))
         raise UserError(f"{self.place(i)}: no known format has the keys {keys}; rename them to those of one "
                         f"of {', '.join(FORMATS)} (docs/data.md)")
 
@@ -239,7 +245,11 @@ class Records:
         return len(self.keep)
 
     def __iter__(self):
-        return map(self.__getitem__, range(len(self)))
+        """All pairs, those of one record together."""
+        for i in range(len(self)):
+            pair = self[i]
+            yield pair
+            yield from (self[i + n * len(self)] for n in range(1, pair["pairs"]))
 
     def place(self, i):
         """FILE, line N (in parquet and arrow: record N): for messages."""
@@ -247,7 +257,7 @@ class Records:
 
     def where(self, i):
         """FILE, line N (id X): for messages."""
-        id, n = data.brief(self._id(self._raw(i), i)), i // len(self)
+        id, n = brief(self._id(self._raw(i), i)), i // len(self)
         return f"{self.place(i)} (id {id}#{n + 1})" if n else f"{self.place(i)} (id {id})"
 
     def _raw(self, i):
@@ -267,14 +277,16 @@ class Records:
             found = raw | self.read(raw)
             if found.get("tools"):
                 raise UserError("no prompt here tells of tools; remove them")
-            system = [("system", found["system"])] if found.get("system") else []
-            images = self._images(found, rejected=False)
+            system = found.get("system") or []
+            if system:
+                system = _turns({"role": "system", "content": system})
+            images, meta = self._images(found, rejected=False), raw.get("meta") or {}
             prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
             history, question = _dialogue(system + prompt, images)
             record = {"id": self._id(raw, i), "images": images,
                       "images_rejected": self._images(found, rejected=True),
                       "question": question, "history": history, "chosen": chosen,
-                      "meta": raw.get("meta") or {}, "pairs": 1}
+                      "meta": meta if isinstance(meta, dict) else {"meta": meta}, "pairs": 1}
             if self.rejected:
                 rejected = found["rejected"]
                 if isinstance(rejected, list) and not any(isinstance(turn, dict) for turn in rejected):
@@ -284,11 +296,11 @@ class Records:
                 _, record["rejected"] = _completed(prompt, rejected)
             return record
         except KeyError as error:
-            problem = f"key {data.brief(error)} is missing; add it"
+            problem = f"key {brief(error)} is missing; add it"
         except UserError as error:
-            problem = error
+            problem = brief(error, 400)
         except (TypeError, AttributeError, IndexError, ValueError) as error:
-            problem = f"not laid out as {self.format} is ({data.brief(error)}); fix the record"
+            problem = f"not laid out as {self.format} is ({brief(error)}); fix the record"
         raise UserError(f"{self.where(i)}: {problem}")
 
     def identity(self):
@@ -410,4 +422,4 @@ def _image_fault(records, key):
         for image in images:
             read_image(image)
     except UserError as error:
-        return str(error).replace(records.root + os.sep, "")       # as the records have it
+        return brief(str(error).replace(records.root + os.sep, ""), 250)       # as the records have it

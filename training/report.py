@@ -14,7 +14,19 @@ import numpy as np
 
 import data
 from evaluation import metrics, page, stats
+from model import command
 
+ROWS = ({str: {"acc": float}}, None)
+CHANGE = {"change": float, "interval": [float, float]}
+SIDE = command.fields("evaluation", by_kind=ROWS)
+PARTS = {"before": ({"by_kind": ROWS}, None), "after": ({"by_kind": ROWS}, None), "options": (dict, None),
+         "difference": ({str: (CHANGE, {str: CHANGE})}, None)}
+SUMMARY = command.fields("summary of a run", **PARTS)
+FINISHED = command.fields("summary of a finished run", pairs=int, steps=int, seconds=float, **PARTS)
+VALUE = [object] * 3                                       # a mean and its interval
+LOOK = dict.fromkeys(("preference", "margin", "margin_true_minus"), {str: VALUE})
+LOOK |= {"n": int, "logps_chosen": VALUE, "kl": VALUE}
+LOG = command.fields("log of a run", options=(dict, None), look=(LOOK, None))
 CURVES = (                                                 # title, what it says, {key of a log line: label}
     ("Loss", "", {"loss": "loss"}),
     ("Margins", "reward of chosen minus rejected; of the true image minus the other",
@@ -38,7 +50,7 @@ def values(side):
 
 def rows(summary):
     """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
-    before, after = (values(summary.get(side, {})) for side in ("before", "after"))
+    before, after = (values(summary.get(side) or {}) for side in ("before", "after"))
     paired = summary.get("difference", {})
     paired = paired | paired.get("by_kind", {})
     found = []
@@ -60,15 +72,24 @@ def table(summary):
     lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
     for name, before, after, change, spread in rows(summary):
         lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
-    return lines
+    return lines + remarks(summary)
+
+
+def remarks(summary):
+    """What both sides' scores say beside their numbers, a line each."""
+    found = []
+    for side in ("before", "after"):
+        found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
+    return found
 
 
 def before_and_after(summary):
-    images = summary.get("after", {}).get("images")
+    images = (summary.get("after") or {}).get("images")
     note = "On held-out pairs."
     if images:
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
                 "it is clear where its interval does not include 0.")
+    note = " ".join([note, *map(escape, remarks(summary))])
     head = "", "before", "after", "change", "95% interval of the change"
     return page.section("Before and after", note, page.table(head, rows(summary)))
 
@@ -126,7 +147,8 @@ def held_out(lines):
     head = ("log p(chosen) − log p(rejected), by the image shown", "before", "after", "margin",
             "true image’s margin minus it")
     for kind in first["preference"]:
-        body.append((IMAGES[kind], *(cell(column.get(kind, [None]), "+z.2f") for column in columns)))
+        cells = [cell(column.get(kind, [None]), "+z.2f") for column in columns]
+        body.append((IMAGES.get(kind, kind), *cells))
     for key, name in ONCE.items():
         least = 0 if key == "kl" else -np.inf
         body.append((name, *(cell(look[key], "z.2f", least) for look in (first, last))))
@@ -163,9 +185,9 @@ def answers(run):
 def write(run):
     """Write report.html into a run's folder and return its path. Raises UserError if there is no run."""
     run = Path(run)
-    first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
+    first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True, check=LOG)) or [{}]
     steps = [line for line in more if "step" in line]
-    summary = data.read_json(run / "summary.json", {})
+    summary = data.read_json(run / "summary.json", {}, SUMMARY)
     done = {"options": {}}
     for line in (first, *steps[-1:], summary):
         done |= line
@@ -181,7 +203,8 @@ def write(run):
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
     body += held_out([first, *more])
     if "difference" in summary:
-        body += answers(run)
+        with command.explained(f"{run}: its before.jsonl and after.jsonl are damaged", "use --restart"):
+            body += answers(run)
     data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
     return run / "report.html"
 
@@ -191,7 +214,7 @@ def main():
     parser.add_argument("run", type=Path, help="the folder of a run")
     try:
         print(write(parser.parse_args().run))
-    except data.UserError as error:
+    except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 
 

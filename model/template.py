@@ -1,0 +1,68 @@
+"""A chat template is a program that a model folder brings: it is tried before it is used.
+
+    check(folder, tokenizer, template, messages)    raises UserError for one that fails, or takes too much
+
+It is tried in a process of its own, which the system limits and which shares nothing with this one: a fork
+would inherit the locks of torch's threads.
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+from data import UserError
+from model import command
+
+WAIT = 8                                                # seconds, of a process that computes nothing
+
+
+def check(folder, tokenizer, template, messages):
+    """The text that the template of a folder makes of messages."""
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(template))             # transformers' own
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    given = json.dumps([plain, tokens | {"messages": messages, "add_generation_prompt": True}])
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", PROGRAM], input=given, capture_output=True,
+                              text=True, timeout=WAIT)
+        fault = "it computes for seconds" if done.returncode < 0 else done.stderr.strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        fault = f"it does not end within {WAIT} seconds"
+    if fault:
+        raise UserError(f"the chat template of {folder} takes too much for a question of one word: {fault}; "
+                        "correct it or name another")
+    with command.explained(f"the chat template of {folder} fails", "correct it or name another"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template,
+                                             add_generation_prompt=True)
+
+
+def _rendered():
+    """That process's work: no more than two seconds, half a gigabyte, and a hundred thousand characters."""
+    import json
+    import resource
+    import sys
+    from datetime import datetime
+
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+    if sys.platform == "linux":                         # others do not keep to it
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+    template, variables = json.load(sys.stdin)
+    here = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=["jinja2.ext.loopcontrols"])
+    here.filters["tojson"] = lambda value, **options: json.dumps(value, **options)
+    here.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        length = len(here.from_string(template).render(variables))
+    except MemoryError:
+        sys.exit("half a gigabyte of memory is not enough")
+    except Exception:                                   # which one is said when it is used
+        length = 0
+    if length > 100_000:
+        sys.exit(f"it writes {length:,} characters")
+
+
+PROGRAM = f"{inspect.getsource(_rendered)}_rendered()"
