@@ -653,6 +653,24 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
 
 
+def test_empty_answers_are_named_by_every_scorer_and_by_compare(tmp_path, coco, capsys):
+    path, rows = mmhal_file(tmp_path / "mmhal")
+    judged = write_json(tmp_path / "r.jsonl", [{"id": i, "reply": "Rating: 6"} for i in range(8)])
+    _, scenes = write_scenes(tmp_path / "scenes", 1)
+    for benchmark, lines, more in (
+            ("mmhal", mmhal_answers(rows), ["--template", path, "--judge", judged]),
+            ("chair", CAPTIONS, coco),
+            ("classroom", [line | {"answer": "yes"} for line in scenes], [])):
+        key = "answer" if benchmark == "classroom" else "text"
+        lines = [line | {key: "\n"} if place == 1 else line for place, line in enumerate(lines)]
+        name = lines[1].get("question_id", lines[1].get("id"))
+        scores, _ = score(tmp_path, benchmark, write_json(tmp_path / "a.jsonl", lines), *more)
+        says = f"1 answers are empty (ids {name}): a broken model"
+        assert capsys.readouterr().out.count(says) == 1 and [says in r for r in scores["remarks"]].count(True)
+        code, out, err = run("compare", *[tmp_path / "a.jsonl"] * 2, "--out", tmp_path / "p.html")
+        assert (code, err) == (0, "") and f"A: {says}" in out and f"B: {says}" in out
+
+
 def test_mmhal_joins_by_image(tmp_path):
     folder = need(SHARED / "cases" / "evaluation" / "mmhal-join")
     with pytest.raises(data.UserError, match="3 prompts"):
