@@ -93,7 +93,8 @@ def atomic_write(path, content):
     except OSError as e:
         raise UserError(f"{path} could not be written ({e.strerror}) and is as it was; free space") from e
     finally:
-        tmp.unlink(missing_ok=True)             # it is gone if all went well
+        with contextlib.suppress(OSError):      # gone already if all went well: renamed
+            tmp.unlink()
 
 
 def write_jsonl(path, rows):
@@ -219,7 +220,7 @@ def model_folder(name):
     for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
         if path.is_dir():
             return path
-    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
 
 
 def from_folder(kind, folder, what, fix, **options):

@@ -272,7 +272,7 @@ CHAT_MODEL = {
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
-        "--model": text("a llava-hf folder, or classroom", required=True),
+        "--model": text("a model's folder, or classroom", required=True),
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
         "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
         "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),

@@ -273,7 +273,7 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a llava-hf folder, or: classroom")
+    parser.add_argument("--model", required=True, help="a model's folder, or: classroom")
     parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

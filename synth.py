@@ -96,18 +96,14 @@ class Options:
 
 
 ROWS = {                                # the fields of each stage's rows, by the name of its file
-    "prompts": {"id": str, "number": int, "topic": str, "prompt": str},
-    "images": {"id": str, "prompt_id": str, "guidance": float, "seed": int, "image": str},
-    "ranked": {"id": str, "topic": str, "prompt": str, "image": str, "guidance": float,
-               "candidates": [{"image": str, "guidance": float, "seed": int}],
-               "dropped": (str, None), "scores": {str: [float]}},
-    "instructions": {"id": str, "question": str},
-    "responses": {"id": str, "model": str, "response": str, "finished": (bool, None)},
-    "pairs": {"id": str, "meta": {"models": [str, str]}},
-    "dropped": {"id": str, "reason": str},
-    "faults": {"id": str, "model": str, "faults": [str]}}
-SCORES = {"id": str, "model": str, "score": float}                                      # of scores-NAME
-ROWS["scores-armorm"] = SCORES | {"rewards": [float]}
+    "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
+    "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
+    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
+    "dropped": "id reason", "faults": "id model faults"}
+FIELDS = {                              # those that are no texts
+    "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
+    "candidates": [{"image": str, "guidance": float, "seed": int}], "scores": {str: [float]},
+    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -136,8 +132,9 @@ class Run:
         """The lines of OUT/name.jsonl. Where it is missing: [] without `made_by`, else a UserError."""
         path = self.path(name)
         if path.exists():
-            check = command.fields(f"file of {name}", **ROWS.get(name, SCORES))
-            return list(data.read_jsonl(path, check=check))
+            names = ROWS.get(name, "id model score").split()
+            shapes = {field: FIELDS.get(field, str) for field in names}
+            return list(data.read_jsonl(path, check=command.fields(f"file of {name}", **shapes)))
         if made_by:
             raise UserError(f"{path} is missing: run `python synth.py {made_by}` with this --out first")
         return []

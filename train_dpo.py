@@ -8,9 +8,9 @@
     python train_dpo.py --dry_run --preset ...              what it would need
 
 The first takes two minutes on two CPU cores. A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out):
-log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a llava-hf folder) with --no-lora, report.html,
-last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a
-finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a whole model) with --no-lora, report.html,
+last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a finished run prints
+its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
 
@@ -265,7 +265,7 @@ def evaluate(run, name):
 
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
-    found = checkpoint.kept(file, report.SIDE)
+    found = checkpoint.kept(file, report.values)
     if not found:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
@@ -340,7 +340,7 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not checkpoint.kept(out / "summary.json", report.FINISHED):
+    if not checkpoint.kept(out / "summary.json", report.told):
         # ---- two settings for the whole process ----
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
@@ -348,12 +348,11 @@ def launch(o, ranks):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
         train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary = data.read_json(out / "summary.json", check=report.FINISHED)
+        summary = data.read_json(out / "summary.json")
         page = out / "report.html"
         if not page.exists():
             report.write(out)
-        print("\n".join(report.table(summary)))
-        print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
+        print("\n".join(report.told(summary)) + f": {page}")
     ranks.barrier()
 
 

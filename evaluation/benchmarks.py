@@ -28,11 +28,8 @@ from evaluation.stats import first, image_number
 from model import command
 from model.command import NAME
 
-MARK = {"image_id": int, "category_id": (None, int), "caption": (None, str)}
 ANSWER = command.fields("file of answers", image=(*NAME, None), image_id=(*NAME, None),
                         settings=({"questions": (int, None), "benchmark": (str, None)}, None))
-COCO = command.fields("file of COCO's", images=[(None, {"id": int})], annotations=[(None, MARK)],
-                      categories=(None, [{"id": int, "name": str}]))
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
 HUBS = {"text": "question", "label": "answer", "image": "image_source", "split": "category"}  # lmms-lab/POPE
 LONGEST = 300                                  # characters: anything longer is base64, not a file's name
@@ -282,19 +279,21 @@ def coco_truth(folder, answers, table, lemmatize):
             return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
-        part = data.read_json(Path(folder) / f"{name}2014.json", check=COCO, object_hook=slim)
-        names = {category["id"]: category["name"] for category in part.get("categories", [])}
-        for image in filter(None, part["images"]):
-            truth.setdefault(image["id"], set())
-        for mark in filter(None, part["annotations"]):
-            found = truth.setdefault(mark["image_id"], set())
-            if "caption" in mark:
-                named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
-                found.update(kind for _, kind in named)
-                continue
-            name = names.get(mark.get("category_id"))
-            if name not in table:
-                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
-                                "or of Object HalBench")
-            found.add(table[name])
+        path = Path(folder) / f"{name}2014.json"
+        part = data.read_json(path, check=data.as_record, object_hook=slim)
+        with command.explained(f"{path} is not COCO's", "copy it again"):
+            names = {category["id"]: category["name"] for category in part.get("categories", [])}
+            for image in filter(None, part["images"]):
+                truth.setdefault(image["id"], set())
+            for mark in filter(None, part["annotations"]):
+                found = truth.setdefault(mark["image_id"], set())
+                if "caption" in mark:
+                    named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
+                    found.update(kind for _, kind in named)
+                    continue
+                name = names.get(mark.get("category_id"))
+                if name not in table:
+                    raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of "
+                                    "CHAIR or of Object HalBench")
+                found.add(table[name])
     return truth

@@ -350,14 +350,21 @@ class Server:
             headers["Authorization"] = f"Bearer {self.key}"
         target = f"{self.path}/chat/completions?{self.query}".rstrip("?")
         try:
-            with (socket.create_connection(self.address, self.timeout / 2) as plain,       # a name has two
-                  plain.dup() as same):
+            connection = http.client.HTTPConnection(*self.address, self.timeout / 2)
+            with contextlib.closing(connection):
+                connection.connect()                                    # to one of two addresses, often
+                connection.sock.settimeout(self.timeout)
                 # the socket's own timeout starts anew with each byte
-                timer = threading.Timer(end - time.monotonic(), shut, [same])
+                timer = threading.Timer(end - time.monotonic(), shut, [connection.sock.dup()])
                 timer.daemon = True                                     # a process that ends does not wait
                 timer.start()
                 try:
-                    response, text = self.said(plain, target, json.dumps(body), headers)
+                    if self.tls:
+                        host, _ = self.address
+                        connection.sock = self.tls.wrap_socket(connection.sock, server_hostname=host)
+                    connection.request("POST", target, json.dumps(body), headers)
+                    response = connection.getresponse()
+                    text = response.read(LARGEST).decode("utf-8", "replace")
                 finally:
                     timer.cancel()
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -365,18 +372,6 @@ class Server:
                 return 0, "", f"no answer within {self.timeout:g} seconds"
             return 0, "", f"no connection: {self.host}, {error or type(error).__name__}"
         return response.status, response.headers.get("Retry-After", ""), text
-
-
-    def said(self, plain, target, body, headers):
-        """-> (the answer's head, its text) to a request over a socket."""
-        plain.settimeout(self.timeout)
-        with contextlib.closing(http.client.HTTPConnection(self.host)) as connection:
-            connection.sock = plain
-            if self.tls:
-                connection.sock = self.tls.wrap_socket(plain, server_hostname=self.address[0])
-            connection.request("POST", target, body, headers)
-            response = connection.getresponse()
-            return response, response.read(LARGEST).decode("utf-8", "replace")
 
 
 def shut(connected):

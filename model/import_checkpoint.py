@@ -404,7 +404,7 @@ def run(src, dst, tower=None, report=print, base=None):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing."""
+    """Lines that say what a model's folder is, by its files, and what is torn or missing."""
     folder = data.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []

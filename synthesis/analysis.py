@@ -23,7 +23,7 @@ from html import escape
 
 import data
 from evaluation import page
-from model import ask
+from model import ask, command
 from synthesis import pairing, prompts
 
 ASK_JUDGE = ("Two pictures were made from this description:\n{prompt}\nWhich shows it better: the first (A) "
@@ -235,15 +235,11 @@ def gallery(run, ranked, analysis):
 def analyse(run):
     """Writes analysis.json and gallery.html into the run's folder."""
     ranked, file = run.rows("ranked", "rank"), run.out / "gallery.html"
-    kinds = set()
-    for row in ranked:
-        kinds.add((*row["scores"], len(row["candidates"]), *map(len, row["scores"].values())))
-    if len(kinds) != 1 or len({*map(len, ranked[0]["scores"].values()), len(ranked[0]["candidates"])}) != 1:
-        raise data.UserError(f"{run.out}/ranked.jsonl: not every ranker scored every candidate; rank again")
-    found = {"guidance": guidance(ranked),
-             "agreement": agreement(ranked),
-             "judge": judged(run, ranked),
-             "similarity": similarity(run)}
+    with command.explained(f"{file.parent}: its files are not those of one run", "run the stages again"):
+        found = {"guidance": guidance(ranked),
+                 "agreement": agreement(ranked),
+                 "judge": judged(run, ranked),
+                 "similarity": similarity(run)}
     data.atomic_write(run.out / "analysis.json", json.dumps(found, indent=1) + "\n")
     data.atomic_write(file, gallery(run, ranked, found))
     run.say("analyse", prompts=len(ranked), page=str(file))

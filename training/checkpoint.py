@@ -31,11 +31,14 @@ class State:
     log_bytes: int = 0
 
 
-def kept(path, check):
-    """What a JSON file of a run holds; None where it is missing or damaged, and is to be made again."""
+def kept(path, use):
+    """What a JSON file of a run holds; None where it is missing or `use` fails on it: it is to be made again.
+    """
     try:
-        return data.read_json(path, check=check)
-    except (ValueError, TypeError):
+        found = data.read_json(path)
+        use(found)
+        return found
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
 
 

@@ -71,7 +71,7 @@ def look(m, records, good, o, name, kept=None):
             data.atomic_write(kept, json.dumps(policy.tolist()))
     else:
         drawn = divergence(m, shown, o)
-        reference = checkpoint.kept(kept, lambda found, path: np.array(found, float).reshape(policy.shape))
+        reference = checkpoint.kept(kept, lambda rows: np.array(rows, float).reshape(policy.shape))
         if reference is None:
             with vlm.base_of(m) as base:
                 reference = scores(base, shown, kinds, o, name)

@@ -30,7 +30,7 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a llava-hf folder, or classroom")
+    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
     data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")

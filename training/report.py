@@ -16,17 +16,6 @@ import data
 from evaluation import metrics, page, stats
 from model import command
 
-ROWS = ({str: {"acc": float}}, None)
-CHANGE = {"change": float, "interval": [float, float]}
-SIDE = command.fields("evaluation", by_kind=ROWS)
-PARTS = {"before": ({"by_kind": ROWS}, None), "after": ({"by_kind": ROWS}, None), "options": (dict, None),
-         "difference": ({str: (CHANGE, {str: CHANGE})}, None)}
-SUMMARY = command.fields("summary of a run", **PARTS)
-FINISHED = command.fields("summary of a finished run", pairs=int, steps=int, seconds=float, **PARTS)
-VALUE = [object] * 3                                       # a mean and its interval
-LOOK = dict.fromkeys(("preference", "margin", "margin_true_minus"), {str: VALUE})
-LOOK |= {"n": int, "logps_chosen": VALUE, "kl": VALUE}
-LOG = command.fields("log of a run", options=(dict, None), look=(LOOK, None))
 CURVES = (                                                 # title, what it says, {key of a log line: label}
     ("Loss", "", {"loss": "loss"}),
     ("Margins", "reward of chosen minus rejected; of the true image minus the other",
@@ -50,7 +39,7 @@ def values(side):
 
 def rows(summary):
     """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
-    before, after = (values(summary.get(side) or {}) for side in ("before", "after"))
+    before, after = (values(summary.get(side, {})) for side in ("before", "after"))
     paired = summary.get("difference", {})
     paired = paired | paired.get("by_kind", {})
     found = []
@@ -65,6 +54,12 @@ def rows(summary):
                 spread = "   undefined: 0 of 0"
             found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
+
+
+def told(summary):
+    """What a finished run prints."""
+    counts = "{pairs} pairs, {steps} steps, {seconds:.0f} s".format(**summary)
+    return [*table(summary), counts]
 
 
 def table(summary):
@@ -84,7 +79,7 @@ def remarks(summary):
 
 
 def before_and_after(summary):
-    images = (summary.get("after") or {}).get("images")
+    images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
@@ -147,8 +142,7 @@ def held_out(lines):
     head = ("log p(chosen) − log p(rejected), by the image shown", "before", "after", "margin",
             "true image’s margin minus it")
     for kind in first["preference"]:
-        cells = [cell(column.get(kind, [None]), "+z.2f") for column in columns]
-        body.append((IMAGES.get(kind, kind), *cells))
+        body.append((IMAGES[kind], *(cell(column.get(kind, [None]), "+z.2f") for column in columns)))
     for key, name in ONCE.items():
         least = 0 if key == "kl" else -np.inf
         body.append((name, *(cell(look[key], "z.2f", least) for look in (first, last))))
@@ -185,9 +179,17 @@ def answers(run):
 def write(run):
     """Write report.html into a run's folder and return its path. Raises UserError if there is no run."""
     run = Path(run)
-    first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True, check=LOG)) or [{}]
+    first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
+    summary = data.read_json(run / "summary.json", {}, data.as_record)
+    with command.explained(f"{run}: a file of the run is damaged", "train again, to be sure with --restart"):
+        body = content(run, first, more, summary)
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
+    return run / "report.html"
+
+
+def content(run, first, more, summary):
+    """The page's HTML, of the lines of the log and the summary."""
     steps = [line for line in more if "step" in line]
-    summary = data.read_json(run / "summary.json", {}, SUMMARY)
     done = {"options": {}}
     for line in (first, *steps[-1:], summary):
         done |= line
@@ -203,10 +205,8 @@ def write(run):
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
     body += held_out([first, *more])
     if "difference" in summary:
-        with command.explained(f"{run}: its before.jsonl and after.jsonl are damaged", "use --restart"):
-            body += answers(run)
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
-    return run / "report.html"
+        body += answers(run)
+    return body
 
 
 def main():
