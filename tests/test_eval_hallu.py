@@ -572,10 +572,11 @@ def test_the_hubs_pope_is_asked_and_scored_as_popes_own_files(m, tmp_path):
               "category": line["category"]} for line in hubs]
     for lines in (answers, [{"id": line["id"]} for line in hubs],
                   [{"id": int(line["id"])} for line in hubs[::-1]],
-                  [line | {"answer": 0} for line in hubs],
+                  [{key: line[key] for key in line if key != "image"} for line in hubs],
                   [line | {"question": line["question"][:-11]} for line in named[::-1]]):
         lines = [line | {"answer": "yes"} for line in lines]
-        found, _ = score(tmp_path, "pope", write_json(tmp_path / "b.jsonl", lines), "--questions", path)
+        name = "random.jsonl" if "category" in lines[0] else "b.jsonl"            # what a line says counts
+        found, _ = score(tmp_path, "pope", write_json(tmp_path / name, lines), "--questions", path)
         assert found | {"version": ""} == expected | {"version": ""}
     asked, wanted = (benchmarks.questions("pope", [each], tmp_path / "own")
                      for each in (path, tmp_path / "own"))
@@ -651,6 +652,24 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
     score(tmp_path, "pope", answers, "--questions", questions)
     assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
+
+
+def test_empty_answers_are_named_by_every_scorer_and_by_compare(tmp_path, coco, capsys):
+    path, rows = mmhal_file(tmp_path / "mmhal")
+    judged = write_json(tmp_path / "r.jsonl", [{"id": i, "reply": "Rating: 6"} for i in range(8)])
+    _, scenes = write_scenes(tmp_path / "scenes", 1)
+    for benchmark, lines, more in (
+            ("mmhal", mmhal_answers(rows), ["--template", path, "--judge", judged]),
+            ("chair", CAPTIONS, coco),
+            ("classroom", [line | {"answer": "yes"} for line in scenes], [])):
+        key = "answer" if benchmark == "classroom" else "text"
+        lines = [line | {key: "\n"} if place == 1 else line for place, line in enumerate(lines)]
+        name = lines[1].get("question_id", lines[1].get("id"))
+        scores, _ = score(tmp_path, benchmark, write_json(tmp_path / "a.jsonl", lines), *more)
+        says = f"1 answers are empty (ids {name}): a broken model"
+        assert capsys.readouterr().out.count(says) == 1 and [says in r for r in scores["remarks"]].count(True)
+        code, out, err = run("compare", *[tmp_path / "a.jsonl"] * 2, "--out", tmp_path / "p.html")
+        assert (code, err) == (0, "") and f"A: {says}" in out and f"B: {says}" in out
 
 
 def test_mmhal_joins_by_image(tmp_path):
