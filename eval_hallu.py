@@ -89,7 +89,7 @@ def score_chair(o, lines):
 
 def score_mmhal(o, lines):
     template = benchmarks.records(o.template, "MMHal template", image_content=[str], question=str,
-                                  gt_answer=str, image_id=(str, None))
+                                  gt_answer=str, image_id=(*command.NAME, None))
     text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     if not o.judge:

@@ -208,8 +208,9 @@ def claim(out, o):
     which --restart moves away first."""
     lock = command.claim(out)
     if o.restart:
-        taken = (out.with_name(f"{out.name}.{n}") for n in count(1))
-        out.rename(next(folder for folder in taken if not folder.exists()))
+        here = out.absolute()
+        names = (here.with_name(f"{here.name}.{n}") for n in count(1))
+        here.rename(next(name for name in names if not name.exists()))
         lock = command.claim(out)
     log = out / "log.jsonl"
     check = command.fields("log of a run", options=(dict, None))
