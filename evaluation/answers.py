@@ -1,6 +1,6 @@
 """Let a model answer a benchmark's questions: batched, greedy, over several ranks, and never twice.
 
-    answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's, with a model of vlm.load
+    answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's; m: vlm.load's, ask.connect's
     answer_questions(m, "pope", questions, "answers.jsonl")      a published benchmark's, of benchmarks.py
 
 For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import data
 from evaluation import benchmarks, metrics, objects, words
-from model import command
+from model import ask, command
 from model.ask import hashed as _hash
 
 LENGTHS = {"classroom": 64,                                             # tokens of an answer
@@ -42,6 +42,9 @@ def read_scenes(path):
 def describe(m, **more):
     """The settings that decide the answers: a file that was begun with others is not continued."""
     import lora
+    if isinstance(m, ask.Server):
+        return {"model": m.settings["model"] or m.host, "base": command.identity(m.url),
+                "decoding": "greedy", **more}
     digest = hashlib.sha256()
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
@@ -67,7 +70,10 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
-    store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
+    make = partial(_texts, m, max_new_tokens, batch_size)
+    if isinstance(m, ask.Server):
+        make = partial(_replies, m)
+    store.work(items, make, batch_size, description)
 
 
 def _texts(m, max_new_tokens, batch_size, groups):
@@ -80,6 +86,20 @@ def _texts(m, max_new_tokens, batch_size, groups):
         prompts = [question.prompt for question in questions]
         texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         yield [{"answer": text} for text in texts]
+
+
+def _replies(server, groups):
+    """The same from a server, which is asked a group at once. Raises UserError for one without a reply."""
+    for group in groups:
+        asked = []
+        for item in group:
+            question = item["_question"]
+            asked.append(ask.Question(item["id"], question.prompt, (question.image,)))
+        said = dict(server.ask(asked))
+        if lost := [each for each in asked if each.id not in said]:
+            raise data.UserError(f"{server.host} has no answer to {len(lost)} questions, first to "
+                                 f"{lost[0].text[:60]!r} ({server.reason}); the same command asks again")
+        yield [{"answer": said[each.id]["reply"].strip()} for each in asked]
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
