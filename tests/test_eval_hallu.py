@@ -322,8 +322,8 @@ def test_a_server_answers_in_order_and_is_asked_for_what_is_missing(tmp_path):
         assert run(*argv)[0] == 0
         head, *lines = data.read_records(out)
         assert head["settings"]["model"] == "big" and len(lines) == 6
-        assert all(line["answer"] == f"yes, {line['text']}" for line in lines)
-        assert len(calls) == 2 + 2 + 4                                      # answered, refused, what was missing
+        assert all(line["answer"] == f"yes, {line['question']}" for line in lines)
+        assert len(calls) == 2 + 2 + 4                                  # answered, refused, what was missing
         for wrong in (["--adapter", "A"], ["--dtype", "float32"]):
             code, _, err = run(*argv, *wrong)
             assert code == 1 and f"{wrong[0]} does not go with" in err
