@@ -33,7 +33,7 @@ def read_scenes(path):
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"
-    scenes = benchmarks.records(file, ("question", "image"), "file of scenes")
+    scenes = benchmarks.records(file, "file of scenes", question=str, image=str)
     for number, scene in enumerate(scenes, 1):
         objects.check_truth(scene, f"{file}, line {number}")
     return scenes, file
@@ -125,12 +125,12 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
 # ---- for training ----
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
-    return metrics.classroom(data.read_records(answers_path))
+    return metrics.classroom(benchmarks.read_answers([answers_path]))
 
 
 def difference(before_path, after_path):
     """-> metrics.difference of two answers files."""
-    return metrics.difference(data.read_records(before_path), data.read_records(after_path))
+    return metrics.difference(*(benchmarks.read_answers([path]) for path in (before_path, after_path)))
 
 
 def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follow_links=False, **options):
@@ -141,7 +141,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follo
     answer_questions, such as batch_size.
     """
     Path(out_path).unlink(missing_ok=True)                       # of other weights, if the run was resumed
-    first, *_ = benchmarks.records(path, (), "question file")
+    first, *_ = benchmarks.records(path, "question file")
     kind = "pope" if "label" in first else "objhal"
     questions = benchmarks.questions(kind, [path], images, follow_links=follow_links)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
@@ -149,7 +149,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follo
     if kind == "pope":
         scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
         return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
-    table = objects.synonyms(data.read_text(synonyms))
+    table = objects.synonyms(command.read_text(synonyms))
     truth = benchmarks.coco_truth(annotations, lines, table, words.singulars)
     scores, _ = metrics.chair(lines, truth, table, words.singulars)
     return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}

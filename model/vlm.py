@@ -1,8 +1,7 @@
-"""Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses, generate.
 
-A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
-LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py and the families.
+A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
+classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -27,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +68,10 @@ class Features(NamedTuple):
 
 # -------------------------------------------------------------------------------- loading
 def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
-    """A VLM from a llava-hf folder, or from what front.open_folder made of it, frozen and in eval mode.
+    """A VLM from a model's folder, or from what front.open_folder made of it, frozen and in eval mode.
 
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
-    UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
+    UserError for a folder of no known family or without a part, and for a bad adapter.
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
@@ -101,10 +100,13 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
+    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
+                                 "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
     own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
@@ -271,6 +273,15 @@ class Layout:
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
+    @cached_property
+    def masks(self):
+        """For in_turn: which of its prompt and itself `rejected` sees, once for all layers."""
+        found = []
+        for s in self.segments:
+            seen = self.keys.new_ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool)
+            found.append(seen.tril(s.prompt))
+        return found
+
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `layout` is given (generation, naive).
@@ -304,7 +315,6 @@ def at_once(query, key, value, layout, **options):
 
 def in_turn(query, key, value, layout, **options):
     """Segment by segment: on any device, in any type."""
-    from torch.nn.attention.bias import causal_lower_right
     attend = partial(F.scaled_dot_product_attention, **options)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths = []
@@ -312,14 +322,13 @@ def in_turn(query, key, value, layout, **options):
         lengths += [s.prompt + s.chosen, s.rejected]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = []
-    for s in layout.segments:
+    for s, mask in zip(layout.segments, layout.masks, strict=True):
         q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
         q, k_own, v_own = next(pieces)                                          # of rejected
         if s.rejected:
             k = torch.cat([k[:, :, :s.prompt], k_own], 2)
             v = torch.cat([v[:, :, :s.prompt], v_own], 2)
-            mask = causal_lower_right(s.rejected, s.prompt + s.rejected)
             out.append(attend(q, k, v, attn_mask=mask))
     return torch.cat(out, 2).transpose(1, 2)
 

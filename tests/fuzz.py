@@ -91,6 +91,12 @@ def remember():
     import_checkpoint.describe = lambda folder: once(folder, f"of {folder}", lambda: [*describe(folder)])
 
 
+def spare_devices(event, words):
+    """An audit hook: root could put a file in a device's place."""
+    if event == "os.rename" and str(words[1]).startswith(("/dev/", "/proc/")):
+        raise AssertionError(f"{words[1]} would be replaced")
+
+
 def work(tasks, folder, pipe, log):
     """A child: the inputs one after another. One that hangs, or takes 2 GiB, ends it."""
     os.chdir(folder)
@@ -98,6 +104,7 @@ def work(tasks, folder, pipe, log):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdin = open(os.devnull)
     os.environ["OPENAI_API_KEY"] = "sk-secret"
+    sys.addaudithook(spare_devices)
     remember()
     gc.freeze()                                          # the product collects garbage between models
     status = Path("/proc/self/status")

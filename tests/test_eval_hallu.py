@@ -422,6 +422,20 @@ def test_another_benchmarks_file_is_refused_by_name(tmp_path, benchmark, given, 
         benchmarks.questions(benchmark, [path])
 
 
+def test_links_out_of_the_folder_of_images_are_followed_on_request(tmp_path):
+    path, rows = pope_file(tmp_path / "data")
+    (tmp_path / "links").mkdir()
+    for name in {row["image"] for row in rows}:
+        (tmp_path / "links" / name).symlink_to(tmp_path / "data" / name)
+    with pytest.raises(data.UserError, match="--follow_links"):
+        benchmarks.questions("pope", [path], tmp_path / "links")
+    found = benchmarks.questions("pope", [path], tmp_path / "links", follow_links=True)
+    assert [question.image for question in found] == [str(tmp_path / "links" / row["image"]) for row in rows]
+    o = eval_hallu.parse(["answers", "pope", "--model", "m", "--data", str(path), "--out", "o",
+                          "--follow_links"])
+    assert o.follow_links
+
+
 def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_path):
     path, rows = pope_file(tmp_path / "data")
     (tmp_path / "data" / rows[0]["image"]).unlink()

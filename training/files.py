@@ -59,7 +59,7 @@ class Array(list):
         with open() as file:
             rows = data.parse(file.read(), path)
         if isinstance(rows, dict):
-            rows = [{"image_id": name, **row} for name, row in rows.items()]
+            rows = [{"image_id": name, **data.as_record(row, path)} for name, row in rows.items()]
         super().__init__(rows)
 
     @cached_property
@@ -120,7 +120,7 @@ class Folder(list):
     def __init__(self, folder):
         names = sorted(filter(SHARD.fullmatch, os.listdir(folder)))
         if len({SHARD.fullmatch(name).groups() for name in names}) != 1:
-            there = ", ".join(names[:4]) or "no parquet, arrow or JSON"
+            there = ", ".join((names or sorted(os.listdir(folder)))[:4])
             raise UserError(f"{folder} could not be read (Is a directory with {there}): give a file, or a "
                             "folder of parquet, arrow or JSON files of one kind and split")
         self.files = [opened(os.path.join(folder, name)) for name in names]

@@ -43,6 +43,7 @@ from tqdm import tqdm
 import data
 from evaluation import stats
 from model import vlm
+from training import checkpoint
 from training.batches import tokenise
 
 
@@ -70,9 +71,8 @@ def look(m, records, good, o, name, kept=None):
             data.atomic_write(kept, json.dumps(policy.tolist()))
     else:
         drawn = divergence(m, shown, o)
-        if kept and kept.exists():
-            reference = np.array(data.read_json(kept))
-        else:
+        reference = checkpoint.kept(kept, lambda rows: np.array(rows, float).reshape(policy.shape))
+        if reference is None:
             with vlm.base_of(m) as base:
                 reference = scores(base, shown, kinds, o, name)
 
@@ -95,7 +95,7 @@ def look(m, records, good, o, name, kept=None):
 # ---- which pair is shown which image ----
 def kinds_of(shown, images, seed):
     """{true, blank, other, same_theme: {place of a pair: of the pair whose image it is shown}}."""
-    themes = [record["meta"].get("theme") for record in shown]
+    themes = [str(record["meta"].get("theme") or "") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
     own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)

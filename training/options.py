@@ -12,6 +12,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import data
@@ -27,8 +28,9 @@ DAMAGED = tuple(data.REJECTED)
 @dataclass(frozen=True)
 class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
-    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
-    model: str = option("classroom", "a llava-hf folder, or classroom")
+    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
+                         "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
+    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
     data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
@@ -49,24 +51,26 @@ class Options:
     lr: float = option(2e-4, "peak learning rate", above=0)
     lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
                          off="--no-lora")
-    seed: int = option(0, "pairs, LoRA, order and draws")
-    eval_seed: int = option(0, "the scenes of the printed table")
+    seed: int = option(0, "pairs, LoRA, order and draws", at_least=0)
+    eval_seed: int = option(0, "the scenes of the printed table", at_least=0)
     eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float64"))
     dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
+    restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
 
     lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
     weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = behind_set(0.9, "AdamW's first beta")
-    adam_beta2: float = behind_set(0.999, "AdamW's second beta")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_least=0, at_most=0.9999999)
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_least=0, at_most=0.9999999)
     clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0)
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0,
+                               at_most=1)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -104,8 +108,12 @@ _MDPO = dict(
     lora_r=64, lora_alpha=128,                                                                             # p
     weight_decay=0.05, adam_beta2=0.98, clip=1.0, max_length=2048, template="vicuna", micro_batch=4,       # c
 )
+_SMALL = _MDPO | {"template": "", "micro_batch": 1}                # for a laptop; all of these are ours: o
 PRESETS = {
     "classroom": {},                                                                                       # o
+    "smolvlm-256m": _SMALL,
+    "smolvlm-500m": _SMALL,
+    "qwen2.5-vl-3b": _SMALL,
     "mdpo-bunny": _MDPO,
     "mdpo-llava": _MDPO,
     "pds-llava": dict(
@@ -176,11 +184,18 @@ def departures(o):
 
 
 # ---------------------------------------------------------------------------------------- the run's folder
+def decisive(o):
+    """{name: value} of what a run depends on: all but whether it begins anew."""
+    found = asdict(o)
+    del found["restart"]
+    return found
+
+
 def run_folder(o):
     """The run's folder. Its default name holds a hash of the options and of losses.py: an edit, a new run."""
     if o.out:
         return Path(o.out)
-    text = repr(sorted(asdict(o).items())) + losses_source()
+    text = repr(sorted(decisive(o).items())) + losses_source()
     return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -189,14 +204,20 @@ def losses_source():
 
 
 def claim(out, o):
-    """Lock the folder; returns the lock. Raises UserError if it is in use or holds a run of other options."""
+    """Lock the folder; returns the lock. Raises UserError if it is in use or holds a run of other options,
+    which --restart moves away first."""
     lock = command.claim(out)
+    if o.restart:
+        taken = (out.with_name(f"{out.name}.{n}") for n in count(1))
+        out.rename(next(folder for folder in taken if not folder.exists()))
+        lock = command.claim(out)
     log = out / "log.jsonl"
-    first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
+    check = command.fields("log of a run", options=(dict, None))
+    first = next(data.read_jsonl(log, torn_ok=True, check=check), None) if log.exists() else None
     if not first:
         return lock
     there = asdict(Options()) | first.get("options", {})           # the log is older than an option
-    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in asdict(o).items()
+    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
@@ -208,7 +229,7 @@ def claim(out, o):
             differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
-                             "give another folder")
+                             "give another folder, or --restart")
     return lock
 
 
