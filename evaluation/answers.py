@@ -70,10 +70,7 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
-    make = partial(_texts, m, max_new_tokens, batch_size)
-    if isinstance(m, ask.Server):
-        make = partial(_replies, m)
-    store.work(items, make, batch_size, description)
+    store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
 
 
 def _texts(m, max_new_tokens, batch_size, groups):
@@ -82,24 +79,23 @@ def _texts(m, max_new_tokens, batch_size, groups):
     read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
     for group in groups:
         questions = [item["_question"] for item in group]
-        images = [[read(question.image)] for question in questions]
-        prompts = [question.prompt for question in questions]
-        texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if isinstance(m, ask.Server):
+            texts = _replies(m, questions)
+        else:
+            images = [[read(question.image)] for question in questions]
+            prompts = [question.prompt for question in questions]
+            texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
         yield [{"answer": text} for text in texts]
 
 
-def _replies(server, groups):
-    """The same from a server, which is asked a group at once. Raises UserError for one without a reply."""
-    for group in groups:
-        asked = []
-        for item in group:
-            question = item["_question"]
-            asked.append(ask.Question(item["id"], question.prompt, (question.image,)))
-        said = dict(server.ask(asked))
-        if lost := [each for each in asked if each.id not in said]:
-            raise data.UserError(f"{server.host} has no answer to {len(lost)} questions, first to "
-                                 f"{lost[0].text[:60]!r} ({server.reason}); the same command asks again")
-        yield [{"answer": said[each.id]["reply"].strip()} for each in asked]
+def _replies(server, questions):
+    """What a server answers, asked at once. Raises UserError if a question gets no reply."""
+    asked = [ask.Question(n, question.prompt, (question.image,)) for n, question in enumerate(questions)]
+    said = dict(server.ask(asked))
+    if len(said) < len(asked):
+        raise data.UserError(f"{server.host} leaves {len(asked) - len(said)} questions without an answer "
+                             f"({server.reason}); the same command asks again")
+    return [said[question.id]["reply"].strip() for question in asked]
 
 
 def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
