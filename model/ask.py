@@ -143,9 +143,9 @@ def public(source):
 
 
 def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels if that is given. In its own size, a JPEG
-    or PNG keeps its bytes, and any other format becomes a PNG."""
-    raw = data.read_bytes(path)
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels if that is given. In its own
+    size, a JPEG or PNG keeps its bytes, and any other format becomes a PNG."""
+    raw = path if isinstance(path, bytes) else data.read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
         image, buffer = data.read_image(path), io.BytesIO()

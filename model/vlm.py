@@ -80,8 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    transformers.AttentionInterface.register("packed", packed_attention)
-    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
+        transformers.AttentionInterface.register("packed", packed_attention)
+        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -336,13 +337,10 @@ def compile_layers(m):
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
     import transformers
-    from transformers.masking_utils import sdpa_mask
     # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("called", torch.compiler.disable(packed_attention))
-    transformers.AttentionMaskInterface.register("called", sdpa_mask)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
         each.compiled = True
-        each.language_model.set_attn_implementation("called")
         for layer in each.language_model.layers:
             for part in layer.children():
                 part.compile(dynamic=True)

@@ -303,6 +303,34 @@ def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
     assert code == 1 and "template" in err
 
 
+def test_a_server_answers_in_order_and_is_asked_for_what_is_missing(tmp_path):
+    path, _ = pope_file(tmp_path / "data")
+    out = tmp_path / "a.jsonl"
+    up = []
+
+    def respond(body, number):
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/")
+        assert (body["max_tokens"], body["temperature"], body["model"]) == (7, 0.0, "big")
+        return reply(f" yes, {text['text']} ") if up or number <= 2 else (400, "broken")
+    with server(respond) as (url, calls):
+        argv = ["answers", "pope", "--model", url, "--data", path, "--out", out, "--chat_model", "big",
+                "--max_new_tokens", 7, "--batch_size", 2]
+        code, _, err = run(*argv)
+        assert code == 1 and "the same command asks again" in err and "Traceback" not in err
+        up.append(True)
+        assert run(*argv)[0] == 0
+        head, *lines = data.read_records(out)
+        assert head["settings"]["model"] == "big" and len(lines) == 6
+        assert all(line["answer"] == f"yes, {line['question']}" for line in lines)
+        assert len(calls) == 2 + 2 + 4                                  # answered, refused, what was missing
+        for wrong in (["--adapter", "A"], ["--dtype", "float32"]):
+            code, _, err = run(*argv, *wrong)
+            assert code == 1 and f"{wrong[0]} does not go with" in err
+    code, _, err = run("answers", "pope", "--model", "m", "--chat_model", "big", "--data", path, "--out", out)
+    assert code == 1 and "--chat_model does not go with --model m" in err
+
+
 @pytest.mark.parametrize("benchmark", FILES)
 def test_each_benchmark_is_answered_in_its_order_and_goes_on_after_a_kill(m, tmp_path, benchmark):
     path, _ = FILES[benchmark](tmp_path / "data")
