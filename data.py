@@ -237,7 +237,7 @@ def from_folder(kind, folder, what, fix, **options):
 # ---- images ----
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
 NARROW = 100                                            # longer side by shorter, at most
-PIXELS, ALONE = 1 << 26, threading.Lock()               # at most; large ones are read one at a time
+PIXELS, SIDE, ALONE = 1 << 26, 10_000, threading.Lock() # at most; large ones are read one at a time
 
 
 @contextlib.contextmanager
@@ -253,8 +253,9 @@ def _opened(source):
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
                 raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
             pixels = file.width * file.height
-            if pixels > PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}: shrink it")
+            if pixels > PIXELS or max(file.size) > SIDE:
+                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}, or over {SIDE:,} "
+                                 "on a side: shrink it")
             with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
                 yield file
     except Exception as error:                          # Pillow's plugins raise what they like

@@ -410,7 +410,7 @@ class Store:
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
         part = self.part(self.ranks.rank)
-        if self.head and not part.exists():
+        if self.head and not (part.exists() and any(data.read_jsonl(part, torn_ok=True))):
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 

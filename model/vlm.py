@@ -80,8 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    transformers.AttentionInterface.register("packed", packed_attention)
-    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
+        transformers.AttentionInterface.register("packed", packed_attention)
+        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -336,13 +337,10 @@ def compile_layers(m):
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
     import transformers
-    from transformers.masking_utils import sdpa_mask
     # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("called", torch.compiler.disable(packed_attention))
-    transformers.AttentionMaskInterface.register("called", sdpa_mask)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
         each.compiled = True
-        each.language_model.set_attn_implementation("called")
         for layer in each.language_model.layers:
             for part in layer.children():
                 part.compile(dynamic=True)
@@ -440,11 +438,9 @@ def ends_of(m):
 
 @torch.no_grad()
 def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
-
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
-    """
+    """The tokens of an answer to each prompt (token ids), with its end if it ended by itself. Greedy; with
+    sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw) from the
+    softmax that the forwards score. Batches are left-padded, prompts of similar length together."""
     ends = ends_of(m)
     options = {"do_sample": False}
     if sample_seed is not None:
@@ -462,10 +458,7 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
             if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
                 inputs |= m.front.on_device(m.model, prepared)
                 inputs |= m.front.generate_inputs(inputs.input_ids)
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
+            new = m.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=[*ends],
                                    pad_token_id=m.front.eos_id)
             new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
             for i, tokens in zip(batch, new.tolist(), strict=True):
