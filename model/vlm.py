@@ -1,4 +1,4 @@
-"""Vision-language models: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses.
 
 A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
 classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
