@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import hashlib
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import data
@@ -75,8 +75,8 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
-    from model import vlm
-    read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
+    from model import generation
+    read = m.front.reader()
     for group in groups:
         questions = [item["_question"] for item in group]
         if isinstance(m, ask.Server):
@@ -84,7 +84,7 @@ def _texts(m, max_new_tokens, batch_size, groups):
         else:
             images = [[read(question.image)] for question in questions]
             prompts = [question.prompt for question in questions]
-            texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            texts = generation.generate(m, images, prompts, max_new_tokens, batch_size)
         yield [{"answer": text} for text in texts]
 
 
@@ -98,7 +98,7 @@ def _replies(server, questions):
     return [said[question.id]["reply"].strip() for question in asked]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
+def answer_scenes(m, scenes_path, out_path, batch_size=512, max_new_tokens=64, description="answering",
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
     scenes, file = read_scenes(scenes_path)

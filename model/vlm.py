@@ -1,4 +1,4 @@
-"""Vision-language models: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses.
 
 A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
 classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
@@ -26,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -409,64 +409,3 @@ class FrozenHead(torch.autograd.Function):
 
 
 FORWARDS = {"packed": packed, "naive": naive}
-
-
-# -------------------------------------------------------------------------------- generation
-class Completion(NamedTuple):
-    """What a model said."""
-    text: str
-    finished: bool             # it ended by itself; else it was cut at max_new_tokens
-
-
-def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
-    """A Completion for each question about images (a list of PIL images each); the rest as `continued`."""
-    prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
-    for question, shown in zip(questions, images, strict=True):
-        prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
-    found = []
-    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
-        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
-    return found
-
-
-def ends_of(m):
-    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
-    own = m.model.generation_config.eos_token_id
-    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
-
-
-@torch.no_grad()
-def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), with its end if it ended by itself. Greedy; with
-    sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw) from the
-    softmax that the forwards score. Batches are left-padded, prompts of similar length together."""
-    ends = ends_of(m)
-    options = {"do_sample": False}
-    if sample_seed is not None:
-        rows = len(m.model.lm_head.weight)
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
-                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [None] * len(prompts)
-    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
-    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
-        torch.manual_seed(sample_seed or 0)
-        for batch in data.chunks(order, batch_size):
-            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
-                                           padding_side="left", return_tensors="pt").to(m.device)
-            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
-                inputs |= m.front.on_device(m.model, prepared)
-                inputs |= m.front.generate_inputs(inputs.input_ids)
-            new = m.model.generate(**inputs, **options, max_new_tokens=max_new_tokens, eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
-            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
-            for i, tokens in zip(batch, new.tolist(), strict=True):
-                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
-                found[i] = tokens[:ended[0]] if ended else tokens
-    return found
-
-
-def generate(*arguments, **options):
-    """The texts of complete(), which takes the same arguments."""
-    return [completion.text for completion in complete(*arguments, **options)]

@@ -66,9 +66,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeyp
     scenes, _ = write_scenes(tmp_path / "scenes")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     answer(m, scenes, whole)
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     for cut in (10, 700, 1500, len(whole.read_bytes()) - 3):                  # torn settings, torn lines
         asked.clear()
@@ -367,9 +367,9 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
 
 
 def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, monkeypatch):
-    from model import vlm
+    from model import generation
     asked = []
-    monkeypatch.setattr(vlm, "generate", lambda m, images, prompts,
+    monkeypatch.setattr(generation, "generate", lambda m, images, prompts,
                         **k: asked.extend(prompts) or ["yes"] * len(prompts))
     path, rows = pope_file(tmp_path / "data", n=1)
     questions = benchmarks.questions("pope", [path], prompt="{question}\nyes or no ?")
@@ -471,9 +471,9 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
         write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
     with open(tmp_path / "answers.jsonl.rank1", "a") as file:
         file.write('{"rows": [{"id": 12, "ans')
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     ask(m, "pope", path, out)
     assert asked == [2]
@@ -1017,9 +1017,9 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
-    from model import vlm
-    complete = vlm.complete
-    monkeypatch.setattr(vlm, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
+    from model import generation
+    complete = generation.complete
+    monkeypatch.setattr(generation, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
                                                           for text, ended in complete(*a, **k)])
     (tmp_path / "scores.judge.jsonl").unlink()
     scores, _ = score(tmp_path, "mmhal", answers, *arguments)

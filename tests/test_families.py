@@ -16,7 +16,7 @@ import data
 import lora
 import losses
 import train_dpo
-from model import front, vlm
+from model import front, generation, vlm
 from training import batches
 
 SIZES = ((90, 60), (60, 120), (33, 45))                # (width, height)
@@ -196,7 +196,7 @@ def test_packed_equals_naive(world):
 def test_an_answer_is_transformers_own(world):
     """Of a batch of prompts with different numbers of images."""
     asked = [(question, sizes) for question, history, sizes in ASKED if not history] + [("Who?", ())]
-    got = vlm.generate(world.m, [pictures(sizes) for _, sizes in asked], [q for q, _ in asked],
+    got = generation.generate(world.m, [pictures(sizes) for _, sizes in asked], [q for q, _ in asked],
                        max_new_tokens=8)
     expected = []
     for question, sizes in asked:
