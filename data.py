@@ -205,7 +205,7 @@ def inside(root, path, what, follow_links=False):
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
         raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
-                        "the folder it is in (--image_root, --images), or let links lead out: --follow_links")
+                        "its own folder (--image_root, --images), or let links lead out (--follow_links)")
     return found
 
 
@@ -220,7 +220,7 @@ def model_folder(name):
     for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
         if path.is_dir():
             return path
-    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
 
 
 def from_folder(kind, folder, what, fix, **options):

@@ -155,16 +155,11 @@ def save(model, folder, base_name):
 def load(model, folder):
     """Make the layers that an adapter (ours or PEFT's) names carry it, and no others; returns their names."""
     config, tensors = read_adapter(folder)
-    modules, absent, found = dict(model.named_modules()), torch.empty(0, 0), {}
-    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
-        A = tensors.get(f"{stem}.lora_A.weight", absent).T                      # (in, r)
-        B = tensors.get(f"{stem}.lora_B.weight", absent).T                      # (r, out)
-        name = stem.removeprefix("base_model.model.")
+    modules, found = dict(model.named_modules()), {}
+    for name, r, alpha, A, B in matrices(config, tensors):
         # What older transformers, and the original LLaVA and Bunny, call the language model's layers.
         new = re.sub(r"^(language_model\.)?model\.layers\.", "model.language_model.layers.", name)
         layer = modules.get(name) or modules.get(new)
-        r = setting(config, "r", "rank_pattern", name)
-        alpha = setting(config, "lora_alpha", "alpha_pattern", name)
         fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
         if not fits or B.shape != (r, layer.out_features):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
@@ -172,8 +167,6 @@ def load(model, folder):
                             "PEFT merge it")
         if not (A.isfinite().all() and B.isfinite().all()):
             raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
-        if config.get("use_rslora"):
-            alpha *= r ** 0.5
         found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
@@ -184,11 +177,24 @@ def load(model, folder):
     return list(layers(model))
 
 
-def read_adapter(folder):
-    """(adapter_config.json, the tensors under PEFT's names). Raises UserError for anything but plain LoRA."""
+def matrices(config, tensors):
+    """Yield (layer's name, r, alpha by which alpha / r is the scale, A (in, r), B (r, out)) of an adapter."""
+    absent = torch.empty(0, 0)
+    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
+        name = stem.removeprefix("base_model.model.")
+        r = setting(config, "r", "rank_pattern", name)
+        alpha = setting(config, "lora_alpha", "alpha_pattern", name)
+        if config.get("use_rslora"):
+            alpha *= r ** 0.5
+        yield name, r, alpha, *(tensors.get(f"{stem}.lora_{ab}.weight", absent).T for ab in "AB")
+
+
+def read_adapter(folder, tensors=None):
+    """(adapter_config.json, the tensors under PEFT's names, where they are not given). Raises UserError for
+    anything but plain LoRA."""
     try:
         config = data.read_json(Path(folder, "adapter_config.json"), check=data.as_record)
-        tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
+        tensors = tensors or safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
     odd = config.get("alora_invocation_tokens") or config.get("arrow_config")     # which no tensor shows
@@ -267,7 +273,7 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a llava-hf folder, or: classroom")
+    parser.add_argument("--model", required=True, help="a model's folder, or: classroom")
     parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

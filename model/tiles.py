@@ -52,12 +52,14 @@ class Idefics3(Family):
                                        self.image_token, "<global-img>")
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def prepare(self, images):
+        """Without the mask, which is of 1s alone and two thirds of the pixels' size."""
+        return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
+
     def inputs(self, prepared):
         from torch.nn.utils.rnn import pad_sequence
-        found = {}
-        for name in prepared[0]:
-            found[name] = pad_sequence([image[name][0] for image in prepared], batch_first=True)
-        return found                       # pixel_values (N, P, 3, H, W), pixel_attention_mask (N, P, H, W)
+        tiles = [image["pixel_values"] for image in prepared]
+        return {"pixel_values": pad_sequence(tiles, batch_first=True)}                   # (N, P, 3, H, W)
 
 
 class SmolVLM(Idefics3):

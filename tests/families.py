@@ -186,13 +186,13 @@ def text_of(tokenizer, **more):
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 
 
-def idefics(folder, kind, text=None, vision=None, tile=16, longest=48, scale=2, std=0.3):
+def idefics(folder, kind, text=None, vision=None, tile=16, longest=48, scale=2, std=0.3, merges=NEWLINES):
     """Tiles of 16 pixels, four tokens each, three along an image's longer side; see qwen() for the rest."""
     import transformers
     most = range(1, 1 + longest // tile)
     special = ["<image>", "<fake_token_around_image>", "<global-img>",
                *(f"<row_{row}_col_{column}>" for row in most for column in most)]
-    tokenizer = byte_tokenizer(transformers.GPT2Tokenizer, special, NEWLINES, bos_token="<|im_start|>",
+    tokenizer = byte_tokenizer(transformers.GPT2Tokenizer, special, merges, bos_token="<|im_start|>",
                                eos_token="<end_of_utterance>", pad_token="<|pad|>")
     vision = VISION | {"image_size": tile, "patch_size": 4} | (vision or {})
     config = getattr(transformers, f"{kind}Config")(

@@ -59,19 +59,34 @@ TINY = {"bunny": sizes((40, 48, 2, 4, 4, 270, 256, 256, 256), (24, 40, 3, 4, 30,
         "llava": sizes((32, 48, 2, 4, 2, 400, 1, 2, 0), (24, 40, 3, 4, 28, 14))}
 
 
-def write_smolvlm(folder, tiny=False):
-    """SmolVLM-256M-Instruct as published: SigLIP-base of 512 pixels, SmolLM2-135M, at most 17 tiles."""
+def write_smolvlm(folder, text, tiny=False):
+    """SmolVLM-256M-Instruct as published: SigLIP-base of 512 pixels, SmolLM2-135M, at most 17 tiles.
+
+    The tokenizer has the words of a text, so that it makes as many tokens of it as a real one.
+    """
     import families
     folder.mkdir(parents=True)
     if tiny:
         families.idefics3(folder)
         return
-    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-            "num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
+    merges = [*families.NEWLINES, *learnt_merges(text)]
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
               "num_attention_heads": 12, "patch_size": 16}
-    families.idefics(folder, "Idefics3", text, vision, tile=512, longest=2048, scale=4, std=0.02)
+    families.idefics(folder, "Idefics3", sizes, vision, tile=512, longest=2048, scale=4, std=0.02,
+                     merges=merges)
+
+
+def learnt_merges(text):
+    """Byte-level BPE's merges, of a text small enough for each word to be a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    core, bytes = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = bytes
+    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=5000, show_progress=False,
+                                                         initial_alphabet=bytes.alphabet()))
+    return [tuple(pair) for pair in json.loads(core.to_str())["model"]["merges"]]
 
 
 def byte_level_bpe(folder, size, end):
@@ -203,7 +218,7 @@ def rehearse(preset, folder, steps=2, sizes=None, options=()):
     from model import import_checkpoint
     kind = preset.partition("-")[2]
     if preset in WRITTEN and not (folder / "imported").exists():
-        WRITTEN[preset](folder / "imported", tiny=bool(sizes))
+        WRITTEN[preset](folder / "imported", two_pairs(folder).read_text(), tiny=bool(sizes))
     if not (folder / "imported").exists():
         original, tower = write_original(kind, folder / "original", sizes,
                                          torch.float16 if kind == "llava" else torch.bfloat16)
@@ -228,16 +243,21 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     try:
         kind, cpu = args.preset.partition("-")[2], not torch.cuda.is_available()
-        # The random tokenizer knows letters alone: 1300 tokens are about what a real one makes of the pairs.
-        options = ["--set", "max_length=1300", *["--dtype", "bfloat16", "--set", "checkpointing=true"] * cpu]
+        options = []
+        if args.preset not in WRITTEN:
+            # The random tokenizer knows letters alone: 1300 tokens are about what a real one makes of them.
+            options = ["--set", "max_length=1300"]
+            options += ["--dtype", "bfloat16", "--set", "checkpointing=true"] * cpu
         options = [] if args.tiny else options
         sizes = TINY.get(kind, True) if args.tiny else None
         _, *steps = rehearse(args.preset, folder, sizes=sizes, options=options)
         for line in steps:
             print(f"step {line['step']}: loss {line['loss']:.4f}, {line['tokens_per_second']} tokens/s, "
                   f"{line['seconds']:.0f} s")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20
-        print(f"at most {peak if cpu else steps[-1]['memory_gib']:.1f} GiB")
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        peak = used.ru_maxrss / 2 ** 20
+        print(f"at most {peak if cpu else steps[-1]['memory_gib']:.1f} GiB; "
+              f"{used.ru_utime + used.ru_stime:.0f} s of processor time in all, loading included")
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)

@@ -34,12 +34,12 @@ def copy(tmp_path):
 
 def change(folder, name):
     """Apply a recipe of the README, of at most six lines."""
-    apply(folder, RECIPES[name], 6)
+    apply(folder, RECIPES[name], 6, "--recount")
 
 
-def apply(folder, diff, most):
+def apply(folder, diff, most, *options):
     assert 1 <= len(re.findall(r"^[+-](?![+-]{2} )", diff, re.MULTILINE)) <= most
-    subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
+    subprocess.run(["git", "apply", *options, "-"], cwd=folder, input=diff, text=True, check=True)
 
 
 def python(folder, *words):

@@ -28,9 +28,10 @@ DAMAGED = tuple(data.REJECTED)
 @dataclass(frozen=True)
 class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
-    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava")
-    model: str = option("classroom", "a llava-hf folder, or classroom")
-    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
+    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
+                         "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
+    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
+    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -107,8 +108,12 @@ _MDPO = dict(
     lora_r=64, lora_alpha=128,                                                                             # p
     weight_decay=0.05, adam_beta2=0.98, clip=1.0, max_length=2048, template="vicuna", micro_batch=4,       # c
 )
+_SMALL = _MDPO | {"template": "", "micro_batch": 1}                # for a laptop; all of these are ours: o
 PRESETS = {
     "classroom": {},                                                                                       # o
+    "smolvlm-256m": _SMALL,
+    "smolvlm-500m": _SMALL,
+    "qwen2.5-vl-3b": _SMALL,
     "mdpo-bunny": _MDPO,
     "mdpo-llava": _MDPO,
     "pds-llava": dict(

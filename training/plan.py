@@ -111,7 +111,7 @@ def show(o):
     pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
-    yield f"pairs           {len(tokens):,} of {len(records):,} in {records.path}"
+    yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
     yield (f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
            f"{mean * o.batch * steps:,.0f} in all")
