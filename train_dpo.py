@@ -268,7 +268,7 @@ def evaluate(run, name):
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
     found = checkpoint.kept(file, report.values)
-    if not found:
+    if found is None:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
         found = scores(run, name)

@@ -111,14 +111,14 @@ def on_policy(seed, n, recipe, model):
     """Two samples of the model for each scene; equal ones leave nothing to prefer and are passed over."""
     from PIL import Image
 
-    from model import vlm
+    from model import generation, vlm
     m, out, i = vlm.load(model), [], 0
     while len(out) < n:
         rngs = [random.Random(f"{home(recipe)}on-policy-{seed}-{i + k}") for k in range(256)]
         scenes = [world.scene(rng, recipe.split) for rng in rngs]
         images = [[Image.fromarray(world.draw(s))] for s in scenes]
         asked = [rng.choice(world.DESCRIBE) for rng in rngs]
-        both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
+        both = [generation.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
                              temperature=recipe.temperature) for side in (0, 1)]
         samples = zip(*both, strict=True)
         for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, samples, strict=True)):

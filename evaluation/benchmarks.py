@@ -225,7 +225,7 @@ def read_answers(paths):
         for number, line in enumerate(lines, 1):
             if _is_question(line):
                 raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
-            if not line.keys() & {"split", "settings"}:
+            if not line.keys() & {"split", "category", "settings"}:
                 if split:
                     line = {"split": split, **line}
                 elif len(paths) > 1:

@@ -49,6 +49,7 @@ GIVE_UP = 24            # requests that failed in a row: the server is down, the
 LARGEST = 1 << 24       # bytes of a reply
 SMALL = 160             # pixels: pages show smaller pictures as PNG
 CUT = ("length", "content_filter")      # finish reasons of a reply that lacks its end
+EVENTS = ("data:", "event:", ":")       # how a reply begins that was not asked to come in pieces
 # The name under which a server that refuses a setting gets it instead; what is under "" is not sent.
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": ""}
 
@@ -142,9 +143,9 @@ def public(source):
 
 
 def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels if that is given. In its own size, a JPEG
-    or PNG keeps its bytes, and any other format becomes a PNG."""
-    raw = data.read_bytes(path)
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels if that is given. In its own
+    size, a JPEG or PNG keeps its bytes, and any other format becomes a PNG."""
+    raw = path if isinstance(path, bytes) else data.read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
         image, buffer = data.read_image(path), io.BytesIO()
@@ -331,7 +332,8 @@ class Server:
             with contextlib.suppress(ValueError, RecursionError):
                 answer = json.dumps(json.loads(text), ensure_ascii=False)
                 answer = json.loads(answer.encode("utf-8", "replace"))      # no half of a surrogate pair
-            return answer, f"{reply_of(answer)[1]}: no reply in {said!r}", 0
+            kind = "a stream of events" if said.startswith(EVENTS) else reply_of(answer)[1]
+            return answer, f"{kind}: no reply in {said!r}", 0
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, None
@@ -404,7 +406,7 @@ class Folder:
         Batches are those of the whole list, so that a continued call draws the same tokens as the first:
         a batch that lacks a reply is computed again as a whole.
         """
-        from model import vlm
+        from model import generation
         seed, temperature = None, self.settings["temperature"]
         for batch in data.chunks(questions, self.batch):
             missing = [q.id for q in batch if q.id not in done]
@@ -413,8 +415,8 @@ class Folder:
             if temperature:
                 seed = data.hash64(self.settings["seed"], batch[0].id) >> 1
             images = [[*map(data.read_image, q.images)] for q in batch]
-            said = vlm.complete(self.model, images, [q.text for q in batch], self.settings["max_tokens"],
-                                self.batch, seed, temperature)
+            said = generation.complete(self.model, images, [q.text for q in batch],
+                                       self.settings["max_tokens"], self.batch, seed, temperature)
             for question, (text, ended) in zip(batch, said, strict=True):
                 if question.id in missing:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}

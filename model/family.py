@@ -9,6 +9,7 @@ front.FAMILIES:
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
                                     where the template has the one of image_token
     prepare(images)                 one prompt's PIL images -> [{name: tensor}], by transformers' names
+    fits(prepared)                  ValueError if an image's pixels are not what the vision tower takes
     inputs(prepared)                those of a batch, as transformers' forward and generate take them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image; columns
                                     behind the D are for language_inputs
@@ -89,6 +90,9 @@ class Family:
     def inputs(self, prepared):
         import torch
         return {name: torch.cat([image[name] for image in prepared]) for name in prepared[0]}
+
+    def fits(self, prepared):
+        """Raise ValueError if an image, as it is prepared, is not what the vision tower takes."""
 
     def positions(self, ids, sizes):
         return data.plain_positions(ids, sizes)

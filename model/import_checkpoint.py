@@ -436,7 +436,8 @@ def attempt(faults, work, *arguments):
 
 def main():
     parser = data.Parser(prog="import_checkpoint.py", description=__doc__.split("\n")[0])
-    parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B")
+    parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B, "
+                                   "or of a LoRA on one")
     parser.add_argument("dst", help="the new folder")
     parser.add_argument("--vision_tower", help="for LLaVA-1.5 openai/clip-vit-large-patch14-336")
     parser.add_argument("--base", help="of a LoRA: the published folder of the language model (Vicuna, "

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from training.records import Records, check, drop
+from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
 
@@ -250,7 +250,7 @@ def usable(front, records, o, needs):
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut and "
                                 "tokenised: raise --set max_length or drop the record")
         except UserError as e:
-            faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
+            faults.append((i, "unusable as tokens", f"{records.where(i)}: {brief(e, 400)}"))
             continue
         cut += lost > 0
         skipped += twice and not images

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import data
 from evaluation import stats
-from model import vlm
+from model import generation, vlm
 from training import checkpoint
 from training.batches import tokenise
 
@@ -159,7 +159,7 @@ def divergence(m, shown, o):
         pictures.append(picture)
         prompts.append(m.front.prompt_ids(record["question"], (picture.size,), record["history"]))
     size = 64 if m.front.is_classroom else 16
-    answers = vlm.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
+    answers = generation.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
                             sample_seed=o.eval_seed)
     cases = []
     for record, prompt, picture, answer in zip(shown, prompts, pictures, answers, strict=True):
