@@ -169,6 +169,21 @@ def test_the_program_writes_the_same_pairs_and_pictures_again(tmp_path):
         assert (tmp_path / "a" / record["image"]).exists()
 
 
+def test_several_commands_in_one_process_write_what_each_writes_alone(tmp_path, monkeypatch):
+    commands = ["scenes --n 3 --questions 4", "--seed 5 --n 4", "--split tune --seed 1 --n 3"]
+    joined = ["pairs.py"]
+    for name, command in zip("abc", commands, strict=True):
+        alone = str(tmp_path / "alone" / name)
+        monkeypatch.setattr(sys, "argv", ["pairs.py", *command.split(), "--out", alone])
+        pairs.main()
+        joined += ["--then", *command.split(), "--out", str(tmp_path / "together" / name)]
+    monkeypatch.setattr(sys, "argv", joined)
+    pairs.main()
+    alone, together = ({file.relative_to(root): file.read_bytes() for file in root.rglob("*.*")}
+                       for root in (tmp_path / "alone", tmp_path / "together"))
+    assert alone == together and len(alone) == 3 + 3 + 4 + 3
+
+
 def test_a_wrong_knob_is_one_sentence_and_exit_1(tmp_path):
     done = run("classroom/pairs.py", "--faithful", 2, "--out", tmp_path / "a")
     assert done.returncode == 1 and "--faithful" in done.stderr and len(done.stderr.splitlines()) == 1
