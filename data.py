@@ -203,7 +203,7 @@ def inside(root, path, what, follow_links=False):
     they are resolved). Raises UserError."""
     root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
-    if os.path.commonpath([root, found]) != root:
+    if "\0" in path or os.path.commonpath([root, found]) != root:
         raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
                         "its own folder (--image_root, --images), or let links lead out (--follow_links)")
     return found
@@ -237,7 +237,7 @@ def from_folder(kind, folder, what, fix, **options):
 # ---- images ----
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
 NARROW = 100                                            # longer side by shorter, at most
-PIXELS, ALONE = 1 << 26, threading.Lock()               # at most; large ones are read one at a time
+PIXELS, SIDE, ALONE = 1 << 26, 10_000, threading.Lock() # at most; large ones are read one at a time
 
 
 @contextlib.contextmanager
@@ -253,8 +253,9 @@ def _opened(source):
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
                 raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
             pixels = file.width * file.height
-            if pixels > PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}: shrink it")
+            if pixels > PIXELS or max(file.size) > SIDE:
+                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}, or over {SIDE:,} "
+                                 "on a side: shrink it")
             with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
                 yield file
     except Exception as error:                          # Pillow's plugins raise what they like

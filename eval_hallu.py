@@ -35,6 +35,10 @@ from model import ask, command
 # ---- answers ----
 def run_answers(o):
     questions = None
+    served = ask.is_url(o.model)
+    for name in ("adapter", "template", "pad", "dtype") if served else ("chat_model",):
+        if getattr(o, name):
+            raise UserError(f"--{name} does not go with --model {ask.public(o.model)}: leave it out")
     if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt, o.follow_links)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
@@ -43,14 +47,18 @@ def run_answers(o):
 
     from model import vlm
     ranks = command.join()
-    m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device), device=ranks.device,
-                 template=o.template, preparation="pad" if o.pad else "")
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, o.batch_size or 64, length, ranks=ranks)
+    usual = 16 if questions else 512
+    size = o.batch_size or (64 if served else usual)
+    if served:
+        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
     else:
-        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, length,
-                                 ranks=ranks)
+        m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device),
+                     device=ranks.device, template=o.template, preparation="pad" if o.pad else "")
+    if questions is None:
+        answers.answer_scenes(m, o.data[0], o.out, size, length, ranks=ranks)
+    else:
+        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, size, length, ranks=ranks)
     command.leave(ranks)
 
 
@@ -89,7 +97,7 @@ def score_chair(o, lines):
 
 def score_mmhal(o, lines):
     template = benchmarks.records(o.template, "MMHal template", image_content=[str], question=str,
-                                  gt_answer=str, image_id=(str, None))
+                                  gt_answer=str, image_id=(*command.NAME, None))
     text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     if not o.judge:
@@ -272,7 +280,8 @@ CHAT_MODEL = {
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
-        "--model": text("a model's folder, or classroom", required=True),
+        "--model": text("a model's folder, classroom, or a server's URL", required=True),
+        "--chat_model": CHAT_MODEL["--chat_model"],
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
         "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
         "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
@@ -281,7 +290,7 @@ COMMANDS = {
         "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [classroom: 64, others: 16]"),
+        "--batch_size": number("questions at once [classroom: 512, servers: 64, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",

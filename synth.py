@@ -102,7 +102,7 @@ ROWS = {                                # the fields of each stage's rows, by th
     "dropped": "id reason", "faults": "id model faults"}
 FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
-    "candidates": [{"image": str, "guidance": float, "seed": int}], "scores": {str: [float]},
+    "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
     "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")

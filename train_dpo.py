@@ -27,6 +27,8 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 5. A response is stripped of white space around it, which the official codes keep.
 """
+import contextlib
+import gc
 import json
 import math
 import os
@@ -266,10 +268,14 @@ def evaluate(run, name):
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
     found = checkpoint.kept(file, report.values)
-    if not found:
+    if found is None:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        found = scores(run, name)
+        adapter = contextlib.nullcontext()
+        if name == "before":
+            adapter = vlm.base_of(run.model)                 # it changes nothing yet: spare its products
+        with adapter:
+            found = scores(run, name)
         data.atomic_write(file, json.dumps(found))
     return found
 
@@ -341,7 +347,8 @@ def launch(o, ranks):
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
     if not checkpoint.kept(out / "summary.json", report.told):
-        # ---- two settings for the whole process ----
+        # ---- three settings for the whole process ----
+        gc.set_threshold(100_000)                        # what libraries make stays: look through it rarely
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):

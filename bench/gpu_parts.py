@@ -29,6 +29,7 @@ import data
 import lora
 import train_dpo
 from model import command, vlm
+from model.generation import complete
 from training import options
 
 DTYPE = "bfloat16"                                   # of the large model
@@ -511,9 +512,9 @@ def generation(bench):
     records, found = limit.random_records(bench.shape, n), {"new_tokens": new}
     images, questions = [[record["image"]] for record in records], ["w7 w8 w9 w10 w11 w12"] * n
     for size in (2, 4) if bench.tiny else AT_ONCE:
-        vlm.complete(side.m, images[:size], questions[:size], 2, size)
+        complete(side.m, images[:size], questions[:size], 2, size)
         start = limit.clock(bench.device)
-        vlm.complete(side.m, images, questions, new, size)
+        complete(side.m, images, questions, new, size)
         seconds = limit.clock(bench.device) - start
         found[f"batch_{size}"] = {"answers_per_second": n / seconds, "tokens_per_second": n * new / seconds}
     return found

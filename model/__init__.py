@@ -7,7 +7,8 @@
     tiles.py              Idefics3, SmolVLM, InternVL3
     gemma.py              Gemma 3
     template.py           a chat template is a program of others: it is tried within bounds first
-    vlm.py                load, encode once, naive and packed forward, generate
+    vlm.py                load, encode once, naive and packed forward
+    generation.py         what a model answers
     ask.py                put a question to a URL, a model folder, or a file of replies
     command.py            options from a dataclass, the resumable store, the lock, ranks under torchrun
     import_checkpoint.py  original LLaVA and Bunny folders into llava-hf folders: a command of its own

@@ -143,9 +143,9 @@ def public(source):
 
 
 def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels if that is given. In its own size, a JPEG
-    or PNG keeps its bytes, and any other format becomes a PNG."""
-    raw = data.read_bytes(path)
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels if that is given. In its own
+    size, a JPEG or PNG keeps its bytes, and any other format becomes a PNG."""
+    raw = path if isinstance(path, bytes) else data.read_bytes(path)
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
         image, buffer = data.read_image(path), io.BytesIO()
@@ -406,7 +406,7 @@ class Folder:
         Batches are those of the whole list, so that a continued call draws the same tokens as the first:
         a batch that lacks a reply is computed again as a whole.
         """
-        from model import vlm
+        from model import generation
         seed, temperature = None, self.settings["temperature"]
         for batch in data.chunks(questions, self.batch):
             missing = [q.id for q in batch if q.id not in done]
@@ -415,8 +415,8 @@ class Folder:
             if temperature:
                 seed = data.hash64(self.settings["seed"], batch[0].id) >> 1
             images = [[*map(data.read_image, q.images)] for q in batch]
-            said = vlm.complete(self.model, images, [q.text for q in batch], self.settings["max_tokens"],
-                                self.batch, seed, temperature)
+            said = generation.complete(self.model, images, [q.text for q in batch],
+                                       self.settings["max_tokens"], self.batch, seed, temperature)
             for question, (text, ended) in zip(batch, said, strict=True):
                 if question.id in missing:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}

@@ -355,9 +355,7 @@ def identity_of(paths, blocks=BLOCKS):
 
 
 # ---- work that resumes ----
-NAME = int, str
-JOURNAL = fields("store of finished work", id=(*NAME, None), hash=(str, None), settings=(dict, None),
-                 rows=([{"id": NAME, "hash": str}], None))
+NAME = int, str                                         # an id in a file
 
 
 class Store:
@@ -383,21 +381,22 @@ class Store:
         """{id: row} of the items that are made: those whose row has the item's hash."""
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
-            lines = list(data.read_jsonl(file, torn_ok=True, check=JOURNAL)) if file.exists() else []
+            lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
             if self.shape and file == self.path:                     # the lines are in the items' order
                 lines = [line | item for line, item in zip(lines, items, strict=False)]
-            for line in lines:
-                for row in line.get("rows", [line]):
-                    if wanted.get(row.get("id"), "") == row.get("hash"):
-                        found[row["id"]] = row
+            with explained(f"{file} is damaged", "delete it: what it holds is made again"):
+                for line in lines:
+                    for row in line.get("rows", [line]):
+                        if wanted.get(row.get("id"), "") == row.get("hash"):
+                            found[row["id"]] = row
         return found
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
-        if was is None:
+        if not isinstance(was, dict):
             was, differ = {}, ["it has no settings"]
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
@@ -410,7 +409,7 @@ class Store:
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
         part = self.part(self.ranks.rank)
-        if self.head and not part.exists():
+        if self.head and not (part.exists() and any(data.read_jsonl(part, torn_ok=True))):
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 

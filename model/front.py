@@ -84,9 +84,7 @@ def probe(front):
         front.response_ids("ANSWER")
         picture = Image.new("RGB", (64, 48))
         front.image_ids(picture.size)
-        pixels, side = front.prepare([picture])[0]["pixel_values"], front.config.vision_config.image_size
-        if front.architecture.startswith("Llava") and pixels.shape[-1] != side:
-            raise ValueError(f"pictures become {pixels.shape[-1]} pixels wide, its vision tower takes {side}")
+        front.fits(*front.prepare([picture]))
 
 
 def check_tokens(folder, config, tokenizer, image_token):

@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import lru_cache
 
 from data import UserError
 
@@ -21,12 +22,17 @@ def check(folder, tokenizer, template, messages):
     """Render the template of a folder once."""
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(template))             # transformers' own
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    given = json.dumps([plain, tokens | {"messages": messages, "add_generation_prompt": True}])
-    done = subprocess.run([sys.executable, "-P", "-c", PROGRAM], input=given, capture_output=True, text=True)
-    if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2] or "it computes for seconds"
+    if why := _fault(json.dumps([plain, tokens | {"messages": messages, "add_generation_prompt": True}])):
         raise UserError(f"the chat template of {folder} fails, or takes too much: {why}; correct it or name "
                         "another")
+
+
+@lru_cache(100)
+def _fault(given):
+    """Why a template cannot be rendered, else "". given: the template and its variables."""
+    done = subprocess.run([sys.executable, "-P", "-c", PROGRAM], input=given, capture_output=True, text=True)
+    said = done.stderr.strip().rpartition("\n")[2]
+    return done.returncode and (said or "it computes for seconds")
 
 
 def _rendered():

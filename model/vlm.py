@@ -1,4 +1,4 @@
-"""Vision-language models: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses.
 
 A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
 classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
@@ -26,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -80,8 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    transformers.AttentionInterface.register("packed", packed_attention)
-    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
+        transformers.AttentionInterface.register("packed", packed_attention)
+        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -142,10 +143,7 @@ def base_of(m):
 
 
 def forget(mapped):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
-
-    Without it loading would need the memory of the weights twice.
-    """
+    """Give the memory of a tensor that is mapped from a file back: loading would need the weights' twice."""
     first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (mapped.data_ptr() + mapped.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0 and LIBC:
@@ -339,13 +337,10 @@ def compile_layers(m):
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
     import transformers
-    from transformers.masking_utils import sdpa_mask
     # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("called", torch.compiler.disable(packed_attention))
-    transformers.AttentionMaskInterface.register("called", sdpa_mask)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
         each.compiled = True
-        each.language_model.set_attn_implementation("called")
         for layer in each.language_model.layers:
             for part in layer.children():
                 part.compile(dynamic=True)
@@ -414,72 +409,3 @@ class FrozenHead(torch.autograd.Function):
 
 
 FORWARDS = {"packed": packed, "naive": naive}
-
-
-# -------------------------------------------------------------------------------- generation
-class Completion(NamedTuple):
-    """What a model said."""
-    text: str
-    finished: bool             # it ended by itself; else it was cut at max_new_tokens
-
-
-def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
-    """A Completion for each question about images (a list of PIL images each, possibly empty).
-
-    The rest is as `continued` takes it.
-    """
-    prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
-    for question, shown in zip(questions, images, strict=True):
-        prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
-    found = []
-    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
-        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
-    return found
-
-
-def ends_of(m):
-    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
-    own = m.model.generation_config.eos_token_id
-    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
-
-
-@torch.no_grad()
-def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
-
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
-    """
-    ends = ends_of(m)
-    options = {"do_sample": False}
-    if sample_seed is not None:
-        rows = len(m.model.lm_head.weight)
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
-                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [None] * len(prompts)
-    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
-    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
-        torch.manual_seed(sample_seed or 0)
-        for batch in data.chunks(order, batch_size):
-            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
-                                           padding_side="left", return_tensors="pt").to(m.device)
-            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
-                inputs |= m.front.on_device(m.model, prepared)
-                inputs |= m.front.generate_inputs(inputs.input_ids)
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
-            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
-            for i, tokens in zip(batch, new.tolist(), strict=True):
-                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
-                found[i] = tokens[:ended[0]] if ended else tokens
-    return found
-
-
-def generate(*arguments, **options):
-    """The texts of complete(), which takes the same arguments."""
-    return [completion.text for completion in complete(*arguments, **options)]

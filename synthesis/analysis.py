@@ -240,6 +240,7 @@ def analyse(run):
                  "agreement": agreement(ranked),
                  "judge": judged(run, ranked),
                  "similarity": similarity(run)}
+        html = gallery(run, ranked, found)
     data.atomic_write(run.out / "analysis.json", json.dumps(found, indent=1) + "\n")
-    data.atomic_write(file, gallery(run, ranked, found))
+    data.atomic_write(file, html)
     run.say("analyse", prompts=len(ranked), page=str(file))

@@ -66,9 +66,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeyp
     scenes, _ = write_scenes(tmp_path / "scenes")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     answer(m, scenes, whole)
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     for cut in (10, 700, 1500, len(whole.read_bytes()) - 3):                  # torn settings, torn lines
         asked.clear()
@@ -303,6 +303,34 @@ def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
     assert code == 1 and "template" in err
 
 
+def test_a_server_answers_in_order_and_is_asked_for_what_is_missing(tmp_path):
+    path, _ = pope_file(tmp_path / "data")
+    out = tmp_path / "a.jsonl"
+    up = []
+
+    def respond(body, number):
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/")
+        assert (body["max_tokens"], body["temperature"], body["model"]) == (7, 0.0, "big")
+        return reply(f" yes, {text['text']} ") if up or number <= 2 else (400, "broken")
+    with server(respond) as (url, calls):
+        argv = ["answers", "pope", "--model", url, "--data", path, "--out", out, "--chat_model", "big",
+                "--max_new_tokens", 7, "--batch_size", 2]
+        code, _, err = run(*argv)
+        assert code == 1 and "the same command asks again" in err and "Traceback" not in err
+        up.append(True)
+        assert run(*argv)[0] == 0
+        head, *lines = data.read_records(out)
+        assert head["settings"]["model"] == "big" and len(lines) == 6
+        assert all(line["answer"] == f"yes, {line['question']}" for line in lines)
+        assert len(calls) == 2 + 2 + 4                                  # answered, refused, what was missing
+        for wrong in (["--adapter", "A"], ["--dtype", "float32"]):
+            code, _, err = run(*argv, *wrong)
+            assert code == 1 and f"{wrong[0]} does not go with" in err
+    code, _, err = run("answers", "pope", "--model", "m", "--chat_model", "big", "--data", path, "--out", out)
+    assert code == 1 and "--chat_model does not go with --model m" in err
+
+
 @pytest.mark.parametrize("benchmark", FILES)
 def test_each_benchmark_is_answered_in_its_order_and_goes_on_after_a_kill(m, tmp_path, benchmark):
     path, _ = FILES[benchmark](tmp_path / "data")
@@ -339,9 +367,9 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
 
 
 def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, monkeypatch):
-    from model import vlm
+    from model import generation
     asked = []
-    monkeypatch.setattr(vlm, "generate", lambda m, images, prompts,
+    monkeypatch.setattr(generation, "generate", lambda m, images, prompts,
                         **k: asked.extend(prompts) or ["yes"] * len(prompts))
     path, rows = pope_file(tmp_path / "data", n=1)
     questions = benchmarks.questions("pope", [path], prompt="{question}\nyes or no ?")
@@ -443,9 +471,9 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
         write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
     with open(tmp_path / "answers.jsonl.rank1", "a") as file:
         file.write('{"rows": [{"id": 12, "ans')
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     ask(m, "pope", path, out)
     assert asked == [2]
@@ -989,9 +1017,9 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
-    from model import vlm
-    complete = vlm.complete
-    monkeypatch.setattr(vlm, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
+    from model import generation
+    complete = generation.complete
+    monkeypatch.setattr(generation, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
                                                           for text, ended in complete(*a, **k)])
     (tmp_path / "scores.judge.jsonl").unlink()
     scores, _ = score(tmp_path, "mmhal", answers, *arguments)

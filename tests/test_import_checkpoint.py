@@ -29,6 +29,7 @@ from model import (
     published,
     vlm,
 )
+from model.generation import generate
 from training import batches
 
 # ---- the goldens, as published folders ----
@@ -365,7 +366,7 @@ def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
         torch.testing.assert_close(model(**inputs).logits, m.model(**inputs).logits, rtol=0, atol=0)
         new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1]:]
     assert m.front.image_token_id not in new
-    answer = vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=12)
+    answer = generate(m, [[image]], ["What is this?"], max_new_tokens=12)
     assert answer == [m.front.tokenizer.decode(new, skip_special_tokens=True).strip()]
 
 
@@ -567,7 +568,7 @@ def test_a_lora_of_llavas_scripts_is_merged_as_peft_merges_it(original, tmp_path
     assert len(base) == len(got) and sum(bool(weight.delta) for weight in todo.tensors.values()) > 10
     image = Image.radial_gradient("L").convert("RGB")
     m = vlm.load(tmp_path / "named")
-    assert len(vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=4)) == 1
+    assert len(generate(m, [[image]], ["What is this?"], max_new_tokens=4)) == 1
 
 
 def factors(layer, value=1.):

@@ -757,7 +757,7 @@ def test_llava_next_answers_as_transformers_does_alone_and_in_a_batch(tmp_path):
 
 
 def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question(parts, whole, tmp_path):
-    from model import vlm
+    from model import generation, vlm
     for name in ("ranked", "instructions"):
         shutil.copy(whole / f"{name}.jsonl", tmp_path)
     (tmp_path / "images").symlink_to(whole / "images")
@@ -768,7 +768,7 @@ def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question
     assert "USER" not in m.front.template
     for row in lines(tmp_path, "responses"):
         question = asked[row["id"]]
-        said, = vlm.generate(m, [[data.read_image(tmp_path / images[row["id"]])]], [question], 24)
+        said, = generation.generate(m, [[data.read_image(tmp_path / images[row["id"]])]], [question], 24)
         assert row["response"] == f"{question} {said}".replace("\n", " ")
 
 

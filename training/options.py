@@ -31,7 +31,7 @@ class Options:
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
     model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
-    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
+    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -208,8 +208,9 @@ def claim(out, o):
     which --restart moves away first."""
     lock = command.claim(out)
     if o.restart:
-        taken = (out.with_name(f"{out.name}.{n}") for n in count(1))
-        out.rename(next(folder for folder in taken if not folder.exists()))
+        here = out.absolute()
+        names = (here.with_name(f"{here.name}.{n}") for n in count(1))
+        here.rename(next(name for name in names if not name.exists()))
         lock = command.claim(out)
     log = out / "log.jsonl"
     check = command.fields("log of a run", options=(dict, None))
