@@ -2,8 +2,7 @@
 
     image = read_image("dog.jpg")
     damaged = rejected_image("crop", image, seed=0, id="pair-7")    # the same crop in every run
-    pair, n_cut = truncate(Pair("pair-7", prompt, prompt_rejected, chosen, rejected), max_length=2048)
-    row = pack([pair], {"chosen", "rejected", "image_rejected"})    # one row of tokens for vlm.packed
+    row = pack([pair], {"chosen", "rejected", "image_rejected"})    # a Pair in a row of tokens for vlm.packed
 Ours, where the official codes differ or leave a choice:
  1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
  2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
@@ -11,16 +10,18 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
 import argparse
-import base64
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 class UserError(ValueError):
     """A user's mistake, in one sentence: what is wrong, where, and how to fix it."""
     def __str__(self):
-        return re.sub(r"(\S{60})\S{90,}(\S{30})", r"\1...\2", super().__str__())        # an image as a text
+        shown = re.sub(r"(?<=://)[^/\s]*@|(?<=\S)\?\S+=\S*", "", super().__str__())     # a URL's secrets
+        return re.sub(r"(\S{60})\S{90,}(\S{30})", r"\1...\2", shown)                 # an image as a text
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,19 +41,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **options):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
-        self.description = _reflowed(self.description)
+        self.description = "\n\n".join(map(_reflowed, (self.description or "").strip().split("\n\n")))
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else argv
+        if re.search("[\0\ud800-\udfff]", " ".join(argv)):              # half of a surrogate pair: no UTF-8
+            self.error("an argument holds a NUL or bytes that are no UTF-8: leave them out")
+        return super().parse_args(argv)
 
     def error(self, message):
-        sys.exit(f"{self.prog}: {message}; see --help")
+        sys.exit(f"{self.prog}: {UserError(message)}; see --help")
 
 
-def _reflowed(text):
-    """A docstring for a terminal: paragraphs are wrapped anew, indented lines (commands) are kept."""
-    found = []
-    for block in (text or "").strip().split("\n\n"):
-        indented = "\n    " in "\n" + block
-        found.append(block if indented else textwrap.fill(" ".join(block.split()), 80))
-    return "\n\n".join(found)
+def _reflowed(paragraph):
+    """A docstring's paragraph for a terminal: wrapped anew; indented lines (commands) are kept."""
+    return paragraph if "\n    " in f"\n{paragraph}" else textwrap.fill(" ".join(paragraph.split()), 80)
 
 
 # ---- files: what is already written is never lost ----
@@ -63,10 +67,23 @@ def _write_all(file, content):
         view = view[os.write(file.fileno(), view):]
 
 
+def temporary(path):
+    """The name that a file or folder has until it is whole; what killed processes left is removed."""
+    if not path.name or path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} can be no file or folder of ours; give another name")
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(ValueError, OverflowError, PermissionError):       # somebody else's
+            try:
+                os.kill(int(old.name.split(".")[-2]), 0)                            # asks whether it lives
+            except ProcessLookupError:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def atomic_write(path, content):
     """Write the whole file, text or bytes, or leave the old one; its folder is made. Raises UserError."""
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb", buffering=0) as file:
@@ -80,13 +97,9 @@ def atomic_write(path, content):
             tmp.unlink()
 
 
-def _json_line(record):
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def write_jsonl(path, rows):
     """Write one object per line: the whole file, or the old one stays. Raises UserError."""
-    atomic_write(path, "".join(map(_json_line, rows)))
+    atomic_write(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
 def append_jsonl(path, record):
@@ -95,7 +108,7 @@ def append_jsonl(path, record):
         with open(path, "ab+", buffering=0) as file:
             size = _end_line(file)
             try:
-                _write_all(file, _json_line(record))
+                _write_all(file, f"{json.dumps(record, ensure_ascii=False)}\n")
             except OSError:
                 file.truncate(size)
                 raise
@@ -114,7 +127,7 @@ def _end_line(file):
     try:
         json.loads(tail)
         file.write(b"\n")
-    except ValueError:
+    except (ValueError, RecursionError):
         file.truncate(size - len(tail))
     return file.seek(0, os.SEEK_END)
 
@@ -123,6 +136,8 @@ def _end_line(file):
 def reading(path):
     """The open file of a path. Raises UserError if it cannot be read."""
     try:
+        if Path(path).is_fifo() or Path(path).is_char_device():
+            raise OSError(None, "it is a pipe or a device")
         with open(path, "rb") as file:
             yield file
     except OSError as error:
@@ -133,14 +148,6 @@ def read_bytes(path):
     """A file's bytes. Raises UserError."""
     with reading(path) as file:
         return file.read()
-
-
-def read_text(path):
-    """A text file as it is, its line ends included. Raises UserError."""
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
 
 
 def parse(text, path, line=1, object_hook=None):
@@ -162,43 +169,43 @@ def as_record(value, place):
     return value
 
 
-def read_json(path, default=None, kind=object, object_hook=None):
-    """What a JSON file holds, or `default`. kind: dict if it must be one. object_hook: json.loads's."""
+def read_json(path, default=None, check=None, object_hook=None):
+    """What a JSON file holds, or `default`. check: as_record, or another. object_hook: json.loads's."""
     if default is not None and not os.path.exists(path):
         return default
     found = parse(read_bytes(path), path, object_hook=object_hook)
-    return as_record(found, path) if kind is dict else found
+    return check(found, path) if check else found
 
 
-def read_jsonl(path, torn_ok=False):
+def read_jsonl(path, torn_ok=False, check=as_record):
     """The objects of a JSON-lines file; torn_ok passes over a last line that a killed run left unfinished."""
     with reading(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 if text := line.rstrip():
-                    yield as_record(parse(text, path, number), f"{path}, line {number}")
+                    yield check(parse(text, path, number), f"{path}, line {number}")
             except UserError:
                 if not torn_ok or line.endswith(b"\n"):
                     raise
 
 
-def read_records(path, torn_ok=True):
+def read_records(path, torn_ok=True, check=as_record):
     """The objects of a JSON list or of JSON lines, told apart by the first character, in a list."""
     with reading(path) as file:
         start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n")
     if not start.startswith(b"["):
-        return list(read_jsonl(path, torn_ok))
-    return [as_record(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
+        return list(read_jsonl(path, torn_ok, check))
+    return [check(value, f"{path}, entry {number}") for number, value in enumerate(read_json(path), 1)]
 
 
 def inside(root, path, what, follow_links=False):
     """The path of `path` in `root`, which it must not leave; its symbolic links may, with follow_links (else
     they are resolved). Raises UserError."""
-    root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path)
+    root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if os.path.commonpath([root, found]) != root:
-        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link) or give "
-                        "the folder it is in (--image_root, --images), or let links lead out: --follow_links")
+        raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
+                        "its own folder (--image_root, --images), or let links lead out (--follow_links)")
     return found
 
 
@@ -213,11 +220,13 @@ def model_folder(name):
     for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
         if path.is_dir():
             return path
-    raise UserError(f"--model {name}: no such folder; give a llava-hf folder or `classroom`")
+    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
 
 
 def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
+    if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):
+        raise UserError(f"{folder} holds a pipe or a device: {fix}")
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:                          # of transformers' and its helpers' there is no end
@@ -228,7 +237,7 @@ def from_folder(kind, folder, what, fix, **options):
 # ---- images ----
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
 NARROW = 100                                            # longer side by shorter, at most
-SMALL = 160                                             # pixels: pages show smaller pictures as PNG
+PIXELS, SIDE, ALONE = 1 << 26, 10_000, threading.Lock() # at most; large ones are read one at a time
 
 
 @contextlib.contextmanager
@@ -243,7 +252,12 @@ def _opened(source):
         with Image.open(source, formats=FORMATS) as file:
             if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
                 raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
-            yield file
+            pixels = file.width * file.height
+            if pixels > PIXELS or max(file.size) > SIDE:
+                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}, or over {SIDE:,} "
+                                 "on a side: shrink it")
+            with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
+                yield file
     except Exception as error:                          # Pillow's plugins raise what they like
         raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
 
@@ -255,9 +269,10 @@ def read_image(source, as_stored=False):
             return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode[0] in "IF":                       # 16 bits, or floats, which convert() would clip
-            pixels = np.asarray(image, float)
-            unit = 256 if image.mode[0] == "I" else max(1, pixels.max()) / 255
-            image = Image.fromarray((pixels / unit).clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image) // 256 if image.mode[0] == "I" else np.asarray(image, float)
+            if image.mode[0] == "F":
+                pixels /= max(1, pixels.max()) / 255
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 
@@ -270,24 +285,7 @@ def image_size(source):
         return file.size[::-1] if turned else file.size
 
 
-def image_url(path, side=None):
-    """A file's image as a data: URL, no larger than `side` pixels if that is given. In its own size, a JPEG
-    or PNG keeps its bytes, and any other format becomes a PNG."""
-    raw = read_bytes(path)
-    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
-    if side or not kind:
-        image, buffer = read_image(path), io.BytesIO()
-        image.thumbnail((side, side) if side else image.size)
-        kind = "jpeg" if side and max(image.size) > SMALL else "png"
-        image.save(buffer, kind)
-        raw = buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
-
-
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
-# record: as training/records.py reads it. image: the PIL image to replace. other: a function that reads the
-# image of another record. rng: a random generator, keyed by its purpose and not by the order of calls.
-
 def hash64(*key):
     text = "\0".join(map(str, key)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
@@ -366,8 +364,7 @@ def noise(record, image, other, rng):
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 
 
-AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8),      # the share that is kept
-         "crop80-100": (0.8, 1.0)}
+AREAS = {"crop": (0.01, 0.2), "crop20-50": (0.2, 0.5), "crop50-80": (0.5, 0.8), "crop80-100": (0.8, 1.0)}
 REJECTED = {name: crop(area) for name, area in AREAS.items()}
 REJECTED |= {"patch": patch, "random": lambda record, image, other, rng: other(), "moco": moco,
              "blank": blank, "noise": noise}

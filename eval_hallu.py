@@ -29,28 +29,36 @@ import data
 from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
-from model import ask
+from model import ask, command
 
 
 # ---- answers ----
 def run_answers(o):
     questions = None
+    served = ask.is_url(o.model)
+    for name in ("adapter", "template", "pad", "dtype") if served else ("chat_model",):
+        if getattr(o, name):
+            raise UserError(f"--{name} does not go with --model {ask.public(o.model)}: leave it out")
     if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt, o.follow_links)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
 
-    from model import command, vlm
+    from model import vlm
     ranks = command.join()
-    m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device), device=ranks.device,
-                 template=o.template, preparation="pad" if o.pad else "")
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, o.batch_size or 64, length, ranks=ranks)
+    usual = 16 if questions else 512
+    size = o.batch_size or (64 if served else usual)
+    if served:
+        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
     else:
-        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, o.batch_size or 16, length,
-                                 ranks=ranks)
+        m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device),
+                     device=ranks.device, template=o.template, preparation="pad" if o.pad else "")
+    if questions is None:
+        answers.answer_scenes(m, o.data[0], o.out, size, length, ranks=ranks)
+    else:
+        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, size, length, ranks=ranks)
     command.leave(ranks)
 
 
@@ -66,14 +74,14 @@ def score_pope(o, lines):
 def score_amber(o, lines):
     finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
     finder = finder or benchmarks.amber_nouns(o.nouns)
-    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, kind=dict)
+    similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, check=data.as_record)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
 
 
 def score_chair(o, lines):
     original = o.scorer == "original"
-    table = objects.synonyms(data.read_text(o.synonyms), literal=original and o.mode == "official")
+    table = objects.synonyms(command.read_text(o.synonyms), literal=original and o.mode == "official")
     lemmatize = words.singulars if original else words.lemmas
     if o.nouns == "nltk":
         lemmatize = words.nltk_lemmas
@@ -88,7 +96,8 @@ def score_chair(o, lines):
 
 
 def score_mmhal(o, lines):
-    template = benchmarks.records(o.template, ("image_content", "question", "gt_answer"), "MMHal template")
+    template = benchmarks.records(o.template, "MMHal template", image_content=[str], question=str,
+                                  gt_answer=str, image_id=(*command.NAME, None))
     text = benchmarks.prompt(o.judge_prompt, "judge.txt", ["{}"] * 4)
     prompts = metrics.mmhal_prompts(template, lines, text, o.partial)
     if not o.judge:
@@ -228,9 +237,15 @@ def notes(scores):
 
 # ---- command line ----
 def positive(text):
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= command.MOST):
         raise ValueError
     return int(text)
+
+
+def new_file(text):
+    if not Path(text).name:
+        raise ValueError
+    return Path(text)
 
 
 def text(help, **more):
@@ -241,13 +256,17 @@ def path(help, required=True, **more):
     return text(help, type=Path, required=required, **more)
 
 
+def out(help):
+    return text(help, type=new_file, required=True)
+
+
 def number(help, **more):
     return text(help, type=positive, metavar="N", **more)
 
 
 SCORED = {
     "--answers": path("what `answers` wrote, or a file as the official scripts take it", nargs="+"),
-    "--out": path("scores.json, and per item .items.jsonl")}
+    "--out": out("scores.json, and per item .items.jsonl")}
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
@@ -261,16 +280,17 @@ CHAT_MODEL = {
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
-        "--model": text("a llava-hf folder, or classroom", required=True),
+        "--model": text("a model's folder, classroom, or a server's URL", required=True),
+        "--chat_model": CHAT_MODEL["--chat_model"],
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
         "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
         "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--follow_links": LINKS,
-        "--out": path("answers.jsonl; an unfinished one is continued"),
+        "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [classroom: 64, others: 16]"),
+        "--batch_size": number("questions at once [classroom: 512, servers: 64, others: 16]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
@@ -299,11 +319,11 @@ COMMANDS = {
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
         "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
-        "--out": path("preference.json")}),
+        "--out": out("preference.json")}),
     "compare": (run_compare, "two answers files: the paired difference, and a page to choose on", {
         "a": text("answers of the one model", type=Path),
         "b": text("answers of the other to the same questions", type=Path),
-        "--out": path("page.html"),
+        "--out": out("page.html"),
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
@@ -332,7 +352,7 @@ def main():
     o = parse()
     try:
         o.run(o)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"eval_hallu.py: {error}")
 
 

@@ -155,23 +155,18 @@ def save(model, folder, base_name):
 def load(model, folder):
     """Make the layers that an adapter (ours or PEFT's) names carry it, and no others; returns their names."""
     config, tensors = read_adapter(folder)
-    modules, absent, found = dict(model.named_modules()), torch.empty(0, 0), {}
-    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
-        A = tensors.get(f"{stem}.lora_A.weight", absent).T                      # (in, r)
-        B = tensors.get(f"{stem}.lora_B.weight", absent).T                      # (r, out)
-        name = stem.removeprefix("base_model.model.")
+    modules, found = dict(model.named_modules()), {}
+    for name, r, alpha, A, B in matrices(config, tensors):
         # What older transformers, and the original LLaVA and Bunny, call the language model's layers.
         new = re.sub(r"^(language_model\.)?model\.layers\.", "model.language_model.layers.", name)
         layer = modules.get(name) or modules.get(new)
-        r = setting(config, "r", "rank_pattern", name)
-        alpha = setting(config, "lora_alpha", "alpha_pattern", name)
         fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
         if not fits or B.shape != (r, layer.out_features):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
                             f"the model has {layer}: load it into the model that it was trained on, or let "
                             "PEFT merge it")
-        if config.get("use_rslora"):
-            alpha *= r ** 0.5
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
         found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
@@ -182,11 +177,24 @@ def load(model, folder):
     return list(layers(model))
 
 
-def read_adapter(folder):
-    """(adapter_config.json, the tensors under PEFT's names). Raises UserError for anything but plain LoRA."""
+def matrices(config, tensors):
+    """Yield (layer's name, r, alpha by which alpha / r is the scale, A (in, r), B (r, out)) of an adapter."""
+    absent = torch.empty(0, 0)
+    for stem in sorted({re.sub(r"\.lora_[AB]\.weight$", "", key) for key in tensors}):
+        name = stem.removeprefix("base_model.model.")
+        r = setting(config, "r", "rank_pattern", name)
+        alpha = setting(config, "lora_alpha", "alpha_pattern", name)
+        if config.get("use_rslora"):
+            alpha *= r ** 0.5
+        yield name, r, alpha, *(tensors.get(f"{stem}.lora_{ab}.weight", absent).T for ab in "AB")
+
+
+def read_adapter(folder, tensors=None):
+    """(adapter_config.json, the tensors under PEFT's names, where they are not given). Raises UserError for
+    anything but plain LoRA."""
     try:
-        config = data.read_json(Path(folder, "adapter_config.json"), kind=dict)
-        tensors = safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
+        config = data.read_json(Path(folder, "adapter_config.json"), check=data.as_record)
+        tensors = tensors or safetensors.torch.load_file(Path(folder, "adapter_model.safetensors"))
     except (OSError, UserError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} needs adapter_config.json and adapter_model.safetensors: {e}") from e
     odd = config.get("alora_invocation_tokens") or config.get("arrow_config")     # which no tensor shows
@@ -201,13 +209,16 @@ def setting(config, key, patterns, name):
 
     To PEFT it is a regular expression; here it is a plain name, as PEFT writes it, whose dots may be escaped.
     """
-    for pattern, value in (config.get(patterns) or {}).items():
+    found = config.get(key, 8)
+    for pattern, value in reversed(data.as_record(config.get(patterns) or {}, patterns).items()):
         plain = pattern.replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
             raise UserError(f"{patterns} has {pattern!r}, which is not a layer's name: let PEFT merge it")
         if f".{name}".endswith(f".{plain}"):
-            return value
-    return config.get(key, 8)
+            found = value                                           # the first that fits is the last here
+    if type(found) not in (int, float) or not 0 < found < 1e9:
+        raise UserError(f"adapter_config.json has {found!r:.40} as {key} of {name}: it is a number above 0")
+    return found
 
 
 # ---- a merged folder ----
@@ -230,7 +241,7 @@ def write_folder(model, source, out, weights=None):
     without which LLaVA's processor cannot count an image's tokens, is made where there is none. Raises
     UserError for a weight that is not finite.
     """
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    temporary = data.temporary(out)
     state = dict(model.state_dict())
     for name, weight in (weights or {}).items():
         state[name] = weight.to(model.dtype)
@@ -262,7 +273,7 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a llava-hf folder, or: classroom")
+    parser.add_argument("--model", required=True, help="a model's folder, or: classroom")
     parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -271,7 +282,7 @@ def main():
     try:
         merge_folder(o.model, o.adapter, o.out, o.dtype)
         print(f"{o.out}: the merged model, its tokenizer and its processor; transformers loads it as it is")
-    except UserError as e:
+    except (UserError, OSError) as e:
         sys.exit(f"lora.py: {e}")
 
 

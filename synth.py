@@ -39,7 +39,6 @@ Departures from the official pipeline; --as_official undoes 1 to 4:
 import functools
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -60,12 +59,13 @@ class Options:
     preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
-    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
+    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)", at_least=0)
     generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
-    guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each")
+    guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each", at_least=-100,
+                             at_most=100)
     steps: int = option(28, "of the generator", above=0)
-    size: int = option(1024, "pixels; 0: the generator's own", at_least=0)
-    seed: int = option(0, "of images, templates and the random scorer")
+    size: int = option(1024, "pixels; 0: the generator's own", at_least=0, at_most=1 << 14)
+    seed: int = option(0, "of images, templates and the random scorer", at_least=0)
     paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
     ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
     imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
@@ -83,17 +83,27 @@ class Options:
     device: str = option("", "cuda, mps or cpu; none: the first available")
     attributes: str = behind_set("gated", "of ArmoRM: gated, or paper (the mean of HelpSteer's five)",
                                  choices=("gated", "paper"))
-    max_new_tokens: int = behind_set(1000, "of a response")
+    max_new_tokens: int = behind_set(1000, "of a response", above=0)
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
-    similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates")
+    similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
+                                at_least=0, at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
-    gallery: int = behind_set(24, "for analyse: prompts on the page")
+    gallery: int = behind_set(24, "for analyse: prompts on the page", at_least=0)
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
     chunk: int = behind_set(256, "prompts that are encoded before their images are painted", above=0)
 
 
+ROWS = {                                # the fields of each stage's rows, by the name of its file
+    "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
+    "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
+    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
+    "dropped": "id reason", "faults": "id model faults"}
+FIELDS = {                              # those that are no texts
+    "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
+    "candidates": [{"image": str, "guidance": float, "seed": int}], "scores": {str: [float]},
+    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -115,11 +125,16 @@ class Run:
     ranks: command.Ranks = command.Ranks()
     lock: object = None
 
+    def path(self, name, folder=""):
+        return self.out / folder / f"{command.file_name(name)}.jsonl"
+
     def rows(self, name, made_by=None):
         """The lines of OUT/name.jsonl. Where it is missing: [] without `made_by`, else a UserError."""
-        path = self.out / f"{name}.jsonl"
+        path = self.path(name)
         if path.exists():
-            return list(data.read_jsonl(path))
+            names = ROWS.get(name, "id model score").split()
+            shapes = {field: FIELDS.get(field, str) for field in names}
+            return list(data.read_jsonl(path, check=command.fields(f"file of {name}", **shapes)))
         if made_by:
             raise UserError(f"{path} is missing: run `python synth.py {made_by}` with this --out first")
         return []
@@ -127,7 +142,7 @@ class Run:
     def write(self, name, rows):
         """OUT/name.jsonl, in one move, by rank 0."""
         if self.ranks.rank == 0:
-            data.write_jsonl(self.out / f"{name}.jsonl", rows)
+            data.write_jsonl(self.path(name), rows)
 
     def say(self, stage, **line):
         """A line of log.jsonl and of the terminal."""
@@ -142,7 +157,7 @@ class Run:
         -> their rows, group by group. parts/NAME.jsonl keeps them: see command.Store.work.
         """
         start, keyed = time.time(), []
-        store = command.Store(self.out / "parts" / f"{name}.jsonl", self.ranks)
+        store = command.Store(self.path(name, "parts"), self.ranks)
         for item in items:
             text = json.dumps([item, made_by], sort_keys=True)
             keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
@@ -158,7 +173,7 @@ class Run:
 
     def ask(self, name, source, questions, **options):
         """{id: {"reply", ...}} of ask.Questions; parts/ keeps each reply as it comes. For rank 0 alone."""
-        replies, model = self.out / "parts" / f"{name}.jsonl", self.o.model_name or None
+        replies, model = self.path(name, "parts"), self.o.model_name or None
         if not ask.is_url(source):
             options |= self.place()
         return ask.ask(source, questions, replies, model=model, description=name, **options)
@@ -171,14 +186,19 @@ class Run:
         return command.dtype(self.o.dtype, self.ranks.device, on_cuda)
 
     def asked(self):
-        """{id: ask.Question} of each question about its image."""
-        found, image = {}, {}
-        for row in self.rows("ranked", "rank"):
-            image[row["id"]] = self.out / row["image"]
+        """The rows of ranked.jsonl that have a question, with it."""
+        ranked, found = {row["id"]: row for row in self.rows("ranked", "rank")}, []
         for row in self.rows("instructions", "instruct"):
-            id = row["id"]
-            found[id] = ask.Question(id, row["question"], [image[id]])
+            if row["id"] not in ranked:
+                raise UserError(f"{self.out} has instructions for {row['id']}, which is not ranked; run "
+                                "`python synth.py instruct` again")
+            found.append(ranked[row["id"]] | row)
         return found
+
+    def questions(self):
+        """{id: ask.Question} of each question about its image."""
+        return {row["id"]: ask.Question(row["id"], row["question"], [self.out / row["image"]])
+                for row in self.asked()}
 
     def needs(self, name):
         """The option's value. Raises UserError if it has none."""
@@ -274,9 +294,10 @@ def rank(run):
         made_by = run.reward("--ranker", name, RANKERS)
         make = functools.partial(rank_by, name)
         for row in run.made(f"rank-{name}", items, make, made_by):
-            asked[row["id"]]["scores"][name] = row["scores"]
+            asked[row["id"]]["scores"][name] = row.get("scores")
     threshold = -math.inf if o.as_official else o.threshold
-    found = [pairing.best_image(row, threshold) for row in asked.values()]
+    with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
+        found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
     low = sum(row["dropped"] is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
@@ -312,7 +333,7 @@ def respond(run):
     o, said, found = run.o, {}, []
     run.needs("responders")
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
-    questions = run.asked()
+    questions = run.questions()
     items = [{"id": id, "asked": ask.digest(question)} for id, question in questions.items()]
     for name, source in named(o.responders).items():
         if Path(source).is_dir():
@@ -358,7 +379,7 @@ def named(sources):
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name
-        short = re.sub(r"[^\w.-]+", "-", short)
+        short = command.file_name(short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
         names[short] = source
@@ -371,15 +392,17 @@ def score(run):
     o, items, found = run.o, [], []
     made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
-    questions = run.asked()
+    questions = run.questions()
     for id, question in questions.items():
         if id in said:
             texts = [row["response"] for row in said[id]]
             items.append({"id": id, "_asked": ask.digest(question), "_said": texts})
     make = functools.partial(score_by, questions)
-    for row in run.made(f"score-{o.scorer}", items, make, made_by):
-        for response, scores in zip(said[row["id"]], row["scores"], strict=True):
-            found.append(pairing.only(response, "id model") | scores)
+    rows = run.made(f"score-{o.scorer}", items, make, made_by)
+    with command.explained(f"{run.out}/parts/score-{o.scorer}.jsonl is damaged", "delete it"):
+        for row in rows:
+            for response, scores in zip(said[row["id"]], row["scores"], strict=True):
+                found.append(pairing.only(response, "id model") | scores)
     run.write(f"scores-{o.scorer}", found)
 
 
@@ -441,7 +464,7 @@ def main(argv=None):
             if run.ranks.rank == 0 or name not in ALONE:
                 STAGES[name](run)
             run.ranks.barrier()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"synth.py: {error}")
     command.leave(run.ranks)
 

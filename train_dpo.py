@@ -8,9 +8,9 @@
     python train_dpo.py --dry_run --preset ...              what it would need
 
 The first takes two minutes on two CPU cores. A run is a folder (runs/PRESET-LOSS-sSEED-HASH, or --out):
-log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a llava-hf folder) with --no-lora, report.html,
-last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a
-finished run prints its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
+log.jsonl, summary.json, adapter/ (PEFT's format), or model/ (a whole model) with --no-lora, report.html,
+last/ (the checkpoint). The same command continues a killed run, bit for bit on a CPU; a finished run prints
+its table again. Papers: mDPO, arXiv 2406.11839; PDS-DPO, arXiv 2412.17417.
 
 Departures from the official code:
 
@@ -27,13 +27,15 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 5. A response is stripped of white space around it, which the official codes keep.
 """
+import contextlib
+import gc
 import json
 import math
 import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,11 +267,17 @@ def evaluate(run, name):
 
 def kept_scores(run, name):
     file = run.out / f"{name}.json"
-    if not file.exists():
+    found = checkpoint.kept(file, report.values)
+    if found is None:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        data.atomic_write(file, json.dumps(scores(run, name)))
-    return data.read_json(file)
+        adapter = contextlib.nullcontext()
+        if name == "before":
+            adapter = vlm.base_of(run.model)                 # it changes nothing yet: spare its products
+        with adapter:
+            found = scores(run, name)
+        data.atomic_write(file, json.dumps(found))
+    return found
 
 
 def scores(run, name):
@@ -319,7 +327,7 @@ def finish(run, before, after, weights):
     out = run.out
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-               "seconds": round(run.state.seconds, 1), "options": asdict(run.o)}
+               "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.lora_r:
         lora.save(model.model, out / "adapter", str(model.front.folder))
     elif not (out / "model").exists():
@@ -338,8 +346,9 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not (out / "summary.json").exists():
-        # ---- two settings for the whole process ----
+    if not checkpoint.kept(out / "summary.json", report.told):
+        # ---- three settings for the whole process ----
+        gc.set_threshold(100_000)                        # what libraries make stays: look through it rarely
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):
@@ -350,8 +359,7 @@ def launch(o, ranks):
         page = out / "report.html"
         if not page.exists():
             report.write(out)
-        print("\n".join(report.table(summary)))
-        print(f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s: {page}")
+        print("\n".join(report.told(summary)) + f": {page}")
     ranks.barrier()
 
 
@@ -364,7 +372,7 @@ def main():
                 print(line)
         else:
             launch(o, command.join(o.device))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"train_dpo.py: {e}" if rank == 0 or dist.is_initialized() else 1)
     except torch.OutOfMemoryError:
         sys.exit(f"train_dpo.py: out of memory: {plan.advice(o, int(os.environ.get('WORLD_SIZE', 1)))}")

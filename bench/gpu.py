@@ -30,6 +30,8 @@ import data
 # there is a run. The most valuable come first.
 PARTS = {"hardware": 0.2, "packed": 0.2, "peft": 0.2, "trl_equality": 0.2, "cpu_log": 0.5, "resume": 0.3,
          "step dpo 2": 0.6, "step mdpo 2": 0.2, "trl 2": 0.5, "step dpo 8": 0.2, "step mdpo 8": 0.4,
+         "attention": 0.1, "waits": 0.2, "compiled": 0.8,
+         "step dpo 8 compile": 0.8, "step mdpo 8 compile": 0.4, "step dpo 2 compile": 0.2,
          "profile": 0.2, "generation": 0.4, "classroom": 1.2, "qwen": 0.3,
          "step dpo 8 checkpointing": 0.2, "step mdpo 8 checkpointing": 0.4, "trl 8": 0.6,
          "encode": 0.2, "paint": 0.5,
@@ -38,7 +40,8 @@ PARTS = {"hardware": 0.2, "packed": 0.2, "peft": 0.2, "trl_equality": 0.2, "cpu_
          "step dpo 2 checkpointing": 0.1, "step mdpo 2 checkpointing": 0.2,
          "step dpo 1 checkpointing": 0.1, "step mdpo 1 checkpointing": 0.1,
          "trl 8 checkpointing": 0.6, "hours": 0}
-REST = {"profile": "a DPO step of two pairs: where its time goes", "hours": "hours of training alone",
+REST = {"attention": "attention of a packed row, segment by segment (in turn) and in one call (at once)",
+        "profile": "a DPO step of two pairs: where its time goes", "hours": "hours of training alone",
         "generation": "generation", "qwen": "Qwen2.5-VL-3B, a step of two pairs with mDPO",
         "classroom": "the main command", "encode": "Stable Diffusion 3's T5",
         "paint": "four images of Stable Diffusion 3"}
@@ -70,7 +73,8 @@ def keep(path, line):
 def rows(lines, kind):
     """What the parts of a kind found, `step` or `trl`: in the order of loss, micro-batch, checkpointing."""
     found = [line["found"] for name, line in lines.items() if name.split()[0] == kind and "found" in line]
-    return sorted(found, key=lambda row: (row.get("loss", ""), row["micro_batch"], row["checkpointing"]))
+    return sorted(found, key=lambda row: (row.get("loss", ""), row["micro_batch"], row["checkpointing"],
+                                         row.get("compile", False)))
 
 
 def hours(lines):
@@ -173,15 +177,15 @@ def section(lines):
         out.append(f"Hardware: {written(done['hardware'])}.")
 
     out += head("is it right?", "relative differences", "within bounds")
-    for name in ("packed", "peft", "trl_equality", "cpu_log", "resume"):
+    for name in ("packed", "peft", "trl_equality", "cpu_log", "resume", "waits", "compiled"):
         if name in done:
             out.append(row_of(name, written(done[name]), "yes" if done[name]["ok"] else "NO"))
-    out += head(model, "micro-batch", "checkpointing", "epoch", "pairs/s", "tokens/s",
+    out += head(model, "micro-batch", "checkpointing", "torch.compile", "epoch", "pairs/s", "tokens/s",
                 "GiB", "fraction of the matrix products' rate")
     for row in rows(lines, "step"):
         for epoch, words in (("first", "first"), ("cached", "later")):
             got = row[epoch]
-            out.append(row_of(row["loss"], row["micro_batch"], on_off(row), words,
+            out.append(row_of(row["loss"], row["micro_batch"], on_off(row), on_off(row, "compile"), words,
                               f"{got['pairs_per_second']:.2f}", f"{got['tokens_per_second']:,.0f}",
                               f"{got['peak_gib']:.1f}", f"{got['fraction']:.0%}"))
     out += head("TRL", "micro-batch", "its checkpointing", "pairs/s", "GiB", "ours, GiB", "ours, first epoch",
@@ -208,8 +212,8 @@ def row_of(*cells):
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def on_off(row):
-    return "on" if row["checkpointing"] else "off"
+def on_off(row, name="checkpointing"):
+    return "on" if row[name] else "off"
 
 
 # ---------------------------------------------------------------------------------------- the command

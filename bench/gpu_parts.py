@@ -12,7 +12,9 @@ import shutil
 import statistics
 import tempfile
 import time
-from functools import partial
+import warnings
+from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,6 +29,7 @@ import data
 import lora
 import train_dpo
 from model import command, vlm
+from model.generation import complete
 from training import options
 
 DTYPE = "bfloat16"                                   # of the large model
@@ -55,14 +58,14 @@ class Bench:
         self.tiny = tiny or not gpu
         self.shape = SHAPES["tiny" if self.tiny else "7b"]
         self.small = SHAPES["tiny" if self.tiny else "half"]
-        self.rounds = 1 if self.tiny else 3
+        self.rounds, self.warm = (1, 1) if self.tiny else (3, 2)
         self.scratch = tempfile.TemporaryDirectory()
         self.folder = Path(self.scratch.name)
         self.ours = None
         self.fixed = {}
 
     # ---- models ----
-    def large(self, checkpointing=False):
+    def large(self, checkpointing=False, compiled=False):
         """limit.Ours with LLaVA-1.5-7B's shape, made at the first call."""
         if self.ours is None:
             front = limit.write_front(self.folder / "large", self.shape)
@@ -76,6 +79,14 @@ class Bench:
         elif self.checkpointing:
             language.activation_checkpointing_disable()
         self.checkpointing = checkpointing
+        if compiled and not self.ours.m.compiled:
+            with tiny_compiler() if self.tiny else contextlib.nullcontext():
+                vlm.compile_layers(self.ours.m)
+        elif self.ours.m.compiled and not compiled:
+            for layer in language.layers:
+                for part in layer.children():
+                    part._compiled_call_impl = None
+            self.ours.m.compiled = False
         return self.ours
 
     def random(self, kind=None):
@@ -92,7 +103,8 @@ class Bench:
         """Free what no part needs; broken: the large model too, which a part may have left half-way."""
         if broken:
             self.ours = None
-        command.free()
+        if not self.tiny:
+            command.free()
 
     # ---- measuring ----
     def peak_gib(self, run):
@@ -104,7 +116,7 @@ class Bench:
 
     def seconds(self, run, times=5):
         """Of the middle one of several runs, after two that do not count."""
-        return statistics.median(limit.rounds({"run": run}, times, self.device, warm=2)["run"])
+        return statistics.median(limit.rounds({"run": run}, times, self.device, self.warm)["run"])
 
 
 @contextlib.contextmanager
@@ -297,20 +309,116 @@ def plain_varlen(query, key, value, starts_q, starts_k, longest_q, longest_k, *,
     return torch.cat(out, 1).transpose(0, 1)
 
 
+def attention(bench):
+    """A packed row's attention, there and back, segment by segment and in one call: seconds, and the relative
+    distance of its gradients from float32's. mDPO, a micro-batch of eight."""
+    shape, prompt = bench.shape, [0] * (bench.shape.question + (bench.shape.pixels // 14) ** 2)
+    pairs = [data.Pair("", prompt, prompt, [0] * shape.response, [0] * shape.response)] * 8
+    row = data.pack(pairs, limit.needs_of("mdpo"))
+    layout = vlm.Layout(row.segments, torch.device(bench.device))
+    size = 4, 1, shape.heads, len(row.ids), shape.hidden // shape.heads
+    tensors = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(bench.device)
+
+    def gradients(attend, dtype):
+        q, k, v, up = tensors.to(dtype)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, layout, scale=None, enable_gqa=False)                           # (1, T, H, d)
+        return torch.stack(torch.autograd.grad(out, inputs, up.transpose(1, 2))).float()
+    found, rough, exact = {"tokens": len(row.ids)}, torch.bfloat16, gradients(vlm.in_turn, torch.float32)
+    # a CPU has no kernel for the one call: there, it is written out
+    plain = mock.patch("torch.nn.attention.varlen.varlen_attn", plain_varlen)
+    with plain if bench.device == "cpu" else contextlib.nullcontext():
+        for name, attend in (("in_turn", vlm.in_turn), ("at_once", vlm.at_once)):
+            found[f"{name}_seconds"] = bench.seconds(partial(gradients, attend, rough))
+            found[f"{name}_gradient"] = apart(gradients(attend, rough), exact)
+    return {**found, "ok": found["at_once_gradient"] < 1.5 * found["in_turn_gradient"]}
+
+
+def compiled(bench):
+    """The small model with compiled layers beside the same without, in float32: loss and gradient of rows of
+    three lengths, the seconds of the first one, and how many graphs there were after each."""
+    dtype = DTYPE if bench.tiny else "float32"                         # so that `step` finds its graphs made
+    plain, side = bench.little(dtype), bench.little(dtype)
+    with tiny_compiler() if bench.tiny else contextlib.nullcontext():
+        vlm.compile_layers(side.m)
+    made = torch._dynamo.utils.counters["stats"]
+    found, before = {"loss": 0.0, "gradient": 0.0}, made["unique_graphs"]
+    for n in (2, 1, 3):
+        batch = limit.batch_of(side.m, limit.random_records(bench.small, n), limit.needs_of("mdpo"))
+        start = time.perf_counter()
+        value, flat = gradient(side, batch, "mdpo", vlm.packed)
+        seconds = time.perf_counter() - start
+        found.setdefault("first_seconds", seconds)
+        truth, exact = gradient(plain, batch, "mdpo", vlm.packed)
+        found["loss"] = max(found["loss"], abs(value - truth) / abs(truth))
+        found["gradient"] = max(found["gradient"], apart(flat, exact))
+        found[f"graphs_of_{n}"] = made["unique_graphs"] - before
+    same = found["graphs_of_2"] == found["graphs_of_3"]
+    return {**found, "ok": same and found["loss"] < 1e-4 and found["gradient"] < 1e-3}
+
+
+def waits(bench):
+    """How often the host waits for the GPU in a step of train_dpo.py, by PyTorch's own count: as often with
+    four micro-batches as with one, in the first epoch and later. A CPU counts none."""
+    found = {}
+    for parts in (1, 4):
+        out = bench.folder / f"waits-{parts}"
+        shutil.rmtree(out, ignore_errors=True)
+        begin(out, next(iter(bench.fixed), None))
+        o = options.Options(out=str(out), device=bench.device, **(TINY if bench.tiny else FIXED))
+        o = replace(o, micro_batch=o.batch // parts)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = train_dpo.prepare(o, out, command.join(o.device))
+        train_dpo.step(run, 0)
+        for epoch, t in (("first", 1), ("cached", run.batches.per_epoch)):
+            found[f"{epoch}_epoch_{parts}"] = waited(partial(train_dpo.step, run, t))
+    same = all(found[f"{epoch}_epoch_1"] == found[f"{epoch}_epoch_4"] for epoch in ("first", "cached"))
+    return {**found, "ok": same}
+
+
+def waited(run):
+    """How often PyTorch warns in run() that it waits for the GPU."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in heard)
+
+
+@contextlib.contextmanager
+def tiny_compiler():
+    """Inside, modules are compiled by Dynamo alone: kernels for a CPU would take a minute."""
+    compiler = torch.nn.Module.compile
+    with mock.patch.object(torch.nn.Module, "compile", partialmethod(compiler, backend="eager")):
+        yield
+
+
 # ---------------------------------------------------------------------------------------- the step
-def step(bench, loss, micro_batch, checkpointing=""):
-    """A 7B's optimiser step in its first epoch and in later ones, whose reference is kept."""
-    side, needs = bench.large(bool(checkpointing)), limit.needs_of(loss)
+def step(bench, loss, micro_batch, *how):
+    """A 7B's optimiser step in its first epoch and in later ones, whose reference is kept.
+
+    how: "checkpointing", "compile".
+    """
+    side, needs = bench.large("checkpointing" in how, "compile" in how), limit.needs_of(loss)
     batch = limit.batch_of(side.m, limit.random_records(bench.shape, int(micro_batch)), needs)
     epochs = {"first": partial(side.step, batch, loss, False),
               "cached": partial(side.step, batch, loss, True)}
     alone, operations = limit.products(side.m, batch.pairs, loss, DTYPE, bench.device)
-    taken = limit.rounds({**alone, **epochs}, bench.rounds, bench.device, warm=2)
+    start = time.perf_counter()
+    epochs["first"]()                                                  # with "compile" it compiles
+    begun = time.perf_counter() - start
+    taken = limit.rounds({**alone, **epochs}, bench.rounds, bench.device, bench.warm)
     best = limit.fastest(operations, taken)
     rate = operations[best] / statistics.median(taken[best])
     tokens = len(data.pack(batch.pairs, needs).ids)
-    found = {"loss": loss, "micro_batch": int(micro_batch), "checkpointing": bool(checkpointing),
-             "tokens": tokens, "products_tflops": rate / 1e12}
+    found = {"loss": loss, "micro_batch": int(micro_batch), "checkpointing": "checkpointing" in how,
+             "compile": "compile" in how, "tokens": tokens, "products_tflops": rate / 1e12,
+             "first_step_seconds": begun}
     for epoch, run in epochs.items():
         seconds = statistics.median(taken[epoch])
         work = sum(limit.minimum(side.m, batch.pairs, loss, epoch == "cached").values())
@@ -349,7 +457,7 @@ def trl(bench, micro_batch, checkpointing=""):
                  "autocast": partial(in_autocast, theirs, collated),
                  "first": partial(side.step, batch, loss, False),
                  "cached": partial(side.step, batch, loss, True)}
-        taken = limit.rounds(sides, bench.rounds, bench.device, warm=2)
+        taken = limit.rounds(sides, bench.rounds, bench.device, bench.warm)
         best = min(("plain", "autocast"), key=lambda name: statistics.median(taken[name]))
         times = vs_trl.ratios({name: [seconds] for name, seconds in taken.items()}, best)
         found[loss] = {"setting": best, "pairs_per_second": len(records) / statistics.median(taken[best]),
@@ -357,7 +465,7 @@ def trl(bench, micro_batch, checkpointing=""):
                        "ours_peak_gib": bench.peak_gib(sides["first"]),
                        "ours_first": times["first"][0], "ours_cached": times["cached"][0]}
         del theirs, sides, collated
-        command.free()
+        bench.tidy()
     return found
 
 
@@ -404,9 +512,9 @@ def generation(bench):
     records, found = limit.random_records(bench.shape, n), {"new_tokens": new}
     images, questions = [[record["image"]] for record in records], ["w7 w8 w9 w10 w11 w12"] * n
     for size in (2, 4) if bench.tiny else AT_ONCE:
-        vlm.complete(side.m, images[:size], questions[:size], 2, size)
+        complete(side.m, images[:size], questions[:size], 2, size)
         start = limit.clock(bench.device)
-        vlm.complete(side.m, images, questions, new, size)
+        complete(side.m, images, questions, new, size)
         seconds = limit.clock(bench.device) - start
         found[f"batch_{size}"] = {"answers_per_second": n / seconds, "tokens_per_second": n * new / seconds}
     return found

@@ -237,10 +237,10 @@ def statistics(folder, split, n, seed=0):
 
     from classroom import pairs
     from evaluation import metrics
-    from model import vlm
+    from model import generation, vlm
     lines, scenes = pairs.exam(seed, n, 2 * n, split)
     pictures = {name: Image.fromarray(world.draw(s)) for name, s in scenes.items()}
-    answers = vlm.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],
+    answers = generation.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],
                            [line["question"] for line in lines])
     lines = [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
     table = metrics.classroom(lines, resamples=200)

@@ -111,14 +111,14 @@ def on_policy(seed, n, recipe, model):
     """Two samples of the model for each scene; equal ones leave nothing to prefer and are passed over."""
     from PIL import Image
 
-    from model import vlm
+    from model import generation, vlm
     m, out, i = vlm.load(model), [], 0
     while len(out) < n:
         rngs = [random.Random(f"{home(recipe)}on-policy-{seed}-{i + k}") for k in range(256)]
         scenes = [world.scene(rng, recipe.split) for rng in rngs]
         images = [[Image.fromarray(world.draw(s))] for s in scenes]
         asked = [rng.choice(world.DESCRIBE) for rng in rngs]
-        both = [vlm.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
+        both = [generation.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
                              temperature=recipe.temperature) for side in (0, 1)]
         samples = zip(*both, strict=True)
         for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, samples, strict=True)):
@@ -306,8 +306,15 @@ def main_pairs(argv):
 
 
 def main():
-    argv = sys.argv[1:]
-    main_scenes(argv[1:]) if argv[:1] == ["scenes"] else main_pairs(argv)
+    """One command, or several behind --then each: imports and sprites serve them all."""
+    commands = [[]]
+    for word in sys.argv[1:]:
+        if word == "--then":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    for argv in [argv for argv in commands if argv] or [[]]:
+        main_scenes(argv[1:]) if argv[:1] == ["scenes"] else main_pairs(argv)
 
 
 if __name__ == "__main__":

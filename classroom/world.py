@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import hashlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -54,7 +54,7 @@ class Scene:
     theme: str
     things: tuple
 
-    @property
+    @cached_property
     def counts(self):
         return {t.type: len(t.places) for t in self.things}
 

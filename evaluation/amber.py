@@ -63,7 +63,7 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             if named is None:
                 raise UserError(f"the file of nouns has none for answer {name}; extract them again")
             named = [noun for noun in named if noun in words]
-            item |= credits(named, note["truth"], note["hallu"], relation, safe_words, near)
+            item |= credits(named, note["truth"], note.get("hallu", ()), relation, safe_words, near)
         else:
             said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
             item |= _answered(said, note["truth"])

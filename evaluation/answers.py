@@ -1,6 +1,6 @@
 """Let a model answer a benchmark's questions: batched, greedy, over several ranks, and never twice.
 
-    answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's, with a model of vlm.load
+    answer_scenes(m, "scenes.jsonl", "answers.jsonl")            the classroom's; m: vlm.load's, ask.connect's
     answer_questions(m, "pope", questions, "answers.jsonl")      a published benchmark's, of benchmarks.py
 
 For eval_hallu.py, and for train_dpo.py, which asks before and after training. answers.jsonl: first a line
@@ -13,12 +13,12 @@ if __name__ == "__main__":
 
 import hashlib
 import os
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import data
 from evaluation import benchmarks, metrics, objects, words
-from model import command
+from model import ask, command
 from model.ask import hashed as _hash
 
 LENGTHS = {"classroom": 64,                                             # tokens of an answer
@@ -33,7 +33,7 @@ def read_scenes(path):
     file = Path(path)
     if file.is_dir():
         file /= "scenes.jsonl"
-    scenes = benchmarks.records(file, ("question", "image"), "file of scenes")
+    scenes = benchmarks.records(file, "file of scenes", question=str, image=str)
     for number, scene in enumerate(scenes, 1):
         objects.check_truth(scene, f"{file}, line {number}")
     return scenes, file
@@ -42,6 +42,9 @@ def read_scenes(path):
 def describe(m, **more):
     """The settings that decide the answers: a file that was begun with others is not continued."""
     import lora
+    if isinstance(m, ask.Server):
+        return {"model": m.settings["model"] or m.host, "base": command.identity(m.url),
+                "decoding": "greedy", **more}
     digest = hashlib.sha256()
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
@@ -72,17 +75,30 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
-    from model import vlm
-    read = lru_cache(maxsize=2)(data.read_image)            # questions about one image follow each other
+    from model import generation
+    read = m.front.reader()
     for group in groups:
         questions = [item["_question"] for item in group]
-        images = [[read(question.image)] for question in questions]
-        prompts = [question.prompt for question in questions]
-        texts = vlm.generate(m, images, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if isinstance(m, ask.Server):
+            texts = _replies(m, questions)
+        else:
+            images = [[read(question.image)] for question in questions]
+            prompts = [question.prompt for question in questions]
+            texts = generation.generate(m, images, prompts, max_new_tokens, batch_size)
         yield [{"answer": text} for text in texts]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=64, max_new_tokens=64, description="answering",
+def _replies(server, questions):
+    """What a server answers, asked at once. Raises UserError if a question gets no reply."""
+    asked = [ask.Question(n, question.prompt, (question.image,)) for n, question in enumerate(questions)]
+    said = dict(server.ask(asked))
+    if len(said) < len(asked):
+        raise data.UserError(f"{server.host} leaves {len(asked) - len(said)} questions without an answer "
+                             f"({server.reason}); the same command asks again")
+    return [said[question.id]["reply"].strip() for question in asked]
+
+
+def answer_scenes(m, scenes_path, out_path, batch_size=512, max_new_tokens=64, description="answering",
                   ranks=None):
     """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
     scenes, file = read_scenes(scenes_path)
@@ -105,12 +121,12 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
 # ---- for training ----
 def score_classroom(answers_path):
     """-> metrics.classroom of an answers file."""
-    return metrics.classroom(data.read_records(answers_path))
+    return metrics.classroom(benchmarks.read_answers([answers_path]))
 
 
 def difference(before_path, after_path):
     """-> metrics.difference of two answers files."""
-    return metrics.difference(data.read_records(before_path), data.read_records(after_path))
+    return metrics.difference(*(benchmarks.read_answers([path]) for path in (before_path, after_path)))
 
 
 def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follow_links=False, **options):
@@ -121,7 +137,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follo
     answer_questions, such as batch_size.
     """
     Path(out_path).unlink(missing_ok=True)                       # of other weights, if the run was resumed
-    first, *_ = benchmarks.records(path, (), "question file")
+    first, *_ = benchmarks.records(path, "question file")
     kind = "pope" if "label" in first else "objhal"
     questions = benchmarks.questions(kind, [path], images, follow_links=follow_links)
     answer_questions(m, kind, questions, out_path, max_new_tokens=LENGTHS[kind], **options)
@@ -129,7 +145,7 @@ def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follo
     if kind == "pope":
         scores, _ = metrics.pope(benchmarks.pope_questions([path]), lines)
         return {f"pope_{key}": 100 * scores[key] for key in ("accuracy", "f1", "yes_ratio")}
-    table = objects.synonyms(data.read_text(synonyms))
+    table = objects.synonyms(command.read_text(synonyms))
     truth = benchmarks.coco_truth(annotations, lines, table, words.singulars)
     scores, _ = metrics.chair(lines, truth, table, words.singulars)
     return {key: 100 * scores[key] for key in ("chair_s", "chair_i", "recall")}

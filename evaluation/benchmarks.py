@@ -25,10 +25,14 @@ from data import UserError
 from evaluation import objects
 from evaluation.metrics import SPLITS
 from evaluation.stats import first, image_number
+from model import command
+from model.command import NAME
 
+ANSWER = command.fields("file of answers", image=(*NAME, None), image_id=(*NAME, None),
+                        settings=({"questions": (int, None), "benchmark": (str, None)}, None))
 KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
 HUBS = {"text": "question", "label": "answer", "image": "image_source", "split": "category"}  # lmms-lab/POPE
-NAME = 300                                     # characters: anything longer is base64, not a file's name
+LONGEST = 300                                  # characters: anything longer is base64, not a file's name
 
 
 class Question(NamedTuple):
@@ -39,13 +43,13 @@ class Question(NamedTuple):
 
 
 # ---- questions ----
-def records(path, keys, what, named=dict):
-    """The records of a question file as `named` gives them, each with these keys. Raises UserError."""
+def records(path, what, named=dict, **shapes):
+    """The records of a question file as `named` gives them, each with fields as command.fields takes them.
+    Raises UserError."""
     found = [named(record) for record in data.read_records(path, torn_ok=False)]
+    check = command.fields(what, **shapes)
     for number, record in enumerate(found, 1):
-        for key in keys:
-            if record.get(key) is None:
-                raise UserError(f"{path}, record {number} has no {key!r}, so this is no {what}; give one")
+        check(record, f"{path}, record {number}")
     if not found:
         raise UserError(f"{path} is empty: it holds no {what}; copy it again")
     return found
@@ -54,7 +58,7 @@ def records(path, keys, what, named=dict):
 def prompt(path, own, places):
     """The text of a prompt's file, or of our own. Raises UserError if a place occurs in it more or less often
     than in `places`."""
-    text = data.read_text(path or Path(__file__).with_name(own))
+    text = command.read_text(path or Path(__file__).with_name(own))
     if any(text.count(place) != places.count(place) for place in places):
         raise UserError(f"{path} must hold {' '.join(places)}, where question and answer go; add them")
     return text
@@ -67,7 +71,8 @@ def pope_questions(paths):
     for path in map(Path, paths):
         files += _files(path, "*pope*.json*")
     for file in files:
-        for row in records(file, ("question_id", "image", "text", "label"), "POPE question file", _popes):
+        for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
+                           label=str, split=(str, None)):
             split = row.get("split") or _split(file) or file.stem
             if homes.setdefault(split, file) != file:
                 raise UserError(f"{file} is a second file of the split {split}: two versions of it are in "
@@ -88,7 +93,10 @@ def _split(file):
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
     files = reversed(_files(path, "query_*ive.json"))
-    return [query for file in files for query in records(file, ("id", "image", "query"), "AMBER query file")]
+    found = []
+    for file in files:
+        found += records(file, "AMBER query file", id=NAME, image=str, query=str)
+    return found
 
 
 def _files(path, pattern):
@@ -142,9 +150,9 @@ def _amber(paths):
 
 
 def _objhal(paths):
-    for place, row in enumerate(records(paths[0], (), "question file")):
+    for place, row in enumerate(records(paths[0], "question file")):
         text, image = first(row, "question", "prompt", "text"), first(row, "image", "image_path") or ""
-        coded = len(image) > NAME
+        coded = len(image) > LONGEST
         image_id = row.get("image_id", None if coded else image)
         if image_id is None or not isinstance(text, str):
             raise UserError(f"{paths[0]}, record {place + 1} has no question or no image, so this is not a "
@@ -163,8 +171,9 @@ def _decoded(image):
 
 
 def _mmhal(paths):
-    keys = ("question_type", "image_id", "image_src", "image_content", "question", "gt_answer")
-    for place, row in enumerate(records(paths[0], keys, "MMHal-Bench template")):
+    rows = records(paths[0], "MMHal-Bench template", question_type=str, image_id=str, image_src=str,
+                   image_content=[str], question=str, gt_answer=str)
+    for place, row in enumerate(rows):
         line = {"question_id": place} | {key: row[key] for key in row if key not in ("image", "model_answer")}
         yield line, line
 
@@ -209,14 +218,14 @@ def read_answers(paths):
     """
     found = []
     for path in paths:
-        lines, split = data.read_records(path), _split(path)
+        lines, split = data.read_records(path, check=ANSWER), _split(path)
         if lines and all(line.get("model_answer") == "" for line in lines):
             raise UserError(f"{path} is a template that nobody has filled in: every model_answer is empty; "
                             "give the answers")
         for number, line in enumerate(lines, 1):
             if _is_question(line):
                 raise UserError(f"{path}, record {number} is a question, not an answer; give the answers")
-            if not line.keys() & {"split", "settings"}:
+            if not line.keys() & {"split", "category", "settings"}:
                 if split:
                     line = {"split": split, **line}
                 elif len(paths) > 1:
@@ -235,18 +244,21 @@ def amber_data(folder):
     """-> (queries or [], annotations, relation, safe words) of AMBER's data folder."""
     folder = Path(folder)
     queries = amber_queries(folder) if any(folder.glob("query_*.json")) else []
-    annotations = records(folder / "annotations.json", ("id", "type", "truth"), "annotations of AMBER")
-    relation = data.read_json(folder / "relation.json", kind=dict)
-    safe = data.read_text(folder / "safe_words.txt").split("\n")
+    annotations = records(folder / "annotations.json", "annotations of AMBER", id=NAME, type=str,
+                          truth=(str, [str]), hallu=([str], None))
+    relation = data.read_json(folder / "relation.json", check=data.as_record)
+    if not command.fits(relation, {str: [str]}):
+        raise UserError(f"{folder}/relation.json is not AMBER's, a list of words for each; copy it again")
+    safe = command.read_text(folder / "safe_words.txt").split("\n")
     return queries, annotations, relation, set(map(str.strip, safe))
 
 
 def amber_nouns(path):
     """{id: nouns} of a file of nouns that were extracted before: lines {id, nouns or nouns_in_vocab}."""
     found = {}
-    for line in records(path, ("id",), "file of nouns"):
+    for line in records(path, "file of nouns", id=NAME):
         named = line.get("nouns", line.get("nouns_in_vocab"))
-        if line["id"] in found or not isinstance(named, list):
+        if line["id"] in found or not command.fits(named, [str]):
             raise UserError(f"{path}: id {line['id']} appears twice or has no list of `nouns`: this is not "
                             "a file of nouns; give builtin, nltk, or such a file")
         found[line["id"]] = named
@@ -263,23 +275,25 @@ def coco_truth(folder, answers, table, lemmatize):
 
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         image = part.get("image_id", part.get("id") if "file_name" in part else None)
-        if image is None or image in images:
+        if not isinstance(image, int) or image in images:
             return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
-        part = data.read_json(Path(folder) / f"{name}2014.json", kind=dict, object_hook=slim)
-        names = {category["id"]: category["name"] for category in part.get("categories", [])}
-        for image in filter(None, part["images"]):
-            truth.setdefault(image["id"], set())
-        for mark in filter(None, part["annotations"]):
-            found = truth.setdefault(mark["image_id"], set())
-            if "caption" in mark:
-                named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
-                found.update(kind for _, kind in named)
-                continue
-            name = names.get(mark["category_id"])
-            if name not in table:
-                raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of CHAIR "
-                                "or of Object HalBench")
-            found.add(table[name])
+        path = Path(folder) / f"{name}2014.json"
+        part = data.read_json(path, check=data.as_record, object_hook=slim)
+        with command.explained(f"{path} is not COCO's", "copy it again"):
+            names = {category["id"]: category["name"] for category in part.get("categories", [])}
+            for image in filter(None, part["images"]):
+                truth.setdefault(image["id"], set())
+            for mark in filter(None, part["annotations"]):
+                found = truth.setdefault(mark["image_id"], set())
+                if "caption" in mark:
+                    named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
+                    found.update(kind for _, kind in named)
+                    continue
+                name = names.get(mark.get("category_id"))
+                if name not in table:
+                    raise UserError(f"COCO's category {name!r} is not among the synonyms; give the file of "
+                                    "CHAIR or of Object HalBench")
+                found.add(table[name])
     return truth

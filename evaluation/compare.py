@@ -22,6 +22,8 @@ import json
 import data
 from data import UserError
 from evaluation import benchmarks, metrics, page, stats
+from model import ask
+from model.command import NAME
 
 
 # ---- the paired difference ----
@@ -29,7 +31,7 @@ def by_id(path):
     """{(split, id): Answer} of an answers file. Raises UserError."""
     found = {}
     try:
-        for answer in stats.read(data.read_records(path)):
+        for answer in stats.read(data.read_records(path, check=benchmarks.ANSWER)):
             key = answer.line.get("split"), answer.id
             if key in found:
                 raise UserError(f"id {answer.id} is there twice; keep one of the two")
@@ -71,7 +73,8 @@ def report(a_path, b_path, out, images=None, items=None, n=100, seed=0, follow_l
     lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
              "B.items.jsonl for the paired difference."]
     if items:
-        known = [benchmarks.records(path, ("id", "sums"), "file of what `score` wrote") for path in items]
+        known = [benchmarks.records(path, "file of what `score` wrote", id=NAME, image=(*NAME, None),
+                                    sums={str: [float, float]}) for path in items]
         lines = table(stats.paired(*known), names)
     elif all("truth" in line for line in known[0] + known[1]):
         lines = table(stats.paired(*map(metrics.classroom_items, known)), names)
@@ -216,7 +219,7 @@ def write(both, names, out, images=None, n=100, seed=0, follow_links=False):
         items.append({"question": a.question,
                       "first": first.text,
                       "second": second.text,
-                      "image": path and data.image_url(path, 640)})
+                      "image": path and ask.image_url(path, 640)})
     equal = len(drawn) - len(shown)
     key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
     content = {"key": base64.b64encode(json.dumps(key).encode()).decode(), "items": items}
@@ -234,10 +237,11 @@ def read_votes(paths):
     for path in paths:
         votes = data.read_json(path)
         try:
-            rater, key = votes["rater"], json.loads(base64.b64decode(votes["key"], validate=True))
+            rater, key = str(votes["rater"]), json.loads(base64.b64decode(votes["key"], validate=True))
+            range(key["same"])
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a file of votes as the page downloads it; ask its rater for it "
                             "again") from error
         if len(shown) > 1:

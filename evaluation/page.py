@@ -10,11 +10,11 @@ if __name__ == "__main__":
 
 import base64
 import hashlib
-import math
 import re
 from html import escape
 
 import data
+from model import ask
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
@@ -47,7 +47,7 @@ TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left
 
 def num(x, form=None):
     """A number for reading, with the digits that matter unless `form` is given; "–" for None and nan."""
-    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+    if type(x) not in (int, float) or not abs(x) < 1e300:
         return "–"
     if form is None:
         form = ".3g" if abs(x) < 10 else ".1f"
@@ -97,10 +97,10 @@ def picture(root, image, says=""):
     """A figure that holds the picture of a file in `root`, or says why there is none."""
     try:
         path = data.inside(root, image, "image")
-        size, url = data.image_size(path), data.image_url(path, 320)
+        size, url = data.image_size(path), ask.image_url(path, 320)
     except data.UserError as error:
         return f"<figure><small>{escape(str(error))}</small></figure>"
-    kind = "pixel" if max(size) <= data.SMALL else ""
+    kind = "pixel" if max(size) <= ask.SMALL else ""
     img = f'<img class="{kind}" alt="{escape(says)}" src="{url}">'
     return f"<figure>{img}<small>{escape(says)}</small></figure>"
 

@@ -11,21 +11,25 @@ things.
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
+import html
 import json
 import re
 import unicodedata
 
-MIND = "(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|summary|caption|scratchpad)"
-THOUGHT = re.compile(rf"(?is)[<\[◁]({MIND})[>\]▷].*?[<\[◁]/\1[>\]▷]|"
-                     rf"^.*[<\[◁]/{MIND}[>\]▷]|[<\[◁]{MIND}[>\]▷].*")                  # these lack one end
-FINAL = re.compile(r"(?is)<(answer|conclusion)>(.*?)</\1>|\\boxed\s*\{([^{}]*)\}")
-DRESS = re.compile(r"(?i)```\w*|</?[a-z][^<>]*>|\\(?:boxed|text\w*|math\w+)\b|\*\*|__|[\u200b-\u200f\ufeff]")
+MIND = "(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|summary|caption|scratchpad|details)"
+OPEN, CLOSE = rf"[<\[◁]{MIND}[>\]▷]", rf"[<\[◁]/{MIND}[>\]▷]"
+THOUGHT = re.compile(rf"(?is)^.*<\|channel\|>final<\|message\|>|"
+                     rf"{OPEN}(?:(?!{CLOSE}).)*{CLOSE}(?:(?:(?!{OPEN}).)*{CLOSE})?|"
+                     rf"^.*{CLOSE}|{OPEN}.*")                                         # these lack one end
+FINAL = re.compile(r"(?is)<(answer|conclusion)>(.*?)</\1>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+DRESS = re.compile(r"(?i)(?:```|~~~)[`~]*\w*(?:[ \t]+\w+=[^\n]*)?|</?[a-z][^<>]*>|<\|[^<>]*\|>|\*\*|"
+                   r"\\(?:boxed|text\w*|math\w+)\b\s*\{?|(?<![a-z0-9])_+|_+(?![a-z0-9])|[\u200b-\u200f\ufeff]")
 QUOTES = str.maketrans("“”„‘’", "\"\"\"''")
 
 
 def plain(text):
     """A reply without thoughts and dress; of one that marks its final answer, that alone."""
-    text = unicodedata.normalize("NFKC", text).translate(QUOTES)
+    text = unicodedata.normalize("NFKC", html.unescape(text)).translate(QUOTES)
     text = THOUGHT.sub("", text)
     finals = [tagged or boxed for _, tagged, boxed in FINAL.findall(text)]
     return DRESS.sub("", "\n".join(finals) or text)
@@ -124,13 +128,13 @@ def rating(reply, mode="robust"):
 
 
 # ---- lists of objects ----
-STRING = r'"(?:[^"\\\n]|\\.)*"'
+STRING = r'"(?!\[)(?:[^"\\\n]|\\.)*"'
 ITEM = rf"(?:{STRING}|-?\d+(?:\.\d+)?|null)"
 LIST = rf"\[\s*(?:{ITEM}\s*,?\s*)*+\]"
 LISTS = re.compile(rf"(?i)(objects?\W*)?({LIST}(?:[\s,\[\]]*{LIST})*)")  # a list of lists, of lines, is one
-BULLET = re.compile(r'(?m)^[ \t>#]*(?:[-*•]|\d+[.)])\s+"?(.+?)"?,?\s*$')
-QUOTED = re.compile(rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[\s,.]*')       # names under a head
-NOTHING = re.compile(r"(?i)\W*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*")
+BULLET = re.compile(r'(?m)^[ \t>#]*(?:(?:[-*•]|\d+[.)])[ \t>]+)+"?(.+?)[^\w)\]\n]*$')
+QUOTED = re.compile(rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[^\w"]*')       # names under a head
+NOTHING = re.compile(r"(?i)[\W\d]*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*")
 
 
 def object_list(reply, mode="robust"):
@@ -143,10 +147,11 @@ def object_list(reply, mode="robust"):
         return []
     if '"' not in text:
         text = re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", '"', text)
-    text = BULLET.sub(r'"\1",', text)
-    if quoted := QUOTED.fullmatch(text):
-        text = f"[{quoted[1]}]"
     found = LISTS.findall(text)
+    if not found:
+        text = BULLET.sub(r'"\1",', text)
+        if quoted := QUOTED.fullmatch(text):
+            found = LISTS.findall(f"[{quoted[1]}]")
     found = [row for row in found if row[0]] or found
     lists = []
     for _, run in found:

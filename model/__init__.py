@@ -6,8 +6,11 @@
     qwen.py               Qwen2-VL, Qwen2.5-VL, Qwen3-VL
     tiles.py              Idefics3, SmolVLM, InternVL3
     gemma.py              Gemma 3
-    vlm.py                load, encode once, naive and packed forward, generate
+    template.py           a chat template is a program of others: it is tried within bounds first
+    vlm.py                load, encode once, naive and packed forward
+    generation.py         what a model answers
     ask.py                put a question to a URL, a model folder, or a file of replies
     command.py            options from a dataclass, the resumable store, the lock, ranks under torchrun
     import_checkpoint.py  original LLaVA and Bunny folders into llava-hf folders: a command of its own
+    published.py          a part of that command: the tokenizer and the LoRA of an original folder
 """

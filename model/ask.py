@@ -17,14 +17,17 @@ cut off (finish reason `length`) is asked for again as well; its row is kept and
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
+import base64
 import contextlib
 import functools
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -38,13 +41,15 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import command, family
+from model import command, family, template
 
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
 LARGEST = 1 << 24       # bytes of a reply
+SMALL = 160             # pixels: pages show smaller pictures as PNG
 CUT = ("length", "content_filter")      # finish reasons of a reply that lacks its end
+EVENTS = ("data:", "event:", ":")       # how a reply begins that was not asked to come in pieces
 # The name under which a server that refuses a setting gets it instead; what is under "" is not sent.
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": ""}
 
@@ -135,6 +140,20 @@ def is_url(source):
 def public(source):
     """A source as it may be shown and written: a URL without user, password and query."""
     return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", source) if "//" in source else source
+
+
+def image_url(path, side=None):
+    """A path's or bytes' image as a data: URL, no larger than `side` pixels if that is given. In its own
+    size, a JPEG or PNG keeps its bytes, and any other format becomes a PNG."""
+    raw = path if isinstance(path, bytes) else data.read_bytes(path)
+    kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
+    if side or not kind:
+        image, buffer = data.read_image(path), io.BytesIO()
+        image.thumbnail((side, side) if side else image.size)
+        kind = "jpeg" if side and max(image.size) > SMALL else "png"
+        image.save(buffer, kind)
+        raw = buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
 
 def messages(text, images=()):
@@ -232,6 +251,7 @@ class Server:
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
         try:
             parts = urllib.parse.urlsplit(self.url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
             fits = parts.hostname and "@" not in parts.netloc and parts.port != 0
         except ValueError:                              # of a bracket, or of a port that is no number
             fits = False
@@ -239,9 +259,12 @@ class Server:
             raise UserError("a URL cannot be used: give a server's URL, without user and password; a key "
                             "belongs in the variable OPENAI_API_KEY")
         self.host, self.query = parts.netloc, parts.query
-        self.secrets = [text for text in (self.key, *re.split("[&=]", self.query)) if len(text) > 3]
+        self.address = parts.hostname, port
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        words = re.split("[&=]", self.query)
+        words = {self.key, *words, *map(urllib.parse.unquote, words)}
+        self.secrets = sorted([text for text in words if len(text) > 3], key=len, reverse=True)
         self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
-        self.connection = getattr(http.client, f"{parts.scheme.upper()}Connection")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
@@ -272,7 +295,7 @@ class Server:
         """-> (id, row, "") or (id, None, why the last of `attempts` attempts failed)."""
         images = []
         for path in question.images:
-            images.append({"type": "image_url", "image_url": {"url": data.image_url(path)}})
+            images.append({"type": "image_url", "image_url": {"url": image_url(path)}})
         asked = messages(question.text, images)
         for attempt in range(1, self.attempts + 1):
             sent = {"messages": asked} | body
@@ -307,8 +330,10 @@ class Server:
             return None, said, 0
         if status < 300:
             with contextlib.suppress(ValueError, RecursionError):
-                answer = json.loads(text)
-            return answer, f"{reply_of(answer)[1]}: no reply in {said!r}", 0
+                answer = json.dumps(json.loads(text), ensure_ascii=False)
+                answer = json.loads(answer.encode("utf-8", "replace"))      # no half of a surrogate pair
+            kind = "a stream of events" if said.startswith(EVENTS) else reply_of(answer)[1]
+            return answer, f"{kind}: no reply in {said!r}", 0
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, None
@@ -319,18 +344,24 @@ class Server:
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
-        end, headers = time.monotonic() + self.timeout, {"Content-Type": "application/json"}
+        end = time.monotonic() + self.timeout
+        headers = {"Content-Type": "application/json", "Host": self.host}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         target = f"{self.path}/chat/completions?{self.query}".rstrip("?")
         try:
-            with contextlib.closing(self.connection(self.host, timeout=self.timeout)) as connection:
-                connection.connect()
+            connection = http.client.HTTPConnection(*self.address, self.timeout / 2)
+            with contextlib.closing(connection):
+                connection.connect()                                    # to one of two addresses, often
+                connection.sock.settimeout(self.timeout)
                 # the socket's own timeout starts anew with each byte
-                timer = threading.Timer(end - time.monotonic(), shut, [connection.sock])
+                timer = threading.Timer(end - time.monotonic(), shut, [connection.sock.dup()])
                 timer.daemon = True                                     # a process that ends does not wait
                 timer.start()
                 try:
+                    if self.tls:
+                        host, _ = self.address
+                        connection.sock = self.tls.wrap_socket(connection.sock, server_hostname=host)
                     connection.request("POST", target, json.dumps(body), headers)
                     response = connection.getresponse()
                     text = response.read(LARGEST).decode("utf-8", "replace")
@@ -375,7 +406,7 @@ class Folder:
         Batches are those of the whole list, so that a continued call draws the same tokens as the first:
         a batch that lacks a reply is computed again as a whole.
         """
-        from model import vlm
+        from model import generation
         seed, temperature = None, self.settings["temperature"]
         for batch in data.chunks(questions, self.batch):
             missing = [q.id for q in batch if q.id not in done]
@@ -384,8 +415,8 @@ class Folder:
             if temperature:
                 seed = data.hash64(self.settings["seed"], batch[0].id) >> 1
             images = [[*map(data.read_image, q.images)] for q in batch]
-            said = vlm.complete(self.model, images, [q.text for q in batch], self.settings["max_tokens"],
-                                self.batch, seed, temperature)
+            said = generation.complete(self.model, images, [q.text for q in batch],
+                                       self.settings["max_tokens"], self.batch, seed, temperature)
             for question, (text, ended) in zip(batch, said, strict=True):
                 if question.id in missing:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}
@@ -407,6 +438,7 @@ class Folder:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
+        template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
 
@@ -419,4 +451,6 @@ class Texts(family.Family):
     def prompt_ids(self, question, sizes):
         if sizes:
             raise UserError("a model for text was asked about an image; give one that sees, or a server")
-        return self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True).input_ids
+        with command.explained("the chat template fails", "correct it"):
+            found = self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True)
+        return found.input_ids

@@ -8,15 +8,17 @@
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
+import contextlib
 import dataclasses
 import hashlib
-import math
 import os
+import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ WIDTH = 80                                           # columns of a help text
 # ---- options: a dataclass is the command line ----
 def option(default, help, **about):
     """A field of an options dataclass. about: `behind_set` where only --set NAME=VALUE reaches it, `choices`,
-    `above` or `at_least` (what a number must be, besides finite), `off` (a flag that makes it 0)."""
+    `above`, `at_least` or `at_most` (what numbers must be, besides finite and within MOST), `off` (a flag
+    that makes it 0)."""
     return dataclasses.field(default=default, metadata={"help": help, **about})
 
 
@@ -104,13 +107,16 @@ def value(where, text, field):
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
     if "choices" in about and found not in about["choices"]:
         raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
-    if "above" in about and not about["above"] < found < math.inf:
-        raise UserError(f"{where}: it must be a number above {about['above']}")
-    if "at_least" in about and not about["at_least"] <= found < math.inf:
-        raise UserError(f"{where}: it must not be below {about['at_least']}")
+    least, most = about.get("at_least", -MOST), about.get("at_most", MOST)
+    for number in {int: [found], float: [found], tuple: found}.get(kind, ()):
+        if "above" in about and not number > about["above"]:
+            raise UserError(f"{where}: it must be a number above {about['above']}")
+        if not least <= number <= most:
+            raise UserError(f"{where}: it must not be below {least} or above {most}")
     return found
 
 
+MOST = 10 ** 9
 KINDS = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
          tuple: ("X,Y", "numbers with commas"), str: ("TEXT", "a text")}
 
@@ -196,9 +202,15 @@ def dtype(name, device, on_cuda="bfloat16"):
 def place(device=""):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
-    found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
-    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
+        if found.type == "cuda" and found.index is None:
+            rank = int(os.environ.get("LOCAL_RANK", 0))
+            found = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:             # of another name, or of what is not there
+        reason, *_ = str(error).splitlines()
+        raise UserError(f"--device {device}: {reason}; give cuda, mps or cpu, if it is there") from None
     return found
 
 
@@ -220,6 +232,64 @@ def free():
         torch.cuda.empty_cache()
 
 
+# ---- what files hold ----
+def fits(value, shape):
+    """Whether a value from a file is of a shape: of a type (numbers are finite, texts can be written), of one
+    of a tuple of shapes (None: it may be absent), a list of [shape] or of as many as [shape, shape, ...], an
+    object of {field: shape}, or of {str: shape} under any names."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        wanted = shape * len(value) if isinstance(value, list) and len(shape) == 1 else shape
+        return isinstance(value, list) and len(value) == len(wanted) and all(map(fits, value, wanted))
+    if isinstance(shape, dict):
+        each = shape.get(str)
+        names = value if each else shape
+        return isinstance(value, dict) and all(fits(value.get(name), each or shape[name]) for name in names)
+    if shape in (int, float):
+        return type(value) in (int, shape) and abs(value) < 1 << 63
+    if shape is str:
+        return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)      # half of a pair
+    return value is None if shape is None else isinstance(value, shape)
+
+
+def fields(what, **shapes):
+    """A check for data's readers of JSON: a record with fields of these shapes. what: it is, for people."""
+    def check(record, place):
+        data.as_record(record, place)
+        for name, shape in shapes.items():
+            if not fits(record.get(name), shape):
+                has = "no" if record.get(name) is None else f"{str(record[name])[:60]!r} as"
+                raise UserError(f"{place} has {has} {name!r}, so this is no {what}; fix it or give one")
+        return record
+    return check
+
+
+@contextlib.contextmanager
+def explained(what, fix):
+    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} ({why}); {fix}") from error
+
+
+def read_text(path):
+    """A text file as it is, its line ends included. Raises UserError."""
+    try:
+        return data.read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
+
+
+def file_name(text):
+    """A text as a file's name, which cannot lead out of its folder."""
+    return re.sub(r"[^\w.-]+", "-", text)[:100]
+
+
 # ---- the folder ----
 def claim(out):
     """Make the folder `out` and lock it; returns the lock, to keep. Raises UserError if it is in use."""
@@ -237,6 +307,7 @@ def claim(out):
 
 # ---- what something was made from ----
 BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger file so many are hashed
+FILES = 10_000                                          # of a folder: more are not a model's
 
 
 def digest(path, blocks=BLOCKS):
@@ -265,7 +336,10 @@ def identity(source):
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
     found = hashlib.sha256()
-    files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.suffix != ".md"]
+    there = [path, *islice(path.rglob("*"), FILES)]
+    if len(there) > FILES:
+        raise UserError(f"{source} holds over {FILES:,} files: give the folder of the model alone")
+    files = [file for file in there if file.is_file() and file.suffix != ".md"]
     for file in sorted(files):
         found.update(str(file.relative_to(path)).encode() + digest(file))
     return found.hexdigest()[:16]
@@ -281,6 +355,11 @@ def identity_of(paths, blocks=BLOCKS):
 
 
 # ---- work that resumes ----
+NAME = int, str
+JOURNAL = fields("store of finished work", id=(*NAME, None), hash=(str, None), settings=(dict, None),
+                 rows=([{"id": NAME, "hash": str}], None))
+
+
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -304,7 +383,7 @@ class Store:
         """{id: row} of the items that are made: those whose row has the item's hash."""
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
-            lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
+            lines = list(data.read_jsonl(file, torn_ok=True, check=JOURNAL)) if file.exists() else []
             if lines and self.head:
                 self.check_head(file, lines.pop(0))
             if self.shape and file == self.path:                     # the lines are in the items' order
@@ -318,7 +397,7 @@ class Store:
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
-        if not isinstance(was, dict):
+        if was is None:
             was, differ = {}, ["it has no settings"]
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
@@ -331,7 +410,7 @@ class Store:
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
         part = self.part(self.ranks.rank)
-        if self.head and not part.exists():
+        if self.head and not (part.exists() and any(data.read_jsonl(part, torn_ok=True))):
             data.append_jsonl(part, self.head)
         data.append_jsonl(part, {"rows": rows})
 

@@ -9,6 +9,7 @@ front.FAMILIES:
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
                                     where the template has the one of image_token
     prepare(images)                 one prompt's PIL images -> [{name: tensor}], by transformers' names
+    fits(prepared)                  ValueError if an image's pixels are not what the vision tower takes
     inputs(prepared)                those of a batch, as transformers' forward and generate take them
     encode(model, prepared)         features in the language model's space: [(K, D)], one an image; columns
                                     behind the D are for language_inputs
@@ -24,16 +25,23 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import data
 
 IMAGE = "<image>"              # where an image stands in a text; see training/records.py
 
 
-@dataclass
+class Picture(NamedTuple):
+    """An image file, read and prepared, that is alone in its prompt."""
+    size: tuple                # (width, height) in pixels
+    inputs: dict               # what prepare() makes of it
+
+
+@dataclass(eq=False)
 class Family:
     """What is in front of a folder's language model."""
     folder: Path
@@ -56,6 +64,7 @@ class Family:
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
+        self.kept = lru_cache(2048)(self.picture)
 
     # ---- what differs between families: image_ids(size), and where these do not fit ----
     def usual_template(self):
@@ -81,6 +90,9 @@ class Family:
         import torch
         return {name: torch.cat([image[name] for image in prepared]) for name in prepared[0]}
 
+    def fits(self, prepared):
+        """Raise ValueError if an image, as it is prepared, is not what the vision tower takes."""
+
     def positions(self, ids, sizes):
         return data.plain_positions(ids, sizes)
 
@@ -103,6 +115,22 @@ class Family:
         return f"{len(self.image_ids((640, 480)))} tokens for 640 x 480 pixels"
 
     # ---- what they share ----
+    def prepared(self, images):
+        """prepare(images) of one prompt, whose images may be Pictures."""
+        if images and isinstance(images[0], Picture):
+            return [picture.inputs for picture in images]
+        return self.prepare(images)
+
+    def picture(self, source):
+        """The Picture of a path or bytes. Raises UserError."""
+        image = data.read_image(source)
+        inputs, = self.prepare([image])
+        return Picture(image.size, inputs)
+
+    def reader(self):
+        """picture(), which keeps what it made; the classroom's small ones for all evaluations of a run."""
+        return self.kept if self.is_classroom else lru_cache(2)(self.picture)
+
     def language_model(self, model):
         return model.get_submodule(self.language)
 

@@ -11,7 +11,11 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+from PIL import Image
+
 import data
+from model import command
+from model import template as templates
 from model.gemma import Gemma3
 from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
 from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
@@ -32,10 +36,11 @@ FAMILIES = {"llava": Llava,                                        # by transfor
 def read_config(folder):
     """config.json of a checkpoint of one of the families. Raises UserError, naming what it is instead."""
     path = Path(folder) / "config.json"
-    config = data.read_json(path, kind=dict)
+    config = data.read_json(path, check=data.as_record)
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no vision_config.
-    if kind in FAMILIES and isinstance(config.get("vision_config"), dict):
+    parts = {"model_type": str, "vision_config": dict, "text_config": (dict, None)}
+    if command.fits(config, parts) and kind in FAMILIES:
         return config
     fix = "give one of those, as transformers saves it"
     if "mm_vision_tower" in config:
@@ -66,7 +71,20 @@ def open_folder(folder, template=None, preparation=""):
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
                                  "images=pad")
         found.pad = colour(processor)
+    probe(found)
     return found
+
+
+def probe(front):
+    """Raise UserError if a question about a picture cannot be made with what the folder says, or takes too
+    much; what only some questions show is found with them."""
+    with command.explained(f"{front.folder}: its files are not one model's", "copy them again"):
+        templates.check(front.folder, front.tokenizer, front.template, front.messages("QUESTION", 1))
+        front.prompt_ids("QUESTION", ())
+        front.response_ids("ANSWER")
+        picture = Image.new("RGB", (64, 48))
+        front.image_ids(picture.size)
+        front.fits(*front.prepare([picture]))
 
 
 def check_tokens(folder, config, tokenizer, image_token):

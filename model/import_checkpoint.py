@@ -2,10 +2,14 @@
 
     python -m model.import_checkpoint llava-v1.5-7b  llava-7b --vision_tower clip-vit-large-patch14-336
     python -m model.import_checkpoint Bunny-v1_0-3B  bunny-3b        (its SigLIP tower lies in the checkpoint)
+    python -m model.import_checkpoint llava-v1.5-7b-lora  DST --base vicuna-7b-v1.5 --vision_tower ...
 
 DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
 others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied one by one: 13 GB
 need little memory and some minutes. DST appears whole or not at all.
+
+SRC may be a LoRA as LLaVA's and Bunny's scripts write it: adapter_config.json, adapter_model.safetensors or
+.bin, non_lora_trainables.bin, config.json. It is merged in float32 into the weights of --base.
 
 --vision_tower: the folder of CLIP or SigLIP, needed if the checkpoint leaves the tower out (LLaVA-1.5);
 for a tower of unpublished size its config.json alone, since the number of heads is in no weight.
@@ -16,7 +20,6 @@ Differences from the published folders:
  2. A tower published in another type than the language model (CLIP: float32) is cast to that one's.
  3. SigLIP's last layer is dropped, as Bunny's code does: features are the output of the one before, unnormed.
 """
-import importlib.util
 import json
 import re
 import shutil
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-from model import front, llava
+from model import command, front, llava, published
 
 SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -49,6 +52,7 @@ class Weight(NamedTuple):
     type: str                  # safetensors' name of it
     shape: tuple
     start: int                 # of its bytes in a safetensors file; -1: a pickle's
+    delta: tuple = ()          # a LoRA's A (in, r) and scaled B (r, out)
 
 
 # -------------------------------------------------------------------------------- the source
@@ -90,10 +94,11 @@ def read_header(path):
             length, = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length)) if length < size else None
             header.pop("__metadata__", None)
-            if 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
+            fits = command.fits(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int, int]}})
+            if not fits or 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
                 raise ValueError
         return header
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError):
+    except (struct.error, ValueError, AttributeError):
         raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
 
 
@@ -113,23 +118,32 @@ def unpickle(file):
         raise data.UserError(f"{file} holds more than tensors, or is torn, and is not opened "
                              f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
-        reason = str(e).strip().partition("\n")[0]
-        raise data.UserError(f"{file} is torn or not a weights file ({reason}): download it again") from None
+        reason = " ".join(str(e).split()[:20])
+        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
+
+
+def place(name):
+    """The name in DST of a published one; None where it has no place there, "" of one that is not known."""
+    name = name.removeprefix(published.PEFT)
+    for pattern, new in COMMON:
+        if re.search(pattern, name):
+            return new and re.sub(pattern, new, name)
+    return ""
 
 
 def collect(files, keep=lambda name: True):
     """{name in DST: Weight} of the source's files."""
     found = {}
     for weight in [w for file in files for w in weights(file) if keep(w.name)]:
-        pattern, new = next(((p, n) for p, n in COMMON if re.search(p, weight.name)), (None, None))
-        if pattern is None:
+        name = place(weight.name)
+        if name == "":
             raise data.UserError(f"{weight.file}: {weight.name} belongs to no LLaVA-1.5 or Bunny: it is "
                                  "another model, or a checkpoint in the middle of training")
-        if new is not None:
+        if name:
             if weight.type not in BYTES:
                 raise data.UserError(f"{weight.file}: {weight.name} is {weight.type}: a quantised checkpoint "
                                      "cannot be imported, take the one in float16 or bfloat16")
-            found[re.sub(pattern, new, weight.name)] = weight
+            found[name] = weight
     return found
 
 
@@ -138,8 +152,7 @@ def family(src):
     """(config.json, "llava" or "bunny") of an original checkpoint. Raises UserError for anything else."""
     config = data.read_json(src / "config.json", {})
     if not config or not isinstance(config, dict):
-        why = "is not a JSON object" if config else "is missing or empty"
-        raise data.UserError(f"{src}/config.json {why}: {src} is not a model's folder")
+        raise data.UserError(f"{src}/config.json is missing or empty, or not a JSON object: get all of it")
     if isinstance(config.get("text_config"), dict):
         raise data.UserError(f"{src} is a transformers folder already: give it to --model as it is")
     if "mm_vision_tower" not in config:
@@ -227,58 +240,6 @@ def expected(config):
     return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
 
 
-def read_tokenizer(folder, kind, **options):
-    """The tokenizer of a published folder, of transformers' class `kind`. Raises UserError."""
-    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-    alone = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
-    if alone:
-        if lack := [name for name, module in packages.items() if not installed(module)]:
-            raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model, which needs "
-                                 f"{' and '.join(lack)}: `pip install {' '.join(lack)}`")
-    tokenizer = data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
-    return merges_by_score(tokenizer, folder / "tokenizer.model") if alone else tokenizer
-
-
-def merges_by_score(tokenizer, file):
-    """SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens."""
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
-    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
-    if about["model"]["type"] == "BPE":
-        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
-    return tokenizer
-
-
-def installed(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:                      # the package that the module is in
-        return False
-
-
-def tokenizer_of(src, kind, config):
-    """The source's tokenizer with <image> added. Raises UserError."""
-    from transformers import CodeGenTokenizer, LlamaTokenizer
-    if kind == "llava":
-        # Without `legacy` the space piece between <image> and the newline, which LLaVA's code has, is lost.
-        tokenizer = read_tokenizer(src, LlamaTokenizer, legacy=True, add_bos_token=True)
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer = read_tokenizer(src, CodeGenTokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    for name in ("bos_token_id", "eos_token_id"):
-        if config.get(name) is not None and getattr(tokenizer, name) != config[name]:
-            raise data.UserError(f"{src}: the tokenizer's {name} is {getattr(tokenizer, name)}, "
-                                 f"config.json's {config[name]}: one of the two is not this model's")
-    if len(tokenizer) > config["vocab_size"]:
-        raise data.UserError(f"{src}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
-                             f"{config['vocab_size']}: one of the two is not this model's")
-    tokenizer.add_special_tokens({"additional_special_tokens": [llava.IMAGE]})
-    tokenizer.padding_side = "left"                    # for generation; vlm.py pads by itself
-    return tokenizer
-
-
 # -------------------------------------------------------------------------------- the copy
 class Plan(NamedTuple):
     """All that will be written, checked before the first byte."""
@@ -290,11 +251,14 @@ class Plan(NamedTuple):
     shapes: dict               # {name in DST: shape}; a row more than the Weight's: zeros
 
 
-def plan(src, tower=None):
+def plan(src, tower=None, base=None):
     """Read headers, config and tokenizer of the source, and hold them against transformers' model."""
     config, kind = family(src)
-    tokenizer = tokenizer_of(src, kind, config)
-    found = collect(shards(src))
+    base = published.base_of(src, base)
+    tokenizer = published.tokenizer_of(base, kind, config)
+    found = collect(shards(base))
+    if base != src:
+        found |= collect(filter(Path.exists, [src / published.WHOLE]))
     if tower and shards_there(tower) and not any(n.startswith("model.vision_tower.") for n in found):
         found |= collect(shards(tower), lambda name: name.startswith("vision_model."))
     vision = vision_config(kind, tower, found)
@@ -319,6 +283,12 @@ def plan(src, tower=None):
     if odd := [n for n in wanted if found[n].shape != wanted[n]]:
         raise data.UserError(f"{src}: {found[odd[0]].name} is {found[odd[0]].shape}, by config.json it is "
                              f"{wanted[odd[0]]}: one of the two is not this model's")
+    for name, (A, B) in published.deltas(src, unpickle).items():
+        at = place(name)
+        if at not in found or found[at].shape != (B.shape[1], len(A)):
+            raise data.UserError(f"{src} adapts {name} of {B.shape[1]} x {len(A)}, which {base} lacks or "
+                                 "has in another shape: give the --base that it was trained on")
+        found[at] = found[at]._replace(delta=(A, B))
     type = found["model.language_model.embed_tokens.weight"].type
     new.dtype = NAMES[type]
     return Plan(new, tokenizer, kind, type, found, shapes)
@@ -373,6 +343,9 @@ def content(weight, pickled, type):
         with open(weight.file, "rb") as f:
             f.seek(weight.start)
             f.readinto(raw(tensor))
+    if weight.delta:
+        A, B = weight.delta
+        tensor = tensor.to(torch.promote_types(tensor.dtype, A.dtype)) + (A @ B).T
     tensor = tensor.to(getattr(torch, NAMES[type]))
     if not tensor.isfinite().all():
         raise data.UserError(f"{weight.file}: {weight.name} is not finite: download it again")
@@ -406,7 +379,7 @@ def write_rest(todo, dst, config):
         path.write_text(json.dumps({**json.loads(path.read_text()), "legacy": True}, indent=1))
 
 
-def run(src, dst, tower=None, report=print):
+def run(src, dst, tower=None, report=print, base=None):
     """Write DST, whole or not at all. Raises UserError."""
     src, dst, tower = Path(src), Path(dst), Path(tower) if tower else None
     for folder in (src, tower):
@@ -414,10 +387,10 @@ def run(src, dst, tower=None, report=print):
             raise data.UserError(f"{folder}: no such folder")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise data.UserError(f"{dst} exists and is not empty: give a new folder")
-    todo = plan(src, tower)
-    unfinished = dst.with_name(f".{dst.name}.unfinished")
+    with command.explained(f"{src} cannot be read as a checkpoint", "download it again"):
+        todo = plan(src, tower, base)
+    unfinished = data.temporary(dst)                   # removes what a run that was killed has left
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         unfinished.mkdir(parents=True)
         write_rest(todo, unfinished, data.read_json(src / "config.json", {}))
         write_weights(todo, unfinished, report)
@@ -431,8 +404,7 @@ def run(src, dst, tower=None, report=print):
 
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
-    """Lines that say what a llava-hf folder is, by its files, and what is torn or missing. Raises UserError
-    only if its config.json is not a llava-hf folder's."""
+    """Lines that say what a model's folder is, by its files, and what is torn or missing."""
     folder = data.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
@@ -444,7 +416,7 @@ def describe(folder):
         text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
         lines = [f"image           {own.about_images}; {own.preparation}",
                  f"template        {own.template_name}: {text!r}"]
-    parts = [config.get(name, {}).get("model_type") for name in ("vision_config", "text_config")]
+    parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({weight.type for weight in found})) or "no file"
     return [f"folder          {folder}",
             f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
@@ -454,23 +426,27 @@ def describe(folder):
 
 
 def attempt(faults, work, *arguments):
-    """The result of work, or None if it raises a UserError, whose text joins the faults."""
+    """The result of work, or None if it raises an error, whose text joins the faults."""
     try:
-        return work(*arguments)
+        with command.explained(arguments[0], "copy it again"):
+            return work(*arguments)
     except data.UserError as e:
         faults.append(str(e))
 
 
 def main():
     parser = data.Parser(prog="import_checkpoint.py", description=__doc__.split("\n")[0])
-    parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B")
+    parser.add_argument("src", help="the published folder: liuhaotian/llava-v1.5-7b, BAAI/Bunny-v1_0-3B, "
+                                   "or of a LoRA on one")
     parser.add_argument("dst", help="the new folder")
     parser.add_argument("--vision_tower", help="for LLaVA-1.5 openai/clip-vit-large-patch14-336")
+    parser.add_argument("--base", help="of a LoRA: the published folder of the language model (Vicuna, "
+                                       "phi-2), LLaVA or Bunny that it is for [the one its adapter names]")
     args = parser.parse_args()
     try:
-        run(args.src, args.dst, args.vision_tower)
+        run(args.src, args.dst, args.vision_tower, base=args.base)
         print("\n".join(describe(args.dst)))
-    except data.UserError as e:
+    except (data.UserError, OSError) as e:
         sys.exit(f"import_checkpoint.py: {e}")
 
 

@@ -73,6 +73,11 @@ class Llava(Family):
             found[name] = pad_sequence([image[name] for image in prepared], batch_first=True)
         return found                       # pixel_values (N, 3, H, W); of tiles (N, P, 3, H, W), zeros last
 
+    def fits(self, prepared):
+        width, side = prepared["pixel_values"].shape[-1], self.config.vision_config.image_size
+        if width != side:
+            raise ValueError(f"pictures become {width} pixels wide, its vision tower takes {side}")
+
     @property
     def preparation(self):
         processor = self.image_processor

@@ -29,6 +29,13 @@ class Qwen2VL(Family):
         rows, columns = self.grid(size)
         return [self.image_token_id] * (rows * columns)
 
+    def fits(self, prepared):
+        made, vision = self.image_processor, self.config.vision_config
+        sides = made.patch_size, made.temporal_patch_size, made.merge_size
+        its = vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        if sides != its:
+            raise ValueError(f"patches are {sides} (pixels, frames, merged), its vision tower takes {its}")
+
     def positions(self, ids, sizes):
         """(3, T): time, row and column. A text goes on from the largest; an image has one time."""
         import torch

@@ -1,8 +1,7 @@
-"""Vision-language models of the LLaVA type: load a folder, encode images, log-probs of responses, generate.
+"""Vision-language models: load a folder, encode images, log-probs of responses.
 
-A model is a llava-hf folder, as transformers' LlavaForConditionalGeneration (LLaVA-1.5, imported Bunny) or
-LlavaNextForConditionalGeneration (LLaVA-1.6) saves it; `classroom` is classroom/models/base0. What differs
-between them, texts and images, is in front.py and the families.
+A model is a folder as transformers saves it, of a family in front.FAMILIES; `classroom` is
+classroom/models/base0. What differs between families, texts and images, is in family.py and its neighbours.
 
 The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs to 1e-9, gradients to 1e-7):
 
@@ -27,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,10 +68,10 @@ class Features(NamedTuple):
 
 # -------------------------------------------------------------------------------- loading
 def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None, preparation=""):
-    """A VLM from a llava-hf folder, or from what front.open_folder made of it, frozen and in eval mode.
+    """A VLM from a model's folder, or from what front.open_folder made of it, frozen and in eval mode.
 
     adapter: a PEFT-format LoRA folder put on top. template, preparation: as open_folder takes them. Raises
-    UserError for a folder that is not llava-hf or lacks a part, and for a bad adapter.
+    UserError for a folder of no known family or without a part, and for a bad adapter.
     """
     import transformers
     from transformers.masking_utils import sdpa_mask
@@ -81,8 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    transformers.AttentionInterface.register("packed", packed_attention)
-    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
+        transformers.AttentionInterface.register("packed", packed_attention)
+        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -101,10 +101,13 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for weight in model.parameters():      # mapped until here; unaligned, as in the file, products are slower
+    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
+                                 "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
     own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
@@ -140,10 +143,7 @@ def base_of(m):
 
 
 def forget(mapped):
-    """Give the memory of a tensor that is mapped from a file back to the system; the file keeps the bytes.
-
-    Without it loading would need the memory of the weights twice.
-    """
+    """Give the memory of a tensor that is mapped from a file back: loading would need the weights' twice."""
     first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (mapped.data_ptr() + mapped.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if size > 0 and LIBC:
@@ -271,6 +271,15 @@ class Layout:
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
+    @cached_property
+    def masks(self):
+        """For in_turn: which of its prompt and itself `rejected` sees, once for all layers."""
+        found = []
+        for s in self.segments:
+            seen = self.keys.new_ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool)
+            found.append(seen.tril(s.prompt))
+        return found
+
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
     """Attention of one packed row; transformers' SDPA where no `layout` is given (generation, naive).
@@ -304,7 +313,6 @@ def at_once(query, key, value, layout, **options):
 
 def in_turn(query, key, value, layout, **options):
     """Segment by segment: on any device, in any type."""
-    from torch.nn.attention.bias import causal_lower_right
     attend = partial(F.scaled_dot_product_attention, **options)
     # One split, whose gradient is one cat: that of a slice is zeros for the whole row, slice by slice.
     lengths = []
@@ -312,14 +320,13 @@ def in_turn(query, key, value, layout, **options):
         lengths += [s.prompt + s.chosen, s.rejected]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     out = []
-    for s in layout.segments:
+    for s, mask in zip(layout.segments, layout.masks, strict=True):
         q, k, v = next(pieces)                                                  # of prompt + chosen
         out.append(attend(q, k, v, is_causal=True))
         q, k_own, v_own = next(pieces)                                          # of rejected
         if s.rejected:
             k = torch.cat([k[:, :, :s.prompt], k_own], 2)
             v = torch.cat([v[:, :, :s.prompt], v_own], 2)
-            mask = causal_lower_right(s.rejected, s.prompt + s.rejected)
             out.append(attend(q, k, v, attn_mask=mask))
     return torch.cat(out, 2).transpose(1, 2)
 
@@ -330,13 +337,10 @@ def compile_layers(m):
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
     import transformers
-    from transformers.masking_utils import sdpa_mask
     # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("called", torch.compiler.disable(packed_attention))
-    transformers.AttentionMaskInterface.register("called", sdpa_mask)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
         each.compiled = True
-        each.language_model.set_attn_implementation("called")
         for layer in each.language_model.layers:
             for part in layer.children():
                 part.compile(dynamic=True)
@@ -405,72 +409,3 @@ class FrozenHead(torch.autograd.Function):
 
 
 FORWARDS = {"packed": packed, "naive": naive}
-
-
-# -------------------------------------------------------------------------------- generation
-class Completion(NamedTuple):
-    """What a model said."""
-    text: str
-    finished: bool             # it ended by itself; else it was cut at max_new_tokens
-
-
-def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
-    """A Completion for each question about images (a list of PIL images each, possibly empty).
-
-    The rest is as `continued` takes it.
-    """
-    prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
-    for question, shown in zip(questions, images, strict=True):
-        prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
-    found = []
-    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
-        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
-        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
-    return found
-
-
-def ends_of(m):
-    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
-    own = m.model.generation_config.eos_token_id
-    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
-
-
-@torch.no_grad()
-def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
-    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
-
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Batches are left-padded, prompts of similar length together.
-    """
-    ends = ends_of(m)
-    options = {"do_sample": False}
-    if sample_seed is not None:
-        rows = len(m.model.lm_head.weight)
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
-                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [None] * len(prompts)
-    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
-    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
-        torch.manual_seed(sample_seed or 0)
-        for batch in data.chunks(order, batch_size):
-            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
-                                           padding_side="left", return_tensors="pt").to(m.device)
-            if prepared := [image for i in batch for image in m.front.prepare(images[i])]:
-                inputs |= m.front.on_device(m.model, prepared)
-                inputs |= m.front.generate_inputs(inputs.input_ids)
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
-            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
-            for i, tokens in zip(batch, new.tolist(), strict=True):
-                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
-                found[i] = tokens[:ended[0]] if ended else tokens
-    return found
-
-
-def generate(*arguments, **options):
-    """The texts of complete(), which takes the same arguments."""
-    return [completion.text for completion in complete(*arguments, **options)]

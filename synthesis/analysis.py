@@ -23,7 +23,7 @@ from html import escape
 
 import data
 from evaluation import page
-from model import ask
+from model import ask, command
 from synthesis import pairing, prompts
 
 ASK_JUDGE = ("Two pictures were made from this description:\n{prompt}\nWhich shows it better: the first (A) "
@@ -235,10 +235,11 @@ def gallery(run, ranked, analysis):
 def analyse(run):
     """Writes analysis.json and gallery.html into the run's folder."""
     ranked, file = run.rows("ranked", "rank"), run.out / "gallery.html"
-    found = {"guidance": guidance(ranked),
-             "agreement": agreement(ranked),
-             "judge": judged(run, ranked),
-             "similarity": similarity(run)}
+    with command.explained(f"{file.parent}: its files are not those of one run", "run the stages again"):
+        found = {"guidance": guidance(ranked),
+                 "agreement": agreement(ranked),
+                 "judge": judged(run, ranked),
+                 "similarity": similarity(run)}
     data.atomic_write(run.out / "analysis.json", json.dumps(found, indent=1) + "\n")
     data.atomic_write(file, gallery(run, ranked, found))
     run.say("analyse", prompts=len(ranked), page=str(file))

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import torch
 
 import data
+from data import UserError
 from model import command
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -46,15 +47,26 @@ def _pipeline():
 
 
 def _load(folder, device, dtype, without):
-    """The pipeline without these parts, and without those that were not saved: diffusers wants both named."""
-    index = data.read_json(Path(folder) / "model_index.json")
-    absent = [name for name, part in index.items() if isinstance(part, list) and part[0] is None]
+    """The pipeline without these parts, and without those that were not saved: diffusers wants both named.
+
+    A part that has nothing but fp16 weights is read from those. Raises UserError for one that is not there.
+    """
+    folder, variant = Path(folder), None
+    index = data.read_json(folder / "model_index.json", check=data.as_record)
+    named = [name for name, part in index.items() if isinstance(part, list) and part[0]]
+    for name in named:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} lacks the part {name}: copy it again (T5 alone can be left out: both "
+                            "of its parts are then [null, null] in model_index.json)")
+        if {".fp16" in file.name for file in (folder / name).glob("*.safetensors")} == {True}:
+            variant = "fp16"
+    absent = {*ENCODERS}.difference(named)
     pipeline = data.from_folder(
         _pipeline(), folder, "Stable Diffusion 3 pipeline in diffusers' layout", "copy it again",
-        dtype=dtype, **dict.fromkeys([*without, *absent]))
+        dtype=dtype, variant=variant, **dict.fromkeys([*without, *absent]))
     pipeline.set_progress_bar_config(disable=True)
     if "transformer" in without and "text_encoder_3" in absent:     # zeros take T5's place, as wide as it
-        config = data.read_json(Path(folder) / "transformer" / "config.json")
+        config = data.read_json(folder / "transformer" / "config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     return pipeline.to(device)
 

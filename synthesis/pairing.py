@@ -99,7 +99,7 @@ def select(asked, responses, scores, margin=0., official=False):
     for prompt in asked:
         id, sound, reason = prompt["id"], [], ""
         for row in responses.get(id, ()):
-            found = [] if official else faults(prompt["question"], row["response"], row["finished"])
+            found = [] if official else faults(prompt["question"], row["response"], row.get("finished"))
             score = scores.get((id, row["model"]))
             if score is None:
                 found.append("not scored")
@@ -176,8 +176,7 @@ def make(run, models, settings):
 
     models: (role, name, hash of the files, licence) of each."""
     o, scores = run.o, {}
-    ranked = {row["id"]: row for row in run.rows("ranked", "rank")}
-    asked = [ranked[row["id"]] | row for row in run.rows("instructions", "instruct")]
+    ranked, asked = run.rows("ranked", "rank"), run.asked()
     said = grouped(run.rows("responses", "respond"), "id")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
@@ -185,7 +184,7 @@ def make(run, models, settings):
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
     pairs, unpaired, faulty = select(asked, said, scores, o.margin, o.as_official)
-    dropped = [{"id": id, "reason": row["dropped"]} for id, row in ranked.items() if row["dropped"]]
+    dropped = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
     dropped += unpaired
     run.write("pairs", pairs)
     run.write("dropped", dropped)

@@ -9,7 +9,7 @@ from pathlib import Path
 import data
 from data import UserError
 from evaluation.readers import THOUGHT
-from model import ask
+from model import ask, command
 
 SHIPPED = Path(__file__).resolve().parent / "topics"
 ASK_PROMPTS = (
@@ -52,7 +52,7 @@ def read(source):
     """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
     path, found = Path(source), []
     for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-        lines = [line.strip() for line in data.read_text(file).splitlines()]
+        lines = [line.strip() for line in command.read_text(file).splitlines()]
         found += [(file.stem, line) for line in lines if line]
     if not found:
         raise UserError(f"{source} holds no lines; write one a line into TOPIC.txt")
@@ -81,7 +81,7 @@ def written(run):
             asked.append(ask.Question(f"{topic}/{k}", text))
     for id, text in said(run.ask("writer", o.writer, asked, temperature=1., seed=o.seed)).items():
         topic, _, _ = id.rpartition("/")
-        found += [(topic, line) for line in listed(text)]
+        found += [(command.file_name(topic), line) for line in listed(text)]       # a part of ids
     return found
 
 

@@ -18,7 +18,6 @@ Departures from the official codes:
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
-import contextlib
 import math
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch import nn
 
 import data
 from data import MEAN, STD, UserError
+from model import ask, command, template
 
 
 def read_weights(weights):
@@ -41,7 +41,7 @@ def read_weights(weights):
     if path.is_dir():
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
     for file in files:
-        with explained(f"{file} cannot be read as weights", "copy the published file again"):
+        with command.explained(f"{file} cannot be read as weights", "copy the published file again"):
             if file.suffix == ".safetensors":
                 state |= load_file(file)
             else:
@@ -49,16 +49,6 @@ def read_weights(weights):
     if not state:
         raise UserError(f"{weights}: no weights there; give the published file or folder")
     return state
-
-
-@contextlib.contextmanager
-def explained(what, fix):
-    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
-    try:
-        yield
-    except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what} ({why}); {fix}") from error
 
 
 def beside(weights, config, default=None):
@@ -143,7 +133,7 @@ class ImageReward(nn.Module):
         folder, config = beside(weights, config, {})
         published = read_weights(weights).items()
         state = {to_ours(name): x for name, x in published if not name.startswith(DROPPED)}
-        with explained(f"{weights} is not ImageReward's state dict, or does not fit its config",
+        with command.explained(f"{weights} is not ImageReward's state dict, or does not fit its config",
                        "give the published ImageReward.pt, or the two that belong together"):
             patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
             across = math.isqrt(state["vision.embeddings.position_embedding"].shape[1])
@@ -266,7 +256,7 @@ class ArmoRM(nn.Module):
         from transformers import AutoTokenizer, LlamaConfig, LlamaModel
         folder, config = beside(weights, config)
         tower, head, state = {}, {}, read_weights(weights)
-        with explained(f"{weights} does not fit ArmoRM or its config", "give both as published"):
+        with command.explained(f"{weights} does not fit ArmoRM or its config", "give both as published"):
             for name, x in state.items():
                 if name.startswith("model."):
                     tower[name.removeprefix("model.")] = x
@@ -281,6 +271,9 @@ class ArmoRM(nn.Module):
         model = cls(llama, head, config.get("gating_temperature", 10), pattern)
         if (folder / "tokenizer_config.json").exists():
             model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
+            if model.tokenizer.chat_template:
+                said = [*ask.messages("QUESTION"), {"role": "assistant", "content": "ANSWER"}]
+                template.check(folder, model.tokenizer, model.tokenizer.chat_template, said)
         return model.requires_grad_(False).to(device)
 
     def prompt_end(self, input_ids, real):
@@ -324,9 +317,10 @@ class ArmoRM(nn.Module):
                             "tokenizer_config.json as published")
         found, asked = [], {"role": "user", "content": question}
         chats = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
-        tokens = self.tokenizer.apply_chat_template(
-            chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
-            return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(self.llama.device)
+        with command.explained("ArmoRM's chat template fails", "copy it again"):
+            tokens = self.tokenizer.apply_chat_template(
+                chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
+                return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(self.llama.device)
         judged = self(tokens["input_ids"], tokens["attention_mask"])
         for row in range(len(chats)):
             found.append({name: x[row].tolist() for name, x in judged.items()})

@@ -3,6 +3,7 @@
 Every function takes a random.Random first; the same state gives the same result. `neutral` changes how a file
 is written and nothing of what it says.
 """
+import copy
 import json
 import struct
 
@@ -77,7 +78,7 @@ def spoil(rng, tree):
     (box, key), (other, there) = rng.choice(found), rng.choice(found)
     how = rng.randrange(10)
     if how < 5:
-        box[key] = rng.choice(VALUES)
+        box[key] = copy.deepcopy(rng.choice(VALUES))            # which may be spoiled in their turn
     elif how == 5:
         del box[key]
     elif how == 6 and isinstance(box, dict):

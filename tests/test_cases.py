@@ -194,6 +194,15 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
     assert same._replace(id="p0") == native.read(0).pairs[0]
 
 
+@pytest.mark.parametrize("meta", ["a text", ["a", "list"], {"theme": ["kitchen", 1]}, 7])
+def test_meta_of_any_kind_is_kept_and_looked_at(tiny, folder, meta):
+    from training import look
+    records = Records(lines(folder / "d.jsonl", [pair(i, meta=meta) for i in range(3)]))
+    shown = list(records)
+    assert all(meta in (record["meta"], record["meta"].get("meta")) for record in shown)
+    assert look.kinds_of(shown, [record["images"][0] for record in shown], 0)["other"].keys() == {0, 1, 2}
+
+
 def test_mdpos_prompt_of_several_turns_is_history_and_question(folder):
     prompt = "USER: <image>\nWhat is it? ASSISTANT: Two cups.</s>USER: Where? ASSISTANT:"
     row = {"img_path": "0.png", "prompt": prompt, "chosen": "Left.", "rejected": "Right."}

@@ -144,7 +144,9 @@ NAMED = {"a refusal": reply(None, refusal="I can't help with that."), "an empty 
          "an empty reply (length)": reply(None, "length", reasoning_content="a rating of 2, or"),
          "an empty reply (content_filter)": reply("", "content_filter"),
          "an error": (200, '{"error": {"message": "Rate limit reached", "code": 429}}'),
-         "no choices": (200, 'data: {"choices": [{"delta": {"content": "4"}}]}\n\ndata: [DONE]'),
+         "no choices": (200, '{"output": "4"}'),
+         "a stream of events": (200, ': hello\n\ndata: {"choices": [{"delta": {"content": "4"}}]}\n\n'
+                                     'data: [DONE]'),
          "the server answered 400": (400, '{"message": "This model\'s maximum context length is 2048"}')}
 
 
@@ -154,8 +156,8 @@ def test_what_is_no_reply_is_counted_under_its_own_name(tmp_path, capsys):
     def respond(body, n):
         return NAMED[kinds[int(body["messages"][0]["content"].split()[-1]) % len(kinds)]]
     with server(respond) as (url, calls):
-        assert ask.replies(url, requests(14), tmp_path / "o", attempts=2, model="m") == {}
-        assert len(calls) == 2 * 14 - 2                                          # a 400 is not tried again
+        assert ask.replies(url, requests(2 * len(kinds)), tmp_path / "o", attempts=2, model="m") == {}
+        assert len(calls) == 2 * 2 * len(kinds) - 2                              # a 400 is not tried again
     said = capsys.readouterr().err
     assert all(f"'{kind}': 2" in said for kind in kinds) and not (tmp_path / "o").exists()
 

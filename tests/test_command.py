@@ -171,6 +171,15 @@ def test_killed_with_a_torn_line_it_goes_on_in_the_same_groups_to_the_same_bytes
     assert path.read_bytes() == whole.read_bytes() and not store.parts()
 
 
+@pytest.mark.parametrize("left", ["", '{"settings": {"mod'])
+def test_a_part_without_its_first_line_gets_it(tmp_path, left):
+    """A full disk, or a kill, came between the file and its first line."""
+    store = Store(tmp_path / "answers.jsonl", head={"settings": {"model": "m"}})
+    store.part(0).write_text(left)
+    rows = store.work(items(3), squares)
+    assert lines(store.path)[0] == store.head and lines(store.path)[1:] == rows
+
+
 def test_a_file_begun_with_other_settings_is_refused_and_what_differs_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     Store(path, head={"settings": {"model": "a", "seed": 1}}).work(items(2), squares)

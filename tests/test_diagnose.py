@@ -11,7 +11,7 @@ from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, t
 
 import data
 import lora
-from model import vlm
+from model import generation, vlm
 from training import look as diagnose
 from training import options
 from training.records import Records
@@ -109,7 +109,7 @@ def test_before_training_policy_and_reference_are_one_and_no_answer_is_drawn(wor
     m = vlm.load(world[0])
     lora.add_lora(m.model, 4, 8)
     after = diagnose.look(m, Records(world[1]), range(12), opts(world), "after")
-    monkeypatch.setattr(vlm, "generate", None)
+    monkeypatch.setattr(generation, "generate", None)
     scored, score = [], diagnose.scores
     monkeypatch.setattr(diagnose, "scores", lambda *args: scored.append(1) or score(*args))
     before = diagnose.look(m, Records(world[1]), range(12), opts(world), "before")
@@ -174,14 +174,14 @@ def test_kl_is_the_log_ratio_of_the_tokens_that_were_drawn(world, tuned, tmp_pat
     records, o = Records(pairs), opts(world, look=3, max_new_tokens=4)
     front, eos = tuned.front, tuned.front.eos_id
     drawn = [[8, 9, 10, eos], [eos], [0, 0, 1, 2]]           # no text is one of <unk> and <pad>
-    continued, prompts = vlm.continued, []
+    continued, prompts = generation.continued, []
 
     def noting(m, asked, images, *more, **how):
         assert how == {"sample_seed": o.eval_seed} and more[0] == 4
         assert all(len(tokens) <= 4 for tokens in continued(m, asked, images, *more, **how))
         prompts.extend(asked)
         return drawn
-    monkeypatch.setattr(vlm, "continued", noting)
+    monkeypatch.setattr(generation, "continued", noting)
     found = diagnose.look(tuned, records, range(3), o, "after")
     ratios = []
     for record, tokens in zip(records, drawn, strict=True):

@@ -66,9 +66,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_file(m, tmp_path, monkeyp
     scenes, _ = write_scenes(tmp_path / "scenes")
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     answer(m, scenes, whole)
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     for cut in (10, 700, 1500, len(whole.read_bytes()) - 3):                  # torn settings, torn lines
         asked.clear()
@@ -303,6 +303,34 @@ def test_answers_are_asked_for_as_the_adapter_was_trained(tmp_path):
     assert code == 1 and "template" in err
 
 
+def test_a_server_answers_in_order_and_is_asked_for_what_is_missing(tmp_path):
+    path, _ = pope_file(tmp_path / "data")
+    out = tmp_path / "a.jsonl"
+    up = []
+
+    def respond(body, number):
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/")
+        assert (body["max_tokens"], body["temperature"], body["model"]) == (7, 0.0, "big")
+        return reply(f" yes, {text['text']} ") if up or number <= 2 else (400, "broken")
+    with server(respond) as (url, calls):
+        argv = ["answers", "pope", "--model", url, "--data", path, "--out", out, "--chat_model", "big",
+                "--max_new_tokens", 7, "--batch_size", 2]
+        code, _, err = run(*argv)
+        assert code == 1 and "the same command asks again" in err and "Traceback" not in err
+        up.append(True)
+        assert run(*argv)[0] == 0
+        head, *lines = data.read_records(out)
+        assert head["settings"]["model"] == "big" and len(lines) == 6
+        assert all(line["answer"] == f"yes, {line['question']}" for line in lines)
+        assert len(calls) == 2 + 2 + 4                                  # answered, refused, what was missing
+        for wrong in (["--adapter", "A"], ["--dtype", "float32"]):
+            code, _, err = run(*argv, *wrong)
+            assert code == 1 and f"{wrong[0]} does not go with" in err
+    code, _, err = run("answers", "pope", "--model", "m", "--chat_model", "big", "--data", path, "--out", out)
+    assert code == 1 and "--chat_model does not go with --model m" in err
+
+
 @pytest.mark.parametrize("benchmark", FILES)
 def test_each_benchmark_is_answered_in_its_order_and_goes_on_after_a_kill(m, tmp_path, benchmark):
     path, _ = FILES[benchmark](tmp_path / "data")
@@ -339,9 +367,9 @@ def test_a_batch_of_one_and_a_batch_of_many_give_the_same_answers(tmp_path):
 
 
 def test_the_prompt_can_be_extended_and_is_part_of_the_settings(m, tmp_path, monkeypatch):
-    from model import vlm
+    from model import generation
     asked = []
-    monkeypatch.setattr(vlm, "generate", lambda m, images, prompts,
+    monkeypatch.setattr(generation, "generate", lambda m, images, prompts,
                         **k: asked.extend(prompts) or ["yes"] * len(prompts))
     path, rows = pope_file(tmp_path / "data", n=1)
     questions = benchmarks.questions("pope", [path], prompt="{question}\nyes or no ?")
@@ -394,6 +422,20 @@ def test_another_benchmarks_file_is_refused_by_name(tmp_path, benchmark, given, 
         benchmarks.questions(benchmark, [path])
 
 
+def test_links_out_of_the_folder_of_images_are_followed_on_request(tmp_path):
+    path, rows = pope_file(tmp_path / "data")
+    (tmp_path / "links").mkdir()
+    for name in {row["image"] for row in rows}:
+        (tmp_path / "links" / name).symlink_to(tmp_path / "data" / name)
+    with pytest.raises(data.UserError, match="--follow_links"):
+        benchmarks.questions("pope", [path], tmp_path / "links")
+    found = benchmarks.questions("pope", [path], tmp_path / "links", follow_links=True)
+    assert [question.image for question in found] == [str(tmp_path / "links" / row["image"]) for row in rows]
+    o = eval_hallu.parse(["answers", "pope", "--model", "m", "--data", str(path), "--out", "o",
+                          "--follow_links"])
+    assert o.follow_links
+
+
 def test_missing_and_broken_images_are_said_before_or_where_they_are_met(m, tmp_path):
     path, rows = pope_file(tmp_path / "data")
     (tmp_path / "data" / rows[0]["image"]).unlink()
@@ -429,9 +471,9 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
         write_json(tmp_path / f"answers.jsonl.rank{rank}", part)
     with open(tmp_path / "answers.jsonl.rank1", "a") as file:
         file.write('{"rows": [{"id": 12, "ans')
-    from model import vlm
-    asked, generate = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda m, i, questions, **k: asked.append(len(questions))
+    from model import generation
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, i, questions, **k: asked.append(len(questions))
                         or generate(m, i, questions, **k))
     ask(m, "pope", path, out)
     assert asked == [2]
@@ -558,10 +600,11 @@ def test_the_hubs_pope_is_asked_and_scored_as_popes_own_files(m, tmp_path):
               "category": line["category"]} for line in hubs]
     for lines in (answers, [{"id": line["id"]} for line in hubs],
                   [{"id": int(line["id"])} for line in hubs[::-1]],
-                  [line | {"answer": 0} for line in hubs],
+                  [{key: line[key] for key in line if key != "image"} for line in hubs],
                   [line | {"question": line["question"][:-11]} for line in named[::-1]]):
         lines = [line | {"answer": "yes"} for line in lines]
-        found, _ = score(tmp_path, "pope", write_json(tmp_path / "b.jsonl", lines), "--questions", path)
+        name = "random.jsonl" if "category" in lines[0] else "b.jsonl"            # what a line says counts
+        found, _ = score(tmp_path, "pope", write_json(tmp_path / name, lines), "--questions", path)
         assert found | {"version": ""} == expected | {"version": ""}
     asked, wanted = (benchmarks.questions("pope", [each], tmp_path / "own")
                      for each in (path, tmp_path / "own"))
@@ -637,6 +680,24 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
     score(tmp_path, "pope", answers, "--questions", questions)
     assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
+
+
+def test_empty_answers_are_named_by_every_scorer_and_by_compare(tmp_path, coco, capsys):
+    path, rows = mmhal_file(tmp_path / "mmhal")
+    judged = write_json(tmp_path / "r.jsonl", [{"id": i, "reply": "Rating: 6"} for i in range(8)])
+    _, scenes = write_scenes(tmp_path / "scenes", 1)
+    for benchmark, lines, more in (
+            ("mmhal", mmhal_answers(rows), ["--template", path, "--judge", judged]),
+            ("chair", CAPTIONS, coco),
+            ("classroom", [line | {"answer": "yes"} for line in scenes], [])):
+        key = "answer" if benchmark == "classroom" else "text"
+        lines = [line | {key: "\n"} if place == 1 else line for place, line in enumerate(lines)]
+        name = lines[1].get("question_id", lines[1].get("id"))
+        scores, _ = score(tmp_path, benchmark, write_json(tmp_path / "a.jsonl", lines), *more)
+        says = f"1 answers are empty (ids {name}): a broken model"
+        assert capsys.readouterr().out.count(says) == 1 and [says in r for r in scores["remarks"]].count(True)
+        code, out, err = run("compare", *[tmp_path / "a.jsonl"] * 2, "--out", tmp_path / "p.html")
+        assert (code, err) == (0, "") and f"A: {says}" in out and f"B: {says}" in out
 
 
 def test_mmhal_joins_by_image(tmp_path):
@@ -956,9 +1017,9 @@ def test_a_local_model_judges(m, tmp_path, capsys, monkeypatch):
     arguments = ["--template", template, "--judge", m.front.folder, "--judge_prompt", prompt]
     with pytest.raises(data.UserError, match="none of 2 replies can be read"):
         score(tmp_path, "mmhal", answers, *arguments)
-    from model import vlm
-    complete = vlm.complete
-    monkeypatch.setattr(vlm, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
+    from model import generation
+    complete = generation.complete
+    monkeypatch.setattr(generation, "complete", lambda *a, **k: [(f"{text} Rating: 4", ended)
                                                           for text, ended in complete(*a, **k)])
     (tmp_path / "scores.judge.jsonl").unlink()
     scores, _ = score(tmp_path, "mmhal", answers, *arguments)

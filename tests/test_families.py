@@ -16,7 +16,8 @@ import data
 import lora
 import losses
 import train_dpo
-from model import front, vlm
+from model import front, generation, vlm
+from training import batches
 
 SIZES = ((90, 60), (60, 120), (33, 45))                # (width, height)
 NEEDS = {"chosen", "rejected", "image_rejected"}
@@ -195,7 +196,7 @@ def test_packed_equals_naive(world):
 def test_an_answer_is_transformers_own(world):
     """Of a batch of prompts with different numbers of images."""
     asked = [(question, sizes) for question, history, sizes in ASKED if not history] + [("Who?", ())]
-    got = vlm.generate(world.m, [pictures(sizes) for _, sizes in asked], [q for q, _ in asked],
+    got = generation.generate(world.m, [pictures(sizes) for _, sizes in asked], [q for q, _ in asked],
                        max_new_tokens=8)
     expected = []
     for question, sizes in asked:
@@ -341,6 +342,20 @@ def test_onevision_refuses_an_unknown_rule_for_its_tiles(tmp_path):
     edit(tmp_path / "config.json", vision_aspect_ratio="pad")
     with pytest.raises(data.UserError, match="only anyres_max_N is known .* not pad"):
         front.open_folder(tmp_path)
+
+
+def test_qwen_refuses_patches_that_are_not_its_towers(tmp_path):
+    families.qwen2_5_vl(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", patch_size=16)
+    with pytest.raises(data.UserError, match=r"patches are \(16, 2, 2\) .* takes \(14, 2, 2\)"):
+        front.open_folder(tmp_path)
+
+
+def test_patches_are_not_cropped(world):
+    """--set crop_pixels=true is for pixels that are one picture."""
+    prepared, = world.m.front.prepare(pictures(SIZES[:1]))
+    with pytest.raises(data.UserError, match="pixels cannot be cropped"):
+        batches.rejected_pixels("crop", prepared["pixel_values"], 0, "a")
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "internvl", "gemma3"])

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import lora
 import train_dpo
-from model import command, vlm
+from model import command, generation, vlm
 from training import batches, options
 from training.optimiser import Zero2
 
@@ -86,6 +86,8 @@ def test_attention_in_one_call_equals_that_in_turn(tmp_path, monkeypatch, kv_hea
 def test_compiled_layers_give_the_same_numbers_and_ten_lengths_compile_nothing_new(world, monkeypatch):
     """Policy and reference, with checkpointing; and generation compiles nothing. By Dynamo alone, which
     decides what is compiled: making kernels takes a minute."""
+    torch._dynamo.reset()                                                  # of what other tests compiled
+    torch._dynamo.utils.counters.clear()
     counters = torch._dynamo.utils.counters["stats"]
     compiler = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiler, backend="eager"))
@@ -111,7 +113,7 @@ def test_compiled_layers_give_the_same_numbers_and_ten_lengths_compile_nothing_n
             assert torch.equal(plain, compiled)
         graphs.append(counters["unique_graphs"])
     assert 0 < graphs[0] == graphs[9] <= 12
-    texts = [vlm.generate(m, [[picture(1)]], ["what is this ?"], 6) for m in both]
+    texts = [generation.generate(m, [[picture(1)]], ["what is this ?"], 6) for m in both]
     assert texts[0] == texts[1] and counters["unique_graphs"] == graphs[9]
 
 

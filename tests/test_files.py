@@ -166,6 +166,22 @@ def test_a_torn_file_is_a_sentence(folder, content):
         Records(folder / "x")
 
 
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_damaged_record_of_a_table_is_a_fault_of_its_own(folder, capsys, kind):
+    """The bytes of a text that are none in UTF-8, in one record."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table, path = pa.Table.from_pylist(ROWS), folder / f"d.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as out:
+            out.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"Two cups 3.", b"Two cup\xff 3."))
+    records = Records(path, folder)
+    assert check(records, skip_bad=True) == [0, 1, 2, 4]
+    assert f"{path}, record 4 is not readable" in capsys.readouterr().err
+
+
 def test_arrow_without_pyarrow_says_what_to_install(folder, monkeypatch):
     import sys
     (folder / "d.arrow").write_bytes(b"\xff\xff\xff\xff....")
@@ -204,7 +220,8 @@ def test_several_rejected_responses_are_one_pair_each(folder, name):
     assert [r["id"] for r in found] == ["p0", "p1#1", "p1#2", "p1#3", "p2"]
     assert [r["rejected"] for r in found] == ["A vase.", "A dog.", "A cat.", "A car.", "A vase."]
     assert {r["chosen"] for r in found[1:4]} == {"Two cups 1."}
-    assert found[1]["images"] == found[3]["images"] and len(list(Records(folder / "s.jsonl"))) == 3
+    assert found[1]["images"] == found[3]["images"]
+    assert [r["id"] for r in Records(folder / "s.jsonl")] == [r["id"] for r in found]
 
 
 def test_a_faulty_one_of_several_is_named_and_dropped_alone(folder, capsys):

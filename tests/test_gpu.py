@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 from conftest import ROOT
@@ -45,7 +46,7 @@ def expected():
 def rehearsal(tmp_path_factory):
     """(folder, section, what was asked of the network) of a run that is killed after each of its parts.
 
-    First really, then by an exception, which spares the imports.
+    First really, then by an exception, which spares the imports, and the models, which all calls share.
     """
     out, asked = tmp_path_factory.mktemp("gpu"), []
     path, keep = out / "gpu.jsonl", gpu.keep
@@ -62,6 +63,7 @@ def rehearsal(tmp_path_factory):
         raise Killed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", lambda *where, **options: asked.append(where))
+        patch.setattr(gpu_parts, "Bench", cache(gpu_parts.Bench))
         patch.setattr(gpu, "keep", keep_and_die)
         while len(gpu.read(path)) < len(gpu.PARTS) - 1:                # the last one are the hours
             before = path.read_bytes()
@@ -171,10 +173,11 @@ def line(part, **found):
 
 def test_the_hours_are_of_the_best_setting():
     """PDS-DPO: 9000 pairs at 5 a second, and again at 10 a second."""
-    def step(first, cached, micro_batch):
+    def step(first, cached, micro_batch, compiled=False):
         return line(f"step dpo {micro_batch}", loss="dpo", micro_batch=micro_batch, checkpointing=False,
-                    first={"pairs_per_second": first}, cached={"pairs_per_second": cached})
-    lines = {"step dpo 2": step(4, 8, 2), "step dpo 8": step(5, 10, 8),
+                    compile=compiled, first={"pairs_per_second": first}, cached={"pairs_per_second": cached})
+    lines = {"step dpo 2": step(4, 8, 2), "step dpo 8": step(4, 10, 8),
+             "step dpo 8 compile": step(5, 10, 8, compiled=True),
              "trl 2": line("trl 2", micro_batch=2, checkpointing=False, dpo={"pairs_per_second": 2},
                            mdpo={"pairs_per_second": 1})}
     found = gpu.hours(lines)

@@ -26,8 +26,10 @@ from model import (
     front,
     import_checkpoint,  # noqa: E402
     llava,
+    published,
     vlm,
 )
+from model.generation import generate
 from training import batches
 
 # ---- the goldens, as published folders ----
@@ -364,7 +366,7 @@ def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
         torch.testing.assert_close(model(**inputs).logits, m.model(**inputs).logits, rtol=0, atol=0)
         new = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1]:]
     assert m.front.image_token_id not in new
-    answer = vlm.generate(m, [[image]], ["What is this?"], max_new_tokens=12)
+    answer = generate(m, [[image]], ["What is this?"], max_new_tokens=12)
     assert answer == [m.front.tokenizer.decode(new, skip_special_tokens=True).strip()]
 
 
@@ -465,7 +467,7 @@ def test_a_tokenizer_model_without_its_packages_says_what_to_install(original, t
     kind, src, tower = original
     if kind == "bunny":
         pytest.skip("Bunny's tokenizer is JSON")
-    monkeypatch.setattr(import_checkpoint, "installed", lambda module: False)
+    monkeypatch.setattr(published, "installed", lambda module: False)
     refused("`pip install sentencepiece protobuf`", src, tower, tmp_path)
 
 
@@ -491,6 +493,109 @@ def test_the_command_line_says_faults_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="import_checkpoint.py: .*absent: no such folder"):
         import_checkpoint.main()
     assert Path(import_checkpoint.__file__).parent.name == "model"
+
+
+# ---- a LoRA as LLaVA's scripts write it ----
+
+def write_lora(folder, src, base_name, pickled=False, **config):
+    """A LoRA on every layer of the original language model, the projector beside it, trained and random; the
+    base without its projector, as a language model is published -> (folder, base, {original name: weight
+    that PEFT's merge_and_unload leaves})."""
+    from peft import LoraConfig, get_peft_model
+    files = [*src.glob("pytorch_model*.bin"), *src.glob("model*.safetensors")]
+    state = {k: v for f in files for k, v in (torch.load if f.suffix == ".bin" else load_file)(f).items()}
+    targets = [name.removesuffix(".weight") for name, weight in state.items()
+               if re.match(r"model\.layers\..*\.weight$", name) and weight.ndim == 2]
+    model = torch.nn.Module()                          # plain linear layers under the original names
+    for name, weight in state.items():
+        at, path = model, name.split(".")
+        for i in range(1, len(path)):
+            linear, part = ".".join(path[:i]) in targets, path[i - 1]
+            if not hasattr(at, part):
+                new = torch.nn.Linear(*state[".".join([*path[:i], "weight"])].shape[::-1]) if linear else None
+                at.add_module(part, new or torch.nn.Module())
+            at = getattr(at, part)
+        at.register_parameter(path[-1], torch.nn.Parameter(weight.clone()))
+        if f"{name.removesuffix('weight')}bias" not in state and isinstance(at, torch.nn.Linear):
+            at.bias = None
+    torch.manual_seed(3)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=targets, **{"r": 4, "lora_alpha": 8, **config}))
+    for name, weight in wrapped.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(std=.3)
+    wrapped.peft_config["default"].base_model_name_or_path = base_name
+    wrapped.save_pretrained(folder, safe_serialization=not pickled)
+    assert (folder / "adapter_model.bin").exists() == pickled
+    whole = {f"base_model.model.{k}": torch.randn_like(v) for k, v in state.items() if "mm_projector" in k}
+    torch.save(whole, folder / "non_lora_trainables.bin")
+    shutil.copyfile(src / "config.json", folder / "config.json")
+    merged = dict(wrapped.merge_and_unload().state_dict())
+    return folder, merged | {k.removeprefix("base_model.model."): v for k, v in whole.items()}
+
+
+def language_model(src, folder):
+    """The folder of what a LoRA's projector was trained on: no projector, a config.json of its own."""
+    folder.mkdir()
+    for file in src.iterdir():
+        if file.is_file() and ".index." not in file.name:
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((src / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "mm_" not in k}))
+    state = {}
+    for file in [*folder.glob("*.bin"), *folder.glob("*.safetensors")]:
+        state |= (torch.load if file.suffix == ".bin" else load_file)(file)
+        file.unlink()
+    save_file({k: v.contiguous() for k, v in state.items() if "mm_projector" not in k},
+              folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pickled, config", [(True, {}), (False, {
+    "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}})])
+def test_a_lora_of_llavas_scripts_is_merged_as_peft_merges_it(original, tmp_path, pickled, config):
+    """On the language model's folder, on the whole model's, and on the one that the adapter names."""
+    kind, src, tower = original
+    base = language_model(src, tmp_path / "base") if kind == "llava" else src
+    folder, wanted = write_lora(tmp_path / "lora", src, str(base), pickled, **config)
+    for name, given in (("named", None), ("given", src)):
+        todo = import_checkpoint.run(folder, tmp_path / name, tower, lambda line: None, given)
+        got = load_file(tmp_path / name / "model.safetensors")
+        for at, weight in todo.tensors.items():
+            if weight.name.removeprefix("base_model.model.") in wanted and "vision" not in at:
+                expected = wanted[weight.name.removeprefix("base_model.model.")]
+                torch.testing.assert_close(got[at][:len(expected)], expected, rtol=0, atol=1e-5)
+    base = load_file(tmp_path / "named" / "model.safetensors")
+    assert len(base) == len(got) and sum(bool(weight.delta) for weight in todo.tensors.values()) > 10
+    image = Image.radial_gradient("L").convert("RGB")
+    m = vlm.load(tmp_path / "named")
+    assert len(generate(m, [[image]], ["What is this?"], max_new_tokens=4)) == 1
+
+
+def factors(layer, value=1.):
+    stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_"
+    return {f"{stem}A.weight": torch.full((4, 32), value), f"{stem}B.weight": torch.ones(32, 4)}
+
+
+@pytest.mark.parametrize("spoil, given, said", [
+    (lambda f: None, None, "is a LoRA on lmsys/vicuna-7b-v1.5, .*give --base DIR"),
+    (lambda f: (f / "adapter_config.json").unlink(), ".", "is no LoRA, it has no adapter_config.json"),
+    (lambda f: (f / "adapter_model.safetensors").unlink(), "src", "needs adapter_config.json and"),
+    (lambda f: (f / "non_lora_trainables.bin").write_bytes(b"x"), "src", "non_lora_trainables.bin"),
+    (lambda f: (f / "config.json").unlink(), "src", "lora/config.json"),
+    (lambda f: save_file(factors(9), f / "adapter_model.safetensors"), "src", "adapts model.layers.9"),
+    (lambda f: save_file({"base_model.model.model.norm.weight": torch.ones(32)},
+                         f / "adapter_model.safetensors"), "src", "no plain LoRA"),
+    (lambda f: save_file(factors(0, float("inf")), f / "adapter_model.safetensors"), "src",
+     "q_proj is not finite")])
+def test_a_lora_that_lacks_something_is_one_sentence(original, tmp_path, spoil, given, said):
+    kind, src, tower = original
+    if kind == "bunny":
+        pytest.skip("the same code")
+    folder, _ = write_lora(tmp_path / "lora", src, "lmsys/vicuna-7b-v1.5")
+    spoil(folder)
+    with pytest.raises(data.UserError, match=said):
+        import_checkpoint.run(folder, tmp_path / "dst", tower, print, src if given == "src" else given)
+    assert not (tmp_path / "dst").exists()
 
 
 # ---- what the command prints in the end ----

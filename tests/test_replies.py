@@ -1,5 +1,6 @@
 """readers.py: what answers, judges and extractors say, beside what the official readers make of it."""
 import json
+import time
 
 import pytest
 from conftest import GOLDEN, SHARED
@@ -81,7 +82,24 @@ WRAPPERS = {"as it is": "{}", "thought": "<think>No, wait. Rating: 2? [\"bird\"]
             "an answer": "<answer>{}</answer>",
             "a conclusion": "There is no 2.\n<conclusion>\n{}\n</conclusion>",
             "boxed": "\\boxed{{{}}}", "fence": "```\n{}\n```", "json": "```json\n{}\n```", "bold": "**{}**",
-            "tag": "<b>{}</b>", "quoted": "> {}", "heading": "## {}", "blank": "\n  {}\n\n"}
+            "tag": "<b>{}</b>", "quoted": "> {}", "heading": "## {}", "blank": "\n  {}\n\n",
+            "thoughts in thoughts": "<think>Yes <think>No. Rating: 2</think> [\"bird\"]</think>\n{}",
+            "two thoughts": "<think>No.</think>\n<reasoning>Rating: 2</reasoning>\n{}",
+            "a thought without an end": "{}\n<think>No. Rating: 2 [\"bird\"]",
+            "channels": "<|channel|>analysis<|message|>No. Rating: 2<|end|><|channel|>final<|message|>{}",
+            "folded": "<details><summary>Thoughts</summary>No. Rating: 2</details>\n{}",
+            "special tokens": "<|im_start|>\n{}<|im_end|>", "nested fence": "````text\n```\n{}\n```\n````",
+            "tildes": "~~~\n{}\n~~~", "a fence with a title": "```json title=\"a.json\"\n{}\n```",
+            "text in a box": "It is no 2.\n$\\boxed{{\\text{{{}}}}}$", "underscores": "__{}__",
+            "an entity": "&nbsp;{}&nbsp;"}
+# What stands around a text here may make it unreadable, but never something else.
+AROUND = {"Answer": "Answer: {}", "of full width": "Answer：{}", "Chinese": "答案：{}", "brackets": "「{}」",
+          "in quotes": "\"{}\"", "curly": "“{}”", "single": "'{}'", "guillemets": "«{}»", "code": "`{}`",
+          "bullet": "- {}", "number": "1. {}", "star": "* {}", "option": "B) {}", "italics": "_{}_",
+          "stars": "*{}*", "struck": "~~{}~~", "formula": "${}$", "displayed": "\\[{}\\]",
+          "a row": "| {} |", "a table": "| answer |\n|---|\n| {} |", "rules": "---\n{}\n---",
+          "an object": "{{\"answer\": \"{}\"}}", "in a list in a quotation": "> - {}",
+          "sections": "### Reasoning\nhm\n### Answer\n{}", "emoji": "✅ {} 👍", "dots": "{} …"}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -93,6 +111,22 @@ def test_thoughts_and_dress_change_nothing_of_what_is_read(wrapper):
         if found != case["value"] and not (found is None and case.get("unread_is_fine")):
             wrong.append((case["text"], case["value"], found))
     assert wrong == []
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_stands_around_a_text_never_makes_it_say_something_else(around):
+    for case in CASES:
+        more = [case["question"]] if "question" in case else []
+        found = getattr(readers, case["reader"])(AROUND[around].format(case["text"]), *more)
+        assert case["text"] == "" or found in (case["value"], None), case["text"]
+
+
+def test_no_text_takes_long_to_read():
+    """A line of tags, fences or marks of 60,000 characters, each of which could begin something."""
+    for piece in ("</think>", "<think>", "<think></think>", "```", "_", "* ", '"', "[", "&", "\\boxed{"):
+        text, start = piece * (60_000 // len(piece)), time.process_time()
+        readers.yes_no(text, DOG), readers.rating(text), readers.object_list(text)
+        assert time.process_time() - start < 3, piece
 
 
 @pytest.mark.parametrize("text, value", [

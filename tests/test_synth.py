@@ -227,6 +227,33 @@ def test_a_generator_saved_without_t5_is_loaded_without_it(tmp_path):
     assert steps_apart(ours, theirs) <= 1
 
 
+def test_a_generator_saved_in_fp16_alone_is_read_from_that(parts, tmp_path):
+    """diffusers' variant="fp16": of all parts, or of some beside whole ones; the weights are its own."""
+    import diffusers
+    pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(parts / "sd3", dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    shutil.copytree(parts / "sd3", tmp_path / "some")
+    shutil.rmtree(tmp_path / "some" / "transformer")
+    shutil.copytree(tmp_path / "half" / "transformer", tmp_path / "some" / "transformer")
+    encoded = images.encode(parts / "sd3", ["a red cat"])
+    for name in ("half", "some"):
+        words, pooled = images.encode(tmp_path / name, ["a red cat"])["a red cat"]
+        for ours, theirs in zip((words, pooled), encoded["a red cat"], strict=True):
+            assert torch.equal(ours, theirs) == (name == "some")
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2)
+        painter = images.Painter(tmp_path / name)
+        for ours, theirs in zip(painter.pipeline.transformer.parameters(),
+                                pipeline.transformer.parameters(), strict=True):
+            assert torch.equal(ours, theirs.float())
+
+
+@pytest.mark.parametrize("part", ["text_encoder_3", "vae"])
+def test_a_generator_that_lacks_a_part_is_a_sentence(parts, tmp_path, part):
+    shutil.copytree(parts / "sd3", tmp_path / "sd3", ignore=shutil.ignore_patterns(part))
+    with pytest.raises(data.UserError, match=f"sd3 lacks the part {part}: .*T5 alone can be left out"):
+        images.encode(tmp_path / "sd3", ["a red cat"])
+
+
 # ---- kills, ranks ----
 
 def forked(argv, env=(), wait=None):
@@ -730,7 +757,7 @@ def test_llava_next_answers_as_transformers_does_alone_and_in_a_batch(tmp_path):
 
 
 def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question(parts, whole, tmp_path):
-    from model import vlm
+    from model import generation, vlm
     for name in ("ranked", "instructions"):
         shutil.copy(whole / f"{name}.jsonl", tmp_path)
     (tmp_path / "images").symlink_to(whole / "images")
@@ -741,7 +768,7 @@ def test_as_official_the_prompt_is_raw_and_the_response_begins_with_the_question
     assert "USER" not in m.front.template
     for row in lines(tmp_path, "responses"):
         question = asked[row["id"]]
-        said, = vlm.generate(m, [[data.read_image(tmp_path / images[row["id"]])]], [question], 24)
+        said, = generation.generate(m, [[data.read_image(tmp_path / images[row["id"]])]], [question], 24)
         assert row["response"] == f"{question} {said}".replace("\n", " ")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import losses
-from model import command, front, llava, vlm
+from model import command, front, generation, llava, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
@@ -217,16 +217,76 @@ def test_generation_is_the_same_alone_and_in_a_batch(folder):
     images = [[picture(i)] for i in range(5)] + [[]]
     questions = ["what is this ?", "is there a dog ?", "a cat ?",
                  "what is a red cat and a blue dog ?", "is this one ?", "what ?"]
-    together = vlm.generate(m, images, questions, max_new_tokens=8, batch_size=6)
-    alone = [vlm.generate(m, [i], [q], max_new_tokens=8)[0] for i, q in zip(images, questions, strict=True)]
+    together = generation.generate(m, images, questions, max_new_tokens=8, batch_size=6)
+    alone = [generation.generate(m, [i], [q], max_new_tokens=8)[0]
+             for i, q in zip(images, questions, strict=True)]
     assert together == alone and any(together)
+
+
+@pytest.mark.parametrize("batch_size", [3, 12, 64])
+def test_a_batch_of_many_pads_as_many_small_ones_do(folder, batch_size, monkeypatch):
+    """NEIGHBOURS are padded to their longest, whatever runs at once: the answers of batches of so many."""
+    m = vlm.load(folder)
+    questions = ["what is this ?", "a cat ?", "what is a red cat and a blue dog ?", "is this one ?",
+                 "is there a dog ?", "what ?", "a red cat ?", "is this a dog ?", "a ?"]
+    images = [[picture(i)] for i in range(9)]
+    prompts = [[0] * length for length in (5, 2, 9, 4, 6, 1, 5, 5, 2)]
+    monkeypatch.setattr(vlm, "NEIGHBOURS", 3)
+    padded = list(generation.padded(prompts, batch_size))
+    assert sorted(i for batch, _ in padded for i in batch) == list(range(len(prompts)))
+    order = range(len(prompts))
+    if batch_size < len(prompts):
+        order = sorted(order, key=lambda i: len(prompts[i]))
+    width = {i: max(len(prompts[j]) for j in some) for some in data.chunks(order, 3) for i in some}
+    assert all(width[i] == longest for batch, longest in padded for i in batch)
+    assert all(len(batch) <= batch_size for batch, _ in padded)
+
+    naive = []
+    for at in range(0, 9, 3):
+        naive += generation.generate(m, images[at:at + 3], questions[at:at + 3], 8, batch_size=3)
+    if batch_size > 9:                                                              # else sorted first
+        assert generation.generate(m, images, questions, 8, batch_size=batch_size) == naive
+
+
+def test_a_picture_that_is_prepared_once_is_the_image(folder, tmp_path, monkeypatch):
+    m = vlm.load(folder)
+    picture(1).save(tmp_path / "a.png")
+    read, prepared = m.front.reader(), m.front.prepare([picture(1)])
+    made = read(str(tmp_path / "a.png"))
+    assert made is read(str(tmp_path / "a.png")) and made.size == picture(1).size
+    assert torch.equal(made.inputs["pixel_values"], prepared[0]["pixel_values"])
+    asked = ["what is this ?", "a cat ?"]
+    expected = generation.generate(m, [[picture(1)]] * 2, asked, 8)
+    assert generation.generate(m, [[made]] * 2, asked, 8) == expected
+
+
+def test_an_untrained_adapter_changes_no_bit(folder):
+    """So `before` is asked of the base alone."""
+    import lora
+    m = vlm.load(folder)
+    lora.add_lora(m.model, r=4, alpha=8)
+    pairs, features = ragged(m)
+    with torch.no_grad():
+        ours = vlm.packed(m, pairs, features, EVERYTHING)
+        with vlm.base_of(m):
+            base = vlm.packed(m, pairs, features, EVERYTHING)
+    assert all(torch.equal(getattr(ours, name), getattr(base, name)) for name in FIELDS)
+
+
+def test_the_masks_of_a_row_are_lower_right(model):
+    from torch.nn.attention.bias import causal_lower_right
+    segments = [data.Segment(0, 5, 3, 4), data.Segment(12, 2, 3), data.Segment(17, 1, 1, 1)]
+    for s, mask in zip(segments, vlm.Layout(segments, torch.device("cpu")).masks, strict=True):
+        assert mask.shape == (s.rejected, s.prompt + s.rejected)
+        want = causal_lower_right(*mask.shape)._materialize("cpu")
+        assert torch.equal(mask, want)
 
 
 def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(folder, tmp_path):
     """LLaVA-1.6 on Llama 3 has two ends; an answer that is cut is not finished."""
     m = vlm.load(folder)
     asked = [[picture(i)] for i in range(8)], ["what is this ?"] * 8
-    whole = vlm.complete(m, *asked, max_new_tokens=6)
+    whole = generation.complete(m, *asked, max_new_tokens=6)
     at = next(i for i, c in enumerate(whole) if len(c.text.split()) == 6)         # cut, all of it words
     assert not whole[at].finished
     words = whole[at].text.split()
@@ -234,21 +294,21 @@ def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(
     end = m.front.tokenizer.convert_tokens_to_ids(words[2])
     about = tmp_path / "ends" / "generation_config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"eos_token_id": [m.front.eos_id, end]}))
-    again = vlm.complete(vlm.load(tmp_path / "ends"), *asked, max_new_tokens=6)[at]
+    again = generation.complete(vlm.load(tmp_path / "ends"), *asked, max_new_tokens=6)[at]
     assert again.finished and again.text.split() == words[:words.index(words[2]) + 1]
-    assert vlm.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
+    assert generation.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
 
 
 def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
     """The tokens with their end; a sum of probabilities over all first tokens that can be drawn is 1."""
     m = vlm.load(folder)
     prompts = [m.front.prompt_ids("what is this ?", ())] * 40
-    drawn = vlm.continued(m, prompts, [[]] * 40, 3, sample_seed=1)
+    drawn = generation.continued(m, prompts, [[]] * 40, 3, sample_seed=1)
     assert m.front.image_token_id not in {token for tokens in drawn for token in tokens}
-    ends = vlm.ends_of(m)
+    ends = generation.ends_of(m)
     assert all(len(tokens) == 3 or tokens[-1] in ends for tokens in drawn)
     assert all(ends.isdisjoint(tokens[:-1]) for tokens in drawn)
-    said = vlm.complete(m, [[]] * 40, ["what is this ?"] * 40, 3, sample_seed=1)
+    said = generation.complete(m, [[]] * 40, ["what is this ?"] * 40, 3, sample_seed=1)
     assert [one.finished for one in said] == [tokens[-1] in ends for tokens in drawn]
     assert said[0].text == m.front.tokenizer.decode(drawn[0], skip_special_tokens=True).strip()
 
@@ -257,7 +317,7 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
     m = vlm.load(folder)
     state = torch.get_rng_state()
     asked = [[picture(1)]] * 4, ["what is this ?"] * 4
-    draw = [vlm.generate(m, *asked, max_new_tokens=8, sample_seed=seed) for seed in (1, 1, 2)]
+    draw = [generation.generate(m, *asked, max_new_tokens=8, sample_seed=seed) for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2] and len(set(draw[0])) > 1
     assert torch.equal(state, torch.get_rng_state())
 
@@ -411,8 +471,8 @@ def test_the_other_families_equal_transformers_own_processor_and_forward(other):
 def test_the_other_families_generate_the_same_alone_and_in_a_batch(other):
     m = vlm.load(other)
     asked = [[picture(i, size)] for i, size in enumerate(SIZES)], ["what is this ?", "is there a dog ?"] * 3
-    together = vlm.generate(m, *asked, max_new_tokens=6, batch_size=6)
-    alone = [vlm.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
+    together = generation.generate(m, *asked, max_new_tokens=6, batch_size=6)
+    alone = [generation.generate(m, [i], [q], max_new_tokens=6)[0] for i, q in zip(*asked, strict=True)]
     assert together == alone and any(together)
     lengths = {len(m.front.image_ids(size)) for size in SIZES}
     assert (len(lengths) > 1) == isinstance(m.front, llava.LlavaNext)
@@ -603,7 +663,7 @@ def test_padding_to_a_square_is_refused_where_it_makes_no_sense(tmp_path, folder
 MEASURE = """
 import sys
 import torch, transformers
-from model import vlm
+from model import generation, vlm
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 def peak():                          # of this program; ru_maxrss would begin at what its parent had
     status = open("/proc/self/status").read()

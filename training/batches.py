@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from training.records import Records, check, drop
+from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
 
@@ -39,25 +39,31 @@ def classroom_files(o, out):
     own = built_in(o)
     made = o.data == "classroom"
     path, held_out = o.data, o.val_data
+    wanted = {}
     if own:
-        make(out / "scenes", f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
-                             f"--questions {o.questions}")
+        wanted["scenes"] = (f"scenes --seed {o.eval_seed} --split {o.split} --n {o.scenes} "
+                            f"--questions {o.questions}")
     if made:
-        make(out / "data", f"--seed {o.seed} --n {o.pairs} {o.pair_options}")
+        wanted["data"] = f"--seed {o.seed} --n {o.pairs} {o.pair_options}"
         path = out / "data" / "pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
-        make(out / "held_out", f"{o.pair_options} --split tune --seed {o.eval_seed} "
-                               f"--n {min(o.look, o.pairs)}")
+        wanted["held_out"] = (f"{o.pair_options} --split tune --seed {o.eval_seed} "
+                              f"--n {min(o.look, o.pairs)}")
         held_out = out / "held_out" / "pairs.jsonl"
+    make(out, wanted)
     return path, held_out
 
 
-def make(folder, arguments):
-    """Run classroom/pairs.py as a program, unless its folder is there."""
-    if folder.exists():
+def make(out, wanted):
+    """Run classroom/pairs.py as a program, once for all folders {name: arguments} that are not there."""
+    words = []
+    for name, arguments in wanted.items():
+        if not (out / name).exists():
+            words += ["--then", *shlex.split(arguments), "--out", out / name]
+    if not words:
         return
     program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-    words = [sys.executable, program, *shlex.split(arguments), "--out", folder]
+    words = [sys.executable, program, *words]
     done = subprocess.run(words, text=True, capture_output=True)
     if done.returncode:
         raise UserError(f"{program} failed: {done.stderr.strip()}")
@@ -195,12 +201,19 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
     and of the rejected ones where they are others. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
-    prompts = {x: front.prompt_ids(record["question"], x, record["history"]) for x in {sizes, sizes_rejected}}
+    history = tuple(map(tuple, record["history"]))
+    prompts = {x: prompt_ids(front, record["question"], x, history) for x in {sizes, sizes_rejected}}
     chosen = front.response_ids(record["chosen"])
     rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
     pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
                      sizes_rejected)
     return data.truncate(pair, o.max_length)
+
+
+@lru_cache(1024)
+def prompt_ids(front, *prompt):
+    """front.prompt_ids(*prompt), once: many pictures are asked the same question."""
+    return front.prompt_ids(*prompt)
 
 
 def checked(front, path, o, needs, ranks):
@@ -237,7 +250,7 @@ def usable(front, records, o, needs):
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut and "
                                 "tokenised: raise --set max_length or drop the record")
         except UserError as e:
-            faults.append((i, "unusable as tokens", f"{records.where(i)}: {e}"))
+            faults.append((i, "unusable as tokens", f"{records.where(i)}: {brief(e, 400)}"))
             continue
         cut += lost > 0
         skipped += twice and not images

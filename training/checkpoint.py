@@ -31,6 +31,17 @@ class State:
     log_bytes: int = 0
 
 
+def kept(path, use):
+    """What a JSON file of a run holds; None where it is missing or `use` fails on it: it is to be made again.
+    """
+    try:
+        found = data.read_json(path)
+        use(found)
+        return found
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
+
+
 def save(run):
     """last/checkpoint.safetensors in one move: weights, the optimiser's state, the reference's log-probs."""
     from safetensors.torch import save as to_bytes
@@ -50,7 +61,7 @@ def save(run):
 
 def made_from(run):
     """What a checkpoint goes with."""
-    return {"base": run.base, "options": json.dumps(asdict(run.o) | {"out": ""})}
+    return {"base": run.base, "options": json.dumps(options.decisive(run.o) | {"out": ""})}
 
 
 def digest(tensors, about):
@@ -73,7 +84,7 @@ def read(file):
             raise ValueError
     except Exception:                                        # a torn file may break anywhere
         raise data.UserError(f"{file} is damaged, or of another version: put {PREVIOUS} in its place, if it "
-                             "exists, or give another --out") from None
+                             "exists, or begin anew with --restart") from None
     return tensors, about
 
 
@@ -84,7 +95,8 @@ def restore(run):
         tensors, about = read(file)
         state = State(**json.loads(about.pop("state")))
         if about != made_from(run):
-            raise data.UserError(f"{file} is of a run with another base or other options: give another --out")
+            raise data.UserError(f"{file} is of a run with another base or other options: give another "
+                                 "--out, or --restart")
         run.reference.logps.copy_(tensors.pop("reference/logps"))
         run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
@@ -103,7 +115,7 @@ def opening(run):
     base = run.model.frozen or run.model
     frozen = [p for p in base.model.parameters() if not p.requires_grad]
     held = [p.to_local() if hasattr(p, "to_local") else p for p in frozen]                   # by this rank
-    return {"options": asdict(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
+    return {"options": options.decisive(run.o), "ranks": run.ranks.world, "device": str(run.ranks.device),
             "dtype": str(run.model.model.dtype).removeprefix("torch."), "base": run.base,
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
             "images": front.preparation, "pairs": len(run.pairs),

@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from array import array
+from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 
 import data
@@ -59,7 +60,7 @@ class Array(list):
         with open() as file:
             rows = data.parse(file.read(), path)
         if isinstance(rows, dict):
-            rows = [{"image_id": name, **row} for name, row in rows.items()]
+            rows = [{"image_id": name, **data.as_record(row, path)} for name, row in rows.items()]
         super().__init__(rows)
 
     @cached_property
@@ -88,7 +89,10 @@ class Table(list):
 
     def __getitem__(self, k):
         group, row = super().__getitem__(k)
-        record, = _table(self.path, group).slice(row, 1).to_pylist()
+        found = _table(self.path, group).slice(row, 1)
+        with _readable(self.place(k)):
+            found.validate(full=True)                   # a damaged file may point anywhere
+            record, = found.to_pylist()
         return record
 
     def place(self, k):
@@ -98,7 +102,7 @@ class Table(list):
 @lru_cache(4)
 def _table(path, group=None):
     """The numbers of rows in the groups of a file, or one of its groups as a table. Raises UserError."""
-    try:
+    with _readable(path):
         from pyarrow import Table, ipc, memory_map, parquet
         source = memory_map(path)
         if source.read(4) == ARROW:
@@ -109,10 +113,17 @@ def _table(path, group=None):
         if group is None:
             return [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         return Table.from_batches(file.iter_batches(1000, [group]))         # a piece holds at most 2 GB
+
+
+@contextmanager
+def _readable(place):
+    """Inside the `with`, what pyarrow raises, and its absence, are UserErrors."""
+    try:
+        yield
     except ImportError as error:
-        raise UserError(f"{path} needs pyarrow: pip install pyarrow, or convert it to JSON lines") from error
+        raise UserError(f"{place} needs pyarrow: pip install pyarrow, or convert it to JSON lines") from error
     except (ValueError, OSError) as error:              # pyarrow's ArrowInvalid, ArrowIOError
-        raise UserError(f"{path} is not readable parquet or arrow ({error}); fetch it again") from error
+        raise UserError(f"{place} is not readable parquet or arrow ({error}); fetch it again") from error
 
 
 class Folder(list):
@@ -120,7 +131,7 @@ class Folder(list):
     def __init__(self, folder):
         names = sorted(filter(SHARD.fullmatch, os.listdir(folder)))
         if len({SHARD.fullmatch(name).groups() for name in names}) != 1:
-            there = ", ".join(names[:4]) or "no parquet, arrow or JSON"
+            there = ", ".join((names or sorted(os.listdir(folder)))[:4])
             raise UserError(f"{folder} could not be read (Is a directory with {there}): give a file, or a "
                             "folder of parquet, arrow or JSON files of one kind and split")
         self.files = [opened(os.path.join(folder, name)) for name in names]

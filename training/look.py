@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 import data
 from evaluation import stats
-from model import vlm
+from model import generation, vlm
+from training import checkpoint
 from training.batches import tokenise
 
 
@@ -70,9 +71,8 @@ def look(m, records, good, o, name, kept=None):
             data.atomic_write(kept, json.dumps(policy.tolist()))
     else:
         drawn = divergence(m, shown, o)
-        if kept and kept.exists():
-            reference = np.array(data.read_json(kept))
-        else:
+        reference = checkpoint.kept(kept, lambda rows: np.array(rows, float).reshape(policy.shape))
+        if reference is None:
             with vlm.base_of(m) as base:
                 reference = scores(base, shown, kinds, o, name)
 
@@ -95,7 +95,7 @@ def look(m, records, good, o, name, kept=None):
 # ---- which pair is shown which image ----
 def kinds_of(shown, images, seed):
     """{true, blank, other, same_theme: {place of a pair: of the pair whose image it is shown}}."""
-    themes = [record["meta"].get("theme") for record in shown]
+    themes = [str(record["meta"].get("theme") or "") for record in shown]
     groups = [theme or image for theme, image in zip(themes, images, strict=True)]
     own = {i: i for i in range(len(shown))}
     other, alike = partners(groups, seed)
@@ -135,16 +135,16 @@ def next_to(row, step):
 def scores(m, shown, kinds, o, name):
     """log p of the two responses with each kind of image, chosen first; nan where there is none: (K, n, 2)"""
     found = np.full((len(kinds), len(shown), 2), np.nan)
+    read = m.front.reader()
     for k, (kind, image_of) in enumerate(kinds.items()):
         bar = tqdm(image_of.items(), f"{name}: looking, {kind}")
-        cases = (case_of(m.front, shown[i], shown[j], kind, o) for i, j in bar)
+        cases = (case_of(m.front, shown[i], read(shown[j]["images"][0]), kind, o) for i, j in bar)
         found[k, [*image_of]] = logps_of(m, cases, o, ["chosen", "rejected"])
     return found
 
 
-def case_of(front, record, other, kind, o):
-    """(data.Pair, PIL image) of a record with another's image, or with a blank one."""
-    picture = data.read_image(other["images"][0])
+def case_of(front, record, picture, kind, o):
+    """(data.Pair, picture) of a record with a family.Picture, or with a blank image of its size."""
     if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
     pair, _ = tokenise(front, record, o, (picture.size,))
@@ -153,13 +153,13 @@ def case_of(front, record, other, kind, o):
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    pictures, prompts = [], []
+    pictures, prompts, read = [], [], m.front.reader()
     for record in shown:
-        picture = data.read_image(record["images"][0])
+        picture = read(record["images"][0])
         pictures.append(picture)
         prompts.append(m.front.prompt_ids(record["question"], (picture.size,), record["history"]))
     size = 64 if m.front.is_classroom else 16
-    answers = vlm.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
+    answers = generation.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
                             sample_seed=o.eval_seed)
     cases = []
     for record, prompt, picture, answer in zip(shown, prompts, pictures, answers, strict=True):
@@ -178,7 +178,7 @@ def logps_of(m, cases, o, fields):
     rows = []
     while some := [*islice(cases, o.micro_batch)]:
         pairs, pictures = zip(*some, strict=True)
-        prepared = [m.front.prepare([picture])[0] for picture in pictures]
+        prepared = [m.front.prepared([picture])[0] for picture in pictures]
         batch = data.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))

@@ -12,6 +12,7 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import data
@@ -29,8 +30,8 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a llava-hf folder, or classroom")
-    data: str = option("classroom", "preference pairs in any published format; classroom makes its own")
+    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
+    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -50,24 +51,26 @@ class Options:
     lr: float = option(2e-4, "peak learning rate", above=0)
     lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
                          off="--no-lora")
-    seed: int = option(0, "pairs, LoRA, order and draws")
-    eval_seed: int = option(0, "the scenes of the printed table")
+    seed: int = option(0, "pairs, LoRA, order and draws", at_least=0)
+    eval_seed: int = option(0, "the scenes of the printed table", at_least=0)
     eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float64"))
     dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
+    restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
 
     lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
     weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = behind_set(0.9, "AdamW's first beta")
-    adam_beta2: float = behind_set(0.999, "AdamW's second beta")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_least=0, at_most=0.9999999)
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_least=0, at_most=0.9999999)
     clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0)
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0,
+                               at_most=1)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -181,11 +184,18 @@ def departures(o):
 
 
 # ---------------------------------------------------------------------------------------- the run's folder
+def decisive(o):
+    """{name: value} of what a run depends on: all but whether it begins anew."""
+    found = asdict(o)
+    del found["restart"]
+    return found
+
+
 def run_folder(o):
     """The run's folder. Its default name holds a hash of the options and of losses.py: an edit, a new run."""
     if o.out:
         return Path(o.out)
-    text = repr(sorted(asdict(o).items())) + losses_source()
+    text = repr(sorted(decisive(o).items())) + losses_source()
     return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
@@ -194,14 +204,21 @@ def losses_source():
 
 
 def claim(out, o):
-    """Lock the folder; returns the lock. Raises UserError if it is in use or holds a run of other options."""
+    """Lock the folder; returns the lock. Raises UserError if it is in use or holds a run of other options,
+    which --restart moves away first."""
     lock = command.claim(out)
+    if o.restart:
+        here = out.absolute()
+        names = (here.with_name(f"{here.name}.{n}") for n in count(1))
+        here.rename(next(name for name in names if not name.exists()))
+        lock = command.claim(out)
     log = out / "log.jsonl"
-    first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
+    check = command.fields("log of a run", options=(dict, None))
+    first = next(data.read_jsonl(log, torn_ok=True, check=check), None) if log.exists() else None
     if not first:
         return lock
     there = asdict(Options()) | first.get("options", {})           # the log is older than an option
-    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in asdict(o).items()
+    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
               if name != "out" and there[name] != value]
     if first.get("losses_source") != losses_source():
         differ.append("losses.py was edited since")
@@ -213,7 +230,7 @@ def claim(out, o):
             differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
-                             "give another folder")
+                             "give another folder, or --restart")
     return lock
 
 

@@ -31,7 +31,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     """
     import transformers
     family = front.FAMILIES[config.model_type]
-    with torch.device("meta"):                                        # shapes without storage
+    with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
         model = getattr(transformers, family.architecture)(config)
     if o.lora_r:
         lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","))
@@ -111,7 +111,7 @@ def show(o):
     pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
-    yield f"pairs           {len(tokens):,} of {len(records):,} in {records.path}"
+    yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
     yield (f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
            f"{mean * o.batch * steps:,.0f} in all")

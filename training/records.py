@@ -187,7 +187,7 @@ def _by_rating(raw):
     if isinstance(answers, dict):                       # parquet: an object of lists for a list of objects
         answers = [dict(zip(answers, row, strict=False)) for row in zip(*answers.values(), strict=False)]
     for answer in answers:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
             marks = [float(mark["Rating"]) for mark in answer["annotations"].values()]
             means[answer["response"]] = statistics.fmean(marks)
     if len(set(means.values())) < 2:
@@ -245,7 +245,11 @@ class Records:
         return len(self.keep)
 
     def __iter__(self):
-        return map(self.__getitem__, range(len(self)))
+        """All pairs, those of one record together."""
+        for i in range(len(self)):
+            pair = self[i]
+            yield pair
+            yield from (self[i + n * len(self)] for n in range(1, pair["pairs"]))
 
     def place(self, i):
         """FILE, line N (in parquet and arrow: record N): for messages."""
@@ -276,13 +280,13 @@ class Records:
             system = found.get("system") or []
             if system:
                 system = _turns({"role": "system", "content": system})
-            images = self._images(found, rejected=False)
+            images, meta = self._images(found, rejected=False), raw.get("meta") or {}
             prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
             history, question = _dialogue(system + prompt, images)
             record = {"id": self._id(raw, i), "images": images,
                       "images_rejected": self._images(found, rejected=True),
                       "question": question, "history": history, "chosen": chosen,
-                      "meta": raw.get("meta") or {}, "pairs": 1}
+                      "meta": meta if isinstance(meta, dict) else {"meta": meta}, "pairs": 1}
             if self.rejected:
                 rejected = found["rejected"]
                 if isinstance(rejected, list) and not any(isinstance(turn, dict) for turn in rejected):

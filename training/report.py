@@ -14,6 +14,7 @@ import numpy as np
 
 import data
 from evaluation import metrics, page, stats
+from model import command
 
 CURVES = (                                                 # title, what it says, {key of a log line: label}
     ("Loss", "", {"loss": "loss"}),
@@ -53,6 +54,12 @@ def rows(summary):
                 spread = "   undefined: 0 of 0"
             found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
+
+
+def told(summary):
+    """What a finished run prints."""
+    counts = "{pairs} pairs, {steps} steps, {seconds:.0f} s".format(**summary)
+    return [*table(summary), counts]
 
 
 def table(summary):
@@ -173,8 +180,16 @@ def write(run):
     """Write report.html into a run's folder and return its path. Raises UserError if there is no run."""
     run = Path(run)
     first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
+    summary = data.read_json(run / "summary.json", {}, data.as_record)
+    with command.explained(f"{run}: a file of the run is damaged", "train again, to be sure with --restart"):
+        body = content(run, first, more, summary)
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
+    return run / "report.html"
+
+
+def content(run, first, more, summary):
+    """The page's HTML, of the lines of the log and the summary."""
     steps = [line for line in more if "step" in line]
-    summary = data.read_json(run / "summary.json", {})
     done = {"options": {}}
     for line in (first, *steps[-1:], summary):
         done |= line
@@ -191,8 +206,7 @@ def write(run):
     body += held_out([first, *more])
     if "difference" in summary:
         body += answers(run)
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
-    return run / "report.html"
+    return body
 
 
 def main():
@@ -200,7 +214,7 @@ def main():
     parser.add_argument("run", type=Path, help="the folder of a run")
     try:
         print(write(parser.parse_args().run))
-    except data.UserError as error:
+    except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 
 

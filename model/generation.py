@@ -1,0 +1,102 @@
+"""What a model answers: greedy or drawn, batches of prompts of similar length.
+
+    generate(m, [[image]], ["What is this?"])      texts, of a model of vlm.load
+    complete(...)                                  the same, with whether each ended by itself
+    continued(m, prompts, [[image]], 64)           token ids, of prompts in token ids
+"""
+if __name__ == "__main__":
+    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+
+import contextlib
+from functools import cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+import data
+
+NEIGHBOURS = 64                # prompts that are padded to one length: padding may move an answer's last bits
+
+
+class Completion(NamedTuple):
+    """What a model said."""
+    text: str
+    finished: bool             # it ended by itself; else it was cut at max_new_tokens
+
+
+def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
+    """A Completion for each question about images (a list of PIL images or Pictures each, possibly empty).
+
+    The rest is as `continued` takes it.
+    """
+    prompts, prompt_ids = [], cache(m.front.prompt_ids)        # many pictures are asked the same question
+    for question, shown in zip(questions, images, strict=True):
+        prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
+    found = []
+    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
+        text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
+        found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
+    return found
+
+
+def ends_of(m):
+    """The tokens that end an answer: what generation_config.json calls an end, and the tokenizer's."""
+    own = m.model.generation_config.eos_token_id
+    return {m.front.eos_id, *(own if isinstance(own, list) else [own])} - {None}
+
+
+@torch.no_grad()
+def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
+    """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
+
+    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
+    from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
+    at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
+    """
+    ends = ends_of(m)
+    options = {"do_sample": False}
+    if sample_seed is not None:
+        rows = len(m.model.lm_head.weight)
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
+    found = [None] * len(prompts)
+    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
+    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
+        torch.manual_seed(sample_seed or 0)
+        for batch, width in padded(prompts, batch_size):
+            inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
+                                           padding="max_length", max_length=width,
+                                           padding_side="left", return_tensors="pt").to(m.device)
+            if prepared := [image for i in batch for image in m.front.prepared(images[i])]:
+                inputs |= m.front.on_device(m.model, prepared)
+                inputs |= m.front.generate_inputs(inputs.input_ids)
+            new = m.model.generate(**inputs,
+                                   **options,
+                                   max_new_tokens=max_new_tokens,
+                                   eos_token_id=[*ends],
+                                   pad_token_id=m.front.eos_id)
+            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
+            for i, tokens in zip(batch, new.tolist(), strict=True):
+                ended = [n for n, token in enumerate(tokens, 1) if token in ends]
+                found[i] = tokens[:ended[0]] if ended else tokens
+    return found
+
+
+def padded(prompts, batch_size):
+    """Batches of prompts' places, each with the length that its prompts are padded to."""
+    order = range(len(prompts))
+    if len(prompts) > batch_size:
+        order = sorted(order, key=lambda i: len(prompts[i]))
+    width = {}
+    for some in data.chunks(order, min(batch_size, NEIGHBOURS)):
+        longest = max(len(prompts[i]) for i in some)
+        width |= dict.fromkeys(some, longest)
+    for longest, alike in groupby(sorted(order, key=width.get), width.get):
+        for batch in data.chunks([*alike], batch_size):
+            yield batch, longest
+
+
+def generate(*arguments, **options):
+    """The texts of complete(), which takes the same arguments."""
+    return [completion.text for completion in complete(*arguments, **options)]
