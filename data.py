@@ -203,7 +203,7 @@ def inside(root, path, what, follow_links=False):
     they are resolved). Raises UserError."""
     root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
-    if os.path.commonpath([root, found]) != root:
+    if "\0" in path or os.path.commonpath([root, found]) != root:
         raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "
                         "its own folder (--image_root, --images), or let links lead out (--follow_links)")
     return found

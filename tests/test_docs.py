@@ -130,7 +130,8 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
                 "bench/vs_trl.py", "tests/fuzz.py", "tests/kill.py"]
     helps = "".join(said_by([*command.split(), "--help"], monkeypatch) for command in commands)
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
-              "--model_args", "--log_samples", "--output_path", "--tasks"}       # torchrun, hf, lmms_eval
+              "--model_args", "--log_samples", "--output_path", "--tasks",      # torchrun, hf, lmms_eval
+              "--no-deps"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", MANUAL)) - others
     assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
     assert [key for key in re.findall(r"--set ([a-z_]+)=", MANUAL) if f"  {key}=" not in helps] == []
@@ -153,12 +154,14 @@ def test_the_loss_in_the_readme_is_the_loss_in_the_code():
 
 @pytest.mark.parametrize("text", [section("Your own pairs"), section("The native format", PAGES["data"])],
                          ids=["README", "docs"])
-def test_the_native_record_is_one(text, tmp_path):
+def test_the_native_records_are_read(text, tmp_path):
     from training import records
-    (tmp_path / "pairs.jsonl").write_text(blocks("json", text)[0])
+    (tmp_path / "pairs.jsonl").write_text("".join(blocks("json", text)))
     read = records.Records(tmp_path / "pairs.jsonl")
-    assert (len(read), read.format) == (1, "native")
-    assert read[0]["chosen"] and read[0]["rejected"] and read[0]["images"]
+    assert (len(read), read.format) == (2, "native")
+    for record in read:
+        assert record["chosen"] and record["rejected"] and record["images"]
+        assert len(record["images_rejected"]) in (0, len(record["images"]))
 
 
 def test_the_rejected_images_of_the_page_are_those_of_the_code():

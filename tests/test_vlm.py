@@ -231,7 +231,7 @@ def test_a_batch_of_many_pads_as_many_small_ones_do(folder, batch_size, monkeypa
                  "is there a dog ?", "what ?", "a red cat ?", "is this a dog ?", "a ?"]
     images = [[picture(i)] for i in range(9)]
     prompts = [[0] * length for length in (5, 2, 9, 4, 6, 1, 5, 5, 2)]
-    monkeypatch.setattr(vlm, "NEIGHBOURS", 3)
+    monkeypatch.setattr(generation, "NEIGHBOURS", 3)
     padded = list(generation.padded(prompts, batch_size))
     assert sorted(i for batch, _ in padded for i in batch) == list(range(len(prompts)))
     order = range(len(prompts))
