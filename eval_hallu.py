@@ -48,7 +48,7 @@ def run_answers(o):
     from model import vlm
     ranks = command.join()
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    usual = 16 if questions else 512
+    usual = 16 if questions else 0
     size = o.batch_size or (64 if served else usual)
     if served:
         m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
@@ -290,7 +290,7 @@ COMMANDS = {
         "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [classroom: 512, servers: 64, others: 16]"),
+        "--batch_size": number("questions at once [16; scenes, servers: 64; the classroom's models: 512]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",

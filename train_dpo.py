@@ -27,7 +27,6 @@ log-probs are kept from the first epoch on (with redraw they are not).
 
 5. A response is stripped of white space around it, which the official codes keep.
 """
-import contextlib
 import gc
 import json
 import math
@@ -228,7 +227,8 @@ def fetched(measured):
 def train(run):
     """Evaluate, take the remaining steps, evaluate again. Returns the summary."""
     o = run.o
-    before = evaluate(run, "before")                         # first: restore() loads trained weights
+    with vlm.base_of(run.model):                             # the adapter changes nothing yet, and costs time
+        before = evaluate(run, "before")                     # first: restore() loads trained weights
     checkpoint.restore(run)
     state = run.state
     if state.step == 0:
@@ -271,11 +271,7 @@ def kept_scores(run, name):
     if found is None:
         for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
             stale.unlink()
-        adapter = contextlib.nullcontext()
-        if name == "before":
-            adapter = vlm.base_of(run.model)                 # it changes nothing yet: spare its products
-        with adapter:
-            found = scores(run, name)
+        found = scores(run, name)
         data.atomic_write(file, json.dumps(found))
     return found
 

@@ -76,15 +76,15 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
 def _texts(m, max_new_tokens, batch_size, groups):
     """For each group of items, the model's answers: [{"answer"}]."""
     from model import generation
-    read = m.front.reader()
     for group in groups:
         questions = [item["_question"] for item in group]
         if isinstance(m, ask.Server):
             texts = _replies(m, questions)
         else:
-            images = [[read(question.image)] for question in questions]
+            images = [[m.front.read(question.image)] for question in questions]
             prompts = [question.prompt for question in questions]
-            texts = generation.generate(m, images, prompts, max_new_tokens, batch_size)
+            texts = generation.generate(m, images, prompts, max_new_tokens=max_new_tokens,
+                                        batch_size=batch_size)
         yield [{"answer": text} for text in texts]
 
 
@@ -98,14 +98,19 @@ def _replies(server, questions):
     return [said[question.id]["reply"].strip() for question in asked]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=512, max_new_tokens=64, description="answering",
+def answer_scenes(m, scenes_path, out_path, batch_size=0, max_new_tokens=64, description="answering",
                   ranks=None):
-    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues."""
+    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues.
+
+    batch_size: 0 for 512 questions to a model of the classroom, 64 to another.
+    """
     scenes, file = read_scenes(scenes_path)
     questions = []
     for scene in scenes:
         image = data.inside(file.parent, scene["image"], file)
         questions.append(benchmarks.Question(scene, scene["question"], image))
+    if not batch_size:
+        batch_size = 512 if m.front.is_classroom else 64
     answer(m, "classroom", questions, out_path, batch_size, max_new_tokens, description, ranks,
            scenes=os.path.relpath(file, Path(out_path).parent),
            scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])

@@ -64,7 +64,8 @@ class Family:
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
-        self.kept = lru_cache(2048)(self.picture)
+        # The classroom's are few and small, and each evaluation shows them several times.
+        self.read = lru_cache(2048 if self.is_classroom else 2)(self.picture)
 
     # ---- what differs between families: image_ids(size), and where these do not fit ----
     def usual_template(self):
@@ -122,14 +123,10 @@ class Family:
         return self.prepare(images)
 
     def picture(self, source):
-        """The Picture of a path or bytes. Raises UserError."""
+        """The Picture of a path or bytes; `read` is the same and keeps the last ones. Raises UserError."""
         image = data.read_image(source)
         inputs, = self.prepare([image])
         return Picture(image.size, inputs)
-
-    def reader(self):
-        """picture(), which keeps what it made; the classroom's small ones for all evaluations of a run."""
-        return self.kept if self.is_classroom else lru_cache(2)(self.picture)
 
     def language_model(self, model):
         return model.get_submodule(self.language)

@@ -90,8 +90,7 @@ def padded(prompts, batch_size):
         order = sorted(order, key=lambda i: len(prompts[i]))
     width = {}
     for some in data.chunks(order, min(batch_size, NEIGHBOURS)):
-        longest = max(len(prompts[i]) for i in some)
-        width |= dict.fromkeys(some, longest)
+        width |= dict.fromkeys(some, max(len(prompts[i]) for i in some))
     for longest, alike in groupby(sorted(order, key=width.get), width.get):
         for batch in data.chunks([*alike], batch_size):
             yield batch, longest

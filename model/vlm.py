@@ -26,7 +26,7 @@ import ctypes
 import mmap
 import sys
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -270,15 +270,10 @@ class Layout:
         self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
-
-    @cached_property
-    def masks(self):
-        """For in_turn: which of its prompt and itself `rejected` sees, once for all layers."""
-        found = []
-        for s in self.segments:
+        self.masks = []                       # which of its prompt and itself `rejected` sees, for all layers
+        for s in segments:
             seen = self.keys.new_ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool)
-            found.append(seen.tril(s.prompt))
-        return found
+            self.masks.append(seen.tril(s.prompt))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):

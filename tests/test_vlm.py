@@ -251,7 +251,7 @@ def test_a_batch_of_many_pads_as_many_small_ones_do(folder, batch_size, monkeypa
 def test_a_picture_that_is_prepared_once_is_the_image(folder, tmp_path, monkeypatch):
     m = vlm.load(folder)
     picture(1).save(tmp_path / "a.png")
-    read, prepared = m.front.reader(), m.front.prepare([picture(1)])
+    read, prepared = m.front.read, m.front.prepare([picture(1)])
     made = read(str(tmp_path / "a.png"))
     assert made is read(str(tmp_path / "a.png")) and made.size == picture(1).size
     assert torch.equal(made.inputs["pixel_values"], prepared[0]["pixel_values"])

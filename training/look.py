@@ -135,16 +135,16 @@ def next_to(row, step):
 def scores(m, shown, kinds, o, name):
     """log p of the two responses with each kind of image, chosen first; nan where there is none: (K, n, 2)"""
     found = np.full((len(kinds), len(shown), 2), np.nan)
-    read = m.front.reader()
     for k, (kind, image_of) in enumerate(kinds.items()):
         bar = tqdm(image_of.items(), f"{name}: looking, {kind}")
-        cases = (case_of(m.front, shown[i], read(shown[j]["images"][0]), kind, o) for i, j in bar)
+        cases = (case_of(m.front, shown[i], shown[j], kind, o) for i, j in bar)
         found[k, [*image_of]] = logps_of(m, cases, o, ["chosen", "rejected"])
     return found
 
 
-def case_of(front, record, picture, kind, o):
-    """(data.Pair, picture) of a record with a family.Picture, or with a blank image of its size."""
+def case_of(front, record, other, kind, o):
+    """(data.Pair, family.Picture) of a record with another's image, or with a blank image of its size."""
+    picture = front.read(other["images"][0])
     if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
     pair, _ = tokenise(front, record, o, (picture.size,))
@@ -153,9 +153,9 @@ def case_of(front, record, picture, kind, o):
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    pictures, prompts, read = [], [], m.front.reader()
+    pictures, prompts = [], []
     for record in shown:
-        picture = read(record["images"][0])
+        picture = data.read_image(record["images"][0])
         pictures.append(picture)
         prompts.append(m.front.prompt_ids(record["question"], (picture.size,), record["history"]))
     size = 64 if m.front.is_classroom else 16
