@@ -71,7 +71,9 @@ def _fits(item):
     choices = truth.get("choices")
     if not (isinstance(kind, str) and _are_words(choices) and truth.get("answer") in choices):
         return False
-    return kind != "existence" or {*choices} == {"yes", "no"} and SETS.issuperset(sets(truth))
+    if kind != "existence":
+        return True
+    return {*choices} == {"yes", "no"} and _are_words(sets(truth)) and SETS.issuperset(sets(truth))
 
 
 def _are_words(value):

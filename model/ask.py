@@ -447,6 +447,7 @@ class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
     def __init__(self, tokenizer):
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
+        self.image_token_id = len(tokenizer)            # none of its tokens
 
     def prompt_ids(self, question, sizes):
         if sizes:

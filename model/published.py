@@ -100,7 +100,7 @@ def deltas(src, unpickle):
     pickled = file.exists() and not file.with_suffix(".safetensors").exists()
     config, tensors = lora.read_adapter(src, unpickle(file) if pickled else None)
     for name, r, alpha, A, B in lora.matrices(config, tensors):
-        if not r or A.shape[1:] != (r,) or B.shape[:1] != (r,):
+        if A.shape[1:] != (r,) or B.shape[:1] != (r,):
             raise data.UserError(f"{src} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}: "
                                  "this is no plain LoRA, let PEFT merge it")
         if not (A.isfinite().all() and B.isfinite().all()):

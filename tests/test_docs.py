@@ -130,7 +130,8 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
                 "bench/vs_trl.py", "tests/fuzz.py", "tests/kill.py"]
     helps = "".join(said_by([*command.split(), "--help"], monkeypatch) for command in commands)
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
-              "--model_args", "--log_samples", "--output_path", "--tasks", "--no-deps"}  # torchrun, hf, lmms_eval
+              "--model_args", "--log_samples", "--output_path", "--tasks",      # torchrun, hf, lmms_eval
+              "--no-deps"}
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", MANUAL)) - others
     assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
     assert [key for key in re.findall(r"--set ([a-z_]+)=", MANUAL) if f"  {key}=" not in helps] == []

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import lora
 import train_dpo
-from model import command, generation, vlm
+from model import command, front, generation, vlm
 from training import batches, options
 from training.optimiser import Zero2
 
@@ -79,6 +79,13 @@ def test_attention_in_one_call_equals_that_in_turn(tmp_path, monkeypatch, kv_hea
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-10, atol=0)
     assert (grad - other_grad).norm() < 1e-9 * grad.norm()
     assert len(calls) == len(m.language_model.layers)
+
+
+def test_a_model_whose_logits_are_soft_capped_is_refused(world):
+    own = front.open_folder(world[0])
+    own.config.text_config.final_logit_softcapping = 30.0
+    with pytest.raises(data.UserError, match="soft-capped"):
+        vlm.load(own)
 
 
 # ---- torch.compile
