@@ -226,7 +226,7 @@ def claim(out, o):
         now = data_identity(o, name)
         was = first.get(f"{name}_identity", now)
         if now and was != now:
-            image = "an image of " * (was.partition("-")[0] == now.partition("-")[0])
+            image = "an image of " if str(was)[:16] == now[:16] else ""
             differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
