@@ -232,11 +232,11 @@ def usable(front, records, o, needs):
         record = records[i]
         images = shown(record, o)
         rejected = ()
-        if twice:
+        if twice and images:
             rejected = tuple(map(data.image_size, record["images_rejected"]))
-        if twice and o.image_rejected == "random" and images and not rejected:
-            drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
-            rejected = (drawn.size,) * len(images)
+            if o.image_rejected == "random" and not rejected:
+                drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
+                rejected = (drawn.size,) * len(images)
         try:
             pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
             if "rejected" in needs and pair.chosen == pair.rejected:

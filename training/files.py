@@ -153,11 +153,13 @@ def opened(path):
     text = head[:1 << 16].lstrip(b"\xef\xbb\xbf \t\r\n")         # whose byte-order mark is none of JSON's
     if head.startswith((b"PAR1", ARROW)):
         return Table(path)
-    if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', text):
-        return Array(path, read)
-    if text[:1] in b"{" and b"\0" not in head[:4]:      # or empty
-        return Lines(path, read)
-    kind = "UTF-16" if b"\0" in head[:4] else "csv or another text"
-    if head.startswith(b"PK"):
+    kind = "csv or another text"
+    if b"\0" in head[:4]:
+        kind = "UTF-16"
+    elif head.startswith(b"PK"):
         kind = "zip"
+    elif re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', text):
+        return Array(path, read)
+    elif text[:1] in b"{":                              # or empty
+        return Lines(path, read)
     raise UserError(f"{path} is {kind}, no JSON or parquet; convert it to JSON lines in UTF-8")

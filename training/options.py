@@ -132,14 +132,13 @@ def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
     defaults = command.preset(PRESETS, chosen)
-    name = chosen.get("preset", "classroom")
-    pairs = chosen.get("data", "classroom")
-    for field in ("model", "data"):
-        if {name, pairs} != {"classroom"} and field not in chosen:
-            raise UserError(f"--preset {name} on {pairs} needs --{field}: only the classroom's is built in")
     if chosen.get("official"):
-        defaults = defaults | OFFICIAL.get(name, {})
+        defaults = defaults | OFFICIAL.get(chosen.get("preset"), {})
     o = Options(**defaults | chosen)
+    for field in ("model", "data"):
+        if {o.preset, o.data} != {"classroom"} and field not in chosen:
+            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
+                            "in")
     check(o)
     return o
 
@@ -179,7 +178,7 @@ def steps_of(o, n):
 
 def departures(o):
     """With official=true: what was taken from the official code, for the log."""
-    taken = OFFICIAL.get(o.preset, {}) if o.official else {}
+    taken = OFFICIAL[o.preset] if o.official else {}
     return [f"{name} {value}" for name, value in taken.items() if getattr(o, name) == value]
 
 

@@ -217,7 +217,7 @@ class Records:
         own = path if os.path.isdir(path) else Path(path).parent
         self.root = os.path.realpath(image_root or own)
         self.keep = range(len(self.raw))
-        if not len(self):
+        if not self.keep:
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format, self.read = self._detected()
         if is_pair := IS_PAIR.get(self.format):
