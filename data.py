@@ -122,7 +122,7 @@ def _end_line(file):
     file.seek(max(0, size - 1))
     if file.read() in (b"", b"\n"):
         return size
-    file.seek(max(0, size - (1 << 24)))
+    file.seek(0)
     tail = file.read().rpartition(b"\n")[2]
     try:
         json.loads(tail)

@@ -212,21 +212,21 @@ def claim(out, o):
         here.rename(next(name for name in names if not name.exists()))
         lock = command.claim(out)
     log = out / "log.jsonl"
-    check = command.fields("log of a run", options=(dict, None))
-    first = next(data.read_jsonl(log, torn_ok=True, check=check), None) if log.exists() else None
-    if not first:
-        return lock
-    there = asdict(Options()) | first.get("options", {})           # the log is older than an option
-    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
-              if name != "out" and there[name] != value]
-    if first.get("losses_source") != losses_source():
-        differ.append("losses.py was edited since")
-    for name in ("data", "val_data"):
-        now = data_identity(o, name)
-        was = first.get(f"{name}_identity", now)
-        if now and was != now:
-            image = "an image of " if str(was)[:16] == now[:16] else ""
-            differ.append(f"{image}{getattr(o, name)} has changed since")
+    with command.explained(f"{log} is damaged", "give another folder, or --restart"):
+        first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
+        if not first:
+            return lock
+        there = asdict(Options()) | first.get("options", {})           # the log is older than an option
+        differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
+                  if name != "out" and there[name] != value]
+        if first.get("losses_source") != losses_source():
+            differ.append("losses.py was edited since")
+        for name in ("data", "val_data"):
+            now = data_identity(o, name)
+            was = first.get(f"{name}_identity", now)
+            if now and was != now:
+                image = "an image of " if was[:16] == now[:16] else ""
+                differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder, or --restart")
