@@ -122,7 +122,7 @@ def _end_line(file):
     file.seek(max(0, size - 1))
     if file.read() in (b"", b"\n"):
         return size
-    file.seek(max(0, size - (1 << 24)))
+    file.seek(0)
     tail = file.read().rpartition(b"\n")[2]
     try:
         json.loads(tail)
@@ -269,10 +269,9 @@ def read_image(source, as_stored=False):
             return file.copy()
         image = ImageOps.exif_transpose(file)           # decodes all of it: a truncated file fails here
         if image.mode[0] in "IF":                       # 16 bits, or floats, which convert() would clip
-            pixels = np.asarray(image) // 256 if image.mode[0] == "I" else np.asarray(image, float)
-            if image.mode[0] == "F":
-                pixels /= max(1, pixels.max()) / 255
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image, float)
+            unit = 256 if image.mode[0] == "I" else max(1, pixels.max()) / 255
+            image = Image.fromarray((pixels / unit).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 

@@ -34,8 +34,8 @@ KEEP = 2 ** 28                                     # bytes of pixels: the classr
 
 # ---- pairs ----
 def classroom_files(o, out):
-    """The built-in scenes and pairs, which classroom/pairs.py makes. Returns the paths of the pairs and of
-    held-out ones, "" if there are none."""
+    """The built-in scenes and pairs, which classroom/pairs.py makes: run as a program, once for all that are
+    not there. Returns the paths of the pairs and of held-out ones, "" if there are none."""
     own = built_in(o)
     made = o.data == "classroom"
     path, held_out = o.data, o.val_data
@@ -50,23 +50,16 @@ def classroom_files(o, out):
         wanted["held_out"] = (f"{o.pair_options} --split tune --seed {o.eval_seed} "
                               f"--n {min(o.look, o.pairs)}")
         held_out = out / "held_out" / "pairs.jsonl"
-    make(out, wanted)
-    return path, held_out
-
-
-def make(out, wanted):
-    """Run classroom/pairs.py as a program, once for all folders {name: arguments} that are not there."""
     words = []
     for name, arguments in wanted.items():
         if not (out / name).exists():
             words += ["--then", *shlex.split(arguments), "--out", out / name]
-    if not words:
-        return
-    program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-    words = [sys.executable, program, *words]
-    done = subprocess.run(words, text=True, capture_output=True)
-    if done.returncode:
-        raise UserError(f"{program} failed: {done.stderr.strip()}")
+    if words:
+        program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
+        done = subprocess.run([sys.executable, program, *words], text=True, capture_output=True)
+        if done.returncode:
+            raise UserError(f"{program} failed: {done.stderr.strip()}")
+    return path, held_out
 
 
 def built_in(o):
@@ -106,7 +99,7 @@ class Pairs:
         for x in tensors(images + rejected):
             digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
-        return data.Batch([pair], images, rejected, [place], [key], counts=1, of=1)
+        return data.Batch([pair], images, rejected, [place], [key])
 
     def prepared(self, images):
         """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
@@ -202,11 +195,11 @@ def tokenise(front, record, o, sizes, sizes_rejected=()):
     and of the rejected ones where they are others. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
-    prompts = {x: prompt_ids(front, record["question"], x, history) for x in {sizes, sizes_rejected}}
+    prompt, prompt_rejected = (prompt_ids(front, record["question"], x, history)
+                               for x in (sizes, sizes_rejected))
     chosen = front.response_ids(record["chosen"])
     rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
-    pair = data.Pair(record["id"], prompts[sizes], prompts[sizes_rejected], chosen, rejected, sizes,
-                     sizes_rejected)
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected)
     return data.truncate(pair, o.max_length)
 
 
@@ -239,11 +232,11 @@ def usable(front, records, o, needs):
         record = records[i]
         images = shown(record, o)
         rejected = ()
-        if twice:
+        if twice and images:
             rejected = tuple(map(data.image_size, record["images_rejected"]))
-        if twice and o.image_rejected == "random" and images and not rejected:
-            drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
-            rejected = (drawn.size,) * len(images)
+            if o.image_rejected == "random" and not rejected:
+                drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
+                rejected = (drawn.size,) * len(images)
         try:
             pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
             if "rejected" in needs and pair.chosen == pair.rejected:
@@ -299,13 +292,11 @@ class Batches:
         micros = data.chunks(places, self.o.micro_batch)
         if self.ranks.world > 1:                  # the longest first: each rank has about as many tokens
             micros.sort(key=lambda some: -sum(self.pairs.tokens[place] for place in some))
-        counts = [len(some) for some in micros]
-        while self.o.shard and len(micros) % self.ranks.world:
-            micros.append(micros[-1])
-            counts.append(0)
-        mine = slice(self.ranks.rank, None, self.ranks.world)
+        counted = [(some, len(some)) for some in micros]
+        while self.o.shard and len(counted) % self.ranks.world:
+            counted.append((micros[-1], 0))
         found = []
-        for some, count in zip(micros[mine], counts[mine], strict=True):
+        for some, count in counted[self.ranks.rank::self.ranks.world]:
             futures = [self.pool.submit(self.read, place, epoch) for place in some]
             found.append((futures, count, len(places)))
         return found

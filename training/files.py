@@ -14,15 +14,15 @@ import io
 import json
 import os
 import re
-import zlib
 from array import array
-from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 
 import data
 from data import UserError
+from model.command import explained
 
 ARROW = b"\xff\xff\xff\xff"                            # a stream of it begins so
+DAMAGED, AGAIN = "is not readable parquet or arrow", "fetch it again"
 # Not what datasets writes beside its shards. The groups: a split, and the kind of file.
 SHARD = re.compile(r"(?!cache-|dataset_|state\.)(?:(train|validation|val|dev|test)(?![a-z]))?.*"
                    r"\.(parquet|arrow|jsonl|json)(?:\.gz)?")
@@ -90,8 +90,8 @@ class Table(list):
     def __getitem__(self, k):
         group, row = super().__getitem__(k)
         found = _table(self.path, group).slice(row, 1)
-        with _readable(self.place(k)):
-            found.validate(full=True)                   # a damaged file may point anywhere
+        with explained(f"{self.place(k)} {DAMAGED}", AGAIN):
+            found.validate(full=True)                   # the file may point anywhere
             record, = found.to_pylist()
         return record
 
@@ -102,8 +102,11 @@ class Table(list):
 @lru_cache(4)
 def _table(path, group=None):
     """The numbers of rows in the groups of a file, or one of its groups as a table. Raises UserError."""
-    with _readable(path):
+    try:
         from pyarrow import Table, ipc, memory_map, parquet
+    except ImportError as error:
+        raise UserError(f"{path} needs pyarrow: pip install pyarrow, or convert it to JSON lines") from error
+    with explained(f"{path} {DAMAGED}", AGAIN):
         source = memory_map(path)
         if source.read(4) == ARROW:
             source.seek(0)
@@ -113,17 +116,6 @@ def _table(path, group=None):
         if group is None:
             return [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
         return Table.from_batches(file.iter_batches(1000, [group]))         # a piece holds at most 2 GB
-
-
-@contextmanager
-def _readable(place):
-    """Inside the `with`, what pyarrow raises, and its absence, are UserErrors."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"{place} needs pyarrow: pip install pyarrow, or convert it to JSON lines") from error
-    except (ValueError, OSError) as error:              # pyarrow's ArrowInvalid, ArrowIOError
-        raise UserError(f"{place} is not readable parquet or arrow ({error}); fetch it again") from error
 
 
 class Folder(list):
@@ -155,19 +147,19 @@ def opened(path):
     with read() as file:
         head = file.read(1 << 16)
     if head.startswith(b"\x1f\x8b"):
-        try:
+        with explained(f"{path} cannot be unpacked", AGAIN):
             head = gzip.decompress(data.read_bytes(path))
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path} cannot be unpacked ({error}); fetch it again") from error
         read = partial(io.BytesIO, head)
-    text = head.removeprefix(b"\xef\xbb\xbf")[:1 << 16].lstrip()
+    text = head[:1 << 16].lstrip(b"\xef\xbb\xbf \t\r\n")         # whose byte-order mark is none of JSON's
     if head.startswith((b"PAR1", ARROW)):
         return Table(path)
-    if re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', text):
-        return Array(path, read)
-    if text[:1] in b"{" and b"\0" not in head[:4]:      # or empty
-        return Lines(path, read)
-    kind = "UTF-16" if b"\0" in head[:4] else "csv or another text"
-    if head.startswith(b"PK"):
+    kind = "csv or another text"
+    if b"\0" in head[:4]:
+        kind = "UTF-16"
+    elif head.startswith(b"PK"):
         kind = "zip"
+    elif re.match(rb'\[|\{\s*"\d+"\s*:\s*\{', text):
+        return Array(path, read)
+    elif text[:1] in b"{":                              # or empty
+        return Lines(path, read)
     raise UserError(f"{path} is {kind}, no JSON or parquet; convert it to JSON lines in UTF-8")

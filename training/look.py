@@ -153,18 +153,13 @@ def case_of(front, record, other, kind, o):
 
 def divergence(m, shown, o):
     """log p - log p of the reference of one drawn answer to each of the records: (n,), in nats."""
-    pictures, prompts = [], []
-    for record in shown:
-        picture = data.read_image(record["images"][0])
-        pictures.append(picture)
-        prompts.append(m.front.prompt_ids(record["question"], (picture.size,), record["history"]))
+    cases = [case_of(m.front, record, record, "true", o) for record in shown]
+    prompts = [pair.prompt for pair, _ in cases]
+    images = [[picture] for _, picture in cases]
     size = 64 if m.front.is_classroom else 16
-    answers = generation.continued(m, prompts, [[picture] for picture in pictures], o.max_new_tokens, size,
-                            sample_seed=o.eval_seed)
-    cases = []
-    for record, prompt, picture, answer in zip(shown, prompts, pictures, answers, strict=True):
-        pair = data.Pair(record["id"], prompt, prompt, answer, [], (picture.size,))
-        cases.append((pair, picture))
+    answers = generation.continued(m, prompts, images, o.max_new_tokens, size, sample_seed=o.eval_seed)
+    drawn = zip(cases, answers, strict=True)
+    cases = [(pair._replace(chosen=answer), picture) for (pair, picture), answer in drawn]
     policy = logps_of(m, cases, o, ["chosen"])
     with vlm.base_of(m) as base:
         reference = logps_of(base, cases, o, ["chosen"])

@@ -121,9 +121,11 @@ class Zero2:
         """{kind/name: tensor} of masters and state, whole; {kind: tensor} for single numbers."""
         found = {}
         for kind, value in self.held(self.mine).items():
-            if value is not None and value.ndim == 0:
+            if value is None:                                   # SGD's momentum, where it has none
+                continue
+            if value.ndim == 0:
                 found[kind] = value
-            elif value is not None:
+            else:
                 found |= {f"{kind}/{name}": x for name, x in self.whole(kind).items()}
         return found
 

@@ -132,14 +132,13 @@ def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
     defaults = command.preset(PRESETS, chosen)
-    name = chosen.get("preset", "classroom")
-    pairs = chosen.get("data", "classroom")
-    for field in ("model", "data"):
-        if {name, pairs} != {"classroom"} and field not in chosen:
-            raise UserError(f"--preset {name} on {pairs} needs --{field}: only the classroom's is built in")
     if chosen.get("official"):
-        defaults = defaults | OFFICIAL.get(name, {})
+        defaults = defaults | OFFICIAL.get(chosen.get("preset"), {})
     o = Options(**defaults | chosen)
+    for field in ("model", "data"):
+        if {o.preset, o.data} != {"classroom"} and field not in chosen:
+            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
+                            "in")
     check(o)
     return o
 
@@ -179,7 +178,7 @@ def steps_of(o, n):
 
 def departures(o):
     """With official=true: what was taken from the official code, for the log."""
-    taken = OFFICIAL.get(o.preset, {}) if o.official else {}
+    taken = OFFICIAL[o.preset] if o.official else {}
     return [f"{name} {value}" for name, value in taken.items() if getattr(o, name) == value]
 
 
@@ -213,21 +212,21 @@ def claim(out, o):
         here.rename(next(name for name in names if not name.exists()))
         lock = command.claim(out)
     log = out / "log.jsonl"
-    check = command.fields("log of a run", options=(dict, None))
-    first = next(data.read_jsonl(log, torn_ok=True, check=check), None) if log.exists() else None
-    if not first:
-        return lock
-    there = asdict(Options()) | first.get("options", {})           # the log is older than an option
-    differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
-              if name != "out" and there[name] != value]
-    if first.get("losses_source") != losses_source():
-        differ.append("losses.py was edited since")
-    for name in ("data", "val_data"):
-        now = data_identity(o, name)
-        was = first.get(f"{name}_identity", now)
-        if now and was != now:
-            image = "an image of " * (was.partition("-")[0] == now.partition("-")[0])
-            differ.append(f"{image}{getattr(o, name)} has changed since")
+    with command.explained(f"{log} is damaged", "give another folder, or --restart"):
+        first = next(data.read_jsonl(log, torn_ok=True), None) if log.exists() else None
+        if not first:
+            return lock
+        there = asdict(Options()) | first.get("options", {})           # the log is older than an option
+        differ = [f"{name} {there[name]!r} there, {value!r} here" for name, value in decisive(o).items()
+                  if name != "out" and there[name] != value]
+        if first.get("losses_source") != losses_source():
+            differ.append("losses.py was edited since")
+        for name in ("data", "val_data"):
+            now = data_identity(o, name)
+            was = first.get(f"{name}_identity", now)
+            if now and was != now:
+                image = "an image of " if was[:16] == now[:16] else ""
+                differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
         raise UserError(f"--out {out} holds a run of other options ({'; '.join(differ)}): "
                              "give another folder, or --restart")

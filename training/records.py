@@ -74,11 +74,8 @@ def llava(raw):
 
 def ms_swift(raw):
     """The last answer to reject, or the whole dialogue with it."""
-    found = {"chosen": raw["messages"]}
-    for key in ("rejected_response", "rejected_messages"):
-        if raw.get(key):
-            found["rejected"] = raw[key]
-    return found
+    rejected = raw.get("rejected_messages") or raw.get("rejected_response")
+    return {"chosen": raw["messages"], "rejected": rejected}
 
 
 def openbmb(raw):
@@ -220,7 +217,7 @@ class Records:
         own = path if os.path.isdir(path) else Path(path).parent
         self.root = os.path.realpath(image_root or own)
         self.keep = range(len(self.raw))
-        if not len(self):
+        if not self.keep:
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format, self.read = self._detected()
         if is_pair := IS_PAIR.get(self.format):
@@ -319,15 +316,13 @@ class Records:
             raise UserError(f"{' and '.join(keys)} each name an image; leave one")
         images = found[keys[0]] if keys else []
         images = map(self._image, images if isinstance(images, list) else [images])
-        return [image for image in images if image is not None]
+        return [image for image in images if image not in (None, "")]
 
     def _image(self, image):
-        """A path inside the image root, or bytes; None for nothing."""
+        """A path inside the image root, or bytes; None or "" for nothing."""
         if isinstance(image, dict):                     # as Hugging Face's datasets hold images
             image = image["bytes"] or image["path"]
-        if image in (None, ""):
-            return None
-        if isinstance(image, bytes):
+        if isinstance(image, bytes) or image in (None, ""):
             return image
         if not isinstance(image, str):
             raise UserError(f"the image is {type(image).__name__}, not a path; fix the record")
@@ -345,7 +340,7 @@ def check(records, needs_image=False, skip_bad=False):
     if len(records) < len(records.raw):
         print(f"{len(records)} of {len(records.raw)} records of {records.path} are pairs", file=sys.stderr)
     faults, first, shown_by = set(), {}, {}  # {id: index}; {path, or index of a record with bytes: indices}
-    n, bare = len(records), []               # bare: pairs without an image
+    n = len(records)
     pairs = list(range(n))
 
     def fault(i, kind, says):
@@ -361,15 +356,13 @@ def check(records, needs_image=False, skip_bad=False):
             pairs += range(i + n, n * record["pairs"], n)    # those of its other rejected responses
         for kind, says in _text_faults(record):
             fault(i, kind, says)
-        if not record["images"]:
-            bare.append(i)
         before = first.setdefault(record["id"], i)
         if before != i:
             fault(i, "duplicate id", f"the id is a duplicate of that at {records.place(before)}; rename one")
         for image in record["images"] + record["images_rejected"]:
             shown_by.setdefault(image if isinstance(image, str) else i % n, []).append(i)
     if needs_image and not shown_by:
-        for i in bare:
+        for i in first.values():
             fault(i, "missing image", "there is no image and this loss needs one; add it or choose dpo")
     with ThreadPoolExecutor() as pool:
         looked = pool.map(functools.partial(_image_fault, records), shown_by)

@@ -25,6 +25,8 @@ CURVES = (                                                 # title, what it says
     ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
+SIDES = ("before", "after")
+HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
 
 
@@ -39,7 +41,7 @@ def values(side):
 
 def rows(summary):
     """[(name, before, after, change, its 95% interval)], texts, of the measures that both sides have."""
-    before, after = (values(summary.get(side, {})) for side in ("before", "after"))
+    before, after = (values(summary.get(side, {})) for side in SIDES)
     paired = summary.get("difference", {})
     paired = paired | paired.get("by_kind", {})
     found = []
@@ -48,10 +50,10 @@ def rows(summary):
             change, form, spread = new - before[name], ".4f", ""
             if name in paired:
                 change, form = paired[name]["change"], ".1f"
-                spread = "{:10.1f} to {:.1f}".format(*paired[name]["interval"])
+                spread = "{:7.1f} to {:.1f}".format(*paired[name]["interval"])
             title = metrics.CLASSROOM.get(name, name)
-            if any(stats.undefined(summary[side], name) for side in ("before", "after")):
-                spread = "   undefined: 0 of 0"
+            if any(stats.undefined(summary[side], name) for side in SIDES):
+                spread = "undefined: 0 of 0"
             found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
     return found
 
@@ -64,16 +66,14 @@ def told(summary):
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
-    lines = [f"{'':30}{'before':>9}{'after':>9}{'change':>9}   95% interval of the change"]
-    for name, before, after, change, spread in rows(summary):
-        lines.append(f"{name:30}{before:>9}{after:>9}{change:>9}{spread}")
+    lines = ["{:30}{:>9}{:>9}{:>9}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
     return lines + remarks(summary)
 
 
 def remarks(summary):
     """What both sides' scores say beside their numbers, a line each."""
     found = []
-    for side in ("before", "after"):
+    for side in SIDES:
         found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
     return found
 
@@ -85,14 +85,13 @@ def before_and_after(summary):
         note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
                 "it is clear where its interval does not include 0.")
     note = " ".join([note, *map(escape, remarks(summary))])
-    head = "", "before", "after", "change", "95% interval of the change"
-    return page.section("Before and after", note, page.table(head, rows(summary)))
+    return page.section("Before and after", note, page.table(HEAD, rows(summary)))
 
 
-def cell(measure, form, least=-np.inf):
-    """[mean, low, high] as page.table takes it, the interval in small print; none if all is below `least`."""
+def cell(measure, form, positive=False):
+    """[mean, low, high] as page.table takes it, the interval in small print. positive: it must reach 0."""
     value, *interval = measure
-    if interval and interval[-1] < least:
+    if positive and interval[-1] < 0:
         return "undefined", "all below 0, by chance: draw more answers"
     return page.num(value, form), " to ".join(page.num(bound, form) for bound in interval)
 
@@ -144,8 +143,7 @@ def held_out(lines):
     for kind in first["preference"]:
         body.append((IMAGES[kind], *(cell(column.get(kind, [None]), "+z.2f") for column in columns)))
     for key, name in ONCE.items():
-        least = 0 if key == "kl" else -np.inf
-        body.append((name, *(cell(look[key], "z.2f", least) for look in (first, last))))
+        body.append((name, *(cell(look[key], "z.2f", key == "kl") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
             "training taught the model to look; at 0 it changed words alone.")
@@ -155,7 +153,7 @@ def held_out(lines):
 # ---- answers ----
 def answers(run):
     """The first dozen images, each with the answers to its first three questions before and after."""
-    (first, *before), (_, *after) = (data.read_jsonl(run / f"{name}.jsonl") for name in ("before", "after"))
+    (first, *before), (_, *after) = (data.read_jsonl(run / f"{side}.jsonl") for side in SIDES)
     root, shown, body = (run / first["settings"]["scenes"]).parent, {}, ""
     for old, new in zip(before, after, strict=False):
         shown.setdefault(new["image"], []).append((old, new))
@@ -163,7 +161,7 @@ def answers(run):
         said = ""
         for old, new in pairs[:3]:
             said += f'<dl><dt class="ask">{escape(new["question"])}</dt>'
-            for side, line in (("before", old), ("after", new)):
+            for side, line in zip(SIDES, (old, new), strict=True):
                 invented = metrics.hallucinated(line["answer"], new["truth"])
                 said += f'<dt>{side}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
@@ -178,7 +176,6 @@ def answers(run):
 # ---- the page ----
 def write(run):
     """Write report.html into a run's folder and return its path. Raises UserError if there is no run."""
-    run = Path(run)
     first, *more = list(data.read_jsonl(run / "log.jsonl", torn_ok=True)) or [{}]
     summary = data.read_json(run / "summary.json", {}, data.as_record)
     with command.explained(f"{run}: a file of the run is damaged", "train again, to be sure with --restart"):

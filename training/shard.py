@@ -63,7 +63,7 @@ def first(ranks, m, work):
     """
     languages = [each.language_model for each in (m, m.frozen) if each]
     if ranks.rank > 0:
-        while number := told(ranks):
+        while number := ranks.gather(None)[0]:                            # rank 0's
             follow(languages[number - 1])
     return ranks.first(partial(leading, ranks, languages, work))
 
@@ -89,8 +89,3 @@ def follow(language):
 
 def tell(ranks, number, *_):
     ranks.gather(number)
-
-
-def told(ranks):
-    number, *_ = ranks.gather(None)
-    return number
