@@ -35,7 +35,7 @@ ADDED = 1e-3                                               # to each sum that th
 
 
 def measures(queries, answers, annotations, relation, safe_words, nouns, similarity=None, mode="robust",
-             partial=False, resamples=1000):
+             partial=False):
     """-> {"chair", "cover", "hal", "cog"} of the captions; {"accuracy", "precision", "recall", "f1"} of the
     questions where all three dimensions are answered; the same by dimension and type under "by_type";
     "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. Parts that
@@ -68,18 +68,18 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
             item |= _answered(said, note["truth"])
         items.append(item)
-    total, draws = tally(items, _parts, resamples)
+    total, draws = tally(items, _parts)
     by_type, drawn = by_part(total, added), by_part(draws, 0)
     for part, points in by_type.items():
         points["intervals"] = intervals(points, drawn[part])
-        points |= {key: total[part, "items", key] for key in ("n", "unparsed")}
+        points["unparsed"], points["n"] = total[part, "items"]
     captions, questions = by_type.pop("generative", {}), by_type.pop("all", {})
     return {"mode": mode,
             **captions,
             **questions,
             "intervals": captions.get("intervals", {}) | questions.get("intervals", {}),
             "n": len(items),
-            "unparsed": total["all", "items", "unparsed"],
+            "unparsed": total["all", "items"].top,
             "by_type": by_type,
             "counts": counters(total, added),
             "coverage": coverage,
@@ -180,7 +180,7 @@ def by_part(sums, added):
 
     added: ADDED in official mode, else 0.
     """
-    asked = {part for part, *_ in sums}
+    asked = {part for part, _ in sums}
     found = {}
     for part, types in TYPES.items():
         if asked.issuperset(types):
@@ -215,7 +215,7 @@ def counters(total, added):
     for part, code in CODES.items():
         sums = total.of(part)
         for measure, name in COUNTERS.items():
-            if (measure, "top") in sums:
-                found[f"{code}{name}_score"] = sums[measure, "top"]
-                found[f"{code}{name}_num"] = sums[measure, "bottom"] + added
+            if measure in sums:
+                found[f"{code}{name}_score"], bottom = sums[measure]
+                found[f"{code}{name}_num"] = bottom + added
     return found
