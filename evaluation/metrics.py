@@ -28,13 +28,12 @@ And in both modes:
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
-import re
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from data import UserError
-from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
+from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentioned, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
     empty,
@@ -76,37 +75,32 @@ def classroom_items(answers):
     for name, text, line in found:
         check_truth(line, "answer")
         truth, kind = line["truth"], line["kind"]
-        item = {"id": name,
-                "image": line.get("image", name),
-                "kind": kind,
-                "answer": text,
-                "hallucinated": hallucinated(text, truth),
-                "unparsed": False}
-        if kind == "caption":
-            item["sums"] = _caption_sums(text, truth)
-        else:
-            said = {word for word, _ in mentions(text, truth["choices"])}
-            item["unparsed"] = len(said) != 1
-            item["sums"] = _choice_sums(said, truth, kind)
-        items.append(item)
+        mentions, right = mentioned(text, truth)
+        words = [word for word, _ in mentions]
+        sums = _caption_sums(words, right) if kind == "caption" else _choice_sums({*words}, right, line)
+        items.append({"id": name,
+                      "image": line.get("image", name),
+                      "kind": kind,
+                      "answer": text,
+                      "hallucinated": hallucinated(text, truth),
+                      "unparsed": kind != "caption" and len({*words}) != 1,
+                      "sums": sums})
     return items
 
 
-def _caption_sums(text, truth):
-    said = [word for word, _ in mentions(text, truth["present"] + truth["absent"], plural=True)]
-    present = set(map(str.lower, truth["present"]))
-    misses = sum(word not in present for word in said)
+def _caption_sums(words, present):
+    misses = sum(word not in present for word in words)
     return {"chair_s": (int(misses > 0), 1),
-            "chair_i": (misses, len(said)),
-            "cover": (len(present.intersection(said)), len(present))}
+            "chair_i": (misses, len(words)),
+            "cover": (len(present.intersection(words)), len(present))}
 
 
-def _choice_sums(said, truth, kind):
-    right = int(said == {truth["answer"].lower()})
-    sums = {kind: (right, 1)}
-    if kind == "existence":
-        yes, true = int(said == {"yes"}), int(truth["answer"] == "yes")
-        for name in sets(truth):
+def _choice_sums(words, answer, line):
+    right = int(words == answer)
+    sums = {line["kind"]: (right, 1)}
+    if line["kind"] == "existence":
+        yes, true = int(words == {"yes"}), int(answer == {"yes"})
+        for name in sets(line["truth"]):
             sums[f"pope_{name}_acc"] = (right, 1)
             sums[f"pope_{name}_f1"] = (2 * yes * true, yes + true)           # 2PR/(P+R), as one ratio of sums
     return sums
@@ -270,13 +264,10 @@ def extraction_prompts(answers, prompt):
     """{id: what an extractor is asked about a caption}: the prompt with {question} and {answer} filled in."""
     asked = {}
     for answer in filter(_is_asked_about, read(answers, "objhal")):
-        asked[answer.id] = _filled(prompt, question=answer.question, answer=_caption(answer.text))
+        parts = prompt.split("{answer}")                       # first: a question or an answer may contain it
+        parts = [part.replace("{question}", answer.question) for part in parts]
+        asked[answer.id] = _caption(answer.text).join(parts)
     return asked
-
-
-def _filled(prompt, **values):
-    """A prompt with {name} replaced by its value, in one pass: an answer may contain such a name, too."""
-    return re.sub(r"\{(question|answer)\}", lambda found: values[found[1]], prompt)
 
 
 def chair(answers, truth, table, lemmatize, replies=None, mode="robust"):

@@ -787,7 +787,7 @@ def test_score_amber_whole_and_in_parts(tmp_path, capsys, mode):
     table = write_json(tmp_path / "table.json", {"bird dog": 0.9, "bird cat": 0.9}, lines=False)
     assert score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--similarity",
                  table)[0]["cog"] == 50
-    with pytest.raises(data.UserError, match="this is not a file of nouns"):
+    with pytest.raises(data.UserError, match="so this is no file of nouns"):
         score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--nouns",
               tmp_path / "captions.json")
 
