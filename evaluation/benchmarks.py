@@ -163,11 +163,9 @@ def _objhal(paths):
 
 
 def _decoded(image):
-    try:
+    with command.explained(f"an image in the question file, {image[:16]}..., is broken base64",
+                           "copy the file again"):
         return base64.b64decode(image, validate=True)
-    except ValueError as error:
-        raise UserError(f"an image in the question file, {image[:16]}..., is broken base64 ({error}); copy "
-                        "the file again") from error
 
 
 def _mmhal(paths):
