@@ -46,27 +46,28 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     {id: nouns}. similarity: see similar_words.
     """
     added = ADDED if mode == "official" else 0
-    known = {same_id(line["id"]): line for line in annotations}
     query = {same_id(line["id"]): line for line in queries}
     asked = {}
-    for name, line in known.items():
-        about = query.get(name, {})
-        asked[name] = about | {"part": kind_of(line["type"]), "text": about.get("query", "")}
+    for line in annotations:
+        name = same_id(line["id"])
+        about = query.get(name, {"query": ""})
+        asked[name] = about | line | {"part": kind_of(line["type"]), "text": about["query"]}
     found, items = read(answers, "amber"), []
     coverage = join([answer.id for answer in found], found, asked, partial)
     words, near = vocabulary(relation), similar_words(similarity or {})
     for name, text, _ in found:
-        kind, note = asked[name]["part"], known[name]
-        item = {"id": name, "image": query.get(name, {}).get("image", name), "type": kind}
+        line = asked[name]
+        kind = line["part"]
+        item = {"id": name, "image": line.get("image", name), "type": kind}
         if kind == "generative":
             named = nouns(text) if callable(nouns) else nouns.get(name)
             if named is None:
                 raise UserError(f"the file of nouns has none for answer {name}; extract them again")
             named = [noun for noun in named if noun in words]
-            item |= credits(named, note["truth"], note.get("hallu", ()), relation, safe_words, near)
+            item |= credits(named, line, relation, safe_words, near)
         else:
-            said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
-            item |= _answered(said, note["truth"])
+            said = strict_yes_no(text) if added else yes_no(text, line["text"])
+            item |= _answered(said, line["truth"])
         items.append(item)
     total, draws = tally(items, _parts)
     by_type, drawn = by_part(total, added), by_part(draws, 0)
@@ -98,14 +99,16 @@ def vocabulary(relation):
     return {*relation, *(word for words in relation.values() for word in words)}
 
 
-def credits(nouns, truth, hallu, relation, safe_words, near):
-    """The nouns of a caption that AMBER knows -> what they credit: its counts, and the "nouns".
+def credits(nouns, line, relation, safe_words, near):
+    """The nouns of a caption that AMBER knows -> what they credit: its counts, and the "nouns". line: the
+    caption's annotation.
 
     The associations of all truths come before the truths themselves, and a noun credits the first entry that
     it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun found
     among those is still compared with both lists, and is forgiven if it resembles a truth: the official
     code does so, whatever was meant. A safe word is a mention and nothing else. near: see similar_words.
     """
+    truth, hallu = line["truth"], line.get("hallu", ())
     present, added = _entries(truth, relation), _entries(hallu, relation)
     covered, cognised, misses = set(), set(), 0
     for noun in nouns:

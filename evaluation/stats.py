@@ -236,7 +236,7 @@ def interval(values, point):
 
 def intervals(points, draws):
     """95% intervals for every number of `points`, by its resamples in `draws`."""
-    return {key: interval(np.atleast_1d(draws[key]), point) for key, point in points.items()}
+    return {key: interval(draws[key], point) for key, point in points.items()}
 
 
 def scored(total, draws, scale=1):

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.backends import cuda
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -213,12 +214,11 @@ def naive(m, pairs, features, needs):
     longest = max(len(prompt) + len(response) for prompt, _, response in rows)
     ids, labels, positions = [], [], []
     for prompt, sizes, response in rows:
-        padding = longest - len(prompt) - len(response)
-        ids.append(prompt + response + [m.front.eos_id] * padding)
-        labels.append([-100] * len(prompt) + response + [-100] * padding)
+        ids.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([-100] * len(prompt) + response))
         own = m.front.positions(prompt, sizes)                                             # (P,) or (3, P)
         positions += [own, data.positions_after(own, longest - len(prompt))]
-    ids, labels = torch.tensor([ids, labels])                                           # (R, T) each
+    ids, labels = pad_sequence(ids, True, m.front.eos_id), pad_sequence(labels, True, -100)     # (R, T) each
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
@@ -313,7 +313,7 @@ def in_turn(query, key, value, layout, **options):
     lengths = []
     for s in layout.segments:
         lengths += [s.prompt + s.chosen, s.rejected]
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     out = []
     for s, mask in zip(layout.segments, layout.masks, strict=True):
         q, k, v = next(pieces)                                                  # of prompt + chosen
