@@ -160,8 +160,7 @@ def run_score(o):
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
     if o.benchmark != "classroom":
-        empty = stats.empty((answer.id, answer.text) for answer in stats.read(lines))
-        scores["remarks"] = scores.get("remarks", []) + empty
+        scores["remarks"] = scores.get("remarks", []) + stats.empty(stats.read(lines))
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)

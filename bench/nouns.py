@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from evaluation import amber as ambers  # noqa: E402
-from evaluation import benchmarks, metrics, objects, words  # noqa: E402
+from evaluation import benchmarks, metrics, objects, stats, words  # noqa: E402
 
+stats.RESAMPLES = 0                                 # no intervals are read here
 KEYS = ("chair", "cover", "hal", "cog")
 
 
@@ -36,7 +37,7 @@ def row(name, n, theirs, ours):
 def amber(files, captions, official):
     """[[CHAIR, Cover, Hal, Cog] with the official nouns, with ours] of {AMBER id: caption}."""
     answers = [{"id": name, "response": text} for name, text in captions.items()]
-    scores = [ambers.measures([], answers, nouns=found, partial=True, resamples=0, **files)[0]
+    scores = [ambers.measures([], answers, nouns=found, partial=True, **files)[0]
               for found in (official, words.nouns)]
     return [[part[key] for key in KEYS] for part in scores]
 
@@ -93,7 +94,7 @@ def bench_chair(shared, golden):
         for path in sorted(golden.glob("chair/responses_*.jsonl")):
             answers, name = lines(path), path.stem.removeprefix("responses_")
             truth = benchmarks.coco_truth(golden / "chair" / "coco80", answers, table, lemmatize)
-            scores, _ = metrics.chair(answers, truth, table, lemmatize, mode="official", resamples=0)
+            scores, _ = metrics.chair(answers, truth, table, lemmatize, mode="official")
             official = expected[f"{key}|{name}"]
             row(f"{scorer}, {name}", len(answers), [100 * official["CHAIRs"], 100 * official["CHAIRi"]],
                 [100 * scores["chair_s"], 100 * scores["chair_i"]])

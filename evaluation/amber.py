@@ -35,7 +35,7 @@ ADDED = 1e-3                                               # to each sum that th
 
 
 def measures(queries, answers, annotations, relation, safe_words, nouns, similarity=None, mode="robust",
-             partial=False, resamples=1000):
+             partial=False):
     """-> {"chair", "cover", "hal", "cog"} of the captions; {"accuracy", "precision", "recall", "f1"} of the
     questions where all three dimensions are answered; the same by dimension and type under "by_type";
     "amber_score" of both; "unparsed", "n", "counts" under the official names, ...; and the items. Parts that
@@ -46,40 +46,41 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
     {id: nouns}. similarity: see similar_words.
     """
     added = ADDED if mode == "official" else 0
-    known = {same_id(line["id"]): line for line in annotations}
     query = {same_id(line["id"]): line for line in queries}
     asked = {}
-    for name, line in known.items():
-        about = query.get(name, {})
-        asked[name] = about | {"part": kind_of(line["type"]), "text": about.get("query", "")}
+    for line in annotations:
+        name = same_id(line["id"])
+        about = query.get(name, {"query": ""})
+        asked[name] = about | line | {"part": kind_of(line["type"]), "text": about["query"]}
     found, items = read(answers, "amber"), []
     coverage = join([answer.id for answer in found], found, asked, partial)
     words, near = vocabulary(relation), similar_words(similarity or {})
     for name, text, _ in found:
-        kind, note = asked[name]["part"], known[name]
-        item = {"id": name, "image": query.get(name, {}).get("image", name), "type": kind}
+        line = asked[name]
+        kind = line["part"]
+        item = {"id": name, "image": line.get("image", name), "type": kind}
         if kind == "generative":
             named = nouns(text) if callable(nouns) else nouns.get(name)
             if named is None:
                 raise UserError(f"the file of nouns has none for answer {name}; extract them again")
             named = [noun for noun in named if noun in words]
-            item |= credits(named, note["truth"], note.get("hallu", ()), relation, safe_words, near)
+            item |= credits(named, line, relation, safe_words, near)
         else:
-            said = strict_yes_no(text) if added else yes_no(text, asked[name]["text"])
-            item |= _answered(said, note["truth"])
+            said = strict_yes_no(text) if added else yes_no(text, line["text"])
+            item |= _answered(said, line["truth"])
         items.append(item)
-    total, draws = tally(items, _parts, resamples)
+    total, draws = tally(items, _parts)
     by_type, drawn = by_part(total, added), by_part(draws, 0)
     for part, points in by_type.items():
         points["intervals"] = intervals(points, drawn[part])
-        points |= {key: total[part, "items", key] for key in ("n", "unparsed")}
+        points["unparsed"], points["n"] = total[part, "items"]
     captions, questions = by_type.pop("generative", {}), by_type.pop("all", {})
     return {"mode": mode,
             **captions,
             **questions,
             "intervals": captions.get("intervals", {}) | questions.get("intervals", {}),
             "n": len(items),
-            "unparsed": total["all", "items", "unparsed"],
+            "unparsed": total["all", "items"].top,
             "by_type": by_type,
             "counts": counters(total, added),
             "coverage": coverage,
@@ -98,14 +99,16 @@ def vocabulary(relation):
     return {*relation, *(word for words in relation.values() for word in words)}
 
 
-def credits(nouns, truth, hallu, relation, safe_words, near):
-    """The nouns of a caption that AMBER knows -> what they credit: its counts, and the "nouns".
+def credits(nouns, line, relation, safe_words, near):
+    """The nouns of a caption that AMBER knows -> what they credit: its counts, and the "nouns". line: the
+    caption's annotation.
 
     The associations of all truths come before the truths themselves, and a noun credits the first entry that
     it is: so "tree" may credit "forest". Likewise the words `hallu` that models tend to add. A noun found
     among those is still compared with both lists, and is forgiven if it resembles a truth: the official
     code does so, whatever was meant. A safe word is a mention and nothing else. near: see similar_words.
     """
+    truth, hallu = line["truth"], line.get("hallu", ())
     present, added = _entries(truth, relation), _entries(hallu, relation)
     covered, cognised, misses = set(), set(), 0
     for noun in nouns:
@@ -180,7 +183,7 @@ def by_part(sums, added):
 
     added: ADDED in official mode, else 0.
     """
-    asked = {part for part, *_ in sums}
+    asked = {part for part, _ in sums}
     found = {}
     for part, types in TYPES.items():
         if asked.issuperset(types):
@@ -215,7 +218,7 @@ def counters(total, added):
     for part, code in CODES.items():
         sums = total.of(part)
         for measure, name in COUNTERS.items():
-            if (measure, "top") in sums:
-                found[f"{code}{name}_score"] = sums[measure, "top"]
-                found[f"{code}{name}_num"] = sums[measure, "bottom"] + added
+            if measure in sums:
+                found[f"{code}{name}_score"], bottom = sums[measure]
+                found[f"{code}{name}_num"] = bottom + added
     return found

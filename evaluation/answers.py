@@ -19,7 +19,6 @@ from pathlib import Path
 import data
 from evaluation import benchmarks, metrics, objects, words
 from model import ask, command
-from model.ask import hashed as _hash
 
 LENGTHS = {"classroom": 64,                                             # tokens of an answer
            "pope": 64,
@@ -39,12 +38,11 @@ def read_scenes(path):
     return scenes, file
 
 
-def describe(m, **more):
-    """The settings that decide the answers: a file that was begun with others is not continued."""
+def describe(m):
+    """The model's settings, which decide the answers: a file that was begun with others is not continued."""
     import lora
     if isinstance(m, ask.Server):
-        return {"model": m.settings["model"] or m.host, "base": command.identity(m.url),
-                "decoding": "greedy", **more}
+        return {"model": m.settings["model"] or m.host, "base": command.identity(m.url)}
     digest = hashlib.sha256()
     weights = lora.lora_parameters(m.model)
     for name, weight in weights.items():
@@ -54,19 +52,17 @@ def describe(m, **more):
             "template": m.front.template,
             "images": m.front.preparation,
             "adapter": digest.hexdigest()[:16] if weights else None,
-            "dtype": str(m.model.dtype).removeprefix("torch."),
-            "decoding": "greedy",
-            **more}
+            "dtype": str(m.model.dtype).removeprefix("torch.")}
 
 
 def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, description, ranks, **more):
     """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. more: settings
     of the benchmark."""
-    more |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
-    settings = describe(m, **more)
+    settings = describe(m) | {"decoding": "greedy"} | more
+    settings |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
     items = []
     for place, question in enumerate(questions):
-        items.append({"id": place, "hash": _hash(question.line), "_question": question})
+        items.append({"id": place, "hash": ask.hashed(question.line), "_question": question})
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
@@ -120,7 +116,7 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
                      max_new_tokens=512, ranks=None):
     """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues."""
     answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, "answering", ranks,
-           prompt=prompt, seed=None, questions_sha256=_hash([each.line for each in questions]))
+           prompt=prompt, seed=None, questions_sha256=ask.hashed([each.line for each in questions]))
 
 
 # ---- for training ----

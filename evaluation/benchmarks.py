@@ -24,7 +24,7 @@ import data
 from data import UserError
 from evaluation import objects
 from evaluation.metrics import SPLITS
-from evaluation.stats import first, image_number
+from evaluation.stats import first, image_number, once
 from model import command
 from model.command import NAME
 
@@ -163,11 +163,9 @@ def _objhal(paths):
 
 
 def _decoded(image):
-    try:
+    with command.explained(f"an image in the question file, {image[:16]}..., is broken base64",
+                           "copy the file again"):
         return base64.b64decode(image, validate=True)
-    except ValueError as error:
-        raise UserError(f"an image in the question file, {image[:16]}..., is broken base64 ({error}); copy "
-                        "the file again") from error
 
 
 def _mmhal(paths):
@@ -255,14 +253,10 @@ def amber_data(folder):
 
 def amber_nouns(path):
     """{id: nouns} of a file of nouns that were extracted before: lines {id, nouns or nouns_in_vocab}."""
-    found = {}
-    for line in records(path, "file of nouns", id=NAME):
-        named = line.get("nouns", line.get("nouns_in_vocab"))
-        if line["id"] in found or not command.fits(named, [str]):
-            raise UserError(f"{path}: id {line['id']} appears twice or has no list of `nouns`: this is not "
-                            "a file of nouns; give builtin, nltk, or such a file")
-        found[line["id"]] = named
-    return found
+    rows = records(path, "file of nouns", lambda row: row | {"nouns": first(row, "nouns", "nouns_in_vocab")},
+                   id=NAME, nouns=[str])
+    once([row["id"] for row in rows], f"captions of {path}")
+    return {row["id"]: row["nouns"] for row in rows}
 
 
 def coco_truth(folder, answers, table, lemmatize):

@@ -28,13 +28,12 @@ And in both modes:
 if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
-import re
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from data import UserError
-from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentions, sets
+from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentioned, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
     empty,
@@ -76,59 +75,54 @@ def classroom_items(answers):
     for name, text, line in found:
         check_truth(line, "answer")
         truth, kind = line["truth"], line["kind"]
-        item = {"id": name,
-                "image": line.get("image", name),
-                "kind": kind,
-                "answer": text,
-                "hallucinated": hallucinated(text, truth),
-                "unparsed": False}
-        if kind == "caption":
-            item["sums"] = _caption_sums(text, truth)
-        else:
-            said = {word for word, _ in mentions(text, truth["choices"])}
-            item["unparsed"] = len(said) != 1
-            item["sums"] = _choice_sums(said, truth, kind)
-        items.append(item)
+        mentions, right = mentioned(text, truth)
+        words = [word for word, _ in mentions]
+        sums = _caption_sums(words, right) if kind == "caption" else _choice_sums({*words}, right, line)
+        items.append({"id": name,
+                      "image": line.get("image", name),
+                      "kind": kind,
+                      "answer": text,
+                      "hallucinated": hallucinated(text, truth),
+                      "unparsed": kind != "caption" and len({*words}) != 1,
+                      "sums": sums})
     return items
 
 
-def _caption_sums(text, truth):
-    said = [word for word, _ in mentions(text, truth["present"] + truth["absent"], plural=True)]
-    present = set(map(str.lower, truth["present"]))
-    misses = sum(word not in present for word in said)
+def _caption_sums(words, present):
+    misses = sum(word not in present for word in words)
     return {"chair_s": (int(misses > 0), 1),
-            "chair_i": (misses, len(said)),
-            "cover": (len(present.intersection(said)), len(present))}
+            "chair_i": (misses, len(words)),
+            "cover": (len(present.intersection(words)), len(present))}
 
 
-def _choice_sums(said, truth, kind):
-    right = int(said == {truth["answer"].lower()})
-    sums = {kind: (right, 1)}
-    if kind == "existence":
-        yes, true = int(said == {"yes"}), int(truth["answer"] == "yes")
-        for name in sets(truth):
+def _choice_sums(words, answer, line):
+    right = int(words == answer)
+    sums = {line["kind"]: (right, 1)}
+    if line["kind"] == "existence":
+        yes, true = int(words == {"yes"}), int(answer == {"yes"})
+        for name in sets(line["truth"]):
             sums[f"pope_{name}_acc"] = (right, 1)
             sums[f"pope_{name}_f1"] = (2 * yes * true, yes + true)           # 2PR/(P+R), as one ratio of sums
     return sums
 
 
-def classroom(answers, resamples=1000):
+def classroom(answers):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
     "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
-    total, draws = tally(items, resamples=resamples)
+    total, draws = tally(items)
     found = scored(total.of("all"), draws.of("all"), 100)
     spread = found.pop("intervals")
     for kind in sorted(found.keys() - CLASSROOM):
-        n = total["all", kind, "bottom"]
+        n = total["all", kind].bottom
         by_kind[kind] = {"acc": found.pop(kind), "n": n, "interval": spread.pop(kind)}
     return dict.fromkeys(CLASSROOM) | found | {
         "by_kind": by_kind,
         "n": len(items),
         "images": len({item["image"] for item in items}),
-        "unparsed": total["all", "items", "unparsed"],
+        "unparsed": total["all", "items"].top,
         "intervals": spread,
-        "remarks": remarks(total) + empty((item["id"], item["answer"]) for item in items)}
+        "remarks": remarks(total) + empty(read(answers))}
 
 
 def difference(before, after):
@@ -151,7 +145,7 @@ def _asked(answers):
 SPLITS = ("random", "popular", "adversarial")             # as published
 
 
-def pope(splits, answers, mode="robust", partial=False, resamples=1000):
+def pope(splits, answers, mode="robust", partial=False):
     """-> {"tp", "fp", "tn", "fn", "accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed", "n",
     "version", "by_split", ...} in fractions, and the items. Over several splits the counts are sums, and the
     ratios means of the splits. An unparsed answer is wrong, and not a yes in yes_ratio.
@@ -165,7 +159,7 @@ def pope(splits, answers, mode="robust", partial=False, resamples=1000):
     names = _pope_names(found, splits, asked)
     coverage = join(names, found, asked, partial)
     items = [_pope_item(answer, asked[name], mode) for name, answer in zip(names, found, strict=True)]
-    total, draws = tally(items, lambda item: [item["split"]], resamples)
+    total, draws = tally(items, lambda item: [item["split"]])
     by_split, counts = {}, Counter()
     for split in dict.fromkeys(item["split"] for item in items):
         sums = total.of(split)
@@ -247,13 +241,12 @@ def _pope_item(answer, line, mode):
 
 def _confusion(sums):
     """The counts behind the measures of a split."""
-    tp, called, true = sums["recall", "top"], sums["precision", "bottom"], sums["recall", "bottom"]
-    n = sums["items", "n"]
+    (tp, called), (_, true), (unparsed, n) = sums["precision"], sums["recall"], sums["items"]
     return {"tp": tp,
             "fp": called - tp,
             "tn": n - called - true + tp,
             "fn": true - tp,
-            "unparsed": sums["items", "unparsed"],
+            "unparsed": unparsed,
             "n": n}
 
 
@@ -271,16 +264,13 @@ def extraction_prompts(answers, prompt):
     """{id: what an extractor is asked about a caption}: the prompt with {question} and {answer} filled in."""
     asked = {}
     for answer in filter(_is_asked_about, read(answers, "objhal")):
-        asked[answer.id] = _filled(prompt, question=answer.question, answer=_caption(answer.text))
+        parts = prompt.split("{answer}")                       # first: a question or an answer may contain it
+        parts = [part.replace("{question}", answer.question) for part in parts]
+        asked[answer.id] = _caption(answer.text).join(parts)
     return asked
 
 
-def _filled(prompt, **values):
-    """A prompt with {name} replaced by its value, in one pass: an answer may contain such a name, too."""
-    return re.sub(r"\{(question|answer)\}", lambda found: values[found[1]], prompt)
-
-
-def chair(answers, truth, table, lemmatize, replies=None, mode="robust", resamples=1000):
+def chair(answers, truth, table, lemmatize, replies=None, mode="robust"):
     """CHAIR, and Object HalBench, which is CHAIR with other synonyms and lemmas and often an extractor's
     replies. -> fractions {"chair_s", "chair_s_refine" (of the captions with an object), "chair_i", "recall"},
     "n", "n_with_objects", "mean_words", "unparsed", "counts", ...; and the items.
@@ -311,18 +301,18 @@ def chair(answers, truth, table, lemmatize, replies=None, mode="robust", resampl
         else:
             item |= _chair_item(coco_objects(named, table), truth[images[name]], _caption(text))
         items.append(item)
-    total, draws = tally(items, resamples=resamples)
+    total, draws = tally(items)
     sums = total.of("all")
     return {"mode": mode,
             **scored(sums, draws.of("all")),
-            "n": sums["chair_s", "bottom"],
-            "n_with_objects": sums["chair_s_refine", "bottom"],
-            "unparsed": sums["items", "unparsed"],
-            "counts": {"captions": sums["chair_s", "top"],
-                       "mentions": sums["chair_i", "bottom"],
-                       "misses": sums["chair_i", "top"],
-                       "covered": sums["recall", "top"],
-                       "present": sums["recall", "bottom"]},
+            "n": sums["chair_s"].bottom,
+            "n_with_objects": sums["chair_s_refine"].bottom,
+            "unparsed": sums["items"].top,
+            "counts": {"captions": sums["chair_s"].top,
+                       "mentions": sums["chair_i"].bottom,
+                       "misses": sums["chair_i"].top,
+                       "covered": sums["recall"].top,
+                       "present": sums["recall"].bottom},
             "coverage": {"answered": len(items), "of": len(images)},
             "remarks": remarks(total)}, items
 
@@ -380,7 +370,7 @@ def mmhal_prompts(template, answers, prompt, partial=False):
     return asked
 
 
-def mmhal(template, answers, replies, mode="robust", partial=False, resamples=1000):
+def mmhal(template, answers, replies, mode="robust", partial=False):
     """-> {"score", "hallucination_rate" (fraction), "informativeness" (percent), "by_category", "unparsed",
     "n", ...}, and the items. A reply that cannot be read is a 0 in official mode, and left out in robust
     mode; an answer without a reply is not scored.
@@ -403,16 +393,16 @@ def mmhal(template, answers, replies, mode="robust", partial=False, resamples=10
                           "unparsed": said is None,
                           "sums": {} if score is None else _mmhal_sums(score),
                           "reply": reply})
-    total, draws = tally(items, lambda item: ["all", item["type"]], resamples)
+    total, draws = tally(items, lambda item: ["all", item["type"]])
     by_category = {}
     for kind in MMHAL:
-        if n := total[kind, "score", "bottom"]:
+        if n := total[kind, "score"].bottom:
             by_category[kind] = scored(total.of(kind), draws.of(kind)) | {"n": n}
     return {"mode": mode,
             **scored(total.of("all"), draws.of("all")),
             "by_category": by_category,
-            "unparsed": total["all", "items", "unparsed"],
-            "n": total["all", "score", "bottom"],
+            "unparsed": total["all", "items"].top,
+            "n": total["all", "score"].bottom,
             "coverage": coverage | {"answered": len(items)}}, items
 
 

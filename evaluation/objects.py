@@ -43,16 +43,18 @@ def mentions(text, words, plural=False):
     return [(found[1], found[0]) for found in pattern.finditer(text.lower())]
 
 
+def mentioned(answer, truth):
+    """-> (the mentions of a caption's objects, or of a question's choices; {the right ones})."""
+    if "present" in truth:
+        words = truth["present"] + truth["absent"]
+        return mentions(answer, words, plural=True), set(map(str.lower, truth["present"]))
+    return mentions(answer, truth["choices"]), {truth["answer"].lower()}
+
+
 def hallucinated(answer, truth):
     """The words of an answer to mark, as written: a caption's absent objects, an answer's wrong choices."""
-    if "present" in truth:
-        absent = set(map(str.lower, truth["absent"]))
-        said = mentions(answer, truth["present"] + truth["absent"], plural=True)
-        wrong = [written for word, written in said if word in absent]
-    else:
-        right = truth["answer"].lower()
-        wrong = [word for word, _ in mentions(answer, truth["choices"]) if word != right]
-    return list(dict.fromkeys(wrong))
+    found, right = mentioned(answer, truth)
+    return list(dict.fromkeys(written for word, written in found if word not in right))
 
 
 def check_truth(item, where):

@@ -36,6 +36,7 @@ class Answer(NamedTuple):
         return str(first(self.line, "prompt", "question", "query") or "")
 
 
+RESAMPLES = 1000                                                  # draws behind an interval
 TEXTS = ("response", "model_answer", "answer", "text", "caption")         # the first; `answer` may be a label
 
 
@@ -139,52 +140,56 @@ def ratio(top, bottom):
     return float(top / bottom) if bottom else 0.0
 
 
+class Share(NamedTuple):
+    """The sums whose ratio a measure is."""
+    top: object = 0
+    bottom: object = 0
+
+
 class Sums(dict):
-    """Counts by (part, measure, "top" or "bottom"), and by (part, "items", "n" or "unparsed"): numbers or
-    (resamples,) arrays. What was never counted is zero."""
+    """Shares by (part, measure), and by (part, "items") how many cannot be read, of all; of the resamples,
+    arrays (2, RESAMPLES). What was never counted is zero."""
     def __missing__(self, key):
-        return next(iter(self.values()), 0) * 0
+        return Share()
 
     def of(self, part):
-        """The counts of one part, their names without it."""
-        return Sums({(measure, what): value for (home, measure, what), value in self.items() if home == part})
+        """The shares of one part, by measure."""
+        return Sums({measure: share for (home, measure), share in self.items() if home == part})
 
 
 def counted(item, parts):
     """What an item adds to the Sums of its parts."""
-    found = {}
-    for part in parts:
-        found[part, "items", "n"] = 1
-        found[part, "items", "unparsed"] = item.get("unparsed", False)
-        for measure, (top, bottom) in item["sums"].items():
-            found |= {(part, measure, "top"): top, (part, measure, "bottom"): bottom}
-    return found
+    shares = item["sums"] | {"items": (item.get("unparsed", False), 1)}
+    return {(part, measure): share for part in parts for measure, share in shares.items()}
 
 
-def tally(items, parts=lambda item: ["all"], resamples=1000):
+def tally(items, parts=lambda item: ["all"]):
     """add_up of what the items add to their parts. parts: an item -> their names."""
-    return add_up(items, lambda item: counted(item, parts(item)), resamples=resamples)
+    return add_up(items, lambda item: counted(item, parts(item)))
 
 
-def add_up(items, counts, seed=0, resamples=1000):
-    """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
+def add_up(items, counts, seed=0):
+    """-> the Sums of all items' counts, and of RESAMPLES draws of their images with replacement.
 
-    counts: an item -> {name: number}, whole numbers if the total is read.
+    counts: an item -> {name: (top, bottom)}, whole numbers if the total is read.
     """
     images = {}
     for item in items:
         images.setdefault(item["image"], len(images))
-    columns = defaultdict(lambda: np.zeros(len(images)))                        # name -> its sum by image
+    columns = defaultdict(lambda: np.zeros((2, len(images))))                   # name -> its sums by image
     for item in items:
-        for name, number in counts(item).items():
-            columns[name][images[item["image"]]] += number
-    table = np.stack(list(columns.values()), 1)                                 # (images, names)
-    draws, rng = np.zeros((resamples, len(columns))), np.random.default_rng(seed)
-    for place in range(resamples):
+        place = images[item["image"]]
+        for name, (top, bottom) in counts(item).items():
+            tops, bottoms = columns[name]
+            tops[place] += top
+            bottoms[place] += bottom
+    table, rng = np.stack(list(columns.values())), np.random.default_rng(seed)  # (names, 2, images)
+    draws = np.zeros((*table.shape[:2], RESAMPLES))
+    for place in range(RESAMPLES):
         drawn = rng.integers(len(images), size=len(images))
-        draws[place] = np.bincount(drawn, minlength=len(images)) @ table
-    total = Sums(zip(columns, map(int, table.sum(0)), strict=True))
-    return total, Sums(zip(columns, draws.T, strict=True))
+        draws[..., place] = table @ np.bincount(drawn, minlength=len(images))
+    total = {name: Share(*map(int, share)) for name, share in zip(columns, table.sum(2), strict=True)}
+    return Sums(total), Sums(zip(columns, draws, strict=True))
 
 
 # ---- measures ----
@@ -195,10 +200,9 @@ def ratios(sums, scale=1, added=0):
     """{measure: top / bottom} of a part's sums; F1 beside precision. scale: 100 for shares in percent.
     added: to each bottom."""
     found = {}
-    for measure, what in sums:
-        if what == "top":
-            top = sums[measure, what] if measure in PLAIN else scale * sums[measure, what]
-            found[measure] = ratio(top, sums[measure, "bottom"] + added)
+    for measure, (top, bottom) in sums.items():
+        if measure != "items":
+            found[measure] = ratio(top if measure in PLAIN else scale * top, bottom + added)
     if "precision" in found:
         precision, recall = found["precision"], found["recall"]
         found["f1"] = ratio(2 * precision * recall, precision + recall)
@@ -207,13 +211,13 @@ def ratios(sums, scale=1, added=0):
 
 def remarks(total):
     """Which measures are 0/0."""
-    return [f"{part}: {measure} is 0/0, given as 0" for (part, measure, what), number in total.items()
-            if what == "bottom" and not number]
+    return [f"{part}: {measure} is 0/0, given as 0" for (part, measure), share in total.items()
+            if not share.bottom]
 
 
 def empty(answers):
-    """[a remark] that counts and names the answers, (id, text), that say nothing; [] if all say something."""
-    ids = [name for name, text in answers if not text.strip()]
+    """[a remark] that counts and names the answers, (id, text, ...), that say nothing; [] if none do."""
+    ids = [name for name, text, *_ in answers if not text.strip()]
     says = f"{len(ids)} answers are empty (ids {few(ids)}): a broken model writes such answers"
     return [says] if ids else []
 
@@ -232,7 +236,7 @@ def interval(values, point):
 
 def intervals(points, draws):
     """95% intervals for every number of `points`, by its resamples in `draws`."""
-    return {key: interval(np.atleast_1d(draws[key]), point) for key, point in points.items()}
+    return {key: interval(draws[key], point) for key, point in points.items()}
 
 
 def scored(total, draws, scale=1):

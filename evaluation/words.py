@@ -191,8 +191,8 @@ sea island mountain beach board line ground floor door wall sign phone telephone
 coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""".split())
 
 
-def _counts(word, single, two_before, before, after, two_after):
-    """Whether a word (and its lemma) is to count as a noun, by the words around it, lower-cased."""
+def _counts(word, two_before, before, after, two_after):
+    """Whether a word is to count as a noun, by the words around it, lower-cased."""
     if word in ("can", "hot") or after == OF_ITS_KIND.get(word, "-"):
         return False
     if word in LIKE_ADJECTIVES and re.search(r"...ing$|[^ia]s$", after):           # a sheep grazing, appears
@@ -200,17 +200,16 @@ def _counts(word, single, two_before, before, after, two_after):
     if word in VERBS:
         if before in BEFORE_A_VERB or before == "to" and two_before not in NO_INFINITIVE:
             return False
-    rare = word == single and word not in IN_THE_NEWS
+    rare = word == lemma(word) and word not in IN_THE_NEWS
     return not (rare and before in ("a", "an", "the") and (after, two_after) == ("next", "to"))
 
 
 def nouns(text):
     """The words of a text that may be nouns, in the singular and in order, repeats included: for AMBER."""
     words = tokens(text)
-    around = ["", "", *map(str.lower, words), "", ""]
-    singles = [(word, lemma(word)) for word in words]
-    return [single for i, (word, single) in enumerate(singles)
-            if _counts(word, single, *around[i:i + 2], *around[i + 3:i + 5])]
+    low = ["", "", *map(str.lower, words), "", ""]
+    places = zip(words, low, low[1:], low[3:], low[4:], strict=False)
+    return [lemma(word) for word, *around in places if _counts(word, *around)]
 
 
 # What comes before the noun in an object's name, and what the official tagger takes for that.

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
+from model import command
 
 IMAGE = "<image>"              # where an image stands in a text; see training/records.py
 
@@ -153,12 +154,10 @@ class Family:
 
     def render(self, messages, **options):
         """The template's text. Raises UserError if it fails."""
-        try:
+        with command.explained(f"the chat template of {self.folder} fails",
+                               "correct it, or give another (--set template=)"):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=self.template,
                                                       **options)
-        except Exception as error:                                     # a template may do anything
-            raise data.UserError(f"the chat template of {self.folder} fails ({error}): correct it, or give "
-                                 "another (--set template=)") from None
 
     def prompt_ids(self, question, sizes, history=()):
         """Token ids of a prompt, up to where the response starts; each image is its image_ids.

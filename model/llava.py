@@ -59,12 +59,10 @@ class Llava(Family):
         return [self.image_token_id] * self.image_tokens
 
     def prepare(self, images):
-        if not images:
-            return []
         if self.pad:
             images = [pad_square(image, self.pad) for image in images]
-        batch = self.image_processor(images=images, return_tensors="pt")
-        return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = super().prepare(images)
+        return [{name: x[0] for name, x in image.items()} for image in made]
 
     def inputs(self, prepared):
         from torch.nn.utils.rnn import pad_sequence

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 
 from model.family import IMAGE, Family
+from model.llava import Llava
 
 
 class Idefics3(Family):
@@ -19,6 +20,7 @@ class Idefics3(Family):
     tower = "model.vision_model"
     language = "model.text_model"
     lead = " "                                             # "Assistant:" and its answer
+    inputs = Llava.inputs
 
     @property
     def image_tokens(self):
@@ -55,11 +57,6 @@ class Idefics3(Family):
     def prepare(self, images):
         """Without the mask, which is of 1s alone and two thirds of the pixels' size."""
         return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
-
-    def inputs(self, prepared):
-        from torch.nn.utils.rnn import pad_sequence
-        tiles = [image["pixel_values"] for image in prepared]
-        return {"pixel_values": pad_sequence(tiles, batch_first=True)}                   # (N, P, 3, H, W)
 
 
 class SmolVLM(Idefics3):

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.backends import cuda
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -213,12 +214,11 @@ def naive(m, pairs, features, needs):
     longest = max(len(prompt) + len(response) for prompt, _, response in rows)
     ids, labels, positions = [], [], []
     for prompt, sizes, response in rows:
-        padding = longest - len(prompt) - len(response)
-        ids.append(prompt + response + [m.front.eos_id] * padding)
-        labels.append([-100] * len(prompt) + response + [-100] * padding)
+        ids.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([-100] * len(prompt) + response))
         own = m.front.positions(prompt, sizes)                                             # (P,) or (3, P)
         positions += [own, data.positions_after(own, longest - len(prompt))]
-    ids, labels = torch.tensor([ids, labels])                                           # (R, T) each
+    ids, labels = pad_sequence(ids, True, m.front.eos_id), pad_sequence(labels, True, -100)     # (R, T) each
     positions = torch.cat(positions, -1).unflatten(-1, ids.shape).to(m.device)          # (R, T) or (3, R, T)
 
     # ---- the model, and the log-probability of each response ----
@@ -313,7 +313,7 @@ def in_turn(query, key, value, layout, **options):
     lengths = []
     for s in layout.segments:
         lengths += [s.prompt + s.chosen, s.rejected]
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     out = []
     for s, mask in zip(layout.segments, layout.masks, strict=True):
         q, k, v = next(pieces)                                                  # of prompt + chosen
@@ -347,31 +347,24 @@ def packed(m, pairs, features, needs):
     shown = [*features.images]
     if "image_rejected" in needs:
         shown += features.rejected
-    logps = packed_token_logps(m, row, shown).split(row.lengths)
-    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
-
-
-def packed_token_logps(m, row, features):
-    """Log-prob of every response token of a data.Row, float32 (float64 in a float64 model): (N,).
-
-    features: [(K, D)] of the row's images.
-    """
     tensors = row.ids, row.positions, row.predict, row.target
     ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
-    outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)
+    outputs = m.language_model(inputs_embeds=embed(m, row.ids, shown)[None],      # (1, T, D)
                                position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
                                attention_mask=ids.new_zeros(1, 1, 1, 1),
                                layout=Layout(row.segments, m.device),
                                use_cache=False,
-                               **m.front.language_inputs(ids[None], features))
+                               **m.front.language_inputs(ids[None], shown))
     hidden = outputs.last_hidden_state[0, predict]                                          # (N, D)
-    return chunked_logps(hidden, m.model.lm_head.weight[:m.words], target)
+    logps = chunked_logps(hidden, m.model.lm_head.weight[:m.words], target).split(row.lengths)
+    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 
 def chunked_logps(hidden, weight, target, chunk=1024):
-    """log p(target) of hidden states (N, D) under the lm_head (V, D), a chunk's logits at a time: (N,)."""
+    """log p(target) of hidden states (N, D) under the lm_head (V, D), a chunk's logits at a time: (N,), in
+    float32 (float64 of a float64 model)."""
     work = FrozenHead.apply
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         work = partial(checkpoint, _trained_head, use_reentrant=False)

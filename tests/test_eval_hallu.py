@@ -463,7 +463,7 @@ def test_two_ranks_share_the_questions_and_one_goes_on_with_what_they_wrote(m, t
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.rank*"))
     first, *lines = whole.read_text().splitlines()
     lines = [json.loads(line) for line in lines]
-    rows = [{"id": place, "hash": answering._hash({k: v for k, v in line.items() if k != "answer"}),
+    rows = [{"id": place, "hash": chat.hashed({k: v for k, v in line.items() if k != "answer"}),
              "answer": line["answer"]} for place, line in enumerate(lines)]
     out.unlink()                                                         # what a killed run may leave
     for rank, groups in ((0, [rows[:3], rows[6:9]]), (1, [rows[3:6], rows[9:12]])):
@@ -787,7 +787,7 @@ def test_score_amber_whole_and_in_parts(tmp_path, capsys, mode):
     table = write_json(tmp_path / "table.json", {"bird dog": 0.9, "bird cat": 0.9}, lines=False)
     assert score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--similarity",
                  table)[0]["cog"] == 50
-    with pytest.raises(data.UserError, match="this is not a file of nouns"):
+    with pytest.raises(data.UserError, match="so this is no file of nouns"):
         score(tmp_path, "amber", tmp_path / "captions.json", "--data", folder, "--nouns",
               tmp_path / "captions.json")
 

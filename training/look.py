@@ -187,7 +187,7 @@ def interval(values, images, seed):
     """[mean, low, high] of values (n,), leaving out nan; resamples draw the images."""
     there = zip(images, values, strict=True)
     items = [{"image": image, "sum": x} for image, x in there if not np.isnan(x)]
-    _, draws = stats.add_up(items, lambda item: {"sum": item["sum"], "n": 1}, seed)
-    mean = np.nanmean(values)
-    low, high = stats.interval(draws["sum"] / draws["n"], mean)
+    _, draws = stats.add_up(items, lambda item: {"mean": (item["sum"], 1)}, seed)
+    mean, (top, bottom) = np.nanmean(values), draws["mean"]
+    low, high = stats.interval(top / bottom, mean)
     return [round(float(x), 6) for x in (mean, low, high)]
