@@ -1,10 +1,10 @@
 """Ask a model about a text or about images: a server by URL, a model folder, or a file of saved replies.
 
     asked = [Question("7", "What is this?", ["dog.jpg"])]
-    said = replies("http://localhost:8000/v1", asked, "replies.jsonl")                # {"7": "A dog."}
-    said = replies("https://api.openai.com/v1", asked, "replies.jsonl", model="gpt-4o")
-    said = replies("llava-v1.6-mistral-7b-hf", asked, "replies.jsonl")                # a folder, loaded here
-    said = replies("replies.jsonl", asked)                                            # what was said before
+    said = ask("http://localhost:8000/v1", asked, "replies.jsonl")         # {"7": {"reply": "A dog.", ...}}
+    said = ask("https://api.openai.com/v1", asked, "replies.jsonl", model="gpt-4o")
+    said = ask("llava-v1.6-mistral-7b-hf", asked, "replies.jsonl")         # a folder, loaded here
+    said = ask("replies.jsonl", asked)                                     # what was said before
 
 A folder is a vision-language model that vlm.py loads, or a language model that is asked about texts alone;
 serve any other and give its URL. A server's key is read from OPENAI_API_KEY and written nowhere. No torch is
@@ -59,11 +59,6 @@ class Question:
     id: str
     text: str
     images: tuple = ()              # paths; they come before the text
-
-
-def replies(source, questions, out=None, **options):
-    """`ask`, and of each row the reply alone: {id: text}."""
-    return {i: row["reply"] for i, row in ask(source, questions, out, **options).items()}
 
 
 def ask(source, questions, out=None, *, description="asking", **options):
@@ -149,7 +144,8 @@ def image_url(path, side=None):
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
         image, buffer = data.read_image(path), io.BytesIO()
-        image.thumbnail((side, side) if side else image.size)
+        if side:
+            image.thumbnail((side, side))
         kind = "jpeg" if side and max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
@@ -181,7 +177,7 @@ def reply_of(answer):
         if isinstance(text, list):
             text = "".join(part["text"] for part in text if part["type"] == "text")
         if text and not text.isspace():
-            return str(text), finish
+            return text, finish
         if choice["message"].get("refusal"):
             return None, "a refusal"
         return "", f"an empty reply ({finish})"
@@ -252,19 +248,18 @@ class Server:
         try:
             parts = urllib.parse.urlsplit(self.url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            fits = parts.hostname and "@" not in parts.netloc and parts.port != 0
-        except ValueError:                              # of a bracket, or of a port that is no number
-            fits = False
-        if not fits:
+            if not parts.hostname or "@" in parts.netloc or parts.port == 0:
+                raise ValueError
+        except ValueError:                              # also of a bracket, or of a port that is no number
             raise UserError("a URL cannot be used: give a server's URL, without user and password; a key "
-                            "belongs in the variable OPENAI_API_KEY")
-        self.host, self.query = parts.netloc, parts.query
-        self.address = parts.hostname, port
+                            "belongs in the variable OPENAI_API_KEY") from None
+        self.host, self.address = parts.netloc, (parts.hostname, port)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        words = re.split("[&=]", self.query)
+        words = re.split("[&=]", parts.query)
         words = {self.key, *words, *map(urllib.parse.unquote, words)}
         self.secrets = sorted([text for text in words if len(text) > 3], key=len, reverse=True)
-        self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        base = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        self.target = f"{base}/chat/completions?{parts.query}".rstrip("?")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
@@ -348,7 +343,6 @@ class Server:
         headers = {"Content-Type": "application/json", "Host": self.host}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        target = f"{self.path}/chat/completions?{self.query}".rstrip("?")
         try:
             connection = http.client.HTTPConnection(*self.address, self.timeout / 2)
             with contextlib.closing(connection):
@@ -360,9 +354,9 @@ class Server:
                 timer.start()
                 try:
                     if self.tls:
-                        host, _ = self.address
-                        connection.sock = self.tls.wrap_socket(connection.sock, server_hostname=host)
-                    connection.request("POST", target, json.dumps(body), headers)
+                        connection.sock = self.tls.wrap_socket(connection.sock,
+                                                               server_hostname=connection.host)
+                    connection.request("POST", self.target, json.dumps(body), headers)
                     response = connection.getresponse()
                     text = response.read(LARGEST).decode("utf-8", "replace")
                 finally:
@@ -385,14 +379,14 @@ def shut(connected):
 class Folder:
     """A model folder, loaded when it is first asked: a vision-language model, or one of texts alone.
 
-    batch: questions at once. device: "" for CUDA, else MPS, else the CPU. dtype: None for bfloat16 on CUDA,
-    else float32. template: of a vision-language model's prompts, as vlm.load takes it.
+    batch: questions at once. device, dtype: as command.place and command.dtype take them. template: of a
+    vision-language model's prompts, as vlm.load takes it.
     """
     source: Path
     settings: dict
     batch: int = 8
     device: str = ""
-    dtype: object = None
+    dtype: str = "auto"
     template: str | None = None
 
     reason, accept = "", staticmethod(anything)
@@ -409,8 +403,7 @@ class Folder:
         from model import generation
         seed, temperature = None, self.settings["temperature"]
         for batch in data.chunks(questions, self.batch):
-            missing = [q.id for q in batch if q.id not in done]
-            if not missing:
+            if all(q.id in done for q in batch):
                 continue
             if temperature:
                 seed = data.hash64(self.settings["seed"], batch[0].id) >> 1
@@ -418,7 +411,7 @@ class Folder:
             said = generation.complete(self.model, images, [q.text for q in batch],
                                        self.settings["max_tokens"], self.batch, seed, temperature)
             for question, (text, ended) in zip(batch, said, strict=True):
-                if question.id in missing:
+                if question.id not in done:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}
 
     @functools.cached_property
@@ -428,7 +421,7 @@ class Folder:
 
         from model import vlm
         device = command.place(self.device)
-        dtype = self.dtype or command.dtype(None, device)
+        dtype = command.dtype(self.dtype, device)
         try:
             if "vision_config" in data.read_json(self.source / "config.json", {}):
                 return vlm.load(self.source, dtype=dtype, device=device, template=self.template)
@@ -445,6 +438,8 @@ class Folder:
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
+    image_token_id = -1                                         # there is none
+
     def __init__(self, tokenizer):
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
 

@@ -147,9 +147,7 @@ class Ranks:
     device: Any = "cpu"
 
     def barrier(self):
-        if self.world > 1:
-            import torch.distributed as dist
-            dist.barrier()
+        self.gather(None)
 
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank."""
@@ -199,7 +197,7 @@ def dtype(name, device, on_cuda="bfloat16"):
     return getattr(torch, name)
 
 
-def place(device=""):
+def place(device):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
     try:
@@ -216,9 +214,9 @@ def place(device=""):
 
 def leave(ranks):
     """Undo join: wait for every rank, then close the group."""
+    ranks.barrier()
     if ranks.world > 1:
         import torch.distributed as dist
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -296,7 +294,7 @@ def claim(out):
     import fcntl
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(out) / ".lock", "w")
+        lock = open(f"{out}/.lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released by the system in any case
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
@@ -397,7 +395,7 @@ class Store:
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
         if not isinstance(was, dict):
-            was, differ = {}, ["it has no settings"]
+            was = {}
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

@@ -19,7 +19,6 @@ Departures from the published pipeline:
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +32,6 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "to
 MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
 
 
-@cache
 def _pipeline():
     """diffusers' class, with a scale for each image of the batch."""
     from diffusers import StableDiffusion3Pipeline
@@ -89,13 +87,14 @@ def encode(folder, prompts, device="cpu", dtype=torch.float32):
 class Painter:
     """Transformer and VAE; called with a prompt's embeddings it returns one image for each scale and seed."""
     def __init__(self, folder, device="cpu", dtype=torch.float32):
-        self.pipeline, self.device = _load(folder, device, dtype, ENCODERS), device
+        self.pipeline = _load(folder, device, dtype, ENCODERS)
 
     @torch.no_grad()
     def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
         """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
-        scale = torch.tensor(guidance, dtype=self.pipeline.transformer.dtype, device=self.device)
-        given = [x.to(self.device).repeat_interleave(len(seeds), 0) for x in (*prompt, *negative)]
+        transformer = self.pipeline.transformer
+        scale = torch.tensor(guidance, dtype=transformer.dtype, device=transformer.device)
+        given = [x.to(scale.device).repeat_interleave(len(seeds), 0) for x in (*prompt, *negative)]
         words, pooled, empty, empty_pooled = given
         return self.pipeline(
             prompt_embeds=words, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,

@@ -97,7 +97,7 @@ def select(asked, responses, scores, margin=0., official=False):
     gap = margin * statistics.pstdev(scores.values()) if scores else 0.
     pairs, dropped, faulty = [], [], []
     for prompt in asked:
-        id, sound, reason = prompt["id"], [], ""
+        id, sound = prompt["id"], []
         for row in responses.get(id, ()):
             found = [] if official else faults(prompt["question"], row["response"], row.get("finished"))
             score = scores.get((id, row["model"]))
@@ -107,12 +107,11 @@ def select(asked, responses, scores, margin=0., official=False):
                 faulty.append(only(row, "id model response") | {"faults": found})
             else:
                 sound.append(row | {"score": score})
-        best = max(sound, key=itemgetter("score"), default=None)
-        worst = min(sound, key=itemgetter("score"), default=None)
         if len(sound) < 2:
             reason = "fewer than two responses without fault"
-        elif not official:
-            reason = too_alike(best, worst, gap)
+        else:
+            best, worst = max(sound, key=itemgetter("score")), min(sound, key=itemgetter("score"))
+            reason = "" if official else too_alike(best, worst, gap)
         if reason:
             dropped.append({"id": id, "reason": reason})
         else:
