@@ -174,12 +174,16 @@ class Run:
 
     def ask(self, name, source, questions, **options):
         """{id: {"reply", ...}} of ask.Questions; parts/ keeps each reply as it comes. For rank 0 alone."""
-        replies, model = self.path(name, "parts"), self.o.model_name or None
-        return ask.ask(source, questions, replies, model=model, description=name, **self.place(), **options)
+        replies = self.path(name, "parts")
+        return ask.ask(source, questions, replies, description=name, **self.place(), **options)
 
     def place(self):
-        """How ask.connect is to load a model's folder."""
-        return {"batch": self.o.batch, "device": self.ranks.device, "dtype": self.o.dtype}
+        """What ask.connect is to know of a server's model, or of how to load a folder's."""
+        o = self.o
+        return {"model": o.model_name or None,
+                "batch": o.batch,
+                "device": self.ranks.device,
+                "dtype": o.dtype}
 
     def asked(self):
         """The rows of ranked.jsonl that have a question, with it."""
@@ -227,10 +231,7 @@ def begin(o):
 def make_prompts(run):
     """A few files, or a few requests."""
     o = run.o
-    if o.writer:
-        lines = prompts.written(run)
-    else:
-        lines = prompts.read(run.needs("prompts"))
+    lines = prompts.written(run) if o.writer else prompts.read(run.needs("prompts"))
     texts = [text for _, text in lines]
     kept = [lines[place] for place in prompts.distinct(texts, o.similar)]
     if not kept:
@@ -313,9 +314,8 @@ def instruct(run):
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
-        (name, source), = named(o.instruct).items()
         asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=text)) for id, text in kept.items()]
-        said = run.ask(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
+        said = run.ask(f"instruct-{ask.public(o.instruct)}", o.instruct, asked, max_tokens=128, seed=o.seed)
         found = {id: " ".join(text.split()) for id, text in prompts.said(said).items()}
     rows = [{"id": id, "question": text} for id, text in found.items() if text]
     run.write("instructions", rows)

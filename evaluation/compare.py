@@ -258,10 +258,10 @@ def _chosen(votes, key):
     found = {}
     for vote in votes:
         item = vote["item"]
-        sides = ("win", "loss") if a_is_first(key["seed"], key["ids"][item]) else ("loss", "win")
+        first, second = ("win", "loss") if a_is_first(key["seed"], key["ids"][item]) else ("loss", "win")
         if item in found or item < 0:
             raise ValueError
-        found[item] = {"first": sides[0], "tie": "tie", "second": sides[1]}[vote["choice"]]
+        found[item] = {"first": first, "tie": "tie", "second": second}[vote["choice"]]
     return found
 
 

@@ -43,6 +43,8 @@ import data
 from data import UserError
 from model import command, family, template
 
+TIMEOUT = 60            # seconds of one attempt, all of it
+ATTEMPTS = 4            # of one request
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
@@ -110,22 +112,22 @@ def whole(row):
     return row.get("finish") not in CUT
 
 
-def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=whole, timeout=60,
-            attempts=4, workers=8, **loading):
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=whole, workers=8,
+            **loading):
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
     None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects,
     also in a later call. The last attempt's is kept all the same: what cannot be read is for the caller to
-    count. timeout: seconds of one attempt, all of it. loading: of a Folder.
+    count. loading: of a Folder.
     """
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
-        return Server(source, settings, accept, timeout, attempts, workers)
+        return Server(source, settings, accept, workers)
     if not os.path.isdir(source):
         raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
                         "these")
-    return Folder(Path(source), settings, **loading)
+    return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
 
 
 def is_url(source):
@@ -165,7 +167,7 @@ def digest(question):
 
 
 def hashed(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return command.fingerprint(json.dumps(value, sort_keys=True).encode())
 
 
 def reply_of(answer):
@@ -238,8 +240,6 @@ class Server:
     url: str
     settings: dict
     accept: object                  # row -> whether its reply is acceptable
-    timeout: float
-    attempts: int
     workers: int
 
     def __post_init__(self):
@@ -287,12 +287,10 @@ class Server:
             print(f"{self.host} takes no temperature and was asked without one", file=sys.stderr)
 
     def one(self, body, question):
-        """-> (id, row, "") or (id, None, why the last of `attempts` attempts failed)."""
-        images = []
-        for path in question.images:
-            images.append({"type": "image_url", "image_url": {"url": image_url(path)}})
+        """-> (id, row, "") or (id, None, why the last attempt failed)."""
+        images = [{"type": "image_url", "image_url": {"url": image_url(path)}} for path in question.images]
         asked = messages(question.text, images)
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             sent = {"messages": asked} | body
             sent.pop("", None)
             answer, reason, wait = self.request(sent)
@@ -301,14 +299,14 @@ class Server:
                     body[other] = body.pop(name, sent[name])            # for all that is asked from now on
                     wait = 0
             text, finish = reply_of(answer)
-            last = attempt == self.attempts or wait is None
+            last = attempt == ATTEMPTS or wait is None
             if text:
                 row = {"reply": text, "model": answer.get("model"), "finish": finish}
                 if last or self.accept(row):
                     return question.id, row, ""
             if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
-        return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
+        return question.id, None, f"{reason}, attempt {attempt} of {ATTEMPTS}"
 
     def request(self, body):
         """-> (the answer or None, the reason, seconds until another attempt).
@@ -339,15 +337,15 @@ class Server:
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + TIMEOUT
         headers = {"Content-Type": "application/json", "Host": self.host}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
-            connection = http.client.HTTPConnection(*self.address, self.timeout / 2)
+            connection = http.client.HTTPConnection(*self.address, TIMEOUT / 2)
             with contextlib.closing(connection):
                 connection.connect()                                    # to one of two addresses, often
-                connection.sock.settimeout(self.timeout)
+                connection.sock.settimeout(TIMEOUT)
                 # the socket's own timeout starts anew with each byte
                 timer = threading.Timer(end - time.monotonic(), shut, [connection.sock.dup()])
                 timer.daemon = True                                     # a process that ends does not wait
@@ -363,7 +361,7 @@ class Server:
                     timer.cancel()
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= end:
-                return 0, "", f"no answer within {self.timeout:g} seconds"
+                return 0, "", f"no answer within {TIMEOUT:g} seconds"
             return 0, "", f"no connection: {self.host}, {error or type(error).__name__}"
         return response.status, response.headers.get("Retry-After", ""), text
 
@@ -390,9 +388,6 @@ class Folder:
     template: str | None = None
 
     reason, accept = "", staticmethod(anything)
-
-    def __post_init__(self):
-        self.settings = self.settings | {"model": command.identity(self.source)}
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "finish"}).

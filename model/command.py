@@ -308,6 +308,11 @@ BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger fil
 FILES = 10_000                                          # of a folder: more are not a model's
 
 
+def fingerprint(content):
+    """16 hex digits of bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def digest(path, blocks=BLOCKS):
     """A hash over a file's name, its size and spread blocks of it (all of a file that they would fill).
 
@@ -330,26 +335,23 @@ def identity(source):
     folder's files' digests."""
     source, path = str(source), Path(source)
     if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.partition("?")[0].encode()).hexdigest()[:16]
+        return fingerprint(source.partition("?")[0].encode())
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    found = hashlib.sha256()
-    there = [path, *islice(path.rglob("*"), FILES)]
+    there, parts = [path, *islice(path.rglob("*"), FILES)], []
     if len(there) > FILES:
         raise UserError(f"{source} holds over {FILES:,} files: give the folder of the model alone")
-    files = [file for file in there if file.is_file() and file.suffix != ".md"]
-    for file in sorted(files):
-        found.update(str(file.relative_to(path)).encode() + digest(file))
-    return found.hexdigest()[:16]
+    for file in sorted(there):
+        if file.is_file() and file.suffix != ".md":
+            parts += [str(file.relative_to(path)).encode(), digest(file)]
+    return fingerprint(b"".join(parts))
 
 
 def identity_of(paths, blocks=BLOCKS):
     """16 hex digits that tell these files from others. blocks: as digest takes them."""
-    found = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for each in pool.map(partial(digest, blocks=blocks), map(Path, paths)):
-            found.update(each)
-    return found.hexdigest()[:16]
+        digests = pool.map(partial(digest, blocks=blocks), map(Path, paths))
+        return fingerprint(b"".join(digests))
 
 
 # ---- work that resumes ----

@@ -24,9 +24,12 @@ def requests(n=5, words="What is this?"):
     return [ask.Question(str(i), f"{words} {i}") for i in range(n)]
 
 
-def replies(source, questions, out=None, **options):
+def replies(source, questions, out=None, attempts=4, timeout=60, **options):
     """Of each reply its text alone: {id: text}."""
-    return {i: row["reply"] for i, row in ask.ask(source, questions, out, **options).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask, "ATTEMPTS", attempts)
+        patch.setattr(ask, "TIMEOUT", timeout)
+        return {i: row["reply"] for i, row in ask.ask(source, questions, out, **options).items()}
 
 
 def reply(text, finish="stop", **more):
@@ -181,8 +184,8 @@ def test_a_reply_that_is_cut_off_is_asked_for_again_and_marked(tmp_path, capsys,
     with server(lambda body, n: reply(text, finish) if n < 3 else reply("Rating: 4")) as (url, calls):
         assert replies(url, requests(1), out) == {"0": "Rating: 4"} and len(calls) == 3
     with server(lambda body, n: reply(text, finish)) as (url, calls):
-        row = ask.ask(url, requests(1, "Other"), out, attempts=3)["0"]
-        assert len(calls) == 3 and not ask.whole(row) and row["reply"] == text
+        row = ask.ask(url, requests(1, "Other"), out)["0"]
+        assert len(calls) == ask.ATTEMPTS == 4 and not ask.whole(row) and row["reply"] == text
     assert "1 of 1 replies are cut off" in capsys.readouterr().err
     assert not ask.whole(ask.ask(out, requests(1, "Other"))["0"])                      # the file says so, too
     with server(echo) as (url, calls):
