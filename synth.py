@@ -264,15 +264,23 @@ def make_images(run):
 
 
 def paint(run, groups):
-    """The images of a prompt are painted in one call."""
+    """The images of a prompt are painted in one call. The texts of `chunk` prompts are encoded, then their
+    images painted: encoders and transformer are never in memory together."""
     from synthesis import images
-    o, device, jobs = run.o, run.ranks.device, [item["_given"] for (item,) in groups]
+    o, device = run.o, run.ranks.device
     dtype = command.dtype(o.dtype, device, "float16")
-    painted = images.paint(o.generator, jobs, o.guidance, device, dtype, o.steps, o.size, o.chunk)
-    for (item,), pictures in zip(groups, painted, strict=True):
-        for k, picture in enumerate(pictures, 1):
-            picture.save(run.out / f"images/{item['id']}-{k}.png")  # a file torn by a kill is painted again
-        yield [{}]
+    for some in data.chunks(groups, o.chunk):
+        jobs = [(item["id"], *item["_given"]) for (item,) in some]
+        encoded = images.encode(o.generator, [prompt for _, prompt, _ in jobs], device, dtype)
+        command.free()
+        painter = images.Painter(o.generator, device, dtype)
+        for id, prompt, seeds in jobs:
+            painted = painter(encoded[prompt], encoded[""], o.guidance, seeds, o.steps, o.size)
+            for k, picture in enumerate(painted, 1):
+                picture.save(run.out / f"images/{id}-{k}.png")      # one torn by a kill is painted again
+            yield [{}]
+        del painter, encoded
+        command.free()
 
 
 # ---- 3 rank ----

@@ -20,7 +20,6 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -144,7 +143,7 @@ class Ranks:
     """Who is who. Without torchrun: rank 0 of 1."""
     rank: int = 0
     world: int = 1
-    device: Any = "cpu"
+    device: object = "cpu"
 
     def barrier(self):
         self.gather(None)

@@ -3,7 +3,6 @@
     encoded = encode(folder, ["a red bike"])            # the text encoders alone
     painter = Painter(folder)                           # transformer and VAE alone
     images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
-    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11], ...)         # both, one after the other
 
 Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
@@ -26,7 +25,6 @@ import torch
 
 import data
 from data import UserError
-from model import command
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
@@ -101,16 +99,3 @@ class Painter:
             negative_pooled_prompt_embeds=empty_pooled, guidance_scale=scale[:, None, None, None],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=steps,
             height=size or None, width=size or None).images
-
-
-def paint(folder, jobs, guidance, device, dtype, steps, size, chunk):
-    """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
-    jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
-    for some in data.chunks(jobs, chunk):
-        encoded = encode(folder, [prompt for prompt, _ in some], device, dtype)
-        command.free()
-        painter = Painter(folder, device, dtype)
-        for prompt, seeds in some:
-            yield painter(encoded[prompt], encoded[""], guidance, seeds, steps, size)
-        del painter, encoded
-        command.free()
