@@ -176,13 +176,13 @@ def make(run, models, settings):
     models: (role, name, hash of the files, licence) of each."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
-    said = grouped(run.rows("responses", "respond"), "id")
+    responses = run.rows("responses", "respond")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
         if o.attributes == "paper" and o.scorer == "armorm":
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
-    pairs, unpaired, faulty = select(asked, said, scores, o.margin, o.as_official)
+    pairs, unpaired, faulty = select(asked, grouped(responses, "id"), scores, o.margin, o.as_official)
     dropped = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
     dropped += unpaired
     run.write("pairs", pairs)
@@ -191,8 +191,7 @@ def make(run, models, settings):
     published = [conversations(pair) for pair in pairs]
     text = json.dumps(published, indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", text + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), responses=sum(map(len, said.values())),
-                     pairs=len(pairs))
+    counts = Counter(prompts=len(ranked), questions=len(asked), responses=len(responses), pairs=len(pairs))
     counts.update(row["reason"] for row in dropped)
     counts.update(fault for row in faulty for fault in row["faults"])
     run.say("pairs", **counts)

@@ -52,7 +52,7 @@ def read(source):
     """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
     path, found = Path(source), []
     for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-        lines = [line.strip() for line in command.read_text(file).splitlines()]
+        lines = map(str.strip, command.read_text(file).splitlines())
         found += [(file.stem, line) for line in lines if line]
     if not found:
         raise UserError(f"{source} holds no lines; write one a line into TOPIC.txt")

@@ -317,8 +317,8 @@ class ArmoRM(nn.Module):
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError("ArmoRM's folder has no tokenizer with a chat template; copy tokenizer.json and "
                             "tokenizer_config.json as published")
-        found, asked = [], {"role": "user", "content": question}
-        chats = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+        found, asked = [], ask.messages(question)
+        chats = [[*asked, {"role": "assistant", "content": answer}] for answer in answers]
         with command.explained("ArmoRM's chat template fails", "copy it again"):
             tokens = self.tokenizer.apply_chat_template(
                 chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
