@@ -42,6 +42,7 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import command, family, template
+from model.command import is_url
 
 TIMEOUT = 60            # seconds of one attempt, all of it
 ATTEMPTS = 4            # of one request
@@ -128,10 +129,6 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
         raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
                         "these")
     return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
-
-
-def is_url(source):
-    return re.match("(?i)https?://", source) is not None
 
 
 def public(source):

@@ -307,6 +307,10 @@ BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger fil
 FILES = 10_000                                          # of a folder: more are not a model's
 
 
+def is_url(source):
+    return re.match("(?i)https?://", source) is not None
+
+
 def fingerprint(content):
     """16 hex digits of bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
@@ -333,7 +337,7 @@ def identity(source):
     """16 hex digits that tell one model from another: of a URL's text without its query; of a file's or a
     folder's files' digests."""
     source, path = str(source), Path(source)
-    if source.startswith(("http://", "https://")):
+    if is_url(source):
         return fingerprint(source.partition("?")[0].encode())
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
