@@ -36,12 +36,12 @@ Departures from the official pipeline; --as_official undoes 1 to 4:
  5. Scales, seeds and texts are in the files beside each image: nothing is
     matched by its place in a list.
 """
-import functools
 import json
 import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import data
@@ -150,18 +150,19 @@ class Run:
             data.append_jsonl(self.out / "log.jsonl", {"stage": stage, **line})
             print(stage, *(f" {name.replace('_', ' ')} {n}" for name, n in line.items()))
 
-    def made(self, name, items, make, made_by, size=1):
+    def made(self, name, given, make, made_by, size=1):
         """The items' rows in their order, without those that failed; only what is missing is made.
 
-        items: dicts with an id, hashed over all they hold and `made_by`. make: (run, groups of `size` items)
-        -> their rows, group by group. parts/NAME.jsonl keeps them: see command.Store.work.
+        given: {id: all that this item is made from}, `made_by`: what they all are; both are hashed. make:
+        (run, groups of `size` items {"id", "_given", ...}) -> their rows, group by group. parts/NAME.jsonl
+        keeps them: see command.Store.work.
         """
-        start, keyed = time.time(), []
+        start, items = time.time(), []
         store = command.Store(self.path(name, "parts"), self.ranks)
-        for item in items:
-            text = json.dumps([item, made_by], sort_keys=True)
-            keyed.append(item | {"hash": f"{data.hash64(text):016x}"})
-        rows = store.work(keyed, functools.partial(make, self), size, name)
+        for id, parts in given.items():
+            text = json.dumps([id, parts, made_by], sort_keys=True)
+            items.append({"id": id, "_given": parts, "hash": f"{data.hash64(text):016x}"})
+        rows = store.work(items, partial(make, self), size, name)
         command.free()
         self.say(name,
                  items=len(items),
@@ -173,17 +174,16 @@ class Run:
 
     def ask(self, name, source, questions, **options):
         """{id: {"reply", ...}} of ask.Questions; parts/ keeps each reply as it comes. For rank 0 alone."""
-        replies, model = self.path(name, "parts"), self.o.model_name or None
-        if not ask.is_url(source):
-            options |= self.place()
-        return ask.ask(source, questions, replies, model=model, description=name, **options)
+        replies = self.path(name, "parts")
+        return ask.ask(source, questions, replies, description=name, **self.place(), **options)
 
     def place(self):
-        """How ask.connect is to load a model's folder."""
-        return {"batch": self.o.batch, "device": self.ranks.device, "dtype": self.dtype("bfloat16")}
-
-    def dtype(self, on_cuda):
-        return command.dtype(self.o.dtype, self.ranks.device, on_cuda)
+        """What ask.connect is to know of a server's model, or of how to load a folder's."""
+        o = self.o
+        return {"model": o.model_name or None,
+                "batch": o.batch,
+                "device": self.ranks.device,
+                "dtype": o.dtype}
 
     def asked(self):
         """The rows of ranked.jsonl that have a question, with it."""
@@ -231,10 +231,7 @@ def begin(o):
 def make_prompts(run):
     """A few files, or a few requests."""
     o = run.o
-    if o.writer:
-        lines = prompts.written(run)
-    else:
-        lines = prompts.read(run.needs("prompts"))
+    lines = prompts.written(run) if o.writer else prompts.read(run.needs("prompts"))
     texts = [text for _, text in lines]
     kept = [lines[place] for place in prompts.distinct(texts, o.similar)]
     if not kept:
@@ -248,7 +245,7 @@ def make_prompts(run):
 # ---- 2 images ----
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
-    o, items, rows = run.o, [], []
+    o, jobs, rows = run.o, {}, []
     generator = run.needs("generator")
     for row in run.rows("prompts", "prompts"):
         seeds, id = [], row["id"]
@@ -260,28 +257,36 @@ def make_images(run):
                          "guidance": scale,
                          "seed": seeds[-1],
                          "image": f"images/{id}-{k}.png"})
-        items.append({"id": id, "_prompt": row["prompt"], "_seeds": seeds})
+        jobs[id] = row["prompt"], seeds
     made_by = [command.identity(generator), o.guidance, o.steps, o.size, o.dtype]
-    run.made("images", items, paint, made_by)
+    run.made("images", jobs, paint, made_by)
     run.write("images", rows)
 
 
 def paint(run, groups):
-    """The images of a prompt are painted in one call."""
+    """The images of a prompt are painted in one call. The texts of `chunk` prompts are encoded, then their
+    images painted: encoders and transformer are never in memory together."""
     from synthesis import images
-    o, jobs = run.o, [(item["_prompt"], item["_seeds"]) for (item,) in groups]
-    painted = images.paint(o.generator, jobs, o.guidance, run.ranks.device, run.dtype("float16"), o.steps,
-                           o.size, o.chunk)
-    for (item,), pictures in zip(groups, painted, strict=True):
-        for k, picture in enumerate(pictures, 1):
-            picture.save(run.out / f"images/{item['id']}-{k}.png")  # a file torn by a kill is painted again
-        yield [{}]
+    o, device = run.o, run.ranks.device
+    dtype = command.dtype(o.dtype, device, "float16")
+    for some in data.chunks(groups, o.chunk):
+        jobs = [(item["id"], *item["_given"]) for (item,) in some]
+        encoded = images.encode(o.generator, [prompt for _, prompt, _ in jobs], device, dtype)
+        command.free()
+        painter = images.Painter(o.generator, device, dtype)
+        for id, prompt, seeds in jobs:
+            painted = painter(encoded[prompt], encoded[""], o.guidance, seeds, o.steps, o.size)
+            for k, picture in enumerate(painted, 1):
+                picture.save(run.out / f"images/{id}-{k}.png")      # one torn by a kill is painted again
+            yield [{}]
+        del painter, encoded
+        command.free()
 
 
 # ---- 3 rank ----
 def rank(run):
     """Of each prompt the image that the first ranker scores best, beside what all of them scored."""
-    o, items, asked = run.o, [], {}
+    o, given, asked = run.o, {}, {}
     shown = pairing.grouped(run.rows("images", "images"), "prompt_id")
     for row in run.rows("prompts", "prompts"):
         id = row["id"]
@@ -289,11 +294,10 @@ def rank(run):
             asked[id] = row | {"candidates": shown[id], "scores": {}}
             files = [image["image"] for image in shown[id]]
             seen = [command.identity(run.out / file) for file in files]
-            items.append({"id": id, "_prompt": row["prompt"], "_files": files, "_seen": seen})
+            given[id] = row["prompt"], files, seen
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
-        make = functools.partial(rank_by, name)
-        for row in run.made(f"rank-{name}", items, make, made_by):
+        for row in run.made(f"rank-{name}", given, partial(rank_by, name), made_by):
             asked[row["id"]]["scores"][name] = row.get("scores")
     threshold = -math.inf if o.as_official else o.threshold
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
@@ -307,8 +311,8 @@ def rank_by(name, run, groups):
     from synthesis import rewards
     model = rewards.load(name, getattr(run.o, name), run.ranks.device)
     for (item,) in groups:
-        files = [run.out / file for file in item["_files"]]
-        yield [{"scores": model.score(item["_prompt"], files)}]
+        prompt, files, _ = item["_given"]
+        yield [{"scores": model.score(prompt, [run.out / file for file in files])}]
 
 
 # ---- 4 instruct ----
@@ -318,9 +322,8 @@ def instruct(run):
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
-        (name, source), = named(o.instruct).items()
         asked = [ask.Question(id, prompts.ASK_QUESTION.format(prompt=text)) for id, text in kept.items()]
-        said = run.ask(f"instruct-{name}", source, asked, max_tokens=128, seed=o.seed)
+        said = run.ask(f"instruct-{ask.public(o.instruct)}", o.instruct, asked, max_tokens=128, seed=o.seed)
         found = {id: " ".join(text.split()) for id, text in prompts.said(said).items()}
     rows = [{"id": id, "question": text} for id, text in found.items() if text]
     run.write("instructions", rows)
@@ -334,12 +337,12 @@ def respond(run):
     run.needs("responders")
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
-    items = [{"id": id, "asked": ask.digest(question)} for id, question in questions.items()]
+    given = {id: ask.digest(question) for id, question in questions.items()}
     for name, source in named(o.responders).items():
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
-            make = functools.partial(answer, source, options, questions)
-            rows = run.made(f"respond-{name}", items, make, made_by, o.batch)
+            make = partial(answer, source, options, questions)
+            rows = run.made(f"respond-{name}", given, make, made_by, o.batch)
             said[name] = {row["id"]: row for row in rows}
         elif run.ranks.rank == 0:
             said[name] = run.ask(f"respond-{name}", source, [*questions.values()], accept=ask.anything,
@@ -350,7 +353,7 @@ def respond(run):
                 answered = response(question.text, rows[id], o.as_official)
                 found.append({"id": id, "model": name} | answered)
     run.write("responses", found)
-    run.say("respond", responses=len(found), failed=len(items) * len(said) - len(found))
+    run.say("respond", responses=len(found), failed=len(given) * len(said) - len(found))
 
 
 def answer(source, options, questions, run, groups):
@@ -389,16 +392,15 @@ def named(sources):
 # ---- 6 score ----
 def score(run):
     """All responses to a question at once. ArmoRM reads question and response, and never sees the image."""
-    o, items, found = run.o, [], []
+    o, given, found = run.o, {}, []
     made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
     questions = run.questions()
     for id, question in questions.items():
         if id in said:
             texts = [row["response"] for row in said[id]]
-            items.append({"id": id, "_asked": ask.digest(question), "_said": texts})
-    make = functools.partial(score_by, questions)
-    rows = run.made(f"score-{o.scorer}", items, make, made_by)
+            given[id] = ask.digest(question), texts
+    rows = run.made(f"score-{o.scorer}", given, partial(score_by, questions), made_by)
     with command.explained(f"{run.out}/parts/score-{o.scorer}.jsonl is damaged", "delete it"):
         for row in rows:
             for response, scores in zip(said[row["id"]], row["scores"], strict=True):
@@ -410,9 +412,10 @@ def score_by(questions, run, groups):
     o, name = run.o, run.o.scorer
     if name in MODELS:
         from synthesis import rewards
-        model = rewards.load(name, getattr(o, name), run.ranks.device, run.dtype("bfloat16"))
+        device = run.ranks.device
+        model = rewards.load(name, getattr(o, name), device, command.dtype(o.dtype, device))
     for (item,) in groups:
-        id, texts = item["id"], item["_said"]
+        id, (_, texts) = item["id"], item["_given"]
         question = questions[id]
         if name == "armorm":
             yield [{"scores": model.judge(question.text, texts)}]

@@ -16,7 +16,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import base64
-import hashlib
 import json
 
 import data
@@ -205,7 +204,7 @@ def a_is_first(seed, item):
     return bool(data.hash64(seed, "side", *item) & 1)
 
 
-def write(both, names, out, images=None, n=100, seed=0, follow_links=False):
+def write(both, names, out, images, n, seed, follow_links):
     """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
     order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
     drawn = [both[i] for i in order]
@@ -223,7 +222,7 @@ def write(both, names, out, images=None, n=100, seed=0, follow_links=False):
     equal = len(drawn) - len(shown)
     key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
     content = {"key": base64.b64encode(json.dumps(key).encode()).decode(), "items": items}
-    content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    content["page"] = ask.hashed(content)
     island = json.dumps(content).replace("<", "\\u003c")
     body = f'{BODY}<script type="application/json" id="data">{island}</script>'
     data.atomic_write(out, page.page("Which answer is better?", body, STYLE, SCRIPT))
@@ -259,10 +258,10 @@ def _chosen(votes, key):
     found = {}
     for vote in votes:
         item = vote["item"]
-        sides = ("win", "loss") if a_is_first(key["seed"], key["ids"][item]) else ("loss", "win")
+        first, second = ("win", "loss") if a_is_first(key["seed"], key["ids"][item]) else ("loss", "win")
         if item in found or item < 0:
             raise ValueError
-        found[item] = {"first": sides[0], "tie": "tie", "second": sides[1]}[vote["choice"]]
+        found[item] = {"first": first, "tie": "tie", "second": second}[vote["choice"]]
     return found
 
 

@@ -79,12 +79,9 @@ def section(title, note, body):
 
 def table(head, rows):
     """A table, "" without rows. A cell is a text, or (text, small print under it)."""
-    def line(cells):
-        return f"<tr>{''.join(cells)}</tr>"
-
-    titles = line(f"<th>{escape(str(title))}</th>" for title in head)
-    body = "".join(line(map(_cell, row)) for row in rows)
-    return f"<table>{titles}{body}</table>" if body else ""
+    titles = "".join(f"<th>{escape(str(title))}</th>" for title in head)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f"<table><tr>{titles}</tr>{body}</table>" if body else ""
 
 
 def _cell(cell):

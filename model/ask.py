@@ -1,10 +1,10 @@
 """Ask a model about a text or about images: a server by URL, a model folder, or a file of saved replies.
 
     asked = [Question("7", "What is this?", ["dog.jpg"])]
-    said = replies("http://localhost:8000/v1", asked, "replies.jsonl")                # {"7": "A dog."}
-    said = replies("https://api.openai.com/v1", asked, "replies.jsonl", model="gpt-4o")
-    said = replies("llava-v1.6-mistral-7b-hf", asked, "replies.jsonl")                # a folder, loaded here
-    said = replies("replies.jsonl", asked)                                            # what was said before
+    said = ask("http://localhost:8000/v1", asked, "replies.jsonl")         # {"7": {"reply": "A dog.", ...}}
+    said = ask("https://api.openai.com/v1", asked, "replies.jsonl", model="gpt-4o")
+    said = ask("llava-v1.6-mistral-7b-hf", asked, "replies.jsonl")         # a folder, loaded here
+    said = ask("replies.jsonl", asked)                                     # what was said before
 
 A folder is a vision-language model that vlm.py loads, or a language model that is asked about texts alone;
 serve any other and give its URL. A server's key is read from OPENAI_API_KEY and written nowhere. No torch is
@@ -42,7 +42,10 @@ from tqdm import tqdm
 import data
 from data import UserError
 from model import command, family, template
+from model.command import is_url
 
+TIMEOUT = 60            # seconds of one attempt, all of it
+ATTEMPTS = 4            # of one request
 BACKOFF = 0.5           # seconds before the second attempt; doubled before each further one
 LONGEST_WAIT = 60.0     # seconds: a server's Retry-After beyond this is cut to it
 GIVE_UP = 24            # requests that failed in a row: the server is down, the rest is not asked
@@ -59,11 +62,6 @@ class Question:
     id: str
     text: str
     images: tuple = ()              # paths; they come before the text
-
-
-def replies(source, questions, out=None, **options):
-    """`ask`, and of each row the reply alone: {id: text}."""
-    return {i: row["reply"] for i, row in ask(source, questions, out, **options).items()}
 
 
 def ask(source, questions, out=None, *, description="asking", **options):
@@ -115,26 +113,22 @@ def whole(row):
     return row.get("finish") not in CUT
 
 
-def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=whole, timeout=60,
-            attempts=4, workers=8, **loading):
+def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, accept=whole, workers=8,
+            **loading):
     """-> a Server or Folder: ask(questions, done) yields (id, {"reply", ...}) of those not in `done`.
 
     source: an http(s) URL of an OpenAI-compatible server or a model folder. model: the server's name for it;
     None lets the server choose. accept: row -> bool; a server is asked again for a reply that it rejects,
     also in a later call. The last attempt's is kept all the same: what cannot be read is for the caller to
-    count. timeout: seconds of one attempt, all of it. loading: of a Folder.
+    count. loading: of a Folder.
     """
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
-        return Server(source, settings, accept, timeout, attempts, workers)
+        return Server(source, settings, accept, workers)
     if not os.path.isdir(source):
         raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
                         "these")
-    return Folder(Path(source), settings, **loading)
-
-
-def is_url(source):
-    return re.match("(?i)https?://", source) is not None
+    return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
 
 
 def public(source):
@@ -149,7 +143,8 @@ def image_url(path, side=None):
     kind = {b"\xff\xd8\xff": "jpeg", b"\x89PN": "png"}.get(raw[:3])
     if side or not kind:
         image, buffer = data.read_image(path), io.BytesIO()
-        image.thumbnail((side, side) if side else image.size)
+        if side:
+            image.thumbnail((side, side))
         kind = "jpeg" if side and max(image.size) > SMALL else "png"
         image.save(buffer, kind)
         raw = buffer.getvalue()
@@ -169,7 +164,7 @@ def digest(question):
 
 
 def hashed(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return command.fingerprint(json.dumps(value, sort_keys=True).encode())
 
 
 def reply_of(answer):
@@ -181,7 +176,7 @@ def reply_of(answer):
         if isinstance(text, list):
             text = "".join(part["text"] for part in text if part["type"] == "text")
         if text and not text.isspace():
-            return str(text), finish
+            return text, finish
         if choice["message"].get("refusal"):
             return None, "a refusal"
         return "", f"an empty reply ({finish})"
@@ -242,8 +237,6 @@ class Server:
     url: str
     settings: dict
     accept: object                  # row -> whether its reply is acceptable
-    timeout: float
-    attempts: int
     workers: int
 
     def __post_init__(self):
@@ -252,19 +245,18 @@ class Server:
         try:
             parts = urllib.parse.urlsplit(self.url)
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            fits = parts.hostname and "@" not in parts.netloc and parts.port != 0
-        except ValueError:                              # of a bracket, or of a port that is no number
-            fits = False
-        if not fits:
+            if not parts.hostname or "@" in parts.netloc or parts.port == 0:
+                raise ValueError
+        except ValueError:                              # also of a bracket, or of a port that is no number
             raise UserError("a URL cannot be used: give a server's URL, without user and password; a key "
-                            "belongs in the variable OPENAI_API_KEY")
-        self.host, self.query = parts.netloc, parts.query
-        self.address = parts.hostname, port
+                            "belongs in the variable OPENAI_API_KEY") from None
+        self.host, self.address = parts.netloc, (parts.hostname, port)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        words = re.split("[&=]", self.query)
+        words = re.split("[&=]", parts.query)
         words = {self.key, *words, *map(urllib.parse.unquote, words)}
         self.secrets = sorted([text for text in words if len(text) > 3], key=len, reverse=True)
-        self.path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        base = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+        self.target = f"{base}/chat/completions?{parts.query}".rstrip("?")
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "model", "finish"}) as the replies come; failures are skipped."""
@@ -292,12 +284,10 @@ class Server:
             print(f"{self.host} takes no temperature and was asked without one", file=sys.stderr)
 
     def one(self, body, question):
-        """-> (id, row, "") or (id, None, why the last of `attempts` attempts failed)."""
-        images = []
-        for path in question.images:
-            images.append({"type": "image_url", "image_url": {"url": image_url(path)}})
+        """-> (id, row, "") or (id, None, why the last attempt failed)."""
+        images = [{"type": "image_url", "image_url": {"url": image_url(path)}} for path in question.images]
         asked = messages(question.text, images)
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             sent = {"messages": asked} | body
             sent.pop("", None)
             answer, reason, wait = self.request(sent)
@@ -306,14 +296,14 @@ class Server:
                     body[other] = body.pop(name, sent[name])            # for all that is asked from now on
                     wait = 0
             text, finish = reply_of(answer)
-            last = attempt == self.attempts or wait is None
+            last = attempt == ATTEMPTS or wait is None
             if text:
                 row = {"reply": text, "model": answer.get("model"), "finish": finish}
                 if last or self.accept(row):
                     return question.id, row, ""
             if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
-        return question.id, None, f"{reason}, attempt {attempt} of {self.attempts}"
+        return question.id, None, f"{reason}, attempt {attempt} of {ATTEMPTS}"
 
     def request(self, body):
         """-> (the answer or None, the reason, seconds until another attempt).
@@ -344,32 +334,31 @@ class Server:
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + TIMEOUT
         headers = {"Content-Type": "application/json", "Host": self.host}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        target = f"{self.path}/chat/completions?{self.query}".rstrip("?")
         try:
-            connection = http.client.HTTPConnection(*self.address, self.timeout / 2)
+            connection = http.client.HTTPConnection(*self.address, TIMEOUT / 2)
             with contextlib.closing(connection):
                 connection.connect()                                    # to one of two addresses, often
-                connection.sock.settimeout(self.timeout)
+                connection.sock.settimeout(TIMEOUT)
                 # the socket's own timeout starts anew with each byte
                 timer = threading.Timer(end - time.monotonic(), shut, [connection.sock.dup()])
                 timer.daemon = True                                     # a process that ends does not wait
                 timer.start()
                 try:
                     if self.tls:
-                        host, _ = self.address
-                        connection.sock = self.tls.wrap_socket(connection.sock, server_hostname=host)
-                    connection.request("POST", target, json.dumps(body), headers)
+                        connection.sock = self.tls.wrap_socket(connection.sock,
+                                                               server_hostname=connection.host)
+                    connection.request("POST", self.target, json.dumps(body), headers)
                     response = connection.getresponse()
                     text = response.read(LARGEST).decode("utf-8", "replace")
                 finally:
                     timer.cancel()
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= end:
-                return 0, "", f"no answer within {self.timeout:g} seconds"
+                return 0, "", f"no answer within {TIMEOUT:g} seconds"
             return 0, "", f"no connection: {self.host}, {error or type(error).__name__}"
         return response.status, response.headers.get("Retry-After", ""), text
 
@@ -385,20 +374,17 @@ def shut(connected):
 class Folder:
     """A model folder, loaded when it is first asked: a vision-language model, or one of texts alone.
 
-    batch: questions at once. device: "" for CUDA, else MPS, else the CPU. dtype: None for bfloat16 on CUDA,
-    else float32. template: of a vision-language model's prompts, as vlm.load takes it.
+    batch: questions at once. device, dtype: as command.place and command.dtype take them. template: of a
+    vision-language model's prompts, as vlm.load takes it.
     """
     source: Path
     settings: dict
     batch: int = 8
     device: str = ""
-    dtype: object = None
+    dtype: str = "auto"
     template: str | None = None
 
     reason, accept = "", staticmethod(anything)
-
-    def __post_init__(self):
-        self.settings = self.settings | {"model": command.identity(self.source)}
 
     def ask(self, questions, done=()):
         """Yield (id, {"reply", "finish"}).
@@ -409,8 +395,7 @@ class Folder:
         from model import generation
         seed, temperature = None, self.settings["temperature"]
         for batch in data.chunks(questions, self.batch):
-            missing = [q.id for q in batch if q.id not in done]
-            if not missing:
+            if all(q.id in done for q in batch):
                 continue
             if temperature:
                 seed = data.hash64(self.settings["seed"], batch[0].id) >> 1
@@ -418,7 +403,7 @@ class Folder:
             said = generation.complete(self.model, images, [q.text for q in batch],
                                        self.settings["max_tokens"], self.batch, seed, temperature)
             for question, (text, ended) in zip(batch, said, strict=True):
-                if question.id in missing:
+                if question.id not in done:
                     yield question.id, {"reply": text, "finish": "stop" if ended else "length"}
 
     @functools.cached_property
@@ -428,7 +413,7 @@ class Folder:
 
         from model import vlm
         device = command.place(self.device)
-        dtype = self.dtype or command.dtype(None, device)
+        dtype = command.dtype(self.dtype, device)
         try:
             if "vision_config" in data.read_json(self.source / "config.json", {}):
                 return vlm.load(self.source, dtype=dtype, device=device, template=self.template)
@@ -445,6 +430,8 @@ class Folder:
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
+    image_token_id = -1                                         # there is none
+
     def __init__(self, tokenizer):
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
         self.image_token_id = len(tokenizer)            # none of its tokens

@@ -20,7 +20,6 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -144,12 +143,10 @@ class Ranks:
     """Who is who. Without torchrun: rank 0 of 1."""
     rank: int = 0
     world: int = 1
-    device: Any = "cpu"
+    device: object = "cpu"
 
     def barrier(self):
-        if self.world > 1:
-            import torch.distributed as dist
-            dist.barrier()
+        self.gather(None)
 
     def gather(self, value):
         """[value of rank 0, of rank 1, ...] on every rank."""
@@ -199,7 +196,7 @@ def dtype(name, device, on_cuda="bfloat16"):
     return getattr(torch, name)
 
 
-def place(device=""):
+def place(device):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
     try:
@@ -216,9 +213,9 @@ def place(device=""):
 
 def leave(ranks):
     """Undo join: wait for every rank, then close the group."""
+    ranks.barrier()
     if ranks.world > 1:
         import torch.distributed as dist
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -296,7 +293,7 @@ def claim(out):
     import fcntl
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(out) / ".lock", "w")
+        lock = open(f"{out}/.lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # released by the system in any case
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another run: wait for it or give another") from None
@@ -308,6 +305,15 @@ def claim(out):
 # ---- what something was made from ----
 BLOCK, BLOCKS = 1 << 16, 64                             # bytes; of a larger file so many are hashed
 FILES = 10_000                                          # of a folder: more are not a model's
+
+
+def is_url(source):
+    return re.match("(?i)https?://", source) is not None
+
+
+def fingerprint(content):
+    """16 hex digits of bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def digest(path, blocks=BLOCKS):
@@ -331,27 +337,24 @@ def identity(source):
     """16 hex digits that tell one model from another: of a URL's text without its query; of a file's or a
     folder's files' digests."""
     source, path = str(source), Path(source)
-    if source.startswith(("http://", "https://")):
-        return hashlib.sha256(source.partition("?")[0].encode()).hexdigest()[:16]
+    if is_url(source):
+        return fingerprint(source.partition("?")[0].encode())
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    found = hashlib.sha256()
-    there = [path, *islice(path.rglob("*"), FILES)]
+    there, parts = [path, *islice(path.rglob("*"), FILES)], []
     if len(there) > FILES:
         raise UserError(f"{source} holds over {FILES:,} files: give the folder of the model alone")
-    files = [file for file in there if file.is_file() and file.suffix != ".md"]
-    for file in sorted(files):
-        found.update(str(file.relative_to(path)).encode() + digest(file))
-    return found.hexdigest()[:16]
+    for file in sorted(there):
+        if file.is_file() and file.suffix != ".md":
+            parts += [str(file.relative_to(path)).encode(), digest(file)]
+    return fingerprint(b"".join(parts))
 
 
 def identity_of(paths, blocks=BLOCKS):
     """16 hex digits that tell these files from others. blocks: as digest takes them."""
-    found = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        for each in pool.map(partial(digest, blocks=blocks), map(Path, paths)):
-            found.update(each)
-    return found.hexdigest()[:16]
+        digests = pool.map(partial(digest, blocks=blocks), map(Path, paths))
+        return fingerprint(b"".join(digests))
 
 
 # ---- work that resumes ----
@@ -397,7 +400,7 @@ class Store:
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
         if not isinstance(was, dict):
-            was, differ = {}, ["it has no settings"]
+            was = {}
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

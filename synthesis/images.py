@@ -3,7 +3,6 @@
     encoded = encode(folder, ["a red bike"])            # the text encoders alone
     painter = Painter(folder)                           # transformer and VAE alone
     images = painter(encoded["a red bike"], encoded[""], guidance=[5, 7, 9, 11], seeds=[11, 12, 13, 14])
-    paint(folder, [("a red bike", [11, 12, 13, 14])], [5, 7, 9, 11], ...)         # both, one after the other
 
 Memory on a GPU in float16, from the published parameter counts: encoding 11.2 GB of weights (T5-XXL 9.5, the
 two CLIPs 1.6), painting 4.2 GB (transformer 4.1, VAE 0.2) and the activations of eight 1024-pixel latents.
@@ -19,7 +18,6 @@ Departures from the published pipeline:
 if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,13 +25,11 @@ import torch
 
 import data
 from data import UserError
-from model import command
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
 
 
-@cache
 def _pipeline():
     """diffusers' class, with a scale for each image of the batch."""
     from diffusers import StableDiffusion3Pipeline
@@ -89,29 +85,17 @@ def encode(folder, prompts, device="cpu", dtype=torch.float32):
 class Painter:
     """Transformer and VAE; called with a prompt's embeddings it returns one image for each scale and seed."""
     def __init__(self, folder, device="cpu", dtype=torch.float32):
-        self.pipeline, self.device = _load(folder, device, dtype, ENCODERS), device
+        self.pipeline = _load(folder, device, dtype, ENCODERS)
 
     @torch.no_grad()
     def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
         """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
-        scale = torch.tensor(guidance, dtype=self.pipeline.transformer.dtype, device=self.device)
-        given = [x.to(self.device).repeat_interleave(len(seeds), 0) for x in (*prompt, *negative)]
+        transformer = self.pipeline.transformer
+        scale = torch.tensor(guidance, dtype=transformer.dtype, device=transformer.device)
+        given = [x.to(scale.device).repeat_interleave(len(seeds), 0) for x in (*prompt, *negative)]
         words, pooled, empty, empty_pooled = given
         return self.pipeline(
             prompt_embeds=words, pooled_prompt_embeds=pooled, negative_prompt_embeds=empty,
             negative_pooled_prompt_embeds=empty_pooled, guidance_scale=scale[:, None, None, None],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=steps,
             height=size or None, width=size or None).images
-
-
-def paint(folder, jobs, guidance, device, dtype, steps, size, chunk):
-    """Yield each job's images, one a scale. jobs: (prompt, a seed for each scale). The texts of `chunk`
-    jobs are encoded, then their images painted: encoders and transformer are never in memory together."""
-    for some in data.chunks(jobs, chunk):
-        encoded = encode(folder, [prompt for prompt, _ in some], device, dtype)
-        command.free()
-        painter = Painter(folder, device, dtype)
-        for prompt, seeds in some:
-            yield painter(encoded[prompt], encoded[""], guidance, seeds, steps, size)
-        del painter, encoded
-        command.free()

@@ -97,7 +97,7 @@ def select(asked, responses, scores, margin=0., official=False):
     gap = margin * statistics.pstdev(scores.values()) if scores else 0.
     pairs, dropped, faulty = [], [], []
     for prompt in asked:
-        id, sound, reason = prompt["id"], [], ""
+        id, sound = prompt["id"], []
         for row in responses.get(id, ()):
             found = [] if official else faults(prompt["question"], row["response"], row.get("finished"))
             score = scores.get((id, row["model"]))
@@ -107,12 +107,11 @@ def select(asked, responses, scores, margin=0., official=False):
                 faulty.append(only(row, "id model response") | {"faults": found})
             else:
                 sound.append(row | {"score": score})
-        best = max(sound, key=itemgetter("score"), default=None)
-        worst = min(sound, key=itemgetter("score"), default=None)
         if len(sound) < 2:
             reason = "fewer than two responses without fault"
-        elif not official:
-            reason = too_alike(best, worst, gap)
+        else:
+            best, worst = max(sound, key=itemgetter("score")), min(sound, key=itemgetter("score"))
+            reason = "" if official else too_alike(best, worst, gap)
         if reason:
             dropped.append({"id": id, "reason": reason})
         else:
@@ -177,13 +176,13 @@ def make(run, models, settings):
     models: (role, name, hash of the files, licence) of each."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
-    said = grouped(run.rows("responses", "respond"), "id")
+    responses = run.rows("responses", "respond")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
         if o.attributes == "paper" and o.scorer == "armorm":
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
-    pairs, unpaired, faulty = select(asked, said, scores, o.margin, o.as_official)
+    pairs, unpaired, faulty = select(asked, grouped(responses, "id"), scores, o.margin, o.as_official)
     dropped = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
     dropped += unpaired
     run.write("pairs", pairs)
@@ -192,8 +191,7 @@ def make(run, models, settings):
     published = [conversations(pair) for pair in pairs]
     text = json.dumps(published, indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", text + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), responses=sum(map(len, said.values())),
-                     pairs=len(pairs))
+    counts = Counter(prompts=len(ranked), questions=len(asked), responses=len(responses), pairs=len(pairs))
     counts.update(row["reason"] for row in dropped)
     counts.update(fault for row in faulty for fault in row["faults"])
     run.say("pairs", **counts)

@@ -52,7 +52,7 @@ def read(source):
     """[(topic, line)] of a text file or of a folder of them; a file's name is its topic. Raises UserError."""
     path, found = Path(source), []
     for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-        lines = [line.strip() for line in command.read_text(file).splitlines()]
+        lines = map(str.strip, command.read_text(file).splitlines())
         found += [(file.stem, line) for line in lines if line]
     if not found:
         raise UserError(f"{source} holds no lines; write one a line into TOPIC.txt")
@@ -74,8 +74,7 @@ def written(run):
     """[(topic, prompt)] by the chat model --writer: lists of ten, twice as many as --per_topic would need,
     for they repeat each other."""
     o, asked, found = run.o, [], []
-    named = o.topics.split(",") if o.topics else [file.stem for file in sorted(SHIPPED.glob("*.txt"))]
-    for topic in named:
+    for topic in o.topics.split(",") if o.topics else dict(read(SHIPPED)):           # its keys are topics
         for k in range(-(-o.per_topic // 5)):
             text = ASK_PROMPTS.format(topic=topic.replace("_", " "), k=k + 1)
             asked.append(ask.Question(f"{topic}/{k}", text))
@@ -96,7 +95,7 @@ def listed(text):
     return [line for line in lines if line]
 
 
-def template(path, ids, seed=0):
+def template(path, ids, seed):
     """{id: question}, by a hash of the id, of QUESTIONS ("template") or of a text file's lines."""
     asked = QUESTIONS if path == "template" else [line for _, line in read(path)]
     return {id: asked[data.hash64(seed, "question", id) % len(asked)] for id in ids}

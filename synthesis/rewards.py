@@ -19,6 +19,7 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ PUBLISHED = {                           # where it is not BLIP's default in tran
     "vision": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                "intermediate_size": 4096, "image_size": 224, "layer_norm_eps": 1e-6},
     "text": {"num_attention_heads": 12, "bos_token_id": None, "sep_token_id": None}}
-LINEAR = (0, 2, 4, 6, 7)                # the head's linear maps; dropouts have the numbers between
+LINEAR = ("0", "2", "4", "6", "7")      # the head's linear maps; dropouts have the numbers between
 # Published names to ours; parts of the file that the reward does not use.
 NAMES = (("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
          ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
@@ -119,7 +120,7 @@ class ImageReward(nn.Module):
         self.text = BlipTextModel(text, add_pooling_layer=False)
         self.head, before = nn.ModuleDict(), text.hidden_size   # linear maps in a row, without activations
         for place, width in zip(LINEAR, widths, strict=True):
-            self.head[str(place)] = nn.Linear(before, width)
+            self.head[place] = nn.Linear(before, width)
             before = width
 
     @classmethod
@@ -188,10 +189,11 @@ def bert_tokenizer(vocab):
 
 # ---- CLIP and BLIP: how alike a picture and a text are ----
 
+@dataclass
 class Similarity:
     """Cosine of a picture's and a text's embedding, from a CLIP or BLIP (image-text retrieval) folder."""
-    def __init__(self, model, processor):
-        self.model, self.processor = model, processor
+    model: nn.Module
+    processor: object
 
     @classmethod
     def load(cls, folder, device="cpu"):
@@ -315,8 +317,8 @@ class ArmoRM(nn.Module):
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError("ArmoRM's folder has no tokenizer with a chat template; copy tokenizer.json and "
                             "tokenizer_config.json as published")
-        found, asked = [], {"role": "user", "content": question}
-        chats = [[asked, {"role": "assistant", "content": answer}] for answer in answers]
+        found, asked = [], ask.messages(question)
+        chats = [[*asked, {"role": "assistant", "content": answer}] for answer in answers]
         with command.explained("ArmoRM's chat template fails", "copy it again"):
             tokens = self.tokenizer.apply_chat_template(
                 chats, padding=True, truncation=True, max_length=max_length, return_dict=True,

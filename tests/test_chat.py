@@ -24,6 +24,14 @@ def requests(n=5, words="What is this?"):
     return [ask.Question(str(i), f"{words} {i}") for i in range(n)]
 
 
+def replies(source, questions, out=None, attempts=4, timeout=60, **options):
+    """Of each reply its text alone: {id: text}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ask, "ATTEMPTS", attempts)
+        patch.setattr(ask, "TIMEOUT", timeout)
+        return {i: row["reply"] for i, row in ask.ask(source, questions, out, **options).items()}
+
+
 def reply(text, finish="stop", **more):
     return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text, **more},
                                          "finish_reason": finish}], "model": "judge-1"})
@@ -83,20 +91,20 @@ def quick(monkeypatch):
 def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path):
     out = tmp_path / "replies.jsonl"
     with server(echo) as (url, calls):
-        said = ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
+        said = replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3)
         assert list(said.items()) == [(str(i), f"reply to {i}") for i in range(20)]
         path, _, body = calls[0]
         assert path == "/v1/chat/completions"
         assert {k: v for k, v in body.items() if k != "messages"} == {
             "max_tokens": 7, "temperature": 0.5, "seed": 3}
         out.write_bytes(out.read_bytes()[:-9])                                    # killed within a line
-        assert ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
+        assert replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said
         assert len(calls) == 21
-        ask.replies(url, requests(20, "Another prompt"), out, max_tokens=7, temperature=0.5, seed=3)
+        replies(url, requests(20, "Another prompt"), out, max_tokens=7, temperature=0.5, seed=3)
         assert len(calls) == 41                                                 # what was asked has changed
-        ask.replies(url, requests(20), out, max_tokens=8, temperature=0.5, seed=3)
+        replies(url, requests(20), out, max_tokens=8, temperature=0.5, seed=3)
         assert len(calls) == 61                                                         # and so do settings
-    assert ask.replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said   # no server
+    assert replies(url, requests(20), out, max_tokens=7, temperature=0.5, seed=3) == said   # no server
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0].keys() == {"id", "hash", "asked", "reply", "model", "finish"}
 
@@ -105,7 +113,7 @@ def test_each_request_gets_its_own_reply_in_order_and_the_file_goes_on(tmp_path)
                                          ("/v1/chat/completions", "/v1"), ("/v1?version=2", "/v1")])
 def test_the_url_may_be_a_host_a_base_or_the_whole(given, path):
     with server(echo) as (url, calls):
-        assert ask.replies(url + given, requests(1), model="m") == {"0": "reply to 0"}
+        assert replies(url + given, requests(1), model="m") == {"0": "reply to 0"}
     assert calls[0][0].partition("?")[0] == f"{path}/chat/completions"
     assert calls[0][0].endswith("?version=2") == ("?" in given) and calls[0][2]["model"] == "m"
 
@@ -125,19 +133,19 @@ FAULTS = {"500": (500, "oops"), "503 html": (503, "<html>busy</html>"), "html": 
 def test_a_fault_is_retried_and_then_counted(tmp_path, capsys, fault):
     """The first two calls fail: all is well in the end. Request 3 always fails: it is absent, and said."""
     with server(lambda body, n: FAULTS[fault] if n < 3 else echo(body, n)) as (url, calls):
-        assert len(ask.replies(url, requests(), attempts=3, workers=1)) == 5
+        assert len(replies(url, requests(), attempts=3, workers=1)) == 5
         assert len(calls) == 7
     assert capsys.readouterr().err.count("got no reply") == 0
     def respond(body, n):
         return FAULTS[fault] if body["messages"][0]["content"][-1] == "3" else echo(body, n)
     out = tmp_path / "replies.jsonl"
     with server(respond) as (url, calls):
-        assert sorted(ask.replies(url, requests(), out, attempts=3)) == ["0", "1", "2", "4"]
+        assert sorted(replies(url, requests(), out, attempts=3)) == ["0", "1", "2", "4"]
         assert len(calls) == 4 + 3                                                        # and no more
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("asking: 1 of 5 requests got no reply (last: ") and "attempt 3 of 3" in said
     with server(echo) as (url, calls):
-        assert len(ask.replies(url, requests(), out)) == 5 and len(calls) == 1
+        assert len(replies(url, requests(), out)) == 5 and len(calls) == 1
 
 
 NAMED = {"a refusal": reply(None, refusal="I can't help with that."), "an empty reply (stop)": reply(""),
@@ -156,7 +164,7 @@ def test_what_is_no_reply_is_counted_under_its_own_name(tmp_path, capsys):
     def respond(body, n):
         return NAMED[kinds[int(body["messages"][0]["content"].split()[-1]) % len(kinds)]]
     with server(respond) as (url, calls):
-        assert ask.replies(url, requests(2 * len(kinds)), tmp_path / "o", attempts=2, model="m") == {}
+        assert replies(url, requests(2 * len(kinds)), tmp_path / "o", attempts=2, model="m") == {}
         assert len(calls) == 2 * 2 * len(kinds) - 2                              # a 400 is not tried again
     said = capsys.readouterr().err
     assert all(f"'{kind}': 2" in said for kind in kinds) and not (tmp_path / "o").exists()
@@ -166,7 +174,7 @@ def test_a_content_of_parts_is_their_text(capsys):
     parts = [{"type": "thinking", "thinking": "Rating: 2"}, {"type": "text", "text": "Rating:"},
              {"type": "text", "text": " 4"}]
     with server(lambda body, n: reply(parts)) as (url, calls):
-        assert ask.replies(url, requests(1)) == {"0": "Rating: 4"} and len(calls) == 1
+        assert replies(url, requests(1)) == {"0": "Rating: 4"} and len(calls) == 1
 
 
 @pytest.mark.parametrize("text", ["<think>\nA rating of 2 could", "My first impression is Rating: 2, but on"])
@@ -174,14 +182,14 @@ def test_a_content_of_parts_is_their_text(capsys):
 def test_a_reply_that_is_cut_off_is_asked_for_again_and_marked(tmp_path, capsys, text, finish):
     out = tmp_path / "replies.jsonl"
     with server(lambda body, n: reply(text, finish) if n < 3 else reply("Rating: 4")) as (url, calls):
-        assert ask.replies(url, requests(1), out) == {"0": "Rating: 4"} and len(calls) == 3
+        assert replies(url, requests(1), out) == {"0": "Rating: 4"} and len(calls) == 3
     with server(lambda body, n: reply(text, finish)) as (url, calls):
-        row = ask.ask(url, requests(1, "Other"), out, attempts=3)["0"]
-        assert len(calls) == 3 and not ask.whole(row) and row["reply"] == text
+        row = ask.ask(url, requests(1, "Other"), out)["0"]
+        assert len(calls) == ask.ATTEMPTS == 4 and not ask.whole(row) and row["reply"] == text
     assert "1 of 1 replies are cut off" in capsys.readouterr().err
     assert not ask.whole(ask.ask(out, requests(1, "Other"))["0"])                      # the file says so, too
     with server(echo) as (url, calls):
-        assert ask.replies(url, requests(1, "Other"), out) == {"0": "reply to 0"}
+        assert replies(url, requests(1, "Other"), out) == {"0": "reply to 0"}
     with server(lambda body, n: reply(text, finish)) as (url, calls):                      # a responder's
         assert len(ask.ask(url, requests(1, "Other"), accept=ask.anything)) == len(calls) == 1
 
@@ -197,7 +205,7 @@ def newer(body, n):
 
 def test_settings_that_a_server_refuses_are_asked_otherwise(capsys):
     with server(newer) as (url, calls):
-        said = ask.replies(url, requests(40), max_tokens=7, model="m")
+        said = replies(url, requests(40), max_tokens=7, model="m")
         assert len(said) == 40 and len(calls) <= 40 + 2 * 8         # each of 8 workers may learn it itself
         assert calls[-1][2].keys() == {"messages", "model", "max_completion_tokens"}
         assert calls[-1][2]["max_completion_tokens"] == 7
@@ -207,7 +215,7 @@ def test_settings_that_a_server_refuses_are_asked_otherwise(capsys):
 def test_a_server_that_says_nothing_is_left_after_the_timeout(capsys):
     wait = threading.Event()
     with server(lambda body, n: (wait.wait(5), echo(body, n))[1]) as (url, _):
-        assert ask.replies(url, requests(2), timeout=0.1, attempts=2) == {}
+        assert replies(url, requests(2), timeout=0.1, attempts=2) == {}
         wait.set()
     assert "2 of 2 requests got no reply (last: no answer within 0.1 seconds" in capsys.readouterr().err
 
@@ -216,7 +224,7 @@ def test_a_server_that_is_not_there_is_not_asked_for_ever(monkeypatch, capsys):
     with server(echo) as (url, _):
         pass
     monkeypatch.setattr(ask, "GIVE_UP", 3)
-    assert ask.replies(url, requests(1000), workers=2) == {}
+    assert replies(url, requests(1000), workers=2) == {}
     said = capsys.readouterr().err
     assert "1000 of 1000" in said and "3 requests in a row failed and the rest was not asked" in said
     assert "refused" in said
@@ -233,7 +241,7 @@ def test_retry_after_is_honoured_and_bounded(monkeypatch):
     def respond(body, n):
         return (503, "", {"Retry-After": after[n - 1]}) if n <= len(after) else echo(body, n)
     with server(respond) as (url, _):
-        assert ask.replies(url, requests(1), model="m", attempts=9) == {"0": "reply to 0"}
+        assert replies(url, requests(1), model="m", attempts=9) == {"0": "reply to 0"}
     assert waits == [7, ask.LONGEST_WAIT, ask.LONGEST_WAIT, *(ask.BACKOFF * 2 ** n for n in (3, 4, 5))]
 
 
@@ -272,7 +280,7 @@ def test_a_server_that_drips_is_left_after_the_timeout(capsys, pieces):
     """Each byte comes before the socket's own timeout: the attempt as a whole has one."""
     start = time.monotonic()
     with raw_server(*pieces) as url:
-        assert ask.replies(url, requests(2), model="m", timeout=0.4, attempts=2, workers=1) == {}
+        assert replies(url, requests(2), model="m", timeout=0.4, attempts=2, workers=1) == {}
     assert time.monotonic() - start < 2 * 2 * 0.4 + 1
     assert "2 of 2 requests got no reply (last: " in capsys.readouterr().err
 
@@ -281,14 +289,14 @@ def test_a_reply_without_end_is_not_kept_in_memory(monkeypatch, capsys):
     monkeypatch.setattr(ask, "LARGEST", 1 << 20)
     start = time.monotonic()
     with raw_server(START + b"\r\n", b"x" * (1 << 16), pause=0) as url:
-        assert ask.replies(url, requests(1), model="m", attempts=2) == {}
+        assert replies(url, requests(1), model="m", attempts=2) == {}
     assert time.monotonic() - start < 30                                         # long before both timeouts
     assert "no reply in 'xxx" in capsys.readouterr().err
 
 
 def test_nobody_waits_at_the_end_for_requests_that_are_under_way(tmp_path):
     """One is refused, the others are never answered: the process ends at once, without a word of theirs."""
-    asks = ("import sys; from model import ask\ntry: ask.replies(sys.argv[1], "
+    asks = ("import sys; from model import ask\ntry: ask.ask(sys.argv[1], "
             "[ask.Question(str(i), str(i)) for i in range(8)], model='m')\n"
             "except ask.UserError as error: sys.exit(str(error))")
     wait = threading.Event()
@@ -320,7 +328,7 @@ def test_a_refusal_stops_at_once_with_a_sentence(status):
     headers = {"Location": "http://127.0.0.1:1/"}                     # never followed: the key would go along
     with server(lambda body, n: (status, '{"error": "no such model"}', headers)) as (url, calls):
         with pytest.raises(data.UserError, match=f"answered {status}: .*no such model.*; check the URL"):
-            ask.replies(url, requests(50), workers=1)
+            replies(url, requests(50), workers=1)
         assert len(calls) < 5                                      # the first, and what was under way
 
 
@@ -329,7 +337,7 @@ def test_a_request_that_the_server_cannot_take_is_not_tried_again(capsys):
     def respond(body, n):
         return (400, "too long") if body["messages"][0]["content"][-1] == "1" else echo(body, n)
     with server(respond) as (url, calls):
-        assert len(ask.replies(url, requests(3))) == 2 and len(calls) == 3
+        assert len(replies(url, requests(3))) == 2 and len(calls) == 3
     assert "the server answered 400: too long" in capsys.readouterr().err
 
 
@@ -338,21 +346,21 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(tmp_path, mon
     out = tmp_path / "replies.jsonl"
     wrong = "wrong key sk-very-secret"
     with server(lambda body, n: echo(body, n) if n == 1 else (500, wrong)) as (url, calls):
-        ask.replies(url, requests(3), out, workers=1, attempts=1)
+        replies(url, requests(3), out, workers=1, attempts=1)
         assert calls[0][1]["Authorization"] == "Bearer sk-very-secret"
     with server(lambda body, n: (401, wrong)) as (url, _):
         with pytest.raises(data.UserError, match=r"wrong key \*\*\*"):
-            ask.replies(url, requests(1))
+            replies(url, requests(1))
     with server(lambda body, n: (500, " " * 190 + wrong)) as (url, _):          # hidden, then shortened
-        ask.replies(f"{url}?api_key=hush", requests(1), attempts=1)
+        replies(f"{url}?api_key=hush", requests(1), attempts=1)
     with server(lambda body, n: (404, "no /v1/chat/completions?api_key=hush, hush is wrong")) as (url, calls):
         with pytest.raises(data.UserError) as caught:
-            ask.replies(f"{url}?api_key=hush&version=2", requests(1))
+            replies(f"{url}?api_key=hush&version=2", requests(1))
         assert calls[0][0].endswith("?api_key=hush&version=2")
-    ask.replies("http://127.0.0.1:1/v1?key=hush.jsonl", requests(1), attempts=1)         # a URL, and no file
+    replies("http://127.0.0.1:1/v1?key=hush.jsonl", requests(1), attempts=1)         # a URL, and no file
     for source in ("ftp://me:hush@host/v1?hush", "//me:hush@host/v1?hush"):
         with pytest.raises(data.UserError, match="is not a URL") as refused:
-            ask.replies(source, requests(1))
+            replies(source, requests(1))
         assert "hush" not in str(refused.value)
     said = "".join(capsys.readouterr()) + out.read_text() + str(caught.value)
     assert not {"secret", "sk-ve", "hush"} & set(re.findall("secret|sk-ve|hush", said))
@@ -367,8 +375,8 @@ def test_of_a_url_only_what_is_no_secret_is_shown(source, shown):
 
 def test_a_servers_model_is_named_only_if_it_is_given():
     with server(echo) as (url, calls):
-        assert ask.replies(url, requests(1)) == {"0": "reply to 0"} and "model" not in calls[-1][-1]
-        ask.replies(url, requests(1), model="b")
+        assert replies(url, requests(1)) == {"0": "reply to 0"} and "model" not in calls[-1][-1]
+        replies(url, requests(1), model="b")
         assert calls[-1][-1]["model"] == "b"
 
 
@@ -381,14 +389,14 @@ def test_images_travel_as_data_urls_and_their_bytes_are_part_of_what_is_asked(tm
         for n, (kind, mime) in enumerate([("png", "png"), ("jpeg", "jpeg"), ("bmp", "png")], 1):
             picture(0).save(path, kind)
             for _ in range(2):
-                assert ask.replies(url, asked(), tmp_path / "replies.jsonl") == {"0": str(n)}
+                assert replies(url, asked(), tmp_path / "replies.jsonl") == {"0": str(n)}
             image, text = calls[-1][2]["messages"][0]["content"]
             head, _, code = image["image_url"]["url"].partition(",")
             assert head == f"data:image/{mime};base64" and text == {"type": "text", "text": "What is this?"}
             assert (base64.b64decode(code) == path.read_bytes()) == (kind != "bmp")
     path.unlink()
     with pytest.raises(data.UserError, match="dog.png could not be read"):
-        ask.replies(url, asked())
+        replies(url, asked())
 
 
 # ------------------------------------------------------------------------------------------ saved replies
@@ -406,7 +414,7 @@ def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
     path = tmp_path / "saved.json"
     lines = "".join(json.dumps(record) + "\n" for record in records)
     path.write_text(json.dumps(records, indent=1) if as_list else lines)
-    assert ask.replies(path, requests(2)) == {"0": "a", "1": "b"}
+    assert replies(path, requests(2)) == {"0": "a", "1": "b"}
 
 
 @pytest.mark.parametrize("text, says", [
@@ -420,7 +428,7 @@ def test_saved_replies_are_read_in_every_form(tmp_path, records, as_list):
 def test_saved_replies_that_cannot_be_trusted_are_refused(tmp_path, text, says):
     (tmp_path / "saved.json").write_text(text)
     with pytest.raises(data.UserError, match=says):
-        ask.replies(tmp_path / "saved.json", requests(2))
+        replies(tmp_path / "saved.json", requests(2))
 
 
 def test_the_output_of_a_batch_is_read_with_what_failed_in_it(tmp_path, capsys):
@@ -443,22 +451,22 @@ def test_the_output_of_a_batch_is_read_with_what_failed_in_it(tmp_path, capsys):
 
 def test_saved_replies_that_are_missing_are_counted(tmp_path, capsys):
     (tmp_path / "saved.jsonl").write_text('{"id": "1", "reply": "b"}\n{"id": "0", "reply": "a')      # torn
-    assert ask.replies(tmp_path / "saved.jsonl", requests(2)) == {"1": "b"}
+    assert replies(tmp_path / "saved.jsonl", requests(2)) == {"1": "b"}
     assert "1 of 2 requests got no reply" in capsys.readouterr().err
     with pytest.raises(data.UserError, match="none.jsonl could not be read"):
-        ask.replies(tmp_path / "none.jsonl", requests(2))
+        replies(tmp_path / "none.jsonl", requests(2))
 
 
 def test_replies_to_something_else_are_refused(tmp_path):
     """What a judge said about other answers would be a wrong number."""
     out = tmp_path / "replies.jsonl"
     with server(echo) as (url, _):
-        said = ask.replies(url, requests(3), out)
-        assert ask.replies(out, requests(3)) == said
+        said = replies(url, requests(3), out)
+        assert replies(out, requests(3)) == said
         with pytest.raises(data.UserError, match=r"replies to other requests \(3 ids, first 0\)"):
-            ask.replies(out, requests(3, "Another prompt"))
-        again = ask.replies(url, requests(3, "Another prompt"), out)
-        assert ask.replies(out, requests(3, "Another prompt")) == again
+            replies(out, requests(3, "Another prompt"))
+        again = replies(url, requests(3, "Another prompt"), out)
+        assert replies(out, requests(3, "Another prompt")) == again
 
 
 # ------------------------------------------------------------------------------------------ local models
@@ -494,38 +502,38 @@ def test_a_local_model_replies_and_goes_on_with_the_same_draws(talker, tmp_path,
         picture(0).save(image)
     asked, out, whole = local_requests(11, image), tmp_path / "replies.jsonl", tmp_path / "whole.jsonl"
     options = {"max_tokens": 5, "temperature": temperature, "seed": 1}
-    said = ask.replies(folder, asked, whole, **options)
+    said = replies(folder, asked, whole, **options)
     assert len(said) == 11 and len(set(said.values())) > 1
     out.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:9]))
-    assert ask.replies(folder, asked, out, **options) == said
+    assert replies(folder, asked, out, **options) == said
     assert out.read_bytes() == whole.read_bytes()
-    alone = ask.replies(folder, asked[:1], max_tokens=5)
+    alone = replies(folder, asked[:1], max_tokens=5)
     assert temperature or alone["0"] == said["0"]                         # a batch changes nothing
 
 
 def test_another_model_of_the_same_name_is_asked_anew(talker, tmp_path):
     copy, asked, out = tmp_path / "talker", local_requests(3), tmp_path / "replies.jsonl"
     shutil.copytree(talker, copy)
-    ask.replies(copy, asked, out, max_tokens=2)
-    ask.replies(copy, asked, out, max_tokens=2)
+    replies(copy, asked, out, max_tokens=2)
+    replies(copy, asked, out, max_tokens=2)
     assert len(out.read_text().splitlines()) == 3
     with open(copy / "model.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\1")
-    ask.replies(copy, asked, out, max_tokens=2)
+    replies(copy, asked, out, max_tokens=2)
     assert len(out.read_text().splitlines()) == 6
 
 
 def test_what_is_no_source_is_refused(talker, tmp_path):
     with pytest.raises(data.UserError, match="gpt-4o is not a URL, a file of replies or a model folder"):
-        ask.replies("gpt-4o", requests(1))
+        replies("gpt-4o", requests(1))
     picture(0).save(tmp_path / "dog.png")
     with pytest.raises(data.UserError, match="was asked about an image"):
-        ask.replies(talker, local_requests(1, tmp_path / "dog.png"))
+        replies(talker, local_requests(1, tmp_path / "dog.png"))
     for config in ("{}", '{"model_type": "qwen2_vl", "vision_config": {}}'):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(data.UserError, match="or serve it, with vLLM for example, and give its URL"):
-            ask.replies(tmp_path, requests(1))
+            replies(tmp_path, requests(1))
 
 
 def test_importing_chat_loads_no_model_code():

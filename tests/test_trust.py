@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import synth
-from model import ask, command, front, template, vlm
+from model import command, front, template, vlm
 from training import checkpoint, options, report
 
 STRESS = SHARED / "cases" / "stress"
@@ -222,7 +222,7 @@ def test_a_server_that_drips_its_handshake_is_left_after_the_timeout(capsys):
     began = time.monotonic()
     with test_chat.raw_server(b"\x16\x03\x03\x3f\x00", b"\0") as url:
         url = url.replace("http:", "https:")
-        assert ask.replies(url, test_chat.requests(1), timeout=.4, attempts=1) == {}
+        assert test_chat.replies(url, test_chat.requests(1), timeout=.4, attempts=1) == {}
     assert time.monotonic() - began < 5
     assert "no answer within 0.4 seconds" in capsys.readouterr().err
 
@@ -230,7 +230,7 @@ def test_a_server_that_drips_its_handshake_is_left_after_the_timeout(capsys):
 def test_half_a_surrogate_pair_in_a_reply_is_kept_as_a_mark():
     said = test_chat.reply("a \ud800 b")
     with test_chat.server(lambda body, n: said) as (url, _):
-        assert ask.replies(url, test_chat.requests(1)) == {"0": "a ? b"}
+        assert test_chat.replies(url, test_chat.requests(1)) == {"0": "a ? b"}
 
 
 @pytest.mark.parametrize("text", ["http://me:hush@host/v1", "--judge=https://host/v1?api_key=hush",
