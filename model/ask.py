@@ -275,8 +275,7 @@ class Server:
                     kinds[reason.partition(":")[0]] += 1
                     self.reason = f"{reason}; in all {dict(kinds)}"
                     if failed == GIVE_UP:
-                        self.reason = (f"{failed} requests in a row failed and the rest was not asked; "
-                                       f"{reason}")
+                        self.reason += f"; {failed} requests in a row failed and the rest was not asked"
                         break
             finally:
                 self.stop.set()

@@ -183,7 +183,7 @@ def bert_tokenizer(vocab):
     if not path.exists():
         raise UserError(f"{path} is missing: ImageReward reads prompts with bert-base-uncased's vocab.txt; "
                         "pass its path or put it beside the weights")
-    words = path.read_text(encoding="utf-8").splitlines()
+    words = command.read_text(path).splitlines()
     return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
 
 
