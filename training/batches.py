@@ -127,25 +127,27 @@ def other_image(records, seed, id, i, image):
     is nearly always the same one, drawn among those that are another."""
     pixels = image.tobytes()
     for attempt in range(100):
-        found = first_image(records, other_index(seed, id, i, len(records), attempt))
-        if found and found.tobytes() != pixels:
+        found = another(records, other_index(seed, id, i, len(records), attempt), pixels)
+        if found:
             return found
     others = of_other_pictures(records, pixels)
     if not others:
         raise UserError("all pictures are the same one: add others or choose --image_rejected crop")
-    return first_image(records, others[data.hash64(seed, "other", id) % len(others)])
+    return another(records, others[data.hash64(seed, "other", id) % len(others)], pixels)
 
 
-def first_image(records, i):
+def another(records, i, pixels):
+    """A record's first image, if it has one that is another picture than one of these bytes."""
     with suppress(UserError, IndexError):                       # a faulty record, or one without an image
-        return data.read_image(records[i]["images"][0])
+        found = data.read_image(records[i]["images"][0])
+        if found.tobytes() != pixels:
+            return found
 
 
 @lru_cache(4)
 def of_other_pictures(records, pixels):
     """The indices of the records whose first image is another picture than one of these bytes."""
-    images = ((i, first_image(records, i)) for i in range(len(records)))
-    return [i for i, image in images if image and image.tobytes() != pixels]
+    return [i for i in range(len(records)) if another(records, i, pixels)]
 
 
 def other_index(seed, id, i, n, attempt=0):

@@ -91,7 +91,7 @@ class Table(list):
         group, row = super().__getitem__(k)
         found = _table(self.path, group).slice(row, 1)
         with explained(f"{self.place(k)} {DAMAGED}", AGAIN):
-            found.validate(full=True)                   # the file may point anywhere
+            found.validate(full=True)                   # a damaged file may point anywhere
             record, = found.to_pylist()
         return record
 
@@ -150,7 +150,7 @@ def opened(path):
         with explained(f"{path} cannot be unpacked", AGAIN):
             head = gzip.decompress(data.read_bytes(path))
         read = partial(io.BytesIO, head)
-    text = head[:1 << 16].lstrip(b"\xef\xbb\xbf \t\r\n")         # whose byte-order mark is none of JSON's
+    text = head[:1 << 16].lstrip(b"\xef\xbb\xbf \t\r\n")         # behind a byte-order mark
     if head.startswith((b"PAR1", ARROW)):
         return Table(path)
     kind = "csv or another text"

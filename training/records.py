@@ -74,8 +74,11 @@ def llava(raw):
 
 def ms_swift(raw):
     """The last answer to reject, or the whole dialogue with it."""
-    rejected = raw.get("rejected_messages") or raw.get("rejected_response")
-    return {"chosen": raw["messages"], "rejected": rejected}
+    found = {"chosen": raw["messages"]}
+    for key in ("rejected_response", "rejected_messages"):
+        if raw.get(key):
+            found["rejected"] = raw[key]
+    return found
 
 
 def openbmb(raw):
