@@ -111,7 +111,7 @@ def classroom(answers):
     "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
     total, draws = tally(items)
-    found = scored(total.of("all"), draws.of("all"), 100)
+    found = scored(total, draws, scale=100)
     spread = found.pop("intervals")
     for kind in sorted(found.keys() - CLASSROOM):
         n = total["all", kind].bottom
@@ -162,10 +162,9 @@ def pope(splits, answers, mode="robust", partial=False):
     total, draws = tally(items, lambda item: [item["split"]])
     by_split, counts = {}, Counter()
     for split in dict.fromkeys(item["split"] for item in items):
-        sums = total.of(split)
-        confusion = _confusion(sums)
+        confusion = _confusion(total.of(split))
         counts.update(confusion)
-        by_split[split] = confusion | scored(sums, draws.of(split))
+        by_split[split] = confusion | scored(total, draws, split)
         by_split[split]["version"] = f"{split}, {len(splits[split]):,} questions"
 
     def mean(sums):
@@ -304,7 +303,7 @@ def chair(answers, truth, table, lemmatize, replies=None, mode="robust"):
     total, draws = tally(items)
     sums = total.of("all")
     return {"mode": mode,
-            **scored(sums, draws.of("all")),
+            **scored(total, draws),
             "n": sums["chair_s"].bottom,
             "n_with_objects": sums["chair_s_refine"].bottom,
             "unparsed": sums["items"].top,
@@ -397,9 +396,9 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
     by_category = {}
     for kind in MMHAL:
         if n := total[kind, "score"].bottom:
-            by_category[kind] = scored(total.of(kind), draws.of(kind)) | {"n": n}
+            by_category[kind] = scored(total, draws, kind) | {"n": n}
     return {"mode": mode,
-            **scored(total.of("all"), draws.of("all")),
+            **scored(total, draws),
             "by_category": by_category,
             "unparsed": total["all", "items"].top,
             "n": total["all", "score"].bottom,
