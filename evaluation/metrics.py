@@ -224,13 +224,13 @@ def _pope_item(answer, line, mode):
     """An answer beside its question. What cannot be read counts as called a yes where that is wrong."""
     said = official_yes_no(answer.text) if mode == "official" else yes_no(answer.text, line["text"])
     right, true = int(said == line["label"]), int(line["label"] == "yes")
-    found = int(right and true)
+    found = right * true
     return {"id": answer.id,
             "split": line["part"],
             "image": line.get("image", answer.id),
             "label": line["label"],
             "said": said,
-            "right": said == line["label"],
+            "right": bool(right),
             "unparsed": said is None,
             "sums": {"accuracy": (right, 1),
                      "precision": (found, int(right == true)),
@@ -342,7 +342,7 @@ def _chair_item(named, present, caption):
 
 
 # ---- MMHal-Bench ----
-MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
+MMHAL = "attribute adversarial comparison counting relation environment holistic other".split()
 
 
 def _mmhal_answers(template, answers, partial):

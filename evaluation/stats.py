@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 RESAMPLES = 1000                                                  # draws behind an interval
-TEXTS = ("response", "model_answer", "answer", "text", "caption")         # the first; `answer` may be a label
+TEXTS = "response model_answer answer text caption".split()               # the first; `answer` may be a label
 
 
 def first(record, *keys):

@@ -60,6 +60,7 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
                    "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     found = [None] * len(prompts)
+    # Eagerly: a compiled part would be compiled again for generate's shapes.
     gpus = [m.device] if m.device.type == "cuda" else []
     with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=gpus):
         torch.manual_seed(sample_seed or 0)

@@ -80,9 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
-        transformers.AttentionInterface.register("packed", packed_attention)
-        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    # (for torch.compile to call, not to look into: no two rows are alike)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -331,9 +331,6 @@ def compile_layers(m):
 
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
-    import transformers
-    # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
         for layer in each.language_model.layers:
             for part in layer.children():
