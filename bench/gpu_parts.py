@@ -71,7 +71,7 @@ class Bench:
             front = limit.write_front(self.folder / "large", self.shape)
             with made_here(self.random):
                 self.ours = limit.Ours(front, self.shape, DTYPE, self.device)
-            self.checkpointing = False
+            self.checkpointing = self.compiled = False
         language = self.ours.m.language_model
         language.train(checkpointing)                # as train_dpo.py's load does
         if checkpointing:
@@ -79,14 +79,14 @@ class Bench:
         elif self.checkpointing:
             language.activation_checkpointing_disable()
         self.checkpointing = checkpointing
-        if compiled and not self.ours.m.compiled:
+        if compiled and not self.compiled:
             with tiny_compiler() if self.tiny else contextlib.nullcontext():
                 vlm.compile_layers(self.ours.m)
-        elif self.ours.m.compiled and not compiled:
+        elif self.compiled and not compiled:
             for layer in language.layers:
                 for part in layer.children():
                     part._compiled_call_impl = None
-            self.ours.m.compiled = False
+        self.compiled = compiled
         return self.ours
 
     def random(self, kind=None):

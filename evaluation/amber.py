@@ -163,13 +163,13 @@ def similar_words(similarity, threshold=0.8):
 # ---- questions ----
 def _answered(said, truth):
     """What an answer to a question adds; no is what is to be found."""
-    right, no, said_no = said == truth, int(truth == "no"), int(said == "no")
-    found = int(right and no)
+    right, no, said_no = int(said == truth), int(truth == "no"), int(said == "no")
+    found = right * no
     return {"truth": truth,
             "said": said,
-            "right": right,
+            "right": bool(right),
             "unparsed": said is None,
-            "sums": {"accuracy": (int(right), 1), "precision": (found, said_no), "recall": (found, no)}}
+            "sums": {"accuracy": (right, 1), "precision": (found, said_no), "recall": (found, no)}}
 
 
 # ---- sums ----

@@ -30,7 +30,7 @@ from model.command import NAME
 
 ANSWER = command.fields("file of answers", image=(*NAME, None), image_id=(*NAME, None),
                         settings=({"questions": (int, None), "benchmark": (str, None)}, None))
-KEPT = ("annotations", "images", "categories", "image_id", "category_id", "caption", "id", "name")   # of COCO
+KEPT = "annotations images categories image_id category_id caption id name".split()                # of COCO
 HUBS = {"text": "question", "label": "answer", "image": "image_source", "split": "category"}  # lmms-lab/POPE
 LONGEST = 300                                  # characters: anything longer is base64, not a file's name
 

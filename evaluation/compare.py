@@ -276,10 +276,9 @@ def preference(key, raters):
         for place, vote in (found | unseen).items():
             sums = {kind: (int(kind == vote), 1) for kind in ("win", "tie", "loss")}
             items.append({"image": place, "sums": sums})
-    total, draws = stats.tally(items)
     return {"a": key["a"],
             "b": key["b"],
-            **stats.scored(total.of("all"), draws.of("all")),
+            **stats.scored(*stats.tally(items)),
             "n": len({item["image"] for item in items}),
             "votes": sum(map(len, raters.values())),
             "raters": len(raters),

@@ -111,7 +111,7 @@ def classroom(answers):
     "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
     total, draws = tally(items)
-    found = scored(total.of("all"), draws.of("all"), 100)
+    found = scored(total, draws, scale=100)
     spread = found.pop("intervals")
     for kind in sorted(found.keys() - CLASSROOM):
         n = total["all", kind].bottom
@@ -162,10 +162,9 @@ def pope(splits, answers, mode="robust", partial=False):
     total, draws = tally(items, lambda item: [item["split"]])
     by_split, counts = {}, Counter()
     for split in dict.fromkeys(item["split"] for item in items):
-        sums = total.of(split)
-        confusion = _confusion(sums)
+        confusion = _confusion(total.of(split))
         counts.update(confusion)
-        by_split[split] = confusion | scored(sums, draws.of(split))
+        by_split[split] = confusion | scored(total, draws, split)
         by_split[split]["version"] = f"{split}, {len(splits[split]):,} questions"
 
     def mean(sums):
@@ -225,13 +224,13 @@ def _pope_item(answer, line, mode):
     """An answer beside its question. What cannot be read counts as called a yes where that is wrong."""
     said = official_yes_no(answer.text) if mode == "official" else yes_no(answer.text, line["text"])
     right, true = int(said == line["label"]), int(line["label"] == "yes")
-    found = int(right and true)
+    found = right * true
     return {"id": answer.id,
             "split": line["part"],
             "image": line.get("image", answer.id),
             "label": line["label"],
             "said": said,
-            "right": said == line["label"],
+            "right": bool(right),
             "unparsed": said is None,
             "sums": {"accuracy": (right, 1),
                      "precision": (found, int(right == true)),
@@ -304,7 +303,7 @@ def chair(answers, truth, table, lemmatize, replies=None, mode="robust"):
     total, draws = tally(items)
     sums = total.of("all")
     return {"mode": mode,
-            **scored(sums, draws.of("all")),
+            **scored(total, draws),
             "n": sums["chair_s"].bottom,
             "n_with_objects": sums["chair_s_refine"].bottom,
             "unparsed": sums["items"].top,
@@ -343,7 +342,7 @@ def _chair_item(named, present, caption):
 
 
 # ---- MMHal-Bench ----
-MMHAL = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
+MMHAL = "attribute adversarial comparison counting relation environment holistic other".split()
 
 
 def _mmhal_answers(template, answers, partial):
@@ -397,9 +396,9 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
     by_category = {}
     for kind in MMHAL:
         if n := total[kind, "score"].bottom:
-            by_category[kind] = scored(total.of(kind), draws.of(kind)) | {"n": n}
+            by_category[kind] = scored(total, draws, kind) | {"n": n}
     return {"mode": mode,
-            **scored(total.of("all"), draws.of("all")),
+            **scored(total, draws),
             "by_category": by_category,
             "unparsed": total["all", "items"].top,
             "n": total["all", "score"].bottom,

@@ -3,7 +3,7 @@
     found = stats.read(answers, "pope")                 [Answer(id, text, line)]
     stats.join(names, found, {id: {"part", "text"}})    duplicates, unknown ids and gaps are refused
     total, draws = stats.tally(items, parts)            sums over all items, and over draws of their images
-    stats.scored(total.of(part), draws.of(part))        a part's measures, with 95% intervals
+    stats.scored(total, draws, part)                    a part's measures, with 95% intervals
     stats.paired(a_items, b_items)                      B - A of each measure, with 95% intervals
 
 An item is a scored answer: a dict with an `id`, the `image` that it is about, and `sums`, what it adds to
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 RESAMPLES = 1000                                                  # draws behind an interval
-TEXTS = ("response", "model_answer", "answer", "text", "caption")         # the first; `answer` may be a label
+TEXTS = "response model_answer answer text caption".split()               # the first; `answer` may be a label
 
 
 def first(record, *keys):
@@ -239,10 +239,10 @@ def intervals(points, draws):
     return {key: interval(draws[key], point) for key, point in points.items()}
 
 
-def scored(total, draws, scale=1):
-    """The ratios of a part's total, with their intervals by its draws under "intervals"."""
-    points = ratios(total, scale)
-    return points | {"intervals": intervals(points, ratios(draws, scale))}
+def scored(total, draws, part="all", scale=1):
+    """The ratios of a part of what `tally` gives, with their intervals under "intervals"."""
+    points, drawn = (ratios(sums.of(part), scale) for sums in (total, draws))
+    return points | {"intervals": intervals(points, drawn)}
 
 
 # ---- two models ----

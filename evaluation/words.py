@@ -26,19 +26,23 @@ from functools import lru_cache
 
 from data import UserError
 
+
+def _set(text):
+    return set(text.split())
+
+
 # ---- tokens ----
-ABBREVIATIONS = set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
-                    "jan feb mar apr aug sept oct nov dec".split())
+ABBREVIATIONS = _set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
+                     "jan feb mar apr aug sept oct nov dec")
 CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
-GLUED = set("cannot gonna gotta wanna gimme lemme".split())                                 # can|not
+GLUED = _set("cannot gonna gotta wanna gimme lemme")                                        # can|not
 SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
 
 
 def tokens(text):
     """Words and punctuation marks in order, as NLTK's word_tokenize cuts them."""
     found, chunks = [], text.split()
-    for place, chunk in enumerate(chunks):
-        following = chunks[place + 1] if place + 1 < len(chunks) else ""
+    for chunk, following in zip(chunks, [*chunks[1:], ""], strict=False):
         listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
         parts = [part for part in SPLIT.split(chunk) if part]
         for i, part in enumerate(parts):
@@ -80,17 +84,17 @@ IRREGULAR = dict(pair.split(":") for pair in """children:child grandchildren:gra
 oxen:ox oxens:oxen geese:goose mice:mouse lice:louse dice:die feet:foot teeth:tooth men:men vases:vas axes:ax
 cookies:cooky uses:us doggies:doggy leaves:leaf quizzes:quiz busses:bus taxies:taxi menus:menu emus:emu
 zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas""".split())
-KEEP = set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
-iris yes pancreas pajamas tennis this his its is various famous""".split())
+KEEP = _set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
+iris yes pancreas pajamas tennis this his its is various famous""")
 # Their plural is in -ves; other words in -ves lose only the s.
-F_TO_VES = set("""knife wife life midwife housewife pocketknife penknife leaf loaf shelf wolf half calf scarf 
-hoof elf thief self sheaf dwarf bookshelf kerchief handkerchief behalf wharf turf beef reef serf""".split())
+F_TO_VES = _set("""knife wife life midwife housewife pocketknife penknife leaf loaf shelf wolf half calf
+scarf hoof elf thief self sheaf dwarf bookshelf kerchief handkerchief behalf wharf turf beef reef serf""")
 # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i.
-ONLY_S = set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
+ONLY_S = _set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
 prairies birdies hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes
 toes oboes hoes foes tiptoes headaches mustaches moustaches avalanches niches caches quiches aches toothaches
 skis taxis kiwis bikinis safaris corgis broccolis zucchinis martinis khakis yetis paninis rabbis tsunamis
-saris chilis minis""".split())
+saris chilis minis""")
 # Singulars in a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes).
 TAKES_ES = re.compile(r"(?:ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|"
                       r"campus|bonus|chorus|circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)$")
@@ -98,11 +102,11 @@ MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|ca
                  r"door|post|mail|fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|"
                  r"boat|states|dober|clergy|congress|stunt|lines|trades|repair)men$")
 # Compounds, brands and misspellings that vocabularies hold and WordNet does not: no lemma for their plural.
-UNLISTED = set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
+UNLISTED = _set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
 firetruck hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull
 riverboat rpoe sailboard sanitizer scoon seegull shortboard showerpuff skimboard smartphone solider stovetop
 streetlamp teddybear televison waterfont air-conditioning biker coworker brindle baconic children hot potted
-rpo""".split())
+rpo""")
 
 
 @lru_cache(maxsize=65536)
@@ -170,25 +174,25 @@ def singulars(text):
 
 
 # ---- nouns ----
-BEFORE_A_VERB = set("can could may might will would shall should must wo ca cannot 'll i you he she it we "
-                    "they who which".split())
-NO_INFINITIVE = set("next close closer adjacent due addition similar attached connected near leading leads "
-                    "belonging proximity relation contrast compared opposite".split())          # ... to water
+BEFORE_A_VERB = _set("can could may might will would shall should must wo ca cannot 'll i you he she it we "
+                     "they who which")
+NO_INFINITIVE = _set("next close closer adjacent due addition similar attached connected near leading leads "
+                     "belonging proximity relation contrast compared opposite")                 # ... to water
 # Nouns of captions that are verbs too.
-VERBS = set("""bear board bridge brush cage camp cash cook cream cup dock drain draw drink duck fence file
+VERBS = _set("""bear board bridge brush cage camp cash cook cream cup dock drain draw drink duck fence file
 fish flag flower fork frame glove grill ground guard hang hold house ice iron ladder leave light line lock
 lounge mask match milk mirror monitor net note open pack pad paddle paint park pen phone picture pipe plant
 plate play plug pot race rack range rest ring ride rock row saddle sail shell shelter ship shop shovel sign
 signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
-tap tape telephone tie toast tour track train view walk wall watch water wave""".split())
+tap tape telephone tie toast tour track train view walk wall watch water wave""")
 # The second word is the thing, the first says which.
 OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
                "broccoli": "toppings"}
 # Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
 LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
-IN_THE_NEWS = set("""person people man woman house home building car truck bus train plane road street water
+IN_THE_NEWS = _set("""person people man woman house home building car truck bus train plane road street water
 sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
-coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""".split())
+coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""")
 
 
 def _counts(word, two_before, before, after, two_after):
@@ -213,12 +217,12 @@ def nouns(text):
 
 
 # What comes before the noun in an object's name, and what the official tagger takes for that.
-ADJECTIVES = set("""red blue green yellow black white brown grey gray pink purple small large big tall short
+ADJECTIVES = _set("""red blue green yellow black white brown grey gray pink purple small large big tall short
 long old new young little tiny huge wide narrow round square wooden metallic open closed empty full clean hot
 cold wet dry bright dark beautiful colorful various several many two three four five other different same
 first second third top present remote modern electric electronic parked white-and-black umbrellas utensils
-senses others""".split())
-BREAKS = set("a an the of with in on at to for from by near and or is are 's".split())
+senses others""")
+BREAKS = _set("a an the of with in on at to for from by near and or is are 's")
 
 
 def phrase(text):

@@ -60,6 +60,7 @@ class Family:
     squares = False            # whether `pad` makes sense
     packs = True
     lead = ""
+    positions = staticmethod(data.plain_positions)
 
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
@@ -95,9 +96,6 @@ class Family:
     def fits(self, prepared):
         """Raise ValueError if an image, as it is prepared, is not what the vision tower takes."""
 
-    def positions(self, ids, sizes):
-        return data.plain_positions(ids, sizes)
-
     def language_inputs(self, ids, features):
         return {}
 
@@ -128,9 +126,6 @@ class Family:
         image = data.read_image(source)
         inputs, = self.prepare([image])
         return Picture(image.size, inputs)
-
-    def language_model(self, model):
-        return model.get_submodule(self.language)
 
     def on_device(self, model, prepared):
         """inputs(prepared) on the model's device, floats in its type."""

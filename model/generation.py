@@ -7,7 +7,6 @@
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import contextlib
 from functools import cache
 from itertools import groupby
 from typing import NamedTuple
@@ -25,7 +24,7 @@ class Completion(NamedTuple):
     finished: bool             # it ended by itself; else it was cut at max_new_tokens
 
 
-def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
+def complete(m, images, questions, *arguments, **options):
     """A Completion for each question about images (a list of PIL images or Pictures each, possibly empty).
 
     The rest is as `continued` takes it.
@@ -34,7 +33,7 @@ def complete(m, images, questions, max_new_tokens=64, batch_size=64, sample_seed
     for question, shown in zip(questions, images, strict=True):
         prompts.append(prompt_ids(question, tuple(picture.size for picture in shown)))
     found = []
-    for tokens in continued(m, prompts, images, max_new_tokens, batch_size, sample_seed, temperature):
+    for tokens in continued(m, prompts, images, *arguments, **options):
         text = m.front.tokenizer.decode(tokens, skip_special_tokens=True)
         found.append(Completion(text.strip(), tokens[-1] in ends_of(m)))
     return found
@@ -47,7 +46,7 @@ def ends_of(m):
 
 
 @torch.no_grad()
-def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=None, temperature=1.0):
+def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
     """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
 
     Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
@@ -61,8 +60,9 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
                    "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     found = [None] * len(prompts)
-    as_it_is = torch.compiler.set_stance("force_eager") if m.compiled else contextlib.nullcontext()
-    with as_it_is, torch.random.fork_rng(devices=[m.device] if m.device.type == "cuda" else []):
+    # Eagerly: a compiled part would be compiled again for generate's shapes.
+    gpus = [m.device] if m.device.type == "cuda" else []
+    with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=gpus):
         torch.manual_seed(sample_seed or 0)
         for batch, width in padded(prompts, batch_size):
             inputs = m.front.tokenizer.pad({"input_ids": [prompts[i] for i in batch]},
@@ -76,8 +76,7 @@ def continued(m, prompts, images, max_new_tokens, batch_size=64, sample_seed=Non
                                    max_new_tokens=max_new_tokens,
                                    eos_token_id=[*ends],
                                    pad_token_id=m.front.eos_id)
-            new = new[:, inputs.input_ids.shape[1]:]                                        # (R, new)
-            for i, tokens in zip(batch, new.tolist(), strict=True):
+            for i, tokens in zip(batch, new[:, width:].tolist(), strict=True):              # (R, new)
                 ended = [n for n, token in enumerate(tokens, 1) if token in ends]
                 found[i] = tokens[:ended[0]] if ended else tokens
     return found

@@ -50,7 +50,6 @@ class VLM:
     model: Any                 # transformers' class, frozen (LoRA comes on top)
     words: int                 # rows of lm_head that are tokens: the softmax's
     frozen: Any = None         # if the model itself trains: a VLM, the frozen copy
-    compiled: bool = False     # by compile_layers
 
     @property
     def device(self):
@@ -58,7 +57,7 @@ class VLM:
 
     @property
     def language_model(self):
-        return self.front.language_model(self.model)
+        return self.model.get_submodule(self.front.language)
 
 
 class Features(NamedTuple):
@@ -81,9 +80,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         own = front.open_folder(folder, template, preparation)
 
     # ---- no dropout (Departure 2), and the attention that transformers finds under "packed" ----
-    if "packed" not in transformers.AttentionInterface():              # or compile_layers' is there
-        transformers.AttentionInterface.register("packed", packed_attention)
-        transformers.AttentionMaskInterface.register("packed", sdpa_mask)
+    # (for torch.compile to call, not to look into: no two rows are alike)
+    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    transformers.AttentionMaskInterface.register("packed", sdpa_mask)
     text = own.config.text_config
     if any(getattr(text, f"{part}_logit_softcapping", None) for part in ("attn", "final")):
         raise data.UserError(f"{own.folder}: its logits are soft-capped (as Gemma 2's), and here they are "
@@ -110,7 +109,6 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
                                  "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
-    own.language_model(model).set_attn_implementation("packed")  # once for all calls: see packed_attention
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
@@ -119,7 +117,9 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         words = len(weight)
     if adapter:
         lora.load(model, adapter)
-    return VLM(own, model, words)
+    m = VLM(own, model, words)
+    m.language_model.set_attn_implementation("packed")           # once for all calls: see packed_attention
+    return m
 
 
 def train_whole(m):
@@ -331,11 +331,7 @@ def compile_layers(m):
 
     Lengths are symbols: a part is compiled for the policy and for the reference, not for every row.
     """
-    import transformers
-    # called, not looked into: no two rows are alike
-    transformers.AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for each in filter(None, (m, m.frozen)):
-        each.compiled = True
         for layer in each.language_model.layers:
             for part in layer.children():
                 part.compile(dynamic=True)

@@ -129,7 +129,7 @@ def test_the_frozen_copy_of_a_model_that_trains_is_compiled_too(world):
     m = train_dpo.load(vlm.load(world[0]).front, o, torch.float32, CPU)
     for each in (m, m.frozen):
         parts = [part for layer in each.language_model.layers for part in layer.children()]
-        assert each.compiled and all(part._compiled_call_impl for part in parts)
+        assert all(part._compiled_call_impl for part in parts)
 
 
 # ---- nothing waits
