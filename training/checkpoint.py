@@ -106,7 +106,8 @@ def restore(run):
             if log.tell() < run.state.log_bytes:
                 print(f"{log.name} has lost lines since {file} was written: its steps are not all in it",
                       file=sys.stderr)
-            log.truncate(min(log.tell(), run.state.log_bytes))
+            else:
+                log.truncate(run.state.log_bytes)
 
 
 def opening(run):

@@ -10,7 +10,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import os
-from collections import Counter
 
 import torch
 
@@ -39,12 +38,17 @@ def memory(config, o, tokens, device="cpu", world=1):
         model.get_submodule(family.tower).requires_grad_(False)
 
     # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
-    count = Counter()
+    frozen = whole = sharded = 0
     for name, p in model.named_parameters():
         layer = name.startswith(f"{family.language}.layers.") and ".lora_" not in name
-        count[p.requires_grad, layer and o.shard and world > 1] += p.numel()
-    frozen = count[False, False] + count[False, True] / world
-    whole, sharded = count[True, False], count[True, True] / world
+        divided = layer and o.shard and world > 1
+        held = p.numel() / world if divided else p.numel()
+        if not p.requires_grad:
+            frozen += held
+        elif divided:
+            sharded += held
+        else:
+            whole += held
 
     # ---- bytes ----
     e = command.dtype(o.dtype, device).itemsize
