@@ -240,7 +240,6 @@ def _is_question(line):
 
 def amber_data(folder):
     """-> (queries or [], annotations, relation, safe words) of AMBER's data folder."""
-    folder = Path(folder)
     queries = amber_queries(folder) if any(folder.glob("query_*.json")) else []
     annotations = records(folder / "annotations.json", "annotations of AMBER", id=NAME, type=str,
                           truth=(str, [str]), hallu=([str], None))
