@@ -49,9 +49,8 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
     of the benchmark."""
     settings = describe(m) | {"decoding": "greedy"} | more
     settings |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
-    items = []
-    for place, question in enumerate(questions):
-        items.append({"id": place, "hash": ask.hashed(question.line), "_question": question})
+    items = [{"id": place, "hash": ask.hashed(question.line), "_question": question}
+             for place, question in enumerate(questions)]
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
