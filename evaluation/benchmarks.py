@@ -92,9 +92,8 @@ def _split(file):
 
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
-    files = reversed(_files(path, "query_*ive.json"))
     found = []
-    for file in files:
+    for file in reversed(_files(path, "query_*ive.json")):
         found += records(file, "AMBER query file", id=NAME, image=str, query=str)
     return found
 

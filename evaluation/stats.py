@@ -216,8 +216,8 @@ def remarks(total):
 
 
 def empty(answers):
-    """[a remark] that counts and names the answers, (id, text, ...), that say nothing; [] if none do."""
-    ids = [name for name, text, *_ in answers if not text.strip()]
+    """[a remark] that counts and names the Answers that say nothing; [] if none do."""
+    ids = [answer.id for answer in answers if not answer.text.strip()]
     says = f"{len(ids)} answers are empty (ids {few(ids)}): a broken model writes such answers"
     return [says] if ids else []
 
