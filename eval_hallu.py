@@ -48,8 +48,7 @@ def run_answers(o):
     from model import vlm
     ranks = command.join()
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    usual = 16 if questions else 0
-    size = o.batch_size or (64 if served else usual)
+    size = o.batch_size or (64 if served else 0)
     if served:
         m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
     else:

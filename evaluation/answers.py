@@ -27,17 +27,6 @@ LENGTHS = {"classroom": 64,                                             # tokens
            "mmhal": 512}
 
 
-def read_scenes(path):
-    """The lines of a scenes.jsonl (or its folder's) and the file: checked before a model is loaded."""
-    file = Path(path)
-    if file.is_dir():
-        file /= "scenes.jsonl"
-    scenes = benchmarks.records(file, "file of scenes", question=str, image=str)
-    for number, scene in enumerate(scenes, 1):
-        objects.check_truth(scene, f"{file}, line {number}")
-    return scenes, file
-
-
 def describe(m):
     """The model's settings, which decide the answers: a file that was begun with others is not continued."""
     import lora
@@ -60,9 +49,8 @@ def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, descri
     of the benchmark."""
     settings = describe(m) | {"decoding": "greedy"} | more
     settings |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
-    items = []
-    for place, question in enumerate(questions):
-        items.append({"id": place, "hash": ask.hashed(question.line), "_question": question})
+    items = [{"id": place, "hash": ask.hashed(question.line), "_question": question}
+             for place, question in enumerate(questions)]
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     store = command.Store(out_path, ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
@@ -96,13 +84,17 @@ def _replies(server, questions):
 
 def answer_scenes(m, scenes_path, out_path, batch_size=0, max_new_tokens=64, description="answering",
                   ranks=None):
-    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl; the same call continues.
+    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl, or its folder's; the same call
+    continues.
 
     batch_size: 0 for 512 questions to a model of the classroom, 64 to another.
     """
-    scenes, file = read_scenes(scenes_path)
-    questions = []
-    for scene in scenes:
+    file, questions = Path(scenes_path), []
+    if file.is_dir():
+        file /= "scenes.jsonl"
+    scenes = benchmarks.records(file, "file of scenes", question=str, image=str)
+    for number, scene in enumerate(scenes, 1):
+        objects.check_truth(scene, f"{file}, line {number}")
         image = data.inside(file.parent, scene["image"], file)
         questions.append(benchmarks.Question(scene, scene["question"], image))
     if not batch_size:
@@ -112,10 +104,11 @@ def answer_scenes(m, scenes_path, out_path, batch_size=0, max_new_tokens=64, des
            scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
 
 
-def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=16,
+def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=0,
                      max_new_tokens=512, ranks=None):
-    """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues."""
-    answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, "answering", ranks,
+    """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues.
+    batch_size: 0 for 16."""
+    answer(m, benchmark, questions, out_path, batch_size or 16, max_new_tokens, "answering", ranks,
            prompt=prompt, seed=None, questions_sha256=ask.hashed([each.line for each in questions]))
 
 

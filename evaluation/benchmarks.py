@@ -92,9 +92,8 @@ def _split(file):
 
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
-    files = reversed(_files(path, "query_*ive.json"))
     found = []
-    for file in files:
+    for file in reversed(_files(path, "query_*ive.json")):
         found += records(file, "AMBER query file", id=NAME, image=str, query=str)
     return found
 
@@ -240,7 +239,6 @@ def _is_question(line):
 
 def amber_data(folder):
     """-> (queries or [], annotations, relation, safe words) of AMBER's data folder."""
-    folder = Path(folder)
     queries = amber_queries(folder) if any(folder.glob("query_*.json")) else []
     annotations = records(folder / "annotations.json", "annotations of AMBER", id=NAME, type=str,
                           truth=(str, [str]), hallu=([str], None))

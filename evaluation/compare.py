@@ -78,7 +78,7 @@ def report(a_path, b_path, out, images=None, items=None, n=100, seed=0, follow_l
     elif all("truth" in line for line in known[0] + known[1]):
         lines = table(stats.paired(*map(metrics.classroom_items, known)), names)
     for side, found in (("A", a), ("B", b)):
-        lines += [f"{side}: {says}" for says in stats.empty((each.id, each.text) for each in found.values())]
+        lines += [f"{side}: {says}" for says in stats.empty(found.values())]
     shown, equal = write(both, names, out, images, n, seed, follow_links)
     if {len(a), len(b)} != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {len(a)}, B {len(b)}")

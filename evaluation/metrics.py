@@ -376,22 +376,20 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
 
     template: the 96 records; answers: lines with image_id and question, or with question_id = place in the
     template; or the template with its model_answer filled in. replies: {place: the judge's reply, None if it
-    was cut off}.
+    was cut off}, to what mmhal_prompts asks.
     """
-    texts, coverage = _mmhal_answers(template, answers, partial)
+    _, coverage = _mmhal_answers(template, answers, partial)
     items = []
-    for place in texts:
-        if place in replies:
-            reply = replies[place]
-            said = rating(reply or "", mode)
-            score = 0 if said is None and mode == "official" and reply is not None else said
-            items.append({"id": place,
-                          "image": template[place].get("image_id", place),
-                          "type": MMHAL[place % 8],
-                          "score": score,
-                          "unparsed": said is None,
-                          "sums": {} if score is None else _mmhal_sums(score),
-                          "reply": reply})
+    for place, reply in replies.items():
+        said = rating(reply or "", mode)
+        score = 0 if said is None and mode == "official" and reply is not None else said
+        items.append({"id": place,
+                      "image": template[place].get("image_id", place),
+                      "type": MMHAL[place % 8],
+                      "score": score,
+                      "unparsed": said is None,
+                      "sums": {} if score is None else _mmhal_sums(score),
+                      "reply": reply})
     total, draws = tally(items, lambda item: ["all", item["type"]])
     by_category = {}
     for kind in MMHAL:

@@ -216,8 +216,8 @@ def remarks(total):
 
 
 def empty(answers):
-    """[a remark] that counts and names the answers, (id, text, ...), that say nothing; [] if none do."""
-    ids = [name for name, text, *_ in answers if not text.strip()]
+    """[a remark] that counts and names the Answers that say nothing; [] if none do."""
+    ids = [answer.id for answer in answers if not answer.text.strip()]
     says = f"{len(ids)} answers are empty (ids {few(ids)}): a broken model writes such answers"
     return [says] if ids else []
 
@@ -254,11 +254,8 @@ def paired(a_items, b_items):
     """-> {measure: {"a", "b", "change", "interval"}} of items with equal ids, shares in percent. Both sides
     see the same draws of images, which is what pairs them."""
     others = {_key(item): item for item in b_items}
-    both = []
-    for item in a_items:
-        other = others.get(_key(item))
-        if other is not None:
-            both.append({"image": item.get("image") or item["id"], "a": item, "b": other})
+    both = [{"image": item.get("image") or item["id"], "a": item, "b": others[_key(item)]}
+            for item in a_items if _key(item) in others]
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
     total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))

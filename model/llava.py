@@ -138,16 +138,13 @@ class OneVision(LlavaNext):
 
     def grid(self, size):
         """What the tiles hold, made smaller if it is clearly more than most_tiles whole ones."""
+        if not size:
+            return 1, 0                                            # no tiles, and one newline
         rows, columns = super().grid(size)
         ratio = math.sqrt(rows * columns / (self.most_tiles * self.image_tokens))
         if ratio > 1.1:
             return int(rows // ratio), int(columns // ratio)
         return rows, columns
-
-    def image_ids(self, size):
-        if not size:
-            return [self.image_token_id] * (self.image_tokens + 1)                         # and a newline
-        return super().image_ids(size)
 
     def prompt_ids(self, question, sizes, history=()):
         if len(sizes) > 1:

@@ -258,7 +258,7 @@ class Layout:
     their queries begin in the row, and what they see in `keys`.
     """
     def __init__(self, segments, device):
-        keys, starts = [], [(0, 0)]
+        keys, starts, self.masks = [], [(0, 0)], []
         for s in segments:
             end = s.start + s.prompt
             prompt = range(s.start, end)
@@ -266,14 +266,12 @@ class Layout:
                 keys += [*prompt, *range(end, end + n)]
                 end += n
                 starts.append((end, len(keys)))
+            seen = torch.ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool, device=device)
+            self.masks.append(seen.tril(s.prompt))      # what `rejected` sees of both, for all layers
         self.segments = segments                                               # [data.Segment]
         self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
         self.keys = data.send(torch.tensor(keys), device)
         self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
-        self.masks = []                       # which of its prompt and itself `rejected` sees, for all layers
-        for s in segments:
-            seen = self.keys.new_ones(s.rejected, s.prompt + s.rejected, dtype=torch.bool)
-            self.masks.append(seen.tril(s.prompt))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
