@@ -106,11 +106,11 @@ def _choice_sums(words, answer, line):
     return sums
 
 
-def classroom(answers):
+def classroom(answers, resamples=None):
     """-> {"chair_s", ..., "pope_adversarial_f1", "by_kind": {kind: {"acc", "n", "interval"}}, "n", "images",
     "unparsed", "intervals": {key: [low, high]}}. A measure without a question is None."""
     items, by_kind = classroom_items(answers), {}
-    total, draws = tally(items)
+    total, draws = tally(items, resamples=resamples)
     found = scored(total, draws, scale=100)
     spread = found.pop("intervals")
     for kind in sorted(found.keys() - CLASSROOM):

@@ -36,7 +36,7 @@ class Answer(NamedTuple):
         return str(first(self.line, "prompt", "question", "query") or "")
 
 
-RESAMPLES = 1000                                                  # draws behind an interval
+RESAMPLES = 1000                                                          # draws behind an interval
 TEXTS = "response model_answer answer text caption".split()               # the first; `answer` may be a label
 
 
@@ -148,7 +148,7 @@ class Share(NamedTuple):
 
 class Sums(dict):
     """Shares by (part, measure), and by (part, "items") how many cannot be read, of all; of the resamples,
-    arrays (2, RESAMPLES). What was never counted is zero."""
+    arrays (2, resamples). What was never counted is zero."""
     def __missing__(self, key):
         return Share()
 
@@ -163,13 +163,13 @@ def counted(item, parts):
     return {(part, measure): share for part in parts for measure, share in shares.items()}
 
 
-def tally(items, parts=lambda item: ["all"]):
+def tally(items, parts=lambda item: ["all"], **options):
     """add_up of what the items add to their parts. parts: an item -> their names."""
-    return add_up(items, lambda item: counted(item, parts(item)))
+    return add_up(items, lambda item: counted(item, parts(item)), **options)
 
 
-def add_up(items, counts, seed=0):
-    """-> the Sums of all items' counts, and of RESAMPLES draws of their images with replacement.
+def add_up(items, counts, seed=0, resamples=None):
+    """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
 
     counts: an item -> {name: (top, bottom)}, whole numbers if the total is read.
     """
@@ -184,8 +184,8 @@ def add_up(items, counts, seed=0):
             tops[place] += top
             bottoms[place] += bottom
     table, rng = np.stack(list(columns.values())), np.random.default_rng(seed)  # (names, 2, images)
-    draws = np.zeros((*table.shape[:2], RESAMPLES))
-    for place in range(RESAMPLES):
+    draws = np.zeros((*table.shape[:2], resamples or RESAMPLES))
+    for place in range(draws.shape[-1]):
         drawn = rng.integers(len(images), size=len(images))
         draws[..., place] = table @ np.bincount(drawn, minlength=len(images))
     total = {name: Share(*map(int, share)) for name, share in zip(columns, table.sum(2), strict=True)}

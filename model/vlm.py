@@ -341,24 +341,31 @@ def packed(m, pairs, features, needs):
     shown = [*features.images]
     if "image_rejected" in needs:
         shown += features.rejected
+    logps = packed_token_logps(m, row, shown).split(row.lengths)
+    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
+
+
+def packed_token_logps(m, row, features):
+    """Log-prob of every response token of a data.Row, float32 (float64 in a float64 model): (N,).
+
+    features: [(K, D)] of the row's images.
+    """
     tensors = row.ids, row.positions, row.predict, row.target
     ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
-    outputs = m.language_model(inputs_embeds=embed(m, row.ids, shown)[None],      # (1, T, D)
+    outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)
                                position_ids=positions.unsqueeze(-2),              # (1, T) or (3, 1, T)
                                attention_mask=ids.new_zeros(1, 1, 1, 1),
                                layout=Layout(row.segments, m.device),
                                use_cache=False,
-                               **m.front.language_inputs(ids[None], shown))
+                               **m.front.language_inputs(ids[None], features))
     hidden = outputs.last_hidden_state[0, predict]                                          # (N, D)
-    logps = chunked_logps(hidden, m.model.lm_head.weight[:m.words], target).split(row.lengths)
-    return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
+    return chunked_logps(hidden, m.model.lm_head.weight[:m.words], target)
 
 
 def chunked_logps(hidden, weight, target, chunk=1024):
-    """log p(target) of hidden states (N, D) under the lm_head (V, D), a chunk's logits at a time: (N,), in
-    float32 (float64 of a float64 model)."""
+    """log p(target) of hidden states (N, D) under the lm_head (V, D), a chunk's logits at a time: (N,)."""
     work = FrozenHead.apply
     if weight.requires_grad and torch.is_grad_enabled():               # a chunk's logits are made again
         work = partial(checkpoint, _trained_head, use_reentrant=False)
