@@ -400,7 +400,7 @@ class Store:
         """Raise UserError where a file was begun with other settings: what differs is named."""
         was, now, differ = begun.get("settings"), self.head["settings"], []
         if not isinstance(was, dict):
-            was = {}
+            was, differ = {}, ["it has no settings"]
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:
