@@ -237,7 +237,7 @@ def read_votes(paths):
         votes = data.read_json(path)
         try:
             rater, key = str(votes["rater"]), json.loads(base64.b64decode(votes["key"], validate=True))
-            range(key["same"])
+            range(key["same"]), key["a"], key["b"]                    # any of them may be absent
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
         except (LookupError, TypeError, ValueError, RecursionError) as error:
