@@ -241,9 +241,10 @@ def positive(text):
 
 
 def new_file(text):
-    if not Path(text).name:
+    path = Path(text)
+    if not path.name or path.exists() and not path.is_file():              # a folder, a device
         raise ValueError
-    return Path(text)
+    return path
 
 
 def text(help, **more):

@@ -303,7 +303,7 @@ def rank(run):
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
         found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
-    low = sum(row["dropped"] is not None for row in found)
+    low = sum(row.get("dropped") is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
@@ -318,7 +318,7 @@ def rank_by(name, run, groups):
 # ---- 4 instruct ----
 def instruct(run):
     o = run.o
-    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
+    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row.get("dropped")}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
