@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    the paper's analyses, and gallery.html
+    python synth.py analyse --out D    analysis.json and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -88,7 +88,6 @@ class Options:
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
                                 at_least=0, at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
-    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     gallery: int = behind_set(24, "for analyse: prompts on the page", at_least=0)
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
@@ -433,7 +432,7 @@ def score_by(questions, run, groups):
 def make_pairs(run):
     """pairing.make, and for its card the settings and the models that the run names."""
     settings, rows = dict(vars(run.o)), []
-    del settings["out"], settings["device"], settings["judge"]
+    del settings["out"], settings["device"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
