@@ -97,12 +97,12 @@ class Options:
 ROWS = {                                # the fields of each stage's rows, by the name of its file
     "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
     "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
-    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
-    "dropped": "id reason", "faults": "id model faults"}
+    "responses": "id model response finished", "scores-armorm": "id model score rewards",
+    "pairs": "id question chosen rejected"}
 FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
-    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
+    "finished": (bool, None)}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
 
 import json
-from collections import defaultdict
 from html import escape
 from itertools import combinations
 
@@ -55,45 +54,29 @@ def agreement(ranked):
 
 
 # ---- the page ----
-def responses(run):
-    """{id: rows of a table}: each response over its model, its score and what became of it."""
-    notes, rows = defaultdict(list), defaultdict(list)
-    for row in run.rows(f"scores-{run.o.scorer}"):
-        notes[row["id"], row["model"]].append(page.num(row["score"]))
-    for pair in run.rows("pairs"):
-        for model, role in zip(pair["meta"]["models"], ("chosen", "rejected"), strict=True):
-            notes[pair["id"], model].append(role)
-    for row in run.rows("faults"):
-        notes[row["id"], row["model"]] += row["faults"]
-    for row in run.rows("responses"):
-        says = [row["model"], *notes[row["id"], row["model"]]]
-        rows[row["id"]].append([(row["response"], ", ".join(says))])
-    for row in run.rows("dropped"):
-        rows[row["id"]].append([f"no pair: {row['reason']}"])
-    return rows
-
-
-def entry(run, row, question, lines):
-    """A prompt on the page: its pictures with their scores, then the question and its responses."""
-    pictures = ""
+def entry(run, row, pair):
+    """A prompt on the page: its pictures with their scores, then its pair, if there is one."""
+    body = ""
     for place, image in enumerate(row["candidates"]):
         says = [f"guidance {image['guidance']:g}"]
         says += [f"{name} {scores[place]:.2f}" for name, scores in row["scores"].items()]
         if image["image"] == row["image"]:
             says.append("picked")
-        pictures += page.picture(run.out, image["image"], ", ".join(says))
-    body = f'<div class="row">{pictures}</div>{page.table([question], lines)}'
+        body += page.picture(run.out, image["image"], ", ".join(says))
+    body = f'<div class="row">{body}</div>'
+    if pair:
+        sides = [[side, pair[side]] for side in ("chosen", "rejected")]
+        body += page.table(["", pair["question"]], sides)
     return page.section(escape(row["prompt"]), "", body)
 
 
 def gallery(run, ranked):
     """The page of --set gallery= prompts, evenly spaced through the run: none was picked."""
-    body, most, said = "", run.o.gallery, responses(run)
-    questions = {row["id"]: row["question"] for row in run.rows("instructions")}
+    body, most = "", run.o.gallery
+    pairs = {row["id"]: row for row in run.rows("pairs")}
     apart = max(1, len(ranked) // max(1, most))
     for row in ranked[::apart][:most]:
-        id = row["id"]
-        body += entry(run, row, questions.get(id, ""), said[id])
+        body += entry(run, row, pairs.get(row["id"]))
     return page.page(f"Synthesis: {run.out.name}", body)
 
 

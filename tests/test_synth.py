@@ -845,13 +845,16 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     page = (whole / "gallery.html").read_text()
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert page.count("data:image/png;base64,") >= 32 and page.count("picked</small>") == 8
-    assert "chosen" in page and "rejected" in page and "cut off" in page
+    pairs = lines(whole, "pairs")
+    assert page.count("<td>chosen</td>") == page.count("<td>rejected</td>") == len(pairs) > 0
+    assert all(f"<th>{pair['question']}</th>" in page for pair in pairs)
     assert page.count("<h2>") == 8 and "<h2>a red cat and two dog</h2>" in page
     assert {*json.loads((whole / "analysis.json").read_text())} == {"guidance", "agreement"}
     row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
-    card = analysis.entry(synth.Run(None, whole), row, "<script>q", [[("<img src=x>", "<m>")], ["<reason>"]])
+    pair = {"question": "<script>q", "chosen": "<img src=x>", "rejected": "<m>"}
+    card = analysis.entry(synth.Run(None, whole), row, pair)
     assert "&lt;script&gt;q" in card
-    assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<reason>", "<m>"))
+    assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<m>"))
     for name in ("gallery.html", "analysis.json"):
         (whole / name).unlink()
 
