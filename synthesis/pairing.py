@@ -176,31 +176,28 @@ def make(run, models, settings):
     models: (role, name, hash of the files, licence) of each."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
-    responses = run.rows("responses", "respond")
+    said = run.rows("responses", "respond")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
         if o.attributes == "paper" and o.scorer == "armorm":
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
-    pairs, unpaired, faulty = select(asked, grouped(responses, "id"), scores, o.margin, o.as_official)
-    dropped = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
-    dropped += unpaired
+    pairs, dropped, faulty = select(asked, grouped(said, "id"), scores, o.margin, o.as_official)
+    low = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
+    dropped = low + dropped
     run.write("pairs", pairs)
     run.write("dropped", dropped)
     run.write("faults", faulty)
-    published = [conversations(pair) for pair in pairs]
-    text = json.dumps(published, indent=1, ensure_ascii=False)
+    text = json.dumps([*map(conversations, pairs)], indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", text + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), responses=len(responses), pairs=len(pairs))
-    counts.update(row["reason"] for row in dropped)
-    counts.update(fault for row in faulty for fault in row["faults"])
+    gone = sum((row["faults"] for row in faulty), [row["reason"] for row in dropped])
+    counts = {"prompts": len(ranked), "questions": len(asked), "responses": len(said), "pairs": len(pairs)}
+    counts |= Counter(gone)
     run.say("pairs", **counts)
     length = length_report(pairs)
     print(length)
-    card = CARD.format(title=run.out.name, length=length,
-                       models=markdown(("role", "model", "files", "licence"), models),
-                       settings=markdown(("setting", "value"), settings.items()),
-                       counts=markdown(("what", "n"), counts.items()))
+    card = CARD.format(title=run.out.name, length=length, models=table(models),
+                       settings=table(settings.items()), counts=table(counts.items()))
     data.atomic_write(run.out / "card.md", card)
 
 
@@ -218,16 +215,22 @@ responses of several vision-language models ranked by a scorer.
 
 ## Models
 
+| role | model | files | licence |
+|---|---|---|---|
 {models}
 
 Images and texts are their outputs: the models' licences decide what may be done with them.
 
 ## Settings
 
+| setting | value |
+|---|---|
 {settings}
 
 ## Counts
 
+| what | n |
+|---|---|
 {counts}
 
 ## Length
@@ -244,10 +247,7 @@ def licence(source):
     return ", ".join(found) or "not stated in its folder"
 
 
-def markdown(head, rows):
-    """A table."""
-    lines = []
-    for row in (head, ["---"] * len(head), *rows):
-        cells = [str(cell).replace("|", "/") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(rows):
+    """The lines of a table in Markdown."""
+    lines = [" | ".join(str(cell).replace("|", "/") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
