@@ -431,13 +431,14 @@ def score_by(questions, run, groups):
 # ---- 7 pairs ----
 def make_pairs(run):
     """pairing.make, and for its card the settings and the models that the run names."""
-    settings, rows = dict(vars(run.o)), []
+    settings, models = dict(vars(run.o)), {}
     del settings["out"], settings["device"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
-                rows.append((role, name, command.identity(source), pairing.licence(source)))
-    pairing.make(run, rows, settings)
+                licence = pairing.licence(source)
+                models[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
+    pairing.make(run, models, settings)
 
 
 # ---- the command line ----

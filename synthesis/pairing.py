@@ -155,17 +155,16 @@ def length_report(pairs):
     """How long they are in the mean and how often the chosen one is the longer, ties counting half."""
     if not pairs:
         return "no pairs"
-    chosen = [len(pair["chosen"].split()) for pair in pairs]
-    rejected = [len(pair["rejected"].split()) for pair in pairs]
+    chosen, rejected = ([len(pair[side].split()) for pair in pairs] for side in ("chosen", "rejected"))
     longer = statistics.mean((c > r) + (c == r) / 2 for c, r in zip(chosen, rejected, strict=True))
     text = (f"chosen {statistics.mean(chosen):.1f} words, rejected {statistics.mean(rejected):.1f}; the "
             f"chosen one is longer in {100 * longer:.0f}% of the pairs")
-    share = max(longer, 1 - longer)
-    if share < TELLING:
-        return text
-    more = "longer" if longer > .5 else "shorter"
-    return (f"{text}.\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the pairs: "
-            f"DPO will learn to write {more} answers. Compare with --scorer length, or balance the pairs")
+    for share, more in ((longer, "longer"), (1 - longer, "shorter")):
+        if share >= TELLING:
+            text += (f".\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the "
+                     f"pairs: DPO will learn to write {more} answers. Compare with --scorer length, or "
+                     "balance the pairs")
+    return text
 
 
 # ---- the stage ----
@@ -173,7 +172,7 @@ def length_report(pairs):
 def make(run, models, settings):
     """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md.
 
-    models: (role, name, hash of the files, licence) of each."""
+    models: {role and name: hash of the files, licence}. settings: {name: value}."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
     said = run.rows("responses", "respond")
@@ -196,8 +195,8 @@ def make(run, models, settings):
     run.say("pairs", **counts)
     length = length_report(pairs)
     print(length)
-    card = CARD.format(title=run.out.name, length=length, models=table(models),
-                       settings=table(settings.items()), counts=table(counts.items()))
+    card = CARD.format(title=run.out.name, models=listed(models), settings=listed(settings),
+                       counts=listed(counts), length=length)
     data.atomic_write(run.out / "card.md", card)
 
 
@@ -215,22 +214,16 @@ responses of several vision-language models ranked by a scorer.
 
 ## Models
 
-| role | model | files | licence |
-|---|---|---|---|
 {models}
 
 Images and texts are their outputs: the models' licences decide what may be done with them.
 
 ## Settings
 
-| setting | value |
-|---|---|
 {settings}
 
 ## Counts
 
-| what | n |
-|---|---|
 {counts}
 
 ## Length
@@ -247,7 +240,6 @@ def licence(source):
     return ", ".join(found) or "not stated in its folder"
 
 
-def table(rows):
-    """The lines of a table in Markdown."""
-    lines = [" | ".join(str(cell).replace("|", "/") for cell in row) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+def listed(found):
+    """{name: value} as a list in Markdown."""
+    return "\n".join(f"- {name}: {value}" for name, value in found.items())

@@ -511,12 +511,12 @@ def test_controls_score_without_a_model(parts, whole, tmp_path, scorer):
 
 def test_the_card_names_models_revisions_licences_and_counts(parts, whole):
     card = (whole / "card.md").read_text()
-    for text in ("| generator | sd3 |", "| responders | llava2 |", "not stated in its folder", "| margin |"):
+    for text in ("- generator sd3: ", "- responders llava2: ", "not stated in its folder", "- margin: 0"):
         assert text in card
     (parts / "armorm" / "README.md").write_text("---\nlicense: llama3\n---\n")
     assert pairing.licence(str(parts / "armorm")) == "llama3"
     (parts / "armorm" / "README.md").unlink()
-    assert f"| generator | sd3 | {command.identity(parts / 'sd3')} |" in card
+    assert f"- generator sd3: files {command.identity(parts / 'sd3')}, licence " in card
 
 
 # ---- prompts ----
