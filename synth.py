@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    analysis.json and gallery.html
+    python synth.py analyse --out D    gallery.html: pictures, scores and pairs
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:

@@ -17,7 +17,7 @@ from test_rewards import PATTERN, tiny_armorm, tiny_imagereward
 
 import data
 import synth
-from classroom.papers import pds
+from classroom.papers import analyses, pds
 from model import ask, command
 from synthesis import analysis, images, pairing, prompts
 
@@ -530,7 +530,7 @@ def test_ten_topics_of_thirty_prompts_of_our_own_without_near_duplicates():
     texts = [text for _, text in both]
     assert len(prompts.distinct(texts, .25)) == len(texts) >= 300
     assert all(8 <= len(text.split()) <= 30 and text.endswith(".") for text in texts)
-    assert max(pds.alike([texts])) < .15
+    assert max(analyses.alike([texts])) < .15
 
 
 def test_a_byte_order_mark_goes_and_emoji_are_a_prompt(parts, tmp_path):
@@ -796,10 +796,10 @@ def ranked_row(id, topic, pick, **scores):
 def test_guidance_shares_and_agreement_by_hand():
     rows = [ranked_row("a", "art", 3, imagereward=[1, 2, 3, 4], clip=[4, 3, 2, 1], blip=[1, 2, 3, 4]),
             ranked_row("b", "urban", 0, imagereward=[4, 3, 2, 1], clip=[4, 3, 2, 1], blip=[4, 3, 2, 1])]
-    assert analysis.guidance(rows) == {"all": {5.: .5, 7.: 0, 9.: 0, 11.: .5},
+    assert analyses.guidance(rows) == {"all": {5.: .5, 7.: 0, 9.: 0, 11.: .5},
                                       "art": {5.: 0, 7.: 0, 9.: 0, 11.: 1},
                                       "urban": {5.: 1, 7.: 0, 9.: 0, 11.: 0}}
-    table = {(tuple(r["rankers"]), r["k"]): (r["agree"], r["chance"]) for r in analysis.agreement(rows)}
+    table = {(tuple(r["rankers"]), r["k"]): (r["agree"], r["chance"]) for r in analyses.agreement(rows)}
     assert table[("imagereward", "clip"), 1] == (.5, .25)
     assert table[("imagereward", "clip"), 3] == pytest.approx((5 / 6, .75))
     assert table[("imagereward", "blip"), 2] == (1., .5)
@@ -815,8 +815,8 @@ def test_similarity_is_the_mean_cosine_with_the_others_of_a_group():
     unit = weighted / np.maximum(1e-9, np.linalg.norm(weighted, axis=1, keepdims=True))
     cosines = unit @ unit.T
     means = [(cosines[k, :3].sum() - 1) / 2 for k in range(3)]
-    assert pds.alike([texts, ["more"], [""]]) == pytest.approx(means)
-    assert pds.alike([["a cat", "", "A cat!"]]) == pytest.approx([.5, 0, .5])
+    assert analyses.alike([texts, ["more"], [""]]) == pytest.approx(means)
+    assert analyses.alike([["a cat", "", "A cat!"]]) == pytest.approx([.5, 0, .5])
 
 
 @pytest.mark.parametrize("k, n, low, high", [(0, 10, 0, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1)])
@@ -840,6 +840,18 @@ def test_of_a_chat_models_replies_thoughts_and_cut_off_ones_make_no_question():
         assert pairing.faults("What?", found["response"], found["finished"]) == faults
 
 
+def test_the_papers_analyses_of_a_run(whole, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyses.py", str(whole)])
+    analyses.main()
+    found = json.loads((whole / "analysis.json").read_text())
+    assert sum(found["guidance"]["all"].values()) == 1 and {*found["guidance"]} == {"all", "cats", "bikes"}
+    assert found["agreement"] == [] and found["similarity"]["prompts"]["n"] == 8         # of one ranker
+    (whole / "analysis.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["analyses.py", str(whole / "none")])
+    with pytest.raises(SystemExit, match="analyses.py: .*ranked.jsonl is missing"):
+        analyses.main()
+
+
 def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     run("analyse", parts, whole)
     page = (whole / "gallery.html").read_text()
@@ -849,14 +861,12 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     assert page.count("<td>chosen</td>") == page.count("<td>rejected</td>") == len(pairs) > 0
     assert all(f"<th>{pair['question']}</th>" in page for pair in pairs)
     assert page.count("<h2>") == 8 and "<h2>a red cat and two dog</h2>" in page
-    assert {*json.loads((whole / "analysis.json").read_text())} == {"guidance", "agreement"}
     row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
     pair = {"question": "<script>q", "chosen": "<img src=x>", "rejected": "<m>"}
     card = analysis.entry(synth.Run(None, whole), row, pair)
     assert "&lt;script&gt;q" in card
     assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<m>"))
-    for name in ("gallery.html", "analysis.json"):
-        (whole / name).unlink()
+    (whole / "gallery.html").unlink()
 
 
 # ---- the built-in default ----

@@ -1,6 +1,6 @@
 """PDS-DPO's analyses of the synthesis itself, for reproduce.py: claims, rules, verdicts, as in findings.py.
 
-Read from results/synthesis.json: what `synth.py analyse` and scorers.py found on the run behind the pairs.
+Read from results/synthesis.json: what analyses.py and scorers.py found on the run behind the pairs.
 The paper's models and judge are large; here all are the classroom's small ones. What the pairs are worth to
 DPO, the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
 """
@@ -8,9 +8,6 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
 
 import math
-import re
-import statistics
-from collections import Counter
 
 import data
 from classroom.papers import study
@@ -37,48 +34,6 @@ def share(k, n):
 
 def row(arm, runs, **more):
     return {"arm": arm, "runs": runs, "bases": {}, "paper": {}} | more
-
-
-# -------------------------------------------------------------------------------------- similarity
-def words(text):
-    return Counter(re.findall(r"\w+", text.lower()))
-
-
-def unit(text, rarity):
-    """A text as a vector of length 1: {word: weight}."""
-    weights = {word: n * rarity[word] for word, n in words(text).items()}
-    length = math.hypot(*weights.values())
-    return {word: weight / length for word, weight in weights.items()}
-
-
-def alike(groups):
-    """Each text's mean cosine with the others of its group, in a list; of a text alone nothing."""
-    texts, found = sum(groups, []), []
-    seen = Counter(word for text in texts for word in words(text))
-    rarity = {word: math.log((1 + len(texts)) / n) for word, n in seen.items()}
-    for group in groups:
-        units, total = [unit(text, rarity) for text in group], Counter()
-        for own in units:
-            total.update(own)
-        for own in units if len(units) > 1 else ():
-            cosines = sum(weight * (total[word] - weight) for word, weight in own.items())
-            found.append(cosines / (len(units) - 1))
-    return found
-
-
-def similarity(run):
-    """{"prompts", "responses": {"n", "mean", "deciles"}} of each one's mean cosine with all others, of a
-    response with those to the same question; words are counted and weighted by rarity."""
-    from synthesis import pairing
-    prompts = [row["prompt"] for row in run.rows("prompts")]
-    groups, found = {"prompts": [prompts], "responses": []}, {}
-    for rows in pairing.grouped(run.rows("responses"), "id").values():
-        groups["responses"].append([row["response"] for row in rows])
-    for name, some in groups.items():
-        if cosines := alike(some):
-            deciles = statistics.quantiles(cosines, n=10, method="inclusive")
-            found[name] = {"n": len(cosines), "mean": statistics.fmean(cosines), "deciles": deciles}
-    return found
 
 
 # ---------------------------------------------------------------------------------------- verdicts

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from classroom import synthesis, world  # noqa: E402
-from classroom.papers import pds  # noqa: E402
+from classroom.papers import analyses  # noqa: E402
 
 OUT, RESULTS = Path("runs/synth-scorers"), HERE / "results" / "synthesis.json"
 SCORERS = ("armorm", "clip", "length", "random", "oracle")
@@ -43,13 +43,11 @@ def judge(run):
     """Table 5's counts: of the first two rankers' picks the better is the one that shows more of the prompt
     by synthesis.recognise (objects in their colours, then objects at all)."""
     from PIL import Image
-
-    from synthesis import analysis
     ranked, count = run.rows("ranked"), Counter()
     names = list(ranked[0]["scores"])[:2]
     for r in ranked:
         words, shown = r["prompt"].split(), []
-        picks = [min(analysis.top(r["scores"][name], 1)) for name in names]
+        picks = [min(analyses.top(r["scores"][name], 1)) for name in names]
         things = {(t, c) for c, t in zip(words, words[1:], strict=False) if t in world.TYPES}
         for k in picks:
             with Image.open(run.out / r["candidates"][k]["image"]) as image:
@@ -69,9 +67,7 @@ def pairs(n=100):
     synth.main(["all", *given])
     run = synth.Run(synth.options(["all", *given])[1], OUT)
     oracle(run)
-    synth.main(["analyse", *given])
-    found = data.read_json(OUT / "analysis.json")
-    found |= {"judge": judge(run), "similarity": pds.similarity(run), "longer": {}}
+    found = analyses.analyse(run) | {"judge": judge(run), "longer": {}}
     for scorer in SCORERS:
         for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
             synth.main([stage, *given, "--scorer", scorer])
