@@ -176,7 +176,7 @@ def run_votes(o):
 
 
 def run_compare(o):
-    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed, o.follow_links), sep="\n")
+    print(*compare.report(o), sep="\n")
 
 
 # ---- tables ----
