@@ -51,13 +51,12 @@ class Family:
     image_processor: Any
     template: str = ""         # Jinja
     template_name: str = ""    # "folder", "given" or a name in llava.TEMPLATES: for the log
-    pad: tuple | None = None   # the colour of the square that images are padded to before the processor
 
     architecture = ""
     image_token = ""
     tower = "model.vision_tower"
     language = "model.language_model"
-    squares = False            # whether `pad` makes sense
+    squares = False            # whether images may be padded to a square
     packs = True
     lead = ""
     positions = staticmethod(data.plain_positions)
