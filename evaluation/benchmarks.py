@@ -275,19 +275,19 @@ def coco_truth(folder, answers, table, lemmatize):
     images, truth = {image_number(first(line, "image_id", "image")) for line in answers}, {}
 
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
-        image = part.get("image_id", part.get("id") if "file_name" in part else None)
-        if not isinstance(image, int) or image in images:
-            return {key: part[key] for key in KEPT if key in part}
+        return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
         path = Path(folder) / f"{name}2014.json"
         part = data.read_json(path, check=data.as_record, object_hook=slim)
         with command.explained(f"{path} is not COCO's", "copy it again"):
             names = {category["id"]: category["name"] for category in part.get("categories", [])}
-            for image in filter(None, part["images"]):
-                truth.setdefault(image["id"], set())
-            for mark in filter(None, part["annotations"]):
-                found = truth.setdefault(mark["image_id"], set())
+            for image in images.intersection(image["id"] for image in part["images"]):
+                truth.setdefault(image, set())
+            for mark in part["annotations"]:
+                found = truth.get(mark["image_id"])
+                if found is None:
+                    continue
                 if "caption" in mark:
                     named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
                     found.update(kind for _, kind in named)

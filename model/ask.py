@@ -429,8 +429,6 @@ class Folder:
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
-    image_token_id = -1                                         # there is none
-
     def __init__(self, tokenizer):
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
         self.image_token_id = len(tokenizer)            # none of its tokens

@@ -104,14 +104,14 @@ class Family:
     @property
     def preparation(self):
         """How images are prepared, in words: for the log."""
-        processor = self.image_processor
-        size = ", ".join(f"{name} {value}" for name, value in dict(processor.size).items() if value)
-        return f"resized to {size} ({type(processor).__name__})"
-
-    @property
-    def about_images(self):
-        """What becomes of an image, in words."""
-        return f"{len(self.image_ids((640, 480)))} tokens for 640 x 480 pixels"
+        processor, words = self.image_processor, []
+        if self.squares and getattr(processor, "do_pad", False):
+            words.append(f"padded to a square with {tuple(int(x * 255) for x in processor.image_mean)}")
+        sizes = dict.fromkeys(filter(None, dict(processor.size).values()))
+        words.append(f"resized to {' to '.join(map(str, sizes))}")
+        if getattr(processor, "do_center_crop", False):
+            words.append("the middle cut out")
+        return f"{', '.join(words)} ({type(processor).__name__})"
 
     # ---- what they share ----
     def prepared(self, images):

@@ -105,10 +105,9 @@ def choose_template(front, asked):
     A folder's own is its processor's, as transformers reads it, or else its tokenizer's.
     """
     own = None
-    if (front.folder / "chat_template.jinja").exists():                # which the tokenizer has read
-        own = front.tokenizer.chat_template
-    for file in ("chat_template.json", "processor_config.json"):
-        own = own or data.read_json(front.folder / file, {}).get("chat_template")
+    if not (front.folder / "chat_template.jinja").exists():            # which the tokenizer has read
+        for file in ("chat_template.json", "processor_config.json"):
+            own = own or data.read_json(front.folder / file, {}).get("chat_template")
     own = own or front.tokenizer.chat_template                         # a language model's, perhaps
     if own and not asked:
         return "folder", own

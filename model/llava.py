@@ -71,22 +71,6 @@ class Llava(Family):
         if width != side:
             raise ValueError(f"pictures become {width} pixels wide, its vision tower takes {side}")
 
-    @property
-    def preparation(self):
-        processor = self.image_processor
-        side = max(filter(None, dict(processor.size).values()))
-        words = f"resized to {side}"
-        if self.squares and getattr(processor, "do_pad", False):
-            colour = tuple(int(x * 255) for x in processor.image_mean)
-            words = f"padded to a square with {colour}, {words}"
-        if getattr(processor, "do_center_crop", False):
-            words += ", the middle cut out"
-        return f"{words} ({type(processor).__name__})"
-
-    @property
-    def about_images(self):
-        return f"{self.config.vision_config.image_size} pixels, {self.image_tokens} tokens"
-
 
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
