@@ -72,8 +72,8 @@ def score_pope(o, lines):
 
 
 def score_amber(o, lines):
-    finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
-    finder = finder or benchmarks.amber_nouns(o.nouns)
+    finders = {"builtin": words.nouns, "nltk": words.nltk_nouns}
+    finder = finders.get(o.nouns) or benchmarks.amber_nouns(o.nouns)
     similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, check=data.as_record)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)

@@ -3,7 +3,7 @@
 A family is a class that inherits from Family (or from another one) and says what differs, and a line in
 front.FAMILIES:
 
-    architecture, image_token       the names of transformers' class, and of an image's token
+    image_token                     the name of an image's token
     lead, packs                     what stands between prompt and response, and if --forward packed is exact
     tower, language                 the model's parts: what --no-lora leaves frozen, and what reads embeddings
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
@@ -52,7 +52,6 @@ class Family:
     template: str = ""         # Jinja
     template_name: str = ""    # "folder", "given" or a name in llava.TEMPLATES: for the log
 
-    architecture = ""
     image_token = ""
     tower = "model.vision_tower"
     language = "model.language_model"

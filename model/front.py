@@ -18,18 +18,18 @@ from model import command
 from model import template as templates
 from model.gemma import Gemma3
 from model.llava import TEMPLATES, Llava, LlavaNext, OneVision
-from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
-from model.tiles import Idefics3, InternVL, SmolVLM
+from model.qwen import Qwen2VL, Qwen3VL
+from model.tiles import Idefics3, InternVL
 
 FAMILIES = {"llava": Llava,                                        # by transformers' model_type
             "llava_next": LlavaNext,
             "llava_onevision": OneVision,
             "idefics3": Idefics3,
-            "smolvlm": SmolVLM,
+            "smolvlm": Idefics3,
             "internvl": InternVL,
             "gemma3": Gemma3,
             "qwen2_vl": Qwen2VL,
-            "qwen2_5_vl": Qwen25VL,
+            "qwen2_5_vl": Qwen2VL,
             "qwen3_vl": Qwen3VL}
 
 

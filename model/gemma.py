@@ -8,7 +8,6 @@ from model.family import Family
 
 class Gemma3(Family):
     """With --forward naive alone: a packed row's attention is causal. Pan and scan is refused."""
-    architecture = "Gemma3ForConditionalGeneration"
     image_token = "<image_soft_token>"
     packs = False
 

@@ -37,7 +37,6 @@ TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS, "mistral": _MISTRAL, "
 
 class Llava(Family):
     """LLaVA-1.5 and imported Bunny: one square picture, always the same number of tokens."""
-    architecture = "LlavaForConditionalGeneration"
     image_token = IMAGE
     squares = True
 
@@ -74,7 +73,7 @@ class Llava(Family):
 
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
-    architecture = "LlavaNextForConditionalGeneration"
+    processor = "LlavaNextProcessor"
     squares = False
 
     def usual_template(self):
@@ -91,15 +90,14 @@ class LlavaNext(Llava):
         tile = self.config.vision_config.image_size
         side = tile // self.config.vision_config.patch_size                          # patches along a tile
         tiles = [n // tile for n in select_best_resolution((height, width), self.config.image_grid_pinpoints)]
-        processor = getattr(transformers, self.architecture.replace("ForConditionalGeneration", "Processor"))
-        # which reads nothing but OneVision's vision_aspect_ratio of what it is a method of
+        processor = getattr(transformers, self.processor)  # its method reads nothing but vision_aspect_ratio
         counts = processor._get_unpadded_features(self.config, height, width, side, side, *tiles)
         return [self.image_token_id] * (self.image_tokens + sum(counts))
 
 
 class OneVision(LlavaNext):
     """LLaVA-OneVision: as LLaVA-1.6, up to most_tiles; several pictures in a prompt have one tile each."""
-    architecture = "LlavaOnevisionForConditionalGeneration"
+    processor = "LlavaOnevisionProcessor"
     usual_template = Family.usual_template
 
     def __post_init__(self):

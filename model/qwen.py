@@ -12,7 +12,6 @@ from model.family import Family
 
 
 class Qwen2VL(Family):
-    architecture = "Qwen2VLForConditionalGeneration"
     image_token = "<|image_pad|>"
     tower = "model.visual"                     # with the layers that merge its patches
 
@@ -55,13 +54,8 @@ class Qwen2VL(Family):
         return {"mm_token_type_ids": (ids == self.image_token_id).int()}
 
 
-class Qwen25VL(Qwen2VL):
-    architecture = "Qwen2_5_VLForConditionalGeneration"
-
-
 class Qwen3VL(Qwen2VL):
     """Its first layers get features of the tower's own layers as well (DeepStack, arXiv 2406.04334)."""
-    architecture = "Qwen3VLForConditionalGeneration"
 
     def encode(self, model, prepared):
         import torch
