@@ -439,8 +439,8 @@ def describe(folder):
     own = attempt(faults, front.open_folder, folder)
     if own:
         text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
-        lines = [f"image           {own.config.vision_config.image_size} pixels, {own.image_tokens} tokens; "
-                 f"{own.preparation}",
+        size, tokens = config["vision_config"].get("image_size", "640 x 480"), own.image_ids((640, 480))
+        lines = [f"image           {size} pixels, {len(tokens)} tokens; {own.preparation}",
                  f"template        {own.template_name}: {text!r}"]
     parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({TYPES.get(str(x.dtype), "others") for x in found})) or "no file"
