@@ -297,8 +297,11 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
-    assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
+    logged = train_dpo.means(train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)]))
+    chosen, _, image = losses.rewards(policy, reference, run.o.beta)
+    assert logged["rewards/image_margins"] == pytest.approx((chosen - image)[[0, 2]].mean().item())
+    assert logged["rewards/image_accuracies"] == (chosen > image)[[0, 2]].double().mean()
+    assert all(map(np.isfinite, logged.values()))
 
 
 def test_the_gradient_of_a_pair_without_an_image_is_that_of_dpo_and_ancpo(tiny, folder):

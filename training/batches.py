@@ -82,9 +82,12 @@ class Pairs:
     def __len__(self):
         return len(self.good)
 
+    def record(self, place):
+        return self.records[self.good[place]]
+
     def read(self, place, epoch=0):
         """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
-        o, record = self.o, self.records[self.good[place]]
+        o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "image_rejected" in self.needs
         images = [data.read_image(x) for x in shown(record, o)]
