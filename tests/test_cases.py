@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, need, picture, write_llava
+from conftest import SHARED, need, pairs_of, picture, write_llava
 from PIL import Image
 from test_train_dpo import run
 from test_vlm import write_next
@@ -198,7 +198,7 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
 def test_meta_of_any_kind_is_kept_and_looked_at(tiny, folder, meta):
     from training import look
     records = Records(lines(folder / "d.jsonl", [pair(i, meta=meta) for i in range(3)]))
-    shown = list(records)
+    shown = pairs_of(records)
     assert all(meta in (record["meta"], record["meta"].get("meta")) for record in shown)
     assert look.kinds_of(shown, [record["images"][0] for record in shown], 0)["other"].keys() == {0, 1, 2}
 
