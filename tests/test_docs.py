@@ -123,7 +123,7 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
     """Every --flag and every --set key that they mention; other programs' apart."""
     scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
     commands = ["train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
-                "lora.py", "synth.py all", "synth.py analyse",
+                "eval_hallu.py ask", "lora.py", "synth.py all", "synth.py analyse",
                 "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py",
                 "classroom/pairs.py scenes", "classroom/make.py",
                 "classroom/synthesis.py", "classroom/picture.py", "classroom/papers/reproduce.py",
