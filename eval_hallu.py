@@ -48,16 +48,17 @@ def run_answers(o):
     from model import vlm
     ranks = command.join()
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    size = o.batch_size or (64 if served else 0)
     if served:
-        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
+        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=o.batch_size or 64,
+                        accept=ask.anything)
     else:
         m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device),
                      device=ranks.device, template=o.template, preparation="pad" if o.pad else "")
+    options = {"batch_size": o.batch_size, "max_new_tokens": length, "ranks": ranks}
     if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, size, length, ranks=ranks)
+        answers.answer_scenes(m, o.data[0], o.out, **options)
     else:
-        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, size, length, ranks=ranks)
+        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, **options)
     command.leave(ranks)
 
 
@@ -71,8 +72,8 @@ def score_pope(o, lines):
 
 
 def score_amber(o, lines):
-    finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
-    finder = finder or benchmarks.amber_nouns(o.nouns)
+    finders = {"builtin": words.nouns, "nltk": words.nltk_nouns}
+    finder = finders.get(o.nouns) or benchmarks.amber_nouns(o.nouns)
     similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, check=data.as_record)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
@@ -241,9 +242,10 @@ def positive(text):
 
 
 def new_file(text):
-    if not Path(text).name:
+    path = Path(text)
+    if not path.name or path.exists() and not path.is_file():              # a folder, a device
         raise ValueError
-    return Path(text)
+    return path
 
 
 def text(help, **more):
@@ -288,7 +290,7 @@ COMMANDS = {
         "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [16; scenes, servers: 64; the classroom's models: 512]"),
+        "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",

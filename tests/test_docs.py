@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, pairs_of
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -159,7 +159,7 @@ def test_the_native_records_are_read(text, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(blocks("json", text)))
     read = records.Records(tmp_path / "pairs.jsonl")
     assert (len(read), read.format) == (2, "native")
-    for record in read:
+    for record in pairs_of(read):
         assert record["chosen"] and record["rejected"] and record["images"]
         assert len(record["images_rejected"]) in (0, len(record["images"]))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, need, picture, write_llava
+from conftest import ROOT, SHARED, need, pairs_of, picture, write_llava
 from test_rewards import PATTERN, tiny_armorm, tiny_imagereward
 
 import data
@@ -142,7 +142,7 @@ def test_the_trainer_reads_both_files(whole):
     native, published = (Records(str(whole / name)) for name in ("pairs.jsonl", "pds_dpo.json"))
     assert len(check(native)) == len(check(published)) == len(lines(whole, "pairs")) > 0
     for field in ("question", "chosen", "rejected"):
-        assert [r[field] for r in native] == [r[field] for r in published]
+        assert [r[field] for r in pairs_of(native)] == [r[field] for r in pairs_of(published)]
 
 
 def test_a_second_call_makes_nothing_and_changes_nothing(parts, whole):

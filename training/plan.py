@@ -31,7 +31,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     import transformers
     family = front.FAMILIES[config.model_type]
     with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = getattr(transformers, family.architecture)(config)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     if o.lora_r:
         lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","))
     else:
