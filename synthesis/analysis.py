@@ -30,11 +30,11 @@ def entry(run, row, pair):
 
 def analyse(run):
     """Writes gallery.html: --set gallery= prompts, evenly spaced through the run, so that none was picked."""
-    body, most, file = "", run.o.gallery, run.out / "gallery.html"
+    body, most = "", run.o.gallery
     ranked, pairs = run.rows("ranked", "rank"), {row["id"]: row for row in run.rows("pairs")}
     apart = max(1, len(ranked) // max(1, most))
     with command.explained(f"{run.out}: its files are not those of one run", "run the stages again"):
         for row in ranked[::apart][:most]:
             body += entry(run, row, pairs.get(row["id"]))
-    data.atomic_write(file, page.page(f"Synthesis: {run.out.name}", body))
-    run.say("analyse", prompts=len(ranked), page=str(file))
+    data.atomic_write(run.out / "gallery.html", page.page(f"Synthesis: {run.out.name}", body))
+    run.say("analyse", prompts=len(ranked), page="gallery.html")
