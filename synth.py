@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    gallery.html: pictures, scores and pairs
+    python synth.py analyse --out D    analysis.json and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -88,6 +88,7 @@ class Options:
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
                                 at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
+    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
@@ -435,7 +436,7 @@ def score_by(questions, run, groups):
 def make_pairs(run):
     """pairing.make, and for its card the settings; of a model its name, its files' hash and its licence."""
     settings = dict(vars(run.o))
-    del settings["out"], settings["device"]
+    del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
