@@ -445,7 +445,7 @@ def describe(folder):
     parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({TYPES.get(str(x.dtype), "others") for x in found})) or "no file"
     return [f"folder          {folder}",
-            f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
+            f"model           {config['model_type']}: {' + '.join(map(str, filter(None, parts)))}",
             f"parameters      {sum(x.numel() for x in found):,} in {types}",
             *lines,
             f"missing         {'; '.join(faults) or 'nothing'}"]

@@ -234,7 +234,7 @@ def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forwa
         shown = m.front.prepare([image])[0]["pixel_values"]
         torch.testing.assert_close(shown, pixels[f"image.{i}"], rtol=0, atol=2e-7)
         box = [about["crop"]["boxes"][i][k] for k in ("left", "top", "width", "height")]
-        cropped = batches.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
+        cropped = batches.crop_pixels(pixels[f"image.{i}"], lambda w, h, box=box: box)   # --set official=true
         torch.testing.assert_close(cropped, pixels[f"image_rejected.{i}"], rtol=0, atol=1e-6)
     shown, shown_rejected = ([{"pixel_values": pixels[f"{kind}.{i}"]} for i in range(len(pairs))]
                              for kind in ("image", "image_rejected"))
