@@ -176,7 +176,7 @@ def run_votes(o):
 
 
 def run_compare(o):
-    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed, o.follow_links), sep="\n")
+    print(*compare.report(o), sep="\n")
 
 
 # ---- tables ----
@@ -241,9 +241,10 @@ def positive(text):
 
 
 def new_file(text):
-    if not Path(text).name:
+    path = Path(text)
+    if not path.name or path.exists() and not path.is_file():              # a folder, a device
         raise ValueError
-    return Path(text)
+    return path
 
 
 def text(help, **more):

@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    the paper's analyses, and gallery.html
+    python synth.py analyse --out D    gallery.html: pictures, scores and pairs
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -88,7 +88,6 @@ class Options:
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
                                 at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
-    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
@@ -98,12 +97,12 @@ class Options:
 ROWS = {                                # the fields of each stage's rows, by the name of its file
     "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
     "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
-    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
-    "dropped": "id reason", "faults": "id model faults"}
+    "responses": "id model response finished", "scores-armorm": "id model score rewards",
+    "pairs": "id question chosen rejected"}
 FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
-    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
+    "finished": (bool, None)}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -303,7 +302,7 @@ def rank(run):
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
         found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
-    low = sum(row["dropped"] is not None for row in found)
+    low = sum(row.get("dropped") is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
@@ -318,7 +317,7 @@ def rank_by(name, run, groups):
 # ---- 4 instruct ----
 def instruct(run):
     o = run.o
-    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
+    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row.get("dropped")}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
@@ -432,13 +431,14 @@ def score_by(questions, run, groups):
 # ---- 7 pairs ----
 def make_pairs(run):
     """pairing.make, and for its card the settings and the models that the run names."""
-    settings, rows = dict(vars(run.o)), []
-    del settings["out"], settings["device"], settings["judge"]
+    settings, models = dict(vars(run.o)), {}
+    del settings["out"], settings["device"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
-                rows.append((role, name, command.identity(source), pairing.licence(source)))
-    pairing.make(run, rows, settings)
+                licence = pairing.licence(source)
+                models[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
+    pairing.make(run, models, settings)
 
 
 # ---- the command line ----
