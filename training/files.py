@@ -93,10 +93,21 @@ class Table(list):
         with explained(f"{self.place(k)} {DAMAGED}", AGAIN):
             found.validate(full=True)                   # a damaged file may point anywhere
             record, = found.to_pylist()
-        return record
+            return _parsed(record, found.schema)
 
     def place(self, k):
         return f"{self.path}, record {k + 1}"
+
+
+def _parsed(value, kind):
+    """A value of an arrow type, its JSON parsed: so `datasets` stores what is a text here, a list there."""
+    if getattr(kind, "extension_name", "") == "arrow.json" and value is not None:
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {name: _parsed(part, kind.field(name).type) for name, part in value.items()}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_parsed(part, kind.value_type) for part in value]
+    return value
 
 
 @lru_cache(4)
