@@ -102,6 +102,10 @@ def prepare(o, out, ranks):
     else:
         model = load(family, o, dtype, ranks.device)
         first = ranks.first
+    base = command.identity(family.folder)
+    if o.adapter:
+        base += command.identity(o.adapter)
+        lora.begin_here(model.model)
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay,
@@ -116,15 +120,14 @@ def prepare(o, out, ranks):
     return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=command.identity(family.folder))
+               base=base)
 
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
     model = vlm.load(family, dtype=dtype, device=device)
-    if o.lora_r:
-        lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
-    else:
+    plan.adapt(model.model, o)
+    if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
         model.language_model.train()                             # transformers recomputes in train mode only

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -597,6 +598,93 @@ def test_with_lora_on_the_projector_the_reference_sees_the_bases_features(world,
     loss.sum().backward()
     weights = lora.lora_parameters(run.model.model)
     assert all(p.grad.abs().max() > 0 for name, p in weights.items() if "projector" in name)
+
+
+# --- going on from an adapter -----------------------------------------------------------------------------
+
+
+def peft_logps(folder, adapter_folder, path):
+    """(chosen (n,), rejected (n,)) of the pairs, by PEFT's model: the base of the folder with an adapter."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: it is in requirements-dev.txt")
+    m = vlm.load(folder)
+    peft.PeftModel.from_pretrained(m.model, adapter_folder)           # into m.model itself
+    pairs = read_pairs(m.front, path, frozenset({"chosen", "rejected"}))
+    batch = batch_of(pairs, range(len(pairs)))
+    with torch.no_grad():
+        found = vlm.naive(m, batch.pairs, vlm.encode_images(m, batch), pairs.needs)
+    return found.chosen, found.rejected
+
+
+@pytest.fixture(scope="module")
+def after_sft(world, tmp_path_factory):
+    """The two commands of docs/training.md on the tiny world: (the first's adapter, the words of the second, its
+    folder)."""
+    folder = tmp_path_factory.mktemp("after_sft")
+    page = (ROOT / "docs" / "training.md").read_text()
+    commands = re.findall(r"^python train_dpo.py (--loss .*)$", page, re.MULTILINE)
+    sft, dpo = (command.replace("runs/", f"{folder}/").split() for command in commands)
+    ours = ["--model", str(world[0]), "--data", str(world[1]), "--batch", "4", "--micro_batch", "2"]
+    trained([*sft, *ours, "--epochs", "1", "--lr", "1e-2", "--lora_r", "16", "--set", "lora_alpha=32"])
+    argv = [*dpo, *ours, "--lr", "1e-3", "--val_data", str(world[1]), "--set", "look=0", "--set", "warmup=0"]
+    trained(argv)
+    return folder / "sft" / "adapter", argv, folder / "dpo"
+
+
+def test_dpo_after_sft_has_the_sft_model_as_its_reference_and_one_adapter_on_the_base(world, after_sft):
+    """By PEFT's own model: the reference, the trained policy; and step 1 starts at ln 2."""
+    start, _, out = after_sft
+    frozen, policy = peft_logps(world[0], start, world[1]), peft_logps(world[0], out / "adapter", world[1])
+    kept = load_file(out / "last" / "checkpoint.safetensors")["reference/logps"].T
+    torch.testing.assert_close(kept.float(), torch.stack(frozen), rtol=1e-5, atol=1e-4)
+    _, steps = log_of(out)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1]["rewards/margins"] > 0.01
+    summary = json.loads((out / "summary.json").read_text())
+    margin = 0.1 * ((policy[0] - policy[1]) - (frozen[0] - frozen[1])).mean().item()
+    assert summary["before"]["margin"] == pytest.approx(0, abs=1e-6)
+    assert summary["after"]["margin"] == pytest.approx(margin, abs=1e-4) and margin > 0.01
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 32)            # the first run's, not the preset's
+
+
+def test_a_killed_run_that_began_with_an_adapter_ends_with_the_same_bytes(after_sft, tmp_path):
+    start, argv, out = after_sft
+    argv = [word if word != str(out) else str(tmp_path / "run") for word in argv] + ["--set", "save_every=2"]
+    assert run(argv, kill_at(6))[0] == -signal.SIGKILL
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(out)
+
+
+def test_an_adapter_that_changed_is_another_base(after_sft, tmp_path):
+    start, argv, out = after_sft
+    shutil.copytree(start, tmp_path / "start")
+    words = {str(out): str(tmp_path / "run"), str(start): str(tmp_path / "start")}
+    argv = [words.get(word, word) for word in argv] + ["--set", "save_every=2"]
+    assert run(argv, kill_at(6))[0] == -signal.SIGKILL
+    shutil.copy(out / "adapter" / "adapter_model.safetensors", tmp_path / "start")
+    code, text = run(argv)
+    assert code == 1 and "is of a run with another base or other options" in text
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--lora_r", "4"], "says what lora_r is: leave lora_r out"),
+    (["--no-lora"], "says what lora_r is: leave lora_r out"),
+    (["--set", "lora_targets=q_proj"], "says what lora_targets is: leave lora_targets out"),
+    (["--adapter", "nowhere"], "nowhere needs adapter_config.json and adapter_model.safetensors"),
+    (["--model", "classroom"], "load it into the model that it was trained on")])
+def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(after_sft, tmp_path, more, said):
+    _, argv, out = after_sft
+    argv = [word if word != str(out) else str(tmp_path / "run") for word in argv]
+    code, text = run([*argv, *more])
+    assert code == 1 and said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("more", [["--shard"], []])
+def test_two_ranks_that_begin_with_an_adapter_equal_one(after_sft, tmp_path, more):
+    _, argv, out = after_sft
+    trained([*[word if word != str(out) else str(tmp_path / "run") for word in argv], *more], ranks=2)
+    torch.testing.assert_close(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"),
+                               load_file(out / "adapter" / "adapter_model.safetensors"), rtol=1e-4, atol=1e-6)
 
 
 def test_redraw_scores_the_reference_anew_in_every_epoch(world, tmp_path):

@@ -31,6 +31,7 @@ class Options:
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
     model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
+    adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
     data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
@@ -139,6 +140,9 @@ def parse(argv, description):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
             raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
                             "in")
+    for field in ("lora_r", "lora_alpha", "lora_targets"):
+        if o.adapter and field in chosen:
+            raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
     check(o)
     return o
 
