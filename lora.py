@@ -109,7 +109,7 @@ def lora_disabled(model):
 
 
 def begin_here(model):
-    """Training goes on from the adapter as it is now: lora_disabled leaves a frozen copy of it from here on."""
+    """Training goes on from the adapter as it is now: lora_disabled leaves a frozen copy of it on."""
     for layer in layers(model).values():
         layer.start = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
 

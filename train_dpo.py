@@ -50,7 +50,7 @@ from evaluation import answers
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
-from training.reference import Reference
+from training.reference import Reference, cache_file
 
 
 @dataclass
@@ -113,9 +113,11 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard)
+    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard, file_of(pairs, "training"))
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
+        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
+                                  file=file_of(val, "validation"))
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
@@ -308,6 +310,7 @@ def validate(run, name):
         batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         measured.append(measures(policy, reference, loss, run.o.beta))
+    run.val_reference.keep()
     sums, _ = fetched(measured)
     return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
             "accuracy": 100 * sums["rewards/accuracies"] / n, "n": n}

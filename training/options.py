@@ -86,6 +86,7 @@ class Options:
                                "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    reference_cache: str = behind_set("", "a folder that keeps the reference's log-probs for other runs")
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
     pairs: int = behind_set(1000, "pairs of the classroom", above=0)
     pair_options: str = behind_set("", "more options of classroom/pairs.py")
@@ -156,6 +157,8 @@ def check(o):
     if o.image_rejected == "none" and "image_rejected" in needs:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.redraw and o.reference_cache:
+        raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
