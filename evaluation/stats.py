@@ -62,7 +62,7 @@ def image_name(record):
     number = image_number(name)
     if name is None or number is not None:
         return number
-    return re.sub(r".*/|\.\w+$", "", str(name))
+    return re.sub(r"\.\w+$", "", str(name).rpartition("/")[2])
 
 
 def same_id(name):

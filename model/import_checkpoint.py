@@ -419,7 +419,7 @@ def describe(folder):
     parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
     types = ", ".join(sorted({weight.type for weight in found})) or "no file"
     return [f"folder          {folder}",
-            f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
+            f"model           {config['model_type']}: {' + '.join(map(str, filter(None, parts)))}",
             f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
             *lines,
             f"missing         {'; '.join(faults) or 'nothing'}"]
