@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
+import lora
 from model import command, front, llava, published
 
 SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
@@ -405,7 +406,7 @@ def run(src, dst, tower=None, report=print, base=None):
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
     """Lines that say what a model's folder is, by its files, and what is torn or missing."""
-    folder = data.model_folder(folder)
+    folder = lora.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
     attempt(faults, shards, folder)

@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import data
+import lora
 import losses
 from data import UserError
 from model import command
@@ -30,9 +31,9 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
+    model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
     adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
-    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
+    data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -242,7 +243,7 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = getattr(o, name)
+    path = lora.fetched(getattr(o, name), "dataset")
     if path in ("", "classroom") or not Path(path).exists():
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
