@@ -51,7 +51,7 @@ from evaluation import answers
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
-from training.reference import Reference
+from training.reference import Reference, cache_file
 
 
 @dataclass
@@ -103,6 +103,10 @@ def prepare(o, out, ranks):
     else:
         model = load(family, o, dtype, ranks.device)
         first = ranks.first
+    base = command.identity(family.folder)
+    if o.adapter:
+        base += command.identity(o.adapter)
+        lora.begin_here(model.model)
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay,
@@ -110,22 +114,23 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard)
+    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard, file_of(pairs, "training"))
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
+        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
+                                  file=file_of(val, "validation"))
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=command.identity(family.folder))
+               base=base)
 
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
     model = vlm.load(family, dtype=dtype, device=device)
-    if o.lora_r:
-        lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
-    else:
+    plan.adapt(model.model, o)
+    if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
         model.language_model.train()                             # transformers recomputes in train mode only
@@ -300,6 +305,7 @@ def validate(run, name):
         batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         measured.append(measures(policy, reference, loss, run.o.beta))
+    run.val_reference.keep()
     found = means(fetched(measured))
     return {"loss": found["loss"], "margin": found["rewards/margins"],
             "accuracy": 100 * found["rewards/accuracies"], "n": n}

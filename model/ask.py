@@ -125,6 +125,8 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
         return Server(source, settings, accept, workers)
+    import lora
+    source = lora.fetched(source)
     if not os.path.isdir(source):
         raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
                         "these")

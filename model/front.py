@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 import data
+import lora
 from model import command
 from model import template as templates
 from model.gemma import Gemma3
@@ -56,7 +57,7 @@ def open_folder(folder, template=None, preparation=""):
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaImageProcessorPil
-    folder = data.model_folder(folder)
+    folder = lora.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
     config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults
     tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy tokenizer.json and its config")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
+import lora
 from model import command, front, llava
 
 SHARD = 1 << 30                                        # bytes of an output file, at most (or one tensor)
@@ -273,7 +274,6 @@ def base_of(src, given=None):
 def deltas(src):
     """{published name of a weight: (A (in, r), B (r, out)), the transpose of whose product is to be added to
     it} of a LoRA, in float32; {} if src is none."""
-    import lora
     if not (src / ADAPTER).exists():
         return {}
     file, found = src / "adapter_model.bin", {}
@@ -430,7 +430,7 @@ def run(src, dst, tower=None, report=print, base=None):
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
     """Lines that say what a model's folder is, by its files, and what is torn or missing."""
-    folder = data.model_folder(folder)
+    folder = lora.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
     attempt(faults, shards, folder)

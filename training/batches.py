@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data
+import lora
 from data import UserError
 from training.records import Records, brief, check, drop
 
@@ -64,7 +65,7 @@ def classroom_files(o, out):
 
 def built_in(o):
     """Whether the model is one of the classroom's, which gets the classroom's scores."""
-    return (data.model_folder(o.model) / "classroom.json").exists()
+    return (lora.model_folder(o.model) / "classroom.json").exists()
 
 
 @dataclass

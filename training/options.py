@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import data
+import lora
 import losses
 from data import UserError
 from model import command
@@ -30,8 +31,9 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
-    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
+    model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
+    adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
+    data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -83,6 +85,7 @@ class Options:
                                "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    reference_cache: str = behind_set("", "a folder that keeps the reference's log-probs for other runs")
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
     pairs: int = behind_set(1000, "pairs of the classroom", above=0)
     pair_options: str = behind_set("", "more options of classroom/pairs.py")
@@ -136,6 +139,9 @@ def parse(argv, description):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
             raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
                             "in")
+    for field in ("lora_r", "lora_alpha", "lora_targets"):
+        if o.adapter and field in chosen:
+            raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
     check(o)
     return o
 
@@ -149,6 +155,8 @@ def check(o):
     if o.image_rejected == "none" and "image_rejected" in needs:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.redraw and o.reference_cache:
+        raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
@@ -232,7 +240,7 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = getattr(o, name)
+    path = lora.fetched(getattr(o, name), "dataset")
     if path in ("", "classroom") or not Path(path).exists():
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
