@@ -33,7 +33,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ import lora
 import losses
 from evaluation import answers
 from model import command, front, vlm
-from training import batches, checkpoint, look, options, plan, report
+from training import batches, checkpoint, look, options, plan, report, watch
 from training.optimiser import Zero2
 from training.reference import Reference
 
@@ -86,7 +86,7 @@ def prepare(o, out, ranks):
     # ---- the pairs, before a weight is read ----
     path, held_out = ranks.first(partial(batches.classroom_files, o, out))
     family = front.open_folder(o.model, o.template or None, o.images)
-    needs = options.needs_of(o)
+    needs, reads = options.needs_of(o), ranks.first(partial(options.announce, o))
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if held_out:                                                # a margin needs the rejected response
@@ -109,7 +109,7 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard)
+    reference = Reference(len(pairs), model, forward, reads, ranks, o.shard)
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
     steps = options.steps_of(o, len(pairs))
@@ -139,7 +139,7 @@ def step_loss(run, batch, frozen):
     """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
-    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
     policy = vlm.without_image(policy, batch.pairs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
@@ -199,16 +199,16 @@ def learning_rate(t, steps, o):
 def measures(policy, reference, loss, beta):
     """A micro-batch's numbers for the log (B,), under TRL's names, of the log-probs that the loss reads."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
-    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
+    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen,
+             "rewards/rejected": rejected, "logps/rejected": policy.rejected}
     if rejected is not None:
-        found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
-                  "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
+        found |= {"rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
     if image is not None:
         there = image.isfinite()                                       # not of pairs without an image
         found |= {"rewards/image_rejected": image.where(there, 0),
                   "rewards/image_margins": (chosen - image).where(there, 0),
                   "rewards/image_accuracies": (chosen > image) & there, "with_image": there}
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def fetched(measured):
@@ -234,6 +234,7 @@ def train(run):
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
+    recent, warned = deque(maxlen=watch.STEPS), {""}
     began = time.monotonic() - state.seconds
     bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -243,7 +244,12 @@ def train(run):
             state.step = done = t + 1
             state.seconds = time.monotonic() - began
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
-            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
+            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
+            recent.append(line)
+            said = watch.warning(recent, o)
+            if run.ranks.rank == 0 and said not in warned:
+                tqdm.write(f"step {done}: {said}", file=sys.stderr)
+            warned.add(said)
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
                 found = evaluate(run, f"step-{done}")

@@ -11,8 +11,6 @@ import torch
 import data
 from model import vlm
 
-FIELDS = ("chosen", "rejected", "image_rejected")
-
 
 class Reference:
     """reference(batch, features) -> losses.Logps of the model as it was before training.
@@ -21,8 +19,9 @@ class Reference:
     pair whose key has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
     def __init__(self, n, model, forward, needs, ranks, together=False):
-        """needs: the fields to compute. together: all ranks run a forward, or none (--shard)."""
-        self.fields = [field for field in FIELDS if field in needs]
+        """needs: the fields to compute; with none of them, nothing ever runs. together: all ranks run a
+        forward, or none (--shard)."""
+        self.fields = data.scored(needs)
         exact = torch.promote_types(model.model.dtype, torch.float32)
         self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
         self.key = torch.zeros(n, dtype=torch.int64)
@@ -36,7 +35,7 @@ class Reference:
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
         places = data.send(torch.tensor(batch.places), self.logps.device)
-        stale = not torch.equal(self.key[batch.places], keys)
+        stale = self.fields and not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
