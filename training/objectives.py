@@ -1,7 +1,7 @@
 """The objectives of other papers, each in a few lines: f(policy, reference, beta, delta), as in losses.py.
 
-`--loss NAME` takes each, alone or in a sum (`--loss dpo+vdpo`). r are the rewards beta * (policy - reference),
-with the fields of losses.Logps. Arguments behind delta have the paper's
+`--loss NAME` takes each, alone or in a sum (`--loss dpo+vdpo`). r is beta * (policy - reference), with the
+fields of losses.Logps: the rewards. Arguments behind delta have the paper's
 default (p), its official code's (c), or ours (o), and are given by `--set loss_args=NAME=VALUE`.
 tests/test_objectives.py compares each with TRL 1.16, with numbers of the official code, or with the formula.
 

@@ -152,7 +152,7 @@ def check(o):
     """Raise UserError if two values do not fit together."""
     try:
         needs = needs_of(o)
-    except ValueError as e:
+    except (ValueError, TypeError, ArithmeticError) as e:
         raise UserError(f"--loss {o.loss}: {e}") from None
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
