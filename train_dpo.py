@@ -339,6 +339,8 @@ def finish(run, before, after, weights):
         lora.write_folder(model.model, model.front.folder, out / "model", weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+    folder = "adapter" if run.o.lora_r else "model"
+    data.atomic_write(out / folder / "README.md", report.card(out, summary))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
