@@ -231,7 +231,7 @@ def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
     seen = Page(html)
     assert seen.open == [] and "script" not in seen.tags and "two − one" in seen.text
     assert html.count("<mark title") == 12                            # a cat in each of two's captions
-    assert "CHAIR_s, lower is better0.0100.0+100.0+100.0 to +100.0" in seen.text
+    assert "CHAIR_s, lower is better0.00.0+100.0+100.0 to +100.0" in seen.text    # summary.json says 0
     paths = [value for name, value in seen.attributes if name == "d"]
     assert len(paths) > 6                                            # both runs' curves
 
