@@ -132,12 +132,15 @@ def _table(path, group=None):
 class Folder(list):
     """The records of a folder's files, one file after the other in the order of their names."""
     def __init__(self, folder):
-        names = sorted(filter(SHARD.fullmatch, os.listdir(folder)))
+        for place in filter(os.path.isdir, (folder, os.path.join(folder, "data"))):        # as on the hub
+            names = sorted(filter(SHARD.fullmatch, os.listdir(place)))
+            if names:
+                break
         if len({SHARD.fullmatch(name).groups() for name in names}) != 1:
             there = ", ".join((names or sorted(os.listdir(folder)))[:4])
             raise UserError(f"{folder} could not be read (Is a directory with {there}): give a file, or a "
                             "folder of parquet, arrow or JSON files of one kind and split")
-        self.files = [opened(os.path.join(folder, name)) for name in names]
+        self.files = [opened(os.path.join(place, name)) for name in names]
         for file in self.files:
             self += [(file, k) for k in range(len(file))]
 
