@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    the paper's analyses, and gallery.html
+    python synth.py analyse --out D    gallery.html: pictures, scores and pairs
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -59,25 +59,25 @@ class Options:
     preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
-    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)", at_least=0)
+    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
     generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
     guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each", at_least=-100,
                              at_most=100)
     steps: int = option(28, "of the generator", above=0)
-    size: int = option(1024, "pixels; 0: the generator's own", at_least=0, at_most=1 << 14)
-    seed: int = option(0, "of images, templates and the random scorer", at_least=0)
+    size: int = option(1024, "pixels; 0: the generator's own", at_most=1 << 14)
+    seed: int = option(0, "of images, templates and the random scorer")
     paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
     ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
     imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
     clip: str = option("", "folder of a CLIP, as ranker and as scorer")
     blip: str = option("", "folder of a BLIP for retrieval")
-    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average")
+    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average",
+                              at_least=-command.MOST)
     instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
     responders: str = option("", "folders or URLs of vision-language models, with commas")
     scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
     armorm: str = option("", "folder of ArmoRM")
-    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores",
-                           at_least=0)
+    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores")
     batch: int = option(8, "responses at once", above=0)
     as_official: bool = option(False, "the published pipeline, faults included")
     device: str = option("", "cuda, mps or cpu; none: the first available")
@@ -86,10 +86,9 @@ class Options:
     max_new_tokens: int = behind_set(1000, "of a response", above=0)
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
-                                at_least=0, at_most=1)
+                                at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
-    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
-    gallery: int = behind_set(24, "for analyse: prompts on the page", at_least=0)
+    gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
     chunk: int = behind_set(256, "prompts that are encoded before their images are painted", above=0)
@@ -98,12 +97,12 @@ class Options:
 ROWS = {                                # the fields of each stage's rows, by the name of its file
     "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
     "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
-    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
-    "dropped": "id reason", "faults": "id model faults"}
+    "responses": "id model response finished", "scores-armorm": "id model score rewards",
+    "pairs": "id question chosen rejected"}
 FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
-    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
+    "finished": (bool, None)}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -303,7 +302,7 @@ def rank(run):
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
         found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
-    low = sum(row["dropped"] is not None for row in found)
+    low = sum(row.get("dropped") is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
@@ -318,7 +317,7 @@ def rank_by(name, run, groups):
 # ---- 4 instruct ----
 def instruct(run):
     o = run.o
-    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
+    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row.get("dropped")}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
@@ -433,13 +432,14 @@ def score_by(questions, run, groups):
 # ---- 7 pairs ----
 def make_pairs(run):
     """pairing.make, and for its card the settings and the models that the run names."""
-    settings, rows = dict(vars(run.o)), []
-    del settings["out"], settings["device"], settings["judge"]
+    settings, models = dict(vars(run.o)), {}
+    del settings["out"], settings["device"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
-                rows.append((role, name, command.identity(source), pairing.licence(source)))
-    pairing.make(run, rows, settings)
+                licence = pairing.licence(source)
+                models[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
+    pairing.make(run, models, settings)
 
 
 # ---- the command line ----

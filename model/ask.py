@@ -426,20 +426,14 @@ class Folder:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
         template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
+        model.config.image_token_id = len(tokenizer)                # none of its tokens
+        front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "folder")
+        return vlm.VLM(front, model.to(device).eval(), len(tokenizer))
 
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
-    image_token_id = -1                                         # there is none
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
-        self.image_token_id = len(tokenizer)            # none of its tokens
-
-    def prompt_ids(self, question, sizes):
-        if sizes:
+    def messages(self, question, n_images, history=()):
+        if n_images > 0:
             raise UserError("a model for text was asked about an image; give one that sees, or a server")
-        with command.explained("the chat template fails", "correct it"):
-            found = self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True)
-        return found.input_ids
+        return messages(question)

@@ -32,7 +32,7 @@ WIDTH = 80                                           # columns of a help text
 # ---- options: a dataclass is the command line ----
 def option(default, help, **about):
     """A field of an options dataclass. about: `behind_set` where only --set NAME=VALUE reaches it, `choices`,
-    `above`, `at_least` or `at_most` (what numbers must be, besides finite and within MOST), `off` (a flag
+    `above`, `at_least` (else 0) or `at_most` (else MOST) for numbers, which are finite, `off` (a flag
     that makes it 0)."""
     return dataclasses.field(default=default, metadata={"help": help, **about})
 
@@ -106,7 +106,7 @@ def value(where, text, field):
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
     if "choices" in about and found not in about["choices"]:
         raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
-    least, most = about.get("at_least", -MOST), about.get("at_most", MOST)
+    least, most = about.get("at_least", 0), about.get("at_most", MOST)
     for number in {int: [found], float: [found], tuple: found}.get(kind, ()):
         if "above" in about and not number > about["above"]:
             raise UserError(f"{where}: it must be a number above {about['above']}")

@@ -3,7 +3,7 @@
 A family is a class that inherits from Family (or from another one) and says what differs, and a line in
 front.FAMILIES:
 
-    architecture, image_token       the names of transformers' class, and of an image's token
+    image_token                     the name of an image's token
     lead, packs                     what stands between prompt and response, and if --forward packed is exact
     tower, language                 the model's parts: what --no-lora leaves frozen, and what reads embeddings
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
@@ -51,13 +51,11 @@ class Family:
     image_processor: Any
     template: str = ""         # Jinja
     template_name: str = ""    # "folder", "given" or a name in llava.TEMPLATES: for the log
-    pad: tuple | None = None   # the colour of the square that images are padded to before the processor
 
-    architecture = ""
     image_token = ""
     tower = "model.vision_tower"
     language = "model.language_model"
-    squares = False            # whether `pad` makes sense
+    squares = False            # whether images may be padded to a square
     packs = True
     lead = ""
     positions = staticmethod(data.plain_positions)
@@ -105,14 +103,14 @@ class Family:
     @property
     def preparation(self):
         """How images are prepared, in words: for the log."""
-        processor = self.image_processor
-        size = ", ".join(f"{name} {value}" for name, value in dict(processor.size).items() if value)
-        return f"resized to {size} ({type(processor).__name__})"
-
-    @property
-    def about_images(self):
-        """What becomes of an image, in words."""
-        return f"{len(self.image_ids((640, 480)))} tokens for 640 x 480 pixels"
+        processor, words = self.image_processor, []
+        if self.squares and getattr(processor, "do_pad", False):
+            words.append(f"padded to a square with {tuple(int(x * 255) for x in processor.image_mean)}")
+        sizes = dict.fromkeys(filter(None, dict(processor.size).values()))
+        words.append(f"resized to {' to '.join(map(str, sizes))}")
+        if getattr(processor, "do_center_crop", False):
+            words.append("the middle cut out")
+        return f"{', '.join(words)} ({type(processor).__name__})"
 
     # ---- what they share ----
     def prepared(self, images):

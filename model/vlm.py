@@ -92,8 +92,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, own.architecture)
-    model, found = data.from_folder(kind, own.folder,
+    model, found = data.from_folder(transformers.AutoModelForImageTextToText, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
                                     config=own.config,

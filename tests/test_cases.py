@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, need, picture, write_llava
+from conftest import SHARED, need, pairs_of, picture, write_llava
 from PIL import Image
 from test_train_dpo import run
 from test_vlm import write_next
@@ -198,7 +198,7 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
 def test_meta_of_any_kind_is_kept_and_looked_at(tiny, folder, meta):
     from training import look
     records = Records(lines(folder / "d.jsonl", [pair(i, meta=meta) for i in range(3)]))
-    shown = list(records)
+    shown = pairs_of(records)
     assert all(meta in (record["meta"], record["meta"].get("meta")) for record in shown)
     assert look.kinds_of(shown, [record["images"][0] for record in shown], 0)["other"].keys() == {0, 1, 2}
 
@@ -297,8 +297,11 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
-    assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
+    logged = train_dpo.means(train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)]))
+    chosen, _, image = losses.rewards(policy, reference, run.o.beta)
+    assert logged["rewards/image_margins"] == pytest.approx((chosen - image)[[0, 2]].mean().item())
+    assert logged["rewards/image_accuracies"] == (chosen > image)[[0, 2]].double().mean()
+    assert all(map(np.isfinite, logged.values()))
 
 
 def test_the_gradient_of_a_pair_without_an_image_is_that_of_dpo_and_ancpo(tiny, folder):

@@ -167,6 +167,7 @@ def test_score_refuses_an_unfinished_file(m, tmp_path):
     (["answers", "classroom", "--model", "m", "--data", "d", "--out", "o", "--batch_size=0"], "batch_size"),
     (["score", "classroom", "--nonsense"], "score"),
     (["score", "classroom", "--answers", "none.jsonl", "--out", "o.json"], "none.jsonl"),
+    (["score", "classroom", "--answers", "none.jsonl", "--out", "/dev/null"], "--out"),
     (["answers", "classroom", "--model", "nowhere", "--data", "d", "--out", "o"], "nowhere"),
 ])
 def test_mistakes_exit_1_with_a_sentence(arguments, says):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SHARED, need, picture
+from conftest import SHARED, need, pairs_of, picture
 
 from data import UserError, read_image
 from training.records import Records, check
@@ -128,7 +128,8 @@ def test_without_an_id_the_file_and_its_gzip_name_their_pairs_alike(folder):
     rows = [{key: value for key, value in row.items() if key != "id"} for row in ROWS]
     lines(rows)(folder, folder / "n.jsonl")
     packed((folder / "n.jsonl").read_text())(folder, folder / "n.jsonl.gz")
-    assert [r["id"] for r in Records(folder / "n.jsonl.gz")] == [r["id"] for r in Records(folder / "n.jsonl")]
+    zipped, plain = (pairs_of(Records(folder / name)) for name in ("n.jsonl.gz", "n.jsonl"))
+    assert [r["id"] for r in zipped] == [r["id"] for r in plain]
 
 
 def test_a_fault_in_a_shard_or_a_gzip_is_named_by_its_own_file_and_line(folder, capsys):
@@ -221,7 +222,7 @@ def test_several_rejected_responses_are_one_pair_each(folder, name):
     assert [r["rejected"] for r in found] == ["A vase.", "A dog.", "A cat.", "A car.", "A vase."]
     assert {r["chosen"] for r in found[1:4]} == {"Two cups 1."}
     assert found[1]["images"] == found[3]["images"]
-    assert [r["id"] for r in Records(folder / "s.jsonl")] == [r["id"] for r in found]
+    assert [r["id"] for r in pairs_of(Records(folder / "s.jsonl"))] == [r["id"] for r in found]
 
 
 def test_a_faulty_one_of_several_is_named_and_dropped_alone(folder, capsys):

@@ -40,22 +40,21 @@ class Options:
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
     loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
-    delta: float = option(0.0, "the reward that AncPO holds the chosen above")
+    delta: float = option(0.0, "the reward that AncPO holds the chosen above", at_least=-command.MOST)
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
     image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
                                  choices=(*DAMAGED, "none"))
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
                           choices=("packed", "naive"))
     epochs: int = option(3, "passes over the pairs", above=0)
-    max_steps: int = option(0, "stop after so many steps; 0: all", at_least=0)
+    max_steps: int = option(0, "stop after so many steps; 0: all")
     batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
     micro_batch: int = option(8, "pairs per forward", above=0)
     lr: float = option(2e-4, "peak learning rate", above=0)
-    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
-                         off="--no-lora")
-    seed: int = option(0, "pairs, LoRA, order and draws", at_least=0)
-    eval_seed: int = option(0, "the scenes of the printed table", at_least=0)
-    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", off="--no-lora")
+    seed: int = option(0, "pairs, LoRA, order and draws")
+    eval_seed: int = option(0, "the scenes of the printed table")
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
@@ -67,12 +66,11 @@ class Options:
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
-    weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_least=0, at_most=0.9999999)
-    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_least=0, at_most=0.9999999)
-    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0,
-                               at_most=1)
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_most=0.9999999)
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_most=0.9999999)
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any")
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_most=1)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -95,8 +93,7 @@ class Options:
     questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
     split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
                             choices=("print", "tune"))
-    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
-                           at_least=0)
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
     max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
     eval_data: str = behind_set("", "a small POPE file, or questions about COCO images, evaluated too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")

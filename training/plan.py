@@ -31,7 +31,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     import transformers
     family = front.FAMILIES[config.model_type]
     with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = getattr(transformers, family.architecture)(config)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     adapt(model, o)
     if not o.lora_r:
         model.get_submodule(family.tower).requires_grad_(False)

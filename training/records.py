@@ -246,13 +246,6 @@ class Records:
     def __len__(self):
         return len(self.keep)
 
-    def __iter__(self):
-        """All pairs, those of one record together."""
-        for i in range(len(self)):
-            pair = self[i]
-            yield pair
-            yield from (self[i + n * len(self)] for n in range(1, pair["pairs"]))
-
     def place(self, i):
         """FILE, line N (in parquet and arrow: record N): for messages."""
         return self.raw.place(self.keep[i % len(self)])
