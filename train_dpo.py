@@ -114,7 +114,7 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
     reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard, file_of(pairs, "training"))
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
@@ -128,8 +128,12 @@ def prepare(o, out, ranks):
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
-    model = vlm.load(family, dtype=dtype, device=device)
+    packed = o.dtype == "nf4"
+    model = vlm.load(family, dtype=dtype, device="cpu" if packed else device)
     plan.adapt(model.model, o)
+    if packed:
+        lora.quantise(model.model, device)
+        model.model.to(device)
     if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:

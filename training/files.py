@@ -9,6 +9,7 @@ read whole. Part of train_dpo.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import glob
 import gzip
 import io
 import json
@@ -24,7 +25,7 @@ from model.command import explained
 ARROW = b"\xff\xff\xff\xff"                            # a stream of it begins so
 DAMAGED, AGAIN = "is not readable parquet or arrow", "fetch it again"
 # Not what datasets writes beside its shards. The groups: a split, and the kind of file.
-SHARD = re.compile(r"(?!cache-|dataset_|state\.)(?:(train|validation|val|dev|test)(?![a-z]))?.*"
+SHARD = re.compile(r"(?!(?:data/)?(?:cache-|dataset_|state\.))(?:data/)?(?:(train|validation|val|dev|test)(?![a-z]))?.*"
                    r"\.(parquet|arrow|jsonl|json)(?:\.gz)?")
 
 
@@ -121,10 +122,8 @@ def _table(path, group=None):
 class Folder(list):
     """The records of a folder's files, one file after the other in the order of their names."""
     def __init__(self, folder):
-        for folder in filter(os.path.isdir, (folder, os.path.join(folder, "data"))):       # as on the hub
-            names = sorted(filter(SHARD.fullmatch, os.listdir(folder)))
-            if names:
-                break
+        there = glob.glob("*", root_dir=folder) + glob.glob("data/*", root_dir=folder)        # as on the hub
+        names = sorted(filter(SHARD.fullmatch, there))
         if len({SHARD.fullmatch(name).groups() for name in names}) != 1:
             there = ", ".join((names or sorted(os.listdir(folder)))[:4])
             raise UserError(f"{folder} could not be read (Is a directory with {there}): give a file, or a "
