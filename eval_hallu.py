@@ -261,9 +261,10 @@ def notes(scores):
 
 # ---- command line ----
 def positive(text):
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= command.MOST):
+    number = int(text)
+    if not 0 < number <= command.MOST:
         raise ValueError
-    return int(text)
+    return number
 
 
 def new_file(text):

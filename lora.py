@@ -125,14 +125,16 @@ def begin_here(model):
 
 
 def quantise(model, device):
-    """The weights under the adapter go to the device in 4 bits: NF4 (arXiv 2305.14314). Raises UserError."""
+    """Move the model to a device, the weights under its adapter in 4 bits: NF4 (arXiv 2305.14314), in blocks
+    of 64 along the input; other layers keep theirs. Raises UserError."""
     try:
         from bitsandbytes.functional import quantize_4bit
     except ImportError:
         raise UserError("--dtype nf4 needs bitsandbytes: pip install bitsandbytes") from None
     for layer in layers(model).values():
-        if layer.in_features % 64 == 0:                             # else its kernel for CPUs is wrong
+        if not layer.in_features % 64:                              # else its kernel for CPUs is wrong
             layer.weight.data, layer.packed = quantize_4bit(layer.weight.data.to(device), quant_type="nf4")
+    model.to(device)
 
 
 def lora_parameters(model):
@@ -286,15 +288,15 @@ def fetched(name, kind="model"):
     try:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             return fetch(local_files_only=True)
-        missing = [file.file_size or 0 for file in fetch(dry_run=True) if file.will_download]
+        missing = [file.file_size for file in fetch(dry_run=True) if file.will_download]
         print(f"fetching {name}: {len(missing)} files, {sum(missing) / 1e9:.3f} GB, into "
               f"{constants.HF_HUB_CACHE}", file=sys.stderr)
         return fetch()
     except Exception as error:                          # of the hub's and its helpers' there is no end
         why = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{name}: there is no such path, and the hub does not give it ({why[:300]}); fetch it with "
-                        f"`hf download {repo} --repo-type {kind} --local-dir DIR`, after `hf auth login` if "
-                        "it is gated, and give DIR") from None
+        raise UserError(f"{name}: there is no such path, and the hub does not give it ({why:.300}); fetch it "
+                        f"with `hf download {repo} --repo-type {kind} --local-dir DIR`, after `hf auth login` "
+                        "if it is gated, and give DIR") from None
 
 
 def merge_folder(model, adapter, out, dtype="auto"):

@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    gallery.html: pictures, scores and pairs
+    python synth.py analyse --out D    analysis.json and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -88,6 +88,7 @@ class Options:
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
                                 at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
+    judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
     gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
@@ -206,6 +207,13 @@ class Run:
             raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
         return getattr(self.o, name)
 
+    def model(self, name):
+        """The reward model of a ranker or scorer; None if it is none."""
+        if name in MODELS:
+            from synthesis import rewards
+            device = self.ranks.device
+            return rewards.load(name, getattr(self.o, name), device, command.dtype(self.o.dtype, device))
+
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
         if name not in known:
@@ -307,8 +315,7 @@ def rank(run):
 
 
 def rank_by(name, run, groups):
-    from synthesis import rewards
-    model = rewards.load(name, getattr(run.o, name), run.ranks.device)
+    model = run.model(name)
     for (item,) in groups:
         prompt, files, _ = item["_given"]
         yield [{"scores": model.score(prompt, [run.out / file for file in files])}]
@@ -333,11 +340,11 @@ def instruct(run):
 def respond(run):
     """One model after another answers all questions: a folder's on every rank, a server is asked by one."""
     o, said, found = run.o, {}, []
-    run.needs("responders")
+    sources = named(run.needs("responders"))
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
     given = {id: ask.digest(question) for id, question in questions.items()}
-    for name, source in named(o.responders).items():
+    for name, source in sources.items():
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
             make = partial(answer, source, options, questions)
@@ -409,11 +416,8 @@ def score(run):
 
 
 def score_by(questions, run, groups):
-    o, name = run.o, run.o.scorer
-    if name in MODELS:
-        from synthesis import rewards
-        device = run.ranks.device
-        model = rewards.load(name, getattr(o, name), device, command.dtype(o.dtype, device))
+    name, seed = run.o.scorer, run.o.seed
+    model = run.model(name)
     for (item,) in groups:
         id, (_, texts) = item["id"], item["_given"]
         question = questions[id]
@@ -425,21 +429,21 @@ def score_by(questions, run, groups):
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            scores = [data.draw(o.seed, "scorer", id, k).random() for k in range(len(texts))]
+            scores = [data.draw(seed, "scorer", id, k).random() for k in range(len(texts))]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 
 # ---- 7 pairs ----
 def make_pairs(run):
-    """pairing.make, and for its card the settings and the models that the run names."""
-    settings, models = dict(vars(run.o)), {}
-    del settings["out"], settings["device"]
+    """pairing.make, and for its card the settings; of a model its name, its files' hash and its licence."""
+    settings = dict(vars(run.o))
+    del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
                 licence = pairing.licence(source)
-                models[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
-    pairing.make(run, models, settings)
+                settings[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
+    pairing.make(run, settings)
 
 
 # ---- the command line ----

@@ -33,6 +33,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -49,7 +50,7 @@ import lora
 import losses
 from evaluation import answers
 from model import command, front, vlm
-from training import batches, checkpoint, look, options, plan, report
+from training import batches, checkpoint, look, options, plan, report, watch
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
 
@@ -87,7 +88,7 @@ def prepare(o, out, ranks):
     # ---- the pairs, before a weight is read ----
     path, held_out = ranks.first(partial(batches.classroom_files, o, out))
     family = front.open_folder(o.model, o.template or None, o.images)
-    needs = options.needs_of(o)
+    needs, reads = options.needs_of(o), ranks.first(partial(options.announce, o))
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if held_out:                                                # a margin needs the rejected response
@@ -115,10 +116,11 @@ def prepare(o, out, ranks):
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
     file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard, file_of(pairs, "training"))
+    reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
+                          file_of(reads, pairs, "training"))
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
-                                  file=file_of(val, "validation"))
+                                  file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
@@ -133,7 +135,6 @@ def load(family, o, dtype, device):
     plan.adapt(model.model, o)
     if packed:
         lora.quantise(model.model, device)
-        model.model.to(device)
     if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
@@ -149,7 +150,7 @@ def step_loss(run, batch, frozen):
     """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
-    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
     policy = vlm.without_image(policy, batch.pairs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
@@ -198,13 +199,13 @@ def learning_rate(t, steps, o):
 def measures(policy, reference, loss, beta):
     """A micro-batch's numbers for the log (B,), under TRL's names, of the log-probs that the loss reads."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
-    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
+    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen,
+             "rewards/rejected": rejected, "logps/rejected": policy.rejected}
     if rejected is not None:
-        found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
-                  "rewards/margins": chosen - rejected}
+        found["rewards/margins"] = chosen - rejected
     if image is not None:                                              # infinite for pairs without an image
         found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image}
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def fetched(measured):
@@ -238,6 +239,7 @@ def train(run):
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
+    recent, warned = deque(maxlen=watch.STEPS), {""}
     began = time.monotonic() - state.seconds
     bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -247,7 +249,12 @@ def train(run):
             state.step = done = t + 1
             state.seconds = time.monotonic() - began
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
-            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
+            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
+            recent.append(line)
+            said = watch.warning(recent, o)
+            if run.ranks.rank == 0 and said not in warned:
+                tqdm.write(f"step {done}: {said}", file=sys.stderr)
+            warned.add(said)
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
                 found = evaluate(run, f"step-{done}")

@@ -22,7 +22,7 @@ import data
 from data import UserError
 from evaluation import benchmarks, metrics, page, stats
 from model import ask
-from model.command import NAME
+from model.command import NAME, explained
 
 
 # ---- the paired difference ----
@@ -235,14 +235,11 @@ def read_votes(paths):
     shown, raters = set(), {}
     for path in paths:
         votes = data.read_json(path)
-        try:
+        with explained(f"{path} is not a file of votes as the page downloads it", "ask its rater again"):
             rater, key = str(votes["rater"]), json.loads(base64.b64decode(votes["key"], validate=True))
             range(key["same"]), key["a"], key["b"]                    # any of them may be absent
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not a file of votes as the page downloads it; ask its rater for it "
-                            "again") from error
         if len(shown) > 1:
             raise UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
         if rater in raters:

@@ -291,23 +291,20 @@ class Server:
         for attempt in range(1, ATTEMPTS + 1):
             sent = {"messages": asked} | body
             sent.pop("", None)
-            answer, reason, wait = self.request(sent)
+            row, reason, wait = self.request(sent)
             for name, other in OTHERWISE.items():
                 if wait is None and name in sent and name in reason:
                     body[other] = body.pop(name, sent[name])            # for all that is asked from now on
                     wait = 0
-            text, finish = reply_of(answer)
             last = attempt == ATTEMPTS or wait is None
-            if text:
-                row = {"reply": text, "model": answer.get("model"), "finish": finish}
-                if last or self.accept(row):
-                    return question.id, row, ""
+            if row and (last or self.accept(row)):
+                return question.id, row, ""
             if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
         return question.id, None, f"{reason}, attempt {attempt} of {ATTEMPTS}"
 
     def request(self, body):
-        """-> (the answer or None, the reason, seconds until another attempt).
+        """-> (the reply's row or None, the reason, seconds until another attempt).
 
         Seconds: at least so many; None if another attempt would not help. Raises UserError if the server
         refuses us.
@@ -323,8 +320,12 @@ class Server:
             with contextlib.suppress(ValueError, RecursionError):
                 answer = json.dumps(json.loads(text), ensure_ascii=False)
                 answer = json.loads(answer.encode("utf-8", "replace"))      # no half of a surrogate pair
-            kind = "a stream of events" if said.startswith(EVENTS) else reply_of(answer)[1]
-            return answer, f"{kind}: no reply in {said!r}", 0
+            reply, kind = reply_of(answer)
+            if reply:
+                return {"reply": reply, "model": answer.get("model"), "finish": kind}, "", 0
+            if said.startswith(EVENTS):
+                kind = "a stream of events"
+            return None, f"{kind}: no reply in {said!r}", 0
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, None

@@ -84,7 +84,7 @@ def _add(parser, name, field):
     if field.type is bool:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     else:
-        short, _ = KINDS[field.type]
+        short, *_ = KINDS[field.type]
         parser.add_argument(f"--{name}", metavar=short, help=text)
     if "off" in field.metadata:
         off = field.metadata["off"]
@@ -94,15 +94,10 @@ def _add(parser, name, field):
 def value(where, text, field):
     """A field's value from its text. Raises UserError if it is none; `where` is what the user wrote."""
     kind, about = field.type, field.metadata
+    _, spelt, read = KINDS[kind]
     try:
-        if kind is bool:
-            found = {"true": True, "false": False}[text.lower()]
-        elif kind is tuple:
-            found = tuple(float(part) for part in text.split(","))
-        else:
-            found = kind(text)
+        found = read(text)
     except (ValueError, KeyError):
-        _, spelt = KINDS[kind]
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
     if "choices" in about and found not in about["choices"]:
         raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
@@ -116,8 +111,11 @@ def value(where, text, field):
 
 
 MOST = 10 ** 9
-KINDS = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
-         tuple: ("X,Y", "numbers with commas"), str: ("TEXT", "a text")}
+KINDS = {bool: ("BOOL", "true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+         int: ("N", "a whole number", int),
+         float: ("X", "a number", float),
+         tuple: ("X,Y", "numbers with commas", lambda text: tuple(map(float, text.split(",")))),
+         str: ("TEXT", "a text", str)}
 
 
 def _shown(default):

@@ -16,7 +16,7 @@ front.FAMILIES:
     positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
     language_inputs(ids, features)  what the language model takes besides embeddings and positions, of ids
                                     (..., T) and the features of their images
-    generate_inputs(ids)            what transformers' generate takes of ids (R, T) besides them
+    token_types                     transformers' name of what tells images from text, where generate takes it
 
 Everything that is needed of an image before it is read is a function of its size: checking the pairs and
 planning a run need no pixels.
@@ -57,7 +57,7 @@ class Family:
     language = "model.language_model"
     squares = False            # whether images may be padded to a square
     packs = True
-    lead = ""
+    lead = token_types = ""
     positions = staticmethod(data.plain_positions)
 
     def __post_init__(self):
@@ -95,9 +95,6 @@ class Family:
         """Raise ValueError if an image, as it is prepared, is not what the vision tower takes."""
 
     def language_inputs(self, ids, features):
-        return {}
-
-    def generate_inputs(self, ids):
         return {}
 
     @property

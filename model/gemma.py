@@ -9,6 +9,7 @@ from model.family import Family
 class Gemma3(Family):
     """With --forward naive alone: a packed row's attention is causal. Pan and scan is refused."""
     image_token = "<image_soft_token>"
+    token_types = "token_type_ids"
     packs = False
 
     def __post_init__(self):
@@ -27,9 +28,6 @@ class Gemma3(Family):
 
     def image_ids(self, size):
         return [self.image_token_id] * self.config.mm_tokens_per_image
-
-    def generate_inputs(self, ids):
-        return {"token_type_ids": (ids == self.image_token_id).long()}
 
     def language_inputs(self, ids, features):
         """The masks of both kinds of layers: causal, but an image's tokens see all of it."""

@@ -274,7 +274,6 @@ def base_of(src, given=None):
 def deltas(src):
     """{published name of a weight: (A (in, r), B (r, out)), the transpose of whose product is to be added to
     it} of a LoRA, in float32; {} if src is none."""
-    import lora
     if not (src / ADAPTER).exists():
         return {}
     file, found = src / "adapter_model.bin", {}

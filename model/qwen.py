@@ -13,6 +13,7 @@ from model.family import Family
 
 class Qwen2VL(Family):
     image_token = "<|image_pad|>"
+    token_types = "mm_token_type_ids"
     tower = "model.visual"                     # with the layers that merge its patches
 
     def grid(self, size):
@@ -49,9 +50,6 @@ class Qwen2VL(Family):
             found.append(start + block)
             start = found[-1].max() + 1
         return torch.cat(found, 1)
-
-    def generate_inputs(self, ids):
-        return {"mm_token_type_ids": (ids == self.image_token_id).int()}
 
 
 class Qwen3VL(Qwen2VL):

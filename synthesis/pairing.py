@@ -169,10 +169,9 @@ def length_report(pairs):
 
 # ---- the stage ----
 
-def make(run, models, settings):
-    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md.
-
-    models: {role and name: hash of the files, licence}. settings: {name: value}."""
+def make(run, settings):
+    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md, which
+    lists the settings {name: value}."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
     said = run.rows("responses", "respond")
@@ -195,8 +194,7 @@ def make(run, models, settings):
     run.say("pairs", **counts)
     length = length_report(pairs)
     print(length)
-    card = CARD.format(title=run.out.name, models=listed(models), settings=listed(settings),
-                       counts=listed(counts), length=length)
+    card = CARD.format(title=run.out.name, settings=listed(settings), counts=listed(counts), length=length)
     data.atomic_write(run.out / "card.md", card)
 
 
@@ -212,15 +210,11 @@ responses of several vision-language models ranked by a scorer.
 - `images/`: every candidate
 - `dropped.jsonl`, `faults.jsonl`: what was left out, and why
 
-## Models
-
-{models}
-
-Images and texts are their outputs: the models' licences decide what may be done with them.
-
-## Settings
+## Settings and models
 
 {settings}
+
+Images and texts are the models' outputs: their licences decide what may be done with them.
 
 ## Counts
 

@@ -840,6 +840,28 @@ def test_of_a_chat_models_replies_thoughts_and_cut_off_ones_make_no_question():
         assert pairing.faults("What?", found["response"], found["finished"]) == faults
 
 
+def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tmp_path):
+    """A judge that always says A prefers the first ranker as often as it stands first; C means nothing."""
+    rows = [ranked_row(f"p{k}", "art", 0, imagereward=[4, 3, 2, 1], clip=[1, 2, 3, 4]) for k in range(40)]
+    rows[0]["scores"]["clip"] = [4, 3, 2, 1]
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        picture(k).save(tmp_path / "images" / f"{k}.png")
+    said = ["A"] * 30 + ["tie"] * 5 + ["neither"] * 5
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"id": f"p{k}", "reply": said[k]}) + "\n"
+                                                 for k in range(40)))
+    o = synth.Options()
+    found = analyses.judged(synth.Run(o, tmp_path), rows, str(tmp_path / "said.jsonl"))
+    assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
+    assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
+    assert found["win_rate"] == found["wins"] / 29 and found["interval"] == pds.wilson(found["wins"], 29)
+    (tmp_path / "said.jsonl").write_text('{"id": "p1", "reply": "A, since it", "finish": "length"}\n'
+                                         '{"id": "p2", "reply": "<think>B? No.</think>\\ntie"}\n')
+    found = analyses.judged(synth.Run(o, tmp_path), rows, str(tmp_path / "said.jsonl"))
+    assert (found["ties"], found["not_answered"], found["win_rate"]) == (1, 38, None)
+    assert found["interval"] == [0, 1]
+
+
 def test_the_papers_analyses_of_a_run(whole, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["analyses.py", str(whole)])
     analyses.main()
@@ -866,7 +888,10 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     card = analysis.entry(synth.Run(None, whole), row, pair)
     assert "&lt;script&gt;q" in card
     assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<m>"))
+    tables = json.loads((whole / "analysis.json").read_text())
+    assert {*tables} == {"guidance", "agreement", "judge", "similarity"}
     (whole / "gallery.html").unlink()
+    (whole / "analysis.json").unlink()
 
 
 # ---- the built-in default ----

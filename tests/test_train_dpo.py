@@ -101,7 +101,8 @@ def adapter(out):
 
 
 @pytest.mark.parametrize("loss, start", [
-    ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None)])
+    ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None),
+    ("svco", 4), ("0.5*hsa+vdpo", 1.5), ("simpo", None)])
 def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, loss, start):
     trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1])))
     first, steps = log_of(tmp_path / "run")
@@ -111,8 +112,62 @@ def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, lo
         assert steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-6)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"]
-    assert ("rewards/image_margins" in steps[0]) == ("copo" in loss or loss == "mdpo")
+    assert ("rewards/image_margins" in steps[0]) == any(x in loss for x in ("copo", "mdpo", "svco", "vdpo"))
+    assert ("rewards/chosen" in steps[0]) == (loss not in ("sft", "simpo")) and "logps/chosen" in steps[0]
+    assert "margin" in summary["after"]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_loss_without_a_reference_never_runs_one(world):
+    m = vlm.load(world[0])
+    pairs = read_pairs(m.front, world[1], {"chosen", "rejected"})
+    batch = batch_of(pairs, range(2))
+    unread = Reference(len(pairs), m, lambda *_: pytest.fail("it ran"), set(), command.Ranks())
+    found = unread(batch, None)
+    assert found.chosen is found.rejected is None and found.chosen_tokens.shape == (2,)
+    unread.sync()
+
+
+def test_a_step_of_symmpo_is_the_same_naive_and_packed_with_all_four_answers(world, tmp_path):
+    for forward in ("naive", "packed"):
+        trained(arguments(world, tmp_path / forward, "--forward", forward, "--dtype", "float64",
+                          "--loss", "symmpo+svco", "--max_steps", "2"))
+    one, two = (load_file(tmp_path / f / "adapter/adapter_model.safetensors") for f in ("naive", "packed"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
+
+
+def altered(world, folder, **change):
+    """The pairs with other fields in the second one."""
+    rows = [json.loads(line) for line in world[1].read_text().splitlines()]
+    rows[1] |= change
+    path = world[1].with_name(f"{folder.name}.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_weights_are_those_of_the_records(world, tmp_path):
+    m = vlm.load(world[0])
+    path = altered(world, tmp_path, meta={"weight": 2.5})
+    for needs, weights in (({"chosen", "weights"}, [1, 2.5]), ({"chosen"}, [1, 1])):
+        pairs = read_pairs(m.front, path, needs)
+        batch = batch_of(pairs, range(2))
+        for forward in (vlm.naive, vlm.packed):
+            found = forward(m, batch.pairs, vlm.encode_images(m, batch), needs)
+            assert found.weights.tolist() == weights
+
+
+@pytest.mark.parametrize("change, loss, said", [
+    ({"meta": {"weight": "heavy"}}, "hsa", "meta.weight 'heavy' is not a number"),
+    ({"meta": {"weight": None}}, "hsa", "meta.weight None is not a number"),
+    ({"image": None}, "svco", "it has no image, and this loss asks which image an answer is about")])
+def test_records_that_a_loss_cannot_use_are_refused_by_name(world, tmp_path, capsys, change, loss, said):
+    front, path = vlm.load(world[0]).front, altered(world, tmp_path, **change)
+    needs = losses.needs(options.loss_of(options.Options(loss=loss))) | {"chosen"}
+    with pytest.raises(data.UserError):
+        read_pairs(front, path, needs)
+    assert said in (text := capsys.readouterr().err) and "line 2 (id pair-1)" in text
+    assert len(read_pairs(front, path, {"chosen", "rejected"})) == 12
 
 
 def test_dpo_without_images_takes_the_image_out_of_the_prompt(world, tmp_path):
@@ -775,7 +830,7 @@ def test_two_runs_at_once_share_a_reference(sweep, tmp_path):
     for thread in threads:
         thread.join()
     assert [code for code, _ in told] == [0, 0] and adapter(tmp_path / "run-0") == adapter(tmp_path / "run-1")
-    assert sorted(file.suffix for file in (tmp_path / "c").iterdir()) == [".safetensors"] * 2
+    assert sorted(file.suffix for file in (tmp_path / "c").iterdir()) == [".json"] * 2
     assert scored([*argv, "--out", str(tmp_path / "more")], tmp_path) == 0
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError
+from model import command
 from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -90,10 +91,10 @@ class Pairs:
         """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
-        twice = "image_rejected" in self.needs
+        twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
-        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
+        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected), self.needs)
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
@@ -191,16 +192,21 @@ def tensors(prepared):
     return [x for image in prepared for x in image.values()]
 
 
-def tokenise(front, record, o, sizes, sizes_rejected=()):
+def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
     """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
-    and of the rejected ones where they are others. Raises UserError."""
+    and of the rejected ones where they are others. needs: fields of losses.Logps. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
-    prompt, prompt_rejected = (prompt_ids(front, record["question"], x, history)
-                               for x in (sizes, sizes_rejected))
+    bare = () if "none" in data.grouped(needs) else sizes
+    prompt, prompt_rejected, prompt_bare = (prompt_ids(front, record["question"], x, history)
+                                            for x in (sizes, sizes_rejected, bare))
     chosen = front.response_ids(record["chosen"])
     rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
-    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected)
+    weight = record["meta"].get("weight", 1.0) if "weights" in needs else 1.0
+    if not command.fits(weight, float):
+        raise UserError(f"meta.weight {weight!r} is not a number; correct it or drop the record")
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected,
+                     prompt_bare, weight)
     return data.truncate(pair, o.max_length)
 
 
@@ -226,7 +232,7 @@ def checked(front, path, o, needs, ranks):
 def usable(front, records, o, needs):
     """(indices of the good records, tokens of each one's packed row, how many CoPO skips: those without an
     image). Cut responses are counted, and faults end the run as in records.drop."""
-    twice = "image_rejected" in needs
+    twice = "rejected" in data.grouped(needs)
     good = check(records, twice, o.skip_bad)
     faults, tokens, cut, skipped = [], [], 0, 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
@@ -239,7 +245,10 @@ def usable(front, records, o, needs):
                 drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
                 rejected = (drawn.size,) * len(images)
         try:
-            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
+            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
+            if not images and "rejected_image_rejected" in needs:
+                raise UserError("it has no image, and this loss asks which image an answer is about; add one "
+                                "or drop the record")
             if "rejected" in needs and pair.chosen == pair.rejected:
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut and "
                                 "tokenised: raise --set max_length or drop the record")

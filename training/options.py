@@ -10,6 +10,7 @@ import hashlib
 import math
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count
@@ -21,6 +22,7 @@ import losses
 from data import UserError
 from model import command
 from model.command import behind_set, option
+from training import objectives
 from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
@@ -38,7 +40,8 @@ class Options:
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
-    loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
+    loss: str = option("mdpo", "a name in losses.py or training/objectives.py, or a sum: dpo+copo, "
+                       "0.8*dpo+0.2*bco+sft")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
     delta: float = option(0.0, "the reward that AncPO holds the chosen above", at_least=-command.MOST)
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
@@ -66,6 +69,8 @@ class Options:
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
+    loss_args: str = behind_set("", "a loss's further arguments, with commas: gamma=0.5,lam=2 (default: the "
+                                "papers', in training/objectives.py)")
     weight_decay: float = behind_set(0.0, "AdamW's weight decay")
     adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_most=0.9999999)
     adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_most=0.9999999)
@@ -150,9 +155,9 @@ def check(o):
     """Raise UserError if two values do not fit together."""
     try:
         needs = needs_of(o)
-    except ValueError as e:
-        raise UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
-    if o.image_rejected == "none" and "image_rejected" in needs:
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise UserError(f"--loss {o.loss}: {e}") from None
+    if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
     if o.dtype == "nf4" and (o.shard or not o.lora_r):
@@ -168,13 +173,29 @@ def check(o):
 
 
 def loss_of(o):
-    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
-    return losses.resolve(o.loss, anchors=o.anchors)
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError, or UserError for loss_args."""
+    more, number = {}, Options.__dataclass_fields__["delta"]
+    for item in filter(None, o.loss_args.split(",")):
+        name, _, text = item.partition("=")
+        more[name] = command.value(f"--set loss_args={o.loss_args}", text, number)
+    return objectives.resolve(o.loss, anchors=o.anchors, **more)
 
 
 def needs_of(o):
     """The fields of losses.Logps that a run computes. Raises ValueError."""
     return losses.needs(loss_of(o)) | {"chosen"}
+
+
+def announce(o):
+    """Say what the loss is at the start, and whether it pulls the right way -> the fields of losses.Logps
+    that a run computes of the reference."""
+    policy, reference, values = losses.tried(loss_of(o), o.beta, o.delta)
+    said = f"--loss {o.loss} begins at {values.mean():.4f} for two made-up pairs"
+    gradient = policy.chosen.grad
+    if gradient is None or (gradient >= 0).any():
+        said += " and does not make their chosen responses likelier: check its signs, if it should"
+    print(said, file=sys.stderr)
+    return {*reference, "chosen"} if reference else set()
 
 
 def steps_of(o, n):
@@ -206,7 +227,7 @@ def run_folder(o):
 
 
 def losses_source():
-    return Path(losses.__file__).read_text()
+    return "".join(Path(module.__file__).read_text() for module in (losses, objectives))
 
 
 def claim(out, o):

@@ -15,16 +15,15 @@ import data
 from model import command, vlm
 from training import checkpoint
 
-FIELDS = ("chosen", "rejected", "image_rejected")
 # What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
 SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected")
 
 
-def cache_file(o, base, pairs, what):
+def cache_file(o, base, needs, pairs, what):
     """The file that keeps a reference for other runs (or None), named by all that decides it. base: which
-    model, and how it computes. what: the pairs are for."""
+    model, and how it computes. needs: the fields. what: the pairs are for."""
     if o.reference_cache:
-        about = base, what, pairs.tokens, sorted(pairs.needs), [getattr(o, name) for name in SAME]
+        about = base, what, pairs.tokens, sorted(needs), [getattr(o, name) for name in SAME]
         return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.json")
 
 
@@ -35,9 +34,10 @@ class Reference:
     pair whose key has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
     def __init__(self, n, model, forward, needs, ranks, together=False, file=None):
-        """needs: the fields to compute. together: all ranks run a forward, or none (--shard). file: that of
-        cache_file, from which it begins; a torn one is made again."""
-        self.fields = [field for field in FIELDS if field in needs]
+        """needs: the fields to compute; with none of them, nothing ever runs. together: all ranks run a
+        forward, or none (--shard). file: that of cache_file, from which it begins; a torn one is made again.
+        """
+        self.fields = data.scored(needs)
         exact = torch.promote_types(model.model.dtype, torch.float32)
         self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
         self.key = torch.zeros(n, dtype=torch.int64)
@@ -54,7 +54,7 @@ class Reference:
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
         places = data.send(torch.tensor(batch.places), self.logps.device)
-        stale = not torch.equal(self.key[batch.places], keys)
+        stale = self.fields and not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))
         if stale:
@@ -88,7 +88,7 @@ class Reference:
         """Take up what keep() has written: ([log-probs] and key of each pair)."""
         logps, key = found
         self.logps.copy_(torch.tensor(logps, dtype=torch.float64))
-        self.key.copy_(torch.tensor(key))
+        self.key = torch.tensor(key)
 
     def keep(self):
         """Write the file for other runs. Two that do so at once write the same log-probs."""
