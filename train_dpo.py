@@ -115,7 +115,7 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
     reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
                           file_of(reads, pairs, "training"))
     if val:
@@ -130,8 +130,11 @@ def prepare(o, out, ranks):
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
-    model = vlm.load(family, dtype=dtype, device=device)
+    packed = o.dtype == "nf4"
+    model = vlm.load(family, dtype=dtype, device="cpu" if packed else device)
     plan.adapt(model.model, o)
+    if packed:
+        lora.quantise(model.model, device)
     if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
