@@ -214,15 +214,6 @@ def chunks(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def model_folder(name):
-    """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
-    own = Path(__file__).resolve().parent / "classroom" / "models"
-    for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
-        if path.is_dir():
-            return path
-    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
-
-
 def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):

@@ -33,10 +33,12 @@ import math
 import os
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ from evaluation import answers
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report, watch
 from training.optimiser import Zero2
-from training.reference import Reference
+from training.reference import Reference, cache_file
 
 
 @dataclass
@@ -102,6 +104,10 @@ def prepare(o, out, ranks):
     else:
         model = load(family, o, dtype, ranks.device)
         first = ranks.first
+    base = command.identity(family.folder)
+    if o.adapter:
+        base += command.identity(o.adapter)
+        lora.begin_here(model.model)
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay,
@@ -109,22 +115,24 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, reads, ranks, o.shard)
+    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
+                          file_of(reads, pairs, "training"))
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
+        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
+                                  file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=command.identity(family.folder))
+               base=base)
 
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
     model = vlm.load(family, dtype=dtype, device=device)
-    if o.lora_r:
-        lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
-    else:
+    plan.adapt(model.model, o)
+    if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
         model.language_model.train()                             # transformers recomputes in train mode only
@@ -148,41 +156,30 @@ def step_loss(run, batch, frozen):
 def step(run, t):
     """One optimiser step on the mean loss of `o.batch` pairs, over all ranks. Returns its line of the log."""
     began = time.monotonic()
-    measured, places, ids = [], [], []
+    measured, places = [], []
     for batch in run.batches(t):                                       # this rank's micro-batches
         loss, policy, reference = step_loss(run, batch, run.reference)
         (loss[:batch.counts].sum() / batch.of).backward()
-        if batch.counts == 0:                                          # a filler
-            continue
-        measured.append(measures(policy, reference, loss, run.o.beta))
-        places += batch.places
-        ids += [pair.id for pair in batch.pairs]
+        if batch.counts:                                               # else a filler
+            measured.append(measures(policy, reference, loss, run.o.beta))
+            places += batch.places
 
-    # ---- the device is waited for here, and for the gradient's norm ----
-    sums, each = fetched(measured)
-    sums["tokens"] = sum(run.pairs.tokens[place] for place in places)
-    found = dict(zip(ids, each, strict=True))
-
-    # ---- all ranks together ----
-    ours = sums, found, run.batches.waited, run.stop.asked
-    everyones, losses_of, waited, asked = zip(*run.ranks.gather(ours), strict=True)
-    sums = Counter()
-    for each in everyones:
-        sums.update(each)
-    found = {id: loss for each in losses_of for id, loss in each.items()}
+    # ---- all ranks together; the device is waited for here, and for the gradient's norm ----
+    ours = places, fetched(measured), run.batches.waited, run.stop.asked
+    places, rows, waited, asked = zip(*run.ranks.gather(ours), strict=True)
+    places, rows = [*chain(*places)], [*chain(*rows)]                  # of all pairs in the step
     run.stopping = any(asked)
     rate = learning_rate(t, run.steps, run.o)
     norm = run.optimiser.step(rate)
-    broken = [id for id, loss in found.items() if not math.isfinite(loss)]
+    broken = [place for place, row in zip(places, rows, strict=True) if not math.isfinite(row["loss"])]
     if broken or not math.isfinite(norm):
+        ids = [run.pairs.record(place)["id"] for place in broken or places]
         raise data.UserError(f"loss or gradient of step {t + 1} is not finite; the pairs are "
-                             f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
-                             "checkpoint")
+                             f"{', '.join(ids)}: look at them or lower --lr; {run.out} keeps its checkpoint")
     seconds = time.monotonic() - began
-    tokens, shown = sums.pop("tokens"), sums.pop("with_image", 0)
+    tokens = sum(run.pairs.tokens[place] for place in places)
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
-            **{name: value / (shown if "/image_" in name else len(found)) for name, value in sums.items()
-               if shown or "/image_" not in name},
+            **means(rows),
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
             "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
@@ -202,25 +199,30 @@ def measures(policy, reference, loss, beta):
     found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen,
              "rewards/rejected": rejected, "logps/rejected": policy.rejected}
     if rejected is not None:
-        found |= {"rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
-    if image is not None:
-        there = image.isfinite()                                       # not of pairs without an image
-        found |= {"rewards/image_rejected": image.where(there, 0),
-                  "rewards/image_margins": (chosen - image).where(there, 0),
-                  "rewards/image_accuracies": (chosen > image) & there, "with_image": there}
+        found["rewards/margins"] = chosen - rejected
+    if image is not None:                                              # infinite for pairs without an image
+        found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image}
     return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def fetched(measured):
-    """[measures of a micro-batch] -> (their sums over all pairs, each pair's loss), in one copy."""
-    sums = Counter()
+    """[measures of a micro-batch] -> [{name: value} of each pair], in one copy."""
     if not measured:
-        return sums, []
-    tables = [torch.stack([*found.values()]) for found in measured]                             # (F, B)
-    whole = torch.cat(tables, 1).cpu().double()
-    for table in whole.split([table.shape[1] for table in tables], 1):
-        sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
-    return sums, whole[0].tolist()
+        return []
+    tables = [torch.stack([*found.values()], 1) for found in measured]                          # (B, F)
+    return [dict(zip(measured[0], row, strict=True)) for row in torch.cat(tables).tolist()]
+
+
+def means(rows):
+    """{name: mean over the pairs}, and accuracies: the shares of margins above 0."""
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if "/image_" not in name or math.isfinite(row[name])]
+        if values:
+            found[name] = fmean(values)
+            if name.endswith("margins"):
+                found[name.replace("margins", "accuracies")] = fmean(x > 0 for x in values)
+    return found
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -311,9 +313,10 @@ def validate(run, name):
         batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         measured.append(measures(policy, reference, loss, run.o.beta))
-    sums, _ = fetched(measured)
-    return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
-            "accuracy": 100 * sums["rewards/accuracies"] / n, "n": n}
+    run.val_reference.keep()
+    found = means(fetched(measured))
+    return {"loss": found["loss"], "margin": found["rewards/margins"],
+            "accuracy": 100 * found["rewards/accuracies"], "n": n}
 
 
 def log_look(run, name, found, **more):

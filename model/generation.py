@@ -54,11 +54,11 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
     at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
     """
     ends = ends_of(m)
-    options = {"do_sample": False}
+    options = {"do_sample": False, "output_hidden_states": False}
     if sample_seed is not None:
         rows = len(m.model.lm_head.weight)
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
-                   "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
+        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+                    "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     found = [None] * len(prompts)
     # Eagerly: a compiled part would be compiled again for generate's shapes.
     gpus = [m.device] if m.device.type == "cuda" else []
@@ -70,7 +70,8 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
                                            padding_side="left", return_tensors="pt").to(m.device)
             if prepared := [image for i in batch for image in m.front.prepared(images[i])]:
                 inputs |= m.front.on_device(m.model, prepared)
-                inputs |= m.front.generate_inputs(inputs.input_ids)
+                if m.front.token_types:
+                    inputs[m.front.token_types] = (inputs.input_ids == m.front.image_token_id).long()
             new = m.model.generate(**inputs,
                                    **options,
                                    max_new_tokens=max_new_tokens,

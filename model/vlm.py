@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import lora
 import losses
-from model import family, front
+from model import command, family, front
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -94,8 +94,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, own.architecture)
-    model, found = data.from_folder(kind, own.folder,
+    model, found = data.from_folder(transformers.AutoModelForImageTextToText, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
                                     config=own.config,
@@ -111,6 +110,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
                                  "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
+
+    saved = vars(model.generation_config)
+    tokens = {name: (int, [int], None) for name in saved if name.endswith("_token_id")}
+    if not command.fits(saved, tokens):
+        raise data.UserError(f"{own.folder}: generation_config.json has a token that is no number: copy it "
+                             "again")
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.

@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 import data
+import lora
 from data import UserError
 from model import command
 from training.records import Records, brief, check, drop
@@ -65,7 +66,7 @@ def classroom_files(o, out):
 
 def built_in(o):
     """Whether the model is one of the classroom's, which gets the classroom's scores."""
-    return (data.model_folder(o.model) / "classroom.json").exists()
+    return (lora.model_folder(o.model) / "classroom.json").exists()
 
 
 @dataclass
@@ -83,9 +84,12 @@ class Pairs:
     def __len__(self):
         return len(self.good)
 
+    def record(self, place):
+        return self.records[self.good[place]]
+
     def read(self, place, epoch=0):
         """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
-        o, record = self.o, self.records[self.good[place]]
+        o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
@@ -94,8 +98,9 @@ class Pairs:
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
-                pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
-                rejected.append({"pixel_values": pixels})
+                rng = data.rng_of(o.image_rejected, seed, named(record, n))
+                box_of = partial(data.crop_box, rng=rng, area=data.AREAS[o.image_rejected])
+                rejected.append({"pixel_values": crop_pixels(image["pixel_values"], box_of)})
         digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for x in tensors(images + rejected):
             digest.update(x.numpy().tobytes())
@@ -158,21 +163,15 @@ def other_index(seed, id, i, n, attempt=0):
     return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
-def crop_pixels(pixels, box):
-    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+def crop_pixels(pixels, box_of):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code.
+    box_of(width, height) is the box."""
     import torch.nn.functional as F
-    x, y, w, h = box
-    part = pixels[None, :, y:y + h, x:x + w]
-    return F.interpolate(part, pixels.shape[1:], mode="bilinear", antialias=True)[0]
-
-
-def rejected_pixels(strategy, pixels, seed, id):
-    """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
         raise UserError("--set crop_pixels=true: this model's pixels cannot be cropped; leave it out")
-    height, width = pixels.shape[1:]
-    rng = data.rng_of(strategy, seed, id)
-    return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
+    size = pixels.shape[1:]
+    x, y, w, h = box_of(*reversed(size))
+    return F.interpolate(pixels[None, :, y:y + h, x:x + w], size, mode="bilinear", antialias=True)[0]
 
 
 def shown(record, o):

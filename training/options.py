@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import data
+import lora
 import losses
 from data import UserError
 from model import command
@@ -32,8 +33,9 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
-    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
+    model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
+    adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
+    data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
@@ -41,22 +43,21 @@ class Options:
     loss: str = option("mdpo", "a name in losses.py or training/objectives.py, or a sum: dpo+copo, "
                        "0.8*dpo+0.2*bco+sft")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
-    delta: float = option(0.0, "the reward that AncPO holds the chosen above")
+    delta: float = option(0.0, "the reward that AncPO holds the chosen above", at_least=-command.MOST)
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
     image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
                                  choices=(*DAMAGED, "none"))
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
                           choices=("packed", "naive"))
     epochs: int = option(3, "passes over the pairs", above=0)
-    max_steps: int = option(0, "stop after so many steps; 0: all", at_least=0)
+    max_steps: int = option(0, "stop after so many steps; 0: all")
     batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
     micro_batch: int = option(8, "pairs per forward", above=0)
     lr: float = option(2e-4, "peak learning rate", above=0)
-    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
-                         off="--no-lora")
-    seed: int = option(0, "pairs, LoRA, order and draws", at_least=0)
-    eval_seed: int = option(0, "the scenes of the printed table", at_least=0)
-    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", off="--no-lora")
+    seed: int = option(0, "pairs, LoRA, order and draws")
+    eval_seed: int = option(0, "the scenes of the printed table")
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
@@ -70,12 +71,11 @@ class Options:
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
     loss_args: str = behind_set("", "a loss's further arguments, with commas: gamma=0.5,lam=2 (default: the "
                                 "papers', in training/objectives.py)")
-    weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_least=0, at_most=0.9999999)
-    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_least=0, at_most=0.9999999)
-    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0,
-                               at_most=1)
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_most=0.9999999)
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_most=0.9999999)
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any")
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_most=1)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -90,6 +90,7 @@ class Options:
                                "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    reference_cache: str = behind_set("", "a folder that keeps the reference's log-probs for other runs")
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
     pairs: int = behind_set(1000, "pairs of the classroom", above=0)
     pair_options: str = behind_set("", "more options of classroom/pairs.py")
@@ -97,8 +98,7 @@ class Options:
     questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
     split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
                             choices=("print", "tune"))
-    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
-                           at_least=0)
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
     max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
     eval_data: str = behind_set("", "a small POPE file, or questions about COCO images, evaluated too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
@@ -144,6 +144,9 @@ def parse(argv, description):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
             raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
                             "in")
+    for field in ("lora_r", "lora_alpha", "lora_targets"):
+        if o.adapter and field in chosen:
+            raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
     check(o)
     return o
 
@@ -157,6 +160,8 @@ def check(o):
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.redraw and o.reference_cache:
+        raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
@@ -256,7 +261,7 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = getattr(o, name)
+    path = lora.fetched(getattr(o, name), "dataset")
     if path in ("", "classroom") or not Path(path).exists():
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()

@@ -31,10 +31,9 @@ def memory(config, o, tokens, device="cpu", world=1):
     import transformers
     family = front.FAMILIES[config.model_type]
     with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = getattr(transformers, family.architecture)(config)
-    if o.lora_r:
-        lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","))
-    else:
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    adapt(model, o)
+    if not o.lora_r:
         model.get_submodule(family.tower).requires_grad_(False)
 
     # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
@@ -56,7 +55,7 @@ def memory(config, o, tokens, device="cpu", world=1):
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
     if o.lora_r:
-        found["LoRA"] = 2 * master * whole                            # and its gradient
+        found["LoRA"] = (3 if o.adapter else 2) * master * whole      # and its gradient; and the reference's
     else:
         if e < master:
             copies += 1                                               # a slice of masters
@@ -67,9 +66,18 @@ def memory(config, o, tokens, device="cpu", world=1):
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
     row = max(max(tokens), min(o.micro_batch, o.batch, len(tokens)) * sum(tokens) / len(tokens))
     text = config.text_config
-    graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
+    few = o.adapter or "." in o.lora_targets                          # LoRA may be on the last layers alone
+    graph = 1 if few else text.num_hidden_layers
     found["activations"] = e * row * text.hidden_size * graph
     return found
+
+
+def adapt(model, o):
+    """Put a run's LoRA, if it has one, on transformers' model. Raises UserError for one that does not fit."""
+    if o.adapter:
+        lora.load(model, o.adapter)
+    elif o.lora_r:
+        lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
 
 
 def capacity(device):

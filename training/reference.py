@@ -6,10 +6,25 @@ rejected image); which base it was is checked when a run resumes. Part of train_
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import contextlib
+from pathlib import Path
+
 import torch
 
 import data
-from model import vlm
+from model import command, vlm
+from training import checkpoint
+
+# What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
+SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected", "crop_pixels", "images")
+
+
+def cache_file(o, base, needs, pairs, what):
+    """The file that keeps a reference for other runs (or None), named by all that decides it. base: which
+    model, and how it computes. needs: the fields. what: the pairs are for."""
+    if o.reference_cache:
+        about = base, what, pairs.tokens, sorted(needs), [getattr(o, name) for name in SAME]
+        return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.safetensors")
 
 
 class Reference:
@@ -18,9 +33,10 @@ class Reference:
     Log-probs are kept in `logps` (n, F), on the device, under `key` (n,): both are part of the checkpoint. A
     pair whose key has changed, as all do in each epoch with `--set redraw=true`, is scored again.
     """
-    def __init__(self, n, model, forward, needs, ranks, together=False):
+    def __init__(self, n, model, forward, needs, ranks, together=False, file=None):
         """needs: the fields to compute; with none of them, nothing ever runs. together: all ranks run a
-        forward, or none (--shard)."""
+        forward, or none (--shard). file: that of cache_file, from which it begins; a torn one is made again.
+        """
         self.fields = data.scored(needs)
         exact = torch.promote_types(model.model.dtype, torch.float32)
         self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
@@ -31,6 +47,11 @@ class Reference:
         self.ranks = ranks
         self.together = together
         self.new = []                                       # places this rank added since the last sync
+        self.file = file
+        if file and file.exists():
+            with contextlib.suppress(data.UserError):
+                tensors, _ = checkpoint.read(file)
+                self.load(tensors)
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
@@ -64,3 +85,17 @@ class Reference:
             self.logps[places] = logps.to(self.logps.device)
             self.key[places] = key
         self.new = []
+
+    def state(self):
+        logps = self.logps.cpu().double()                   # MPS has no float64
+        return {"reference/logps": logps, "reference/key": self.key}
+
+    def load(self, tensors):
+        """Take up state(), and take it out of `tensors`."""
+        self.logps.copy_(tensors.pop("reference/logps"))
+        self.key = tensors.pop("reference/key")
+
+    def keep(self):
+        """Write the file for other runs. Two that do so at once write the same log-probs."""
+        if self.file:
+            data.atomic_write(self.file, checkpoint.packed(self.state(), {}))
