@@ -145,8 +145,7 @@ def lora_parameters(model):
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
-        del layer.lora_A, layer.lora_B, layer.r, layer.alpha, layer.scale
-        del layer.enabled, layer.start, layer.packed
+        del layer.lora_A, layer.lora_B
         layer.__class__ = torch.nn.Linear
 
 

@@ -6,7 +6,6 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import hashlib
 import math
 import platform
 import subprocess
@@ -223,7 +222,7 @@ def run_folder(o):
     if o.out:
         return Path(o.out)
     text = repr(sorted(decisive(o).items())) + losses_source()
-    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{command.fingerprint(text.encode())[:8]}"
 
 
 def losses_source():
