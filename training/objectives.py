@@ -73,8 +73,8 @@ def exo(policy, reference, beta, delta, epsilon=1e-3):                      # ar
 
 
 def dpop(policy, reference, beta, delta, lam=50.0):                         # arXiv 2402.13228, Eq. 3; p
-    fallen = (reference.chosen - policy.chosen).relu()
-    return -logsigmoid(margin(policy, reference, beta) - beta * lam * fallen)
+    r = Rewards(policy, reference, beta)
+    return -logsigmoid(r.chosen - r.rejected - lam * (-r.chosen).relu())
 
 
 def r_dpo(policy, reference, beta, delta, alpha=0.01):                      # arXiv 2403.19159; o
@@ -141,9 +141,8 @@ def vdpo(policy, reference, beta, delta):                                   # ar
 def symmpo(policy, reference, beta, delta, lam=0.5):                        # arXiv 2506.11712; c
     r = Rewards(policy, reference, beta)
     own, other = r.chosen - r.rejected, r.rejected_image_rejected - r.image_rejected
-    preferred = (1 + lam) * logsigmoid(own) + lam * logsigmoid(other)
-    anchors = logsigmoid(r.chosen) + logsigmoid(r.rejected_image_rejected)
-    return 1e-4 * ((own - other) / beta) ** 2 - preferred - anchors
+    return (1e-4 * ((own - other) / beta) ** 2 - (1 + lam) * logsigmoid(own) - lam * logsigmoid(other)
+            - logsigmoid(r.chosen) - logsigmoid(r.rejected_image_rejected))
 
 
 def svco(policy, reference, beta, delta):                                   # arXiv 2502.13928
@@ -153,11 +152,11 @@ def svco(policy, reference, beta, delta):                                   # ar
     return -sum(map(logsigmoid, steps))
 
 
-OBJECTIVES = {loss.__name__: loss for loss in (
-    hinge, ipo, cdpo, robust, exo, dpop, r_dpo, hsa, apo_zero, apo_down, nca, sppo, simpo, orpo,
-    chip, vdpo, symmpo, svco)} | {"bco": bco, "rpo": rpo, "mpo": mpo, "realign": realign}
+NAMES = ("hinge ipo cdpo robust simpo orpo dpop r_dpo apo_zero apo_down nca exo sppo bco mpo rpo realign "
+         "chip vdpo symmpo svco hsa")
+OBJECTIVES = {name: globals()[name] for name in NAMES.split()}
 
 
 def resolve(name, **more):
     """losses.resolve of all of them; a name in losses.py goes before one here."""
-    return losses.resolve(name, losses.LOSSES | OBJECTIVES | losses.LOSSES, **more)
+    return losses.resolve(name, OBJECTIVES | losses.LOSSES, **more)
