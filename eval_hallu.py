@@ -35,6 +35,13 @@ from evaluation.readers import object_list, rating
 from model import ask, command
 
 
+def loaded(o, folder, device):
+    """The VLM of a folder, by a command's options."""
+    from model import vlm
+    return vlm.load(folder, adapter=o.adapter, dtype=command.dtype(o.dtype, device), device=device,
+                    template=o.template, preparation="pad" if o.pad else "")
+
+
 # ---- answers ----
 def run_answers(o):
     questions = None
@@ -48,15 +55,13 @@ def run_answers(o):
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
 
-    from model import vlm
     ranks = command.join()
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
     if served:
         m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=o.batch_size or 64,
                         accept=ask.anything)
     else:
-        m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device),
-                     device=ranks.device, template=o.template, preparation="pad" if o.pad else "")
+        m = loaded(o, o.model, ranks.device)
     options = {"batch_size": o.batch_size, "max_new_tokens": length, "ranks": ranks}
     if questions is None:
         answers.answer_scenes(m, o.data[0], o.out, **options)
@@ -191,14 +196,11 @@ def run_ask(o):
     if not isinstance(folder, str):
         raise UserError("there is no model to ask: give --model, or an --adapter that names its own")
     from evaluation import dialogue
-    from model import vlm
     scenes = {}
     for place in o.image.absolute().parents[:2] if o.image else [Path(adapter or folder).parent / "scenes"]:
         scenes = scenes or dialogue.scenes_of(place)
     path = os.path.realpath(o.image) if o.image else next(iter(scenes), None)
-    device = command.join().device
-    m = vlm.load(folder, adapter=adapter, dtype=command.dtype(o.dtype, device), device=device,
-                 template=o.template, preparation="pad" if o.pad else "")
+    m = loaded(o, folder, command.join().device)
     if o.page:
         dialogue.serve(dialogue.Site(m, scenes, o.max_new_tokens))
     else:

@@ -114,7 +114,7 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
     reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
                           file_of(reads, pairs, "training"))
     if val:
@@ -129,8 +129,11 @@ def prepare(o, out, ranks):
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
-    model = vlm.load(family, dtype=dtype, device=device)
+    packed = o.dtype == "nf4"
+    model = vlm.load(family, dtype=dtype, device="cpu" if packed else device)
     plan.adapt(model.model, o)
+    if packed:
+        lora.quantise(model.model, device)
     if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
@@ -337,6 +340,8 @@ def finish(run, before, after, weights):
         lora.write_folder(model.model, model.front.folder, out / "model", weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+    folder = "adapter" if run.o.lora_r else "model"
+    data.atomic_write(out / folder / "README.md", report.card(out, summary))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

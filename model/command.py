@@ -187,9 +187,9 @@ def join(device="", backend=""):
 
 
 def dtype(name, device, on_cuda="bfloat16"):
-    """torch's type of a name; of auto or none: bfloat16 on a GPU, else float32."""
+    """torch's type of a name; of auto, nf4 (what it computes in) or none: bfloat16 on a GPU, else float32."""
     import torch
-    if name in (None, "auto"):
+    if name in (None, "auto", "nf4"):
         name = on_cuda if torch.device(device).type == "cuda" else "float32"
     return getattr(torch, name)
 

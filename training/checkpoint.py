@@ -46,23 +46,20 @@ def kept(path, use):
 
 def save(run):
     """last/checkpoint.safetensors in one move: weights, the optimiser's state, the reference's log-probs."""
+    from safetensors.torch import save as to_bytes
     run.reference.sync()
-    tensors = run.optimiser.state() | run.reference.state()
+    tensors = run.optimiser.state()
+    logps = run.reference.logps.cpu().double()                                         # MPS has no float64
+    tensors |= {"reference/logps": logps, "reference/key": run.reference.key}
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
-        content = packed(tensors, about)
+        content = to_bytes(tensors, about | {"sha256": digest(tensors, about)})
         with contextlib.suppress(OSError):                   # there is none, or the file system has no links
             (run.out / PREVIOUS).unlink(missing_ok=True)
             os.link(run.out / FILE, run.out / PREVIOUS)
         data.atomic_write(run.out / FILE, content)
         run.reference.keep()
-
-
-def packed(tensors, about):
-    """The bytes that `read` reads, of tensors and {str: str}."""
-    from safetensors.torch import save as to_bytes
-    return to_bytes(tensors, about | {"sha256": digest(tensors, about)})
 
 
 def made_from(run):
@@ -103,7 +100,8 @@ def restore(run):
         if about != made_from(run):
             raise data.UserError(f"{file} is of a run with another base or other options: give another "
                                  "--out, or --restart")
-        run.reference.load(tensors)
+        run.reference.logps.copy_(tensors.pop("reference/logps"))
+        run.reference.key = tensors.pop("reference/key")
         run.optimiser.load(tensors)
         run.state = state
     if run.ranks.rank == 0:

@@ -60,8 +60,8 @@ class Options:
     eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
-    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
-                        choices=("auto", "float32", "bfloat16", "float64"))
+    dtype: str = option("auto", "of the base: float32, bfloat16, float64, nf4; auto is bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16", "float64", "nf4"))
     dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
     restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
 
@@ -160,6 +160,8 @@ def check(o):
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.dtype == "nf4" and (o.shard or not o.lora_r):
+        raise UserError("--dtype nf4 needs LoRA, and goes without --shard: choose another type")
     if o.redraw and o.reference_cache:
         raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:

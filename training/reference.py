@@ -6,7 +6,7 @@ rejected image); which base it was is checked when a run resumes. Part of train_
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import contextlib
+import json
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from model import command, vlm
 from training import checkpoint
 
 # What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
-SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected", "crop_pixels", "images")
+SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected")
 
 
 def cache_file(o, base, needs, pairs, what):
@@ -24,7 +24,7 @@ def cache_file(o, base, needs, pairs, what):
     model, and how it computes. needs: the fields. what: the pairs are for."""
     if o.reference_cache:
         about = base, what, pairs.tokens, sorted(needs), [getattr(o, name) for name in SAME]
-        return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.safetensors")
+        return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.json")
 
 
 class Reference:
@@ -48,10 +48,8 @@ class Reference:
         self.together = together
         self.new = []                                       # places this rank added since the last sync
         self.file = file
-        if file and file.exists():
-            with contextlib.suppress(data.UserError):
-                tensors, _ = checkpoint.read(file)
-                self.load(tensors)
+        if file:
+            checkpoint.kept(file, self.load)
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
@@ -86,16 +84,13 @@ class Reference:
             self.key[places] = key
         self.new = []
 
-    def state(self):
-        logps = self.logps.cpu().double()                   # MPS has no float64
-        return {"reference/logps": logps, "reference/key": self.key}
-
-    def load(self, tensors):
-        """Take up state(), and take it out of `tensors`."""
-        self.logps.copy_(tensors.pop("reference/logps"))
-        self.key = tensors.pop("reference/key")
+    def load(self, found):
+        """Take up what keep() has written: ([log-probs] and key of each pair)."""
+        logps, key = found
+        self.logps.copy_(torch.tensor(logps, dtype=torch.float64))
+        self.key = torch.tensor(key)
 
     def keep(self):
         """Write the file for other runs. Two that do so at once write the same log-probs."""
         if self.file:
-            data.atomic_write(self.file, checkpoint.packed(self.state(), {}))
+            data.atomic_write(self.file, json.dumps([self.logps.tolist(), self.key.tolist()]))

@@ -267,7 +267,8 @@ def write_page(rows, out=HERE):
     found = [findings.finding(name, rows) for name in findings.TABLES] + pds.findings()
     out.mkdir(parents=True, exist_ok=True)
     if people := for_people(rows, out):
-        next(f for f in found if f["name"] == "fig4")["links"] = {"the page for people": people.name}
+        says = "Judge the captions yourself, without knowing which model wrote them"
+        next(f for f in found if f["name"] == "fig4")["links"] = {says: people.name}
     page.write(found, findings.about(rows), out)
     for f in found:
         print(f"{f['name']:16} {f['verdict']}")

@@ -178,16 +178,25 @@ def study(name):
                       [c for c in cells(name) if (c["name"], c["base"], c["seed"]) not in there]))
 
 
+def cell(values):
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def chair_i(runs):
+    """The mean over the runs whose captions name an object: of no names no share can be false."""
+    named = [run["chair_i"] for run in runs if run["cover"] or run["chair_s"]]
+    lacking = f"undefined in {len(runs) - len(named)}" * (len(named) < len(runs))
+    return ", ".join(filter(None, (cell(named) if named else "", lacking)))
+
+
 def table(path):
     """Markdown: mean ± standard deviation over runs, and the worst run of each."""
     rows = data.read_records(path)
 
-    def cell(values):
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
-
     def line(name, runs, *more):
         scores = [cell([run[key] for run in runs]) for key in KEYS]
+        scores[KEYS.index("chair_i")] = chair_i(runs)
         counting = cell([run["by_kind"]["counting"]["acc"] for run in runs])
         return f"| {' | '.join([name, str(len(runs)), *scores, counting, *more])} |"
 
