@@ -33,7 +33,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -50,7 +49,7 @@ import lora
 import losses
 from evaluation import answers
 from model import command, front, vlm
-from training import batches, checkpoint, look, options, plan, report, watch
+from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
 
@@ -239,7 +238,7 @@ def train(run):
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
-    recent, warned = deque(maxlen=watch.STEPS), {""}
+    recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -251,10 +250,9 @@ def train(run):
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
             recent.append(line)
-            said = watch.warning(recent, o)
-            if run.ranks.rank == 0 and said not in warned:
-                tqdm.write(f"step {done}: {said}", file=sys.stderr)
-            warned.add(said)
+            if done % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
+                tqdm.write(checkpoint.warning(recent, o), sys.stderr, end="")
+                recent = []
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
                 found = evaluate(run, f"step-{done}")

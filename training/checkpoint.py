@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import torch
 
@@ -20,6 +21,7 @@ from training import options
 
 FILE = "last/checkpoint.safetensors"                         # in the run's folder
 PREVIOUS = "last/previous.safetensors"                       # the one before
+WINDOW = 40                                                  # steps that `warning` looks at
 
 
 @dataclass
@@ -129,6 +131,20 @@ def log(run, line):
     """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
+
+
+def warning(lines, o):
+    """A line with advice, of some steps' lines of the log: the margin stays flat (past the warm-up), or the
+    chosen responses are less likely than at the start; else ""."""
+    flat = max(abs(line.get("rewards/margins", 1)) for line in lines) < 1e-3
+    chosen = fmean(line.get("rewards/chosen", 0) for line in lines)
+    if flat and fmean(line["lr"] for line in lines) > o.lr / 4:
+        return f"rewards/margins is 0 for {WINDOW} steps: nothing is learned; raise --lr ({o.lr:g})\n"
+    if chosen < -0.1:
+        anchored = any(name in o.loss for name in ("ancpo", "mdpo", "symmpo"))
+        more = "" if anchored else f" or add an anchor: --loss {o.loss}+ancpo"
+        return f"rewards/chosen falls: the chosen responses become less likely; lower --lr ({o.lr:g}){more}\n"
+    return ""
 
 
 class Stop:

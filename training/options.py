@@ -172,11 +172,11 @@ def check(o):
 
 
 def loss_of(o):
-    """f(policy, reference, beta, delta) -> (B,). Raises ValueError, or UserError for loss_args."""
-    more, number = {}, Options.__dataclass_fields__["delta"]
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
+    more = {}
     for item in filter(None, o.loss_args.split(",")):
         name, _, text = item.partition("=")
-        more[name] = command.value(f"--set loss_args={o.loss_args}", text, number)
+        more[name] = float(text)
     return objectives.resolve(o.loss, anchors=o.anchors, **more)
 
 

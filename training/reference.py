@@ -37,7 +37,7 @@ class Reference:
         """needs: the fields to compute; with none of them, nothing ever runs. together: all ranks run a
         forward, or none (--shard). file: that of cache_file, from which it begins; a torn one is made again.
         """
-        self.fields = data.scored(needs)
+        self.fields = sum(data.grouped(needs).values(), [])
         exact = torch.promote_types(model.model.dtype, torch.float32)
         self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
         self.key = torch.zeros(n, dtype=torch.int64)
