@@ -171,7 +171,7 @@ def test_scoring_imports_numpy_and_nothing_heavier():
         names |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
         assert names <= {"re", "functools", "collections", "typing", "json", "html", "unicodedata", "numpy",
                          "data", "evaluation", "model"}
-        assert "torch" not in names and (name == "objects" or "model" not in names)       # model.command alone
+        assert "torch" not in names and (name == "objects" or "model" not in names)
 
 
 # ------------------------------------------------------------------------------------------------- POPE
