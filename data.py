@@ -214,15 +214,6 @@ def chunks(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def model_folder(name):
-    """The folder behind --model: `classroom`, a path, or a name in classroom/models/. Raises UserError."""
-    own = Path(__file__).resolve().parent / "classroom" / "models"
-    for path in [own / "base0"] if str(name) == "classroom" else [Path(name), own / name]:
-        if path.is_dir():
-            return path
-    raise UserError(f"--model {name}: no such folder; give a model's folder or `classroom`")
-
-
 def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):
@@ -389,6 +380,13 @@ class Pair(NamedTuple):
     rejected: list
     sizes: tuple = ()             # (width, height) of each image in `prompt`
     sizes_rejected: tuple = ()    # and in `prompt_rejected`
+    prompt_bare: list = ()        # without images, if the loss reads such answers
+    weight: float = 1.0           # the record's meta.weight
+
+    def shown(self, images):
+        """(prompt, sizes of its images) with `images` or `rejected` ones, or `none`."""
+        return {"images": (self.prompt, self.sizes), "rejected": (self.prompt_rejected, self.sizes_rejected),
+                "none": (self.prompt_bare, ())}[images]
 
 
 class Batch(NamedTuple):
@@ -427,7 +425,7 @@ class Row(NamedTuple):
     segments: list        # [Segment]
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
-    lengths: list         # tokens of each response in `predict`: all chosen, all rejected, all image_rejected
+    lengths: list         # tokens of each response in `predict`: all of a field, in the order of SCORED
 
 
 def send(x, device):
@@ -448,31 +446,51 @@ def positions_after(positions, n):
     return more.expand(*positions.shape[:-1], n)
 
 
-def pack(pairs, needs, positions_of=plain_positions):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen]` of each.
+# What each log-prob in losses.Logps is of: (the images in its prompt, its response).
+SCORED = {"chosen": ("images", "chosen"), "rejected": ("images", "rejected"),
+          "image_rejected": ("rejected", "chosen"), "rejected_image_rejected": ("rejected", "rejected"),
+          "chosen_no_image": ("none", "chosen"), "rejected_no_image": ("none", "rejected")}
 
-    needs: fields of losses.Logps that the loss reads; rejected and image_rejected are packed only then.
+
+def scored(needs):
+    """The log-probs among the fields of losses.Logps in `needs`, in the order of SCORED."""
+    return [field for field in SCORED if field in needs]
+
+
+def grouped(needs):
+    """{the images in a prompt: the responses that are scored behind it}."""
+    found = {}
+    for images, response in map(SCORED.get, scored(needs)):
+        found.setdefault(images, []).append(response)
+    return found
+
+
+def pack(pairs, needs, positions_of=plain_positions):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen | rejected]`
+    of each, then the same behind the prompts without images.
+
+    needs: fields of losses.Logps that the loss reads; what it does not read is not packed.
     positions_of(ids, sizes): a family's, of a prompt; both responses continue from its largest.
     """
     import torch
-    twice, rejected = "image_rejected" in needs, "rejected" in needs
-    parts = [(p.prompt, p.sizes, [p.chosen, p.rejected] if rejected else [p.chosen]) for p in pairs]
-    parts += [(p.prompt_rejected, p.sizes_rejected, [p.chosen]) for p in pairs if twice]
     ids, positions, segments, scored = [], [], [], []
-    for prompt, sizes, responses in parts:
-        start, own = len(ids), positions_of(prompt, sizes)                          # (P,) or (3, P)
-        ids += prompt
-        positions.append(own)
-        last = len(ids) - 1                                  # predicts the first token of both responses
-        for response in responses:
-            places = [last, *range(len(ids), len(ids) + len(response) - 1)]
-            scored.append((places, response))
-            ids += response
-            positions.append(positions_after(own, len(response)))
-        segments.append(Segment(start, len(prompt), *map(len, responses)))
-    if rejected:                                             # chosen and rejected took turns
-        n = 2 * len(pairs)
-        scored = scored[:n:2] + scored[1:n:2] + scored[n:]
+    for images, names in grouped(needs).items():
+        behind = []                                          # its responses, which take turns
+        for pair in pairs:
+            prompt, sizes = pair.shown(images)
+            start, own = len(ids), positions_of(prompt, sizes)                      # (P,) or (3, P)
+            ids += prompt
+            positions.append(own)
+            last = len(ids) - 1                              # predicts the first token of both responses
+            responses = [getattr(pair, name) for name in names]
+            for response in responses:
+                places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+                behind.append((places, response))
+                ids += response
+                positions.append(positions_after(own, len(response)))
+            segments.append(Segment(start, len(prompt), *map(len, responses)))
+        for n in range(len(names)):
+            scored += behind[n::len(names)]
     predict = torch.tensor([place for places, _ in scored for place in places])
     target = torch.tensor([token for _, response in scored for token in response])
     lengths = [len(response) for _, response in scored]

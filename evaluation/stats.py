@@ -62,7 +62,7 @@ def image_name(record):
     number = image_number(name)
     if name is None or number is not None:
         return number
-    return re.sub(r".*/|\.\w+$", "", str(name))
+    return re.sub(r"\.\w+$", "", str(name).rpartition("/")[2])
 
 
 def same_id(name):
@@ -261,9 +261,7 @@ def paired(a_items, b_items):
     total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))
     old, new, old_draws, new_draws = (ratios(sums.of(side), 100) for sums in (total, draws) for side in "ab")
     found = {}
-    for measure in old:
-        if measure not in new:
-            continue
+    for measure in [measure for measure in old if measure in new]:
         change = new[measure] - old[measure]
         found[measure] = {"a": old[measure],
                           "b": new[measure],

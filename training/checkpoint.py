@@ -57,6 +57,7 @@ def save(run):
             (run.out / PREVIOUS).unlink(missing_ok=True)
             os.link(run.out / FILE, run.out / PREVIOUS)
         data.atomic_write(run.out / FILE, content)
+        run.reference.keep()
 
 
 def made_from(run):
