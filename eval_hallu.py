@@ -196,15 +196,15 @@ def run_ask(o):
     if not isinstance(folder, str):
         raise UserError("there is no model to ask: give --model, or an --adapter that names its own")
     from evaluation import dialogue
-    scenes = {}
-    for place in o.image.absolute().parents[:2] if o.image else [Path(adapter or folder).parent / "scenes"]:
-        scenes = scenes or dialogue.scenes_of(place)
-    path = os.path.realpath(o.image) if o.image else next(iter(scenes), None)
+    image = o.image and os.path.realpath(o.image)
+    home = Path(image).parent.parent if image else Path(adapter or folder).parent / "scenes"
+    scenes = dialogue.scenes_of(home)
+    path = image or next(iter(scenes), None)
     m = loaded(o, folder, command.join().device)
     if o.page:
         dialogue.serve(dialogue.Site(m, scenes, o.max_new_tokens))
     else:
-        dialogue.talk(m, sys.stdin, path, scenes, o.max_new_tokens)
+        dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
 
 
 # ---- tables ----
