@@ -159,13 +159,14 @@ def held_out(lines):
 
 # ---- answers ----
 def said_by(run, side):
-    """(the folder of a run's scenes, its answers before or after)"""
-    first, *lines = data.read_jsonl(run / f"{side}.jsonl")
-    return (run / first["settings"]["scenes"]).parent, lines
+    """The lines of a run's answers, before or after."""
+    _, *lines = data.read_jsonl(run / f"{side}.jsonl")
+    return lines
 
 
-def answers(root, sides):
-    """The first dozen images, each with the answers to its first three questions. sides: {whose: lines}."""
+def answers(run, sides):
+    """The first dozen images, each with the answers to its first three questions. run: it has the images.
+    sides: {whose: lines}."""
     shown, body = {}, ""
     for lines in zip(*sides.values(), strict=False):
         shown.setdefault(lines[-1]["image"], []).append(lines)
@@ -179,7 +180,7 @@ def answers(root, sides):
             said += "</dl>"
         (caption, *_), *_ = asked
         there = ", ".join(caption["truth"].get("present", ()))
-        body += f'<div class="card row">{page.picture(root, image, there)}<div>{said}</div></div>'
+        body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
     return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
@@ -188,33 +189,33 @@ def answers(root, sides):
 # ---- runs side by side ----
 def beside(runs):
     """The page of {name: folder} of runs, whose first is the one that the others are compared with."""
-    logs, after, spread, said = {}, {}, {}, {}
-    (first, home), *_ = runs.items()
+    logs, after, changes, said = {}, {}, {}, {}
+    first, *others = runs
     for name, run in runs.items():
         logs[name] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
-        after[name] = values(data.read_json(run / "summary.json", check=data.as_record).get("after", {}))
+        after[name] = values(data.read_json(run / "summary.json")["after"])
+        changes[name] = {}
         if (run / "after.jsonl").exists():
-            root, said[name] = said_by(run, "after")
+            said[name] = said_by(run, "after")
             paired = metrics.difference(said[first], said[name])
-            spread[name] = paired | paired["by_kind"]
-    figures, body = "", []
+            changes[name] = paired | paired["by_kind"]
+    figures, body, longest = "", [], max(map(len, logs.values()))
     for title, says, labels in CURVES:
         for key, label in labels.items():
             series = {name: means(steps, key) for name, steps in logs.items()}
-            figures += curve(f"{title}: {label}", says, series, max(map(len, logs.values())))
-    others = [name for name in runs if name != first]
+            figures += curve(f"{title}: {label}", says, series, longest)
     for key in after[first]:
         row = [metrics.CLASSROOM.get(key, key)]
         row += [page.num(found.get(key), ".1f") for found in after.values()]
         for name in others:
-            about = spread.get(name, {}).get(key)
-            row.append(cell([about["change"], *about["interval"]], "+.1f") if about else "–")
+            change = changes[name].get(key, {"change": None, "interval": ()})
+            row.append(cell([change["change"], *change["interval"]], "+.1f"))
         body.append(row)
     note = "After training. Differences are paired by image, with 95% intervals."
     head = ["", *runs, *(f"{name} − {first}" for name in others)]
     found = page.section("Measures", note, page.table(head, body))
     found += page.section("Training", "", f'<div class="grid" style="--w:440px">{figures}</div>')
-    return found + (answers(root, said) if len(said) == len(runs) else "")
+    return found + answers(runs[first], said)
 
 
 # ---- the model card ----
@@ -283,8 +284,7 @@ def content(run, first, more, summary):
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
     body += held_out([first, *more])
     if "difference" in summary:
-        root, _ = said_by(run, "after")
-        body += answers(root, {side: said_by(run, side)[1] for side in SIDES})
+        body += answers(run, {side: said_by(run, side) for side in SIDES})
     return body
 
 
