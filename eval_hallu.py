@@ -300,10 +300,11 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
-TEMPLATE = text("of the prompt, as in the run's --set template= [the folder's]")
-PAD = text("pad images to a square: as --set images=pad trains", action="store_true")
-DTYPE = text("of the model [bfloat16 on a GPU, float32 elsewhere]",
-             choices=("bfloat16", "float16", "float32", "float64"))
+LOADED = {
+    "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
+    "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
+    "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
+                    choices=("bfloat16", "float16", "float32", "float64"))}
 CHAT_MODEL = {
     "--chat_model": text("the server's name for the model [the server's choice]"),
     "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
@@ -315,8 +316,6 @@ COMMANDS = {
         "--model": text("a model's folder, classroom, or a server's URL", required=True),
         "--chat_model": CHAT_MODEL["--chat_model"],
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
-        "--template": TEMPLATE,
-        "--pad": PAD,
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--follow_links": LINKS,
@@ -325,16 +324,14 @@ COMMANDS = {
         "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
-        "--dtype": DTYPE}),
+        **LOADED}),
     "ask": (run_ask, "ask a model about a picture, a question a line, or on a page", {
         "--model": text("a model's folder, or classroom [the one that --adapter names]"),
         "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
         "--image": path("the picture [the first scene of the adapter's run]", required=False),
         "--page": text("serve a page on this machine, to ask and to crop there", action="store_true"),
-        "--template": TEMPLATE,
-        "--pad": PAD,
         "--max_new_tokens": number("an answer's length at most [64]", default=64),
-        "--dtype": DTYPE}),
+        **LOADED}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
         "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
