@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import textwrap
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import zip_longest
 from pathlib import Path
@@ -34,13 +33,6 @@ SHOWN = 8                                           # scenes on the page to choo
 
 
 # ---- a model, a picture, a question ----
-def sides(m):
-    """{name of an answer: a context in which m is the model that gives it}: one, or before and after."""
-    if not lora.layers(m.model):
-        return {"answer": contextlib.nullcontext}
-    return {"before": partial(lora.lora_disabled, m.model), "after": contextlib.nullcontext}
-
-
 @torch.no_grad()
 def token_logps(m, image, question, answer):
     """log p of each token of a model's answer, its end included: (N,). image: in RGB, or None."""
@@ -77,11 +69,11 @@ def owed(m, image, question, answer):
 
 
 def answers(m, image, question, known, length=64):
-    """{name of an answer: {"text", "words": see owed, "invented": words the picture contradicts}}. known:
-    the picture's, see scenes_of."""
+    """{"before" and "after" training, or "answer": {"text", "words": see owed, "invented": words that the
+    picture contradicts}}. known: the picture's, see scenes_of."""
     found, truth = {}, known.get(question, known.get(None))
-    for name, context in sides(m).items():
-        with context():
+    for name in ("before", "after") if lora.layers(m.model) else ("answer",):
+        with lora.lora_disabled(m.model) if name == "before" else contextlib.nullcontext():
             text, = generation.generate(m, [[image] if image else []], [question], max_new_tokens=length)
             invented = objects.hallucinated(text, truth) if truth else []
             found[name] = {"text": text, "words": owed(m, image, question, text), "invented": invented}

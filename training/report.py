@@ -131,7 +131,7 @@ def curve(title, says, series, steps):
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
             line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
         body += f'<path class="s{k}" d="{line}"/>'
-        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
+        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{escape(str(label))} '
                  f'{page.num(means[0], "z.3f")} → {page.num(means[-1], "z.3f")}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
@@ -176,7 +176,7 @@ def answers(run, sides):
             said += f'<dl><dt class="ask">{escape(lines[0]["question"])}</dt>'
             for side, line in zip(sides, lines, strict=True):
                 invented = metrics.hallucinated(line["answer"], line["truth"])
-                said += f'<dt>{escape(side)}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
+                said += f'<dt>{escape(str(side))}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
         (caption, *_), *_ = asked
         there = ", ".join(caption["truth"].get("present", ()))
@@ -188,34 +188,34 @@ def answers(run, sides):
 
 # ---- runs side by side ----
 def beside(runs):
-    """The page of {name: folder} of runs, whose first is the one that the others are compared with."""
+    """The page of the folders of runs, whose first is the one that the others are compared with."""
     logs, after, changes, said = {}, {}, {}, {}
-    first, *others = runs
-    for name, run in runs.items():
-        logs[name] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
-        after[name] = values(data.read_json(run / "summary.json")["after"])
-        changes[name] = {}
+    first, *others = dict.fromkeys(runs)
+    for run in (first, *others):
+        logs[run] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
+        after[run] = values(data.read_json(run / "summary.json")["after"])
+        changes[run] = {}
         if (run / "after.jsonl").exists():
-            said[name] = said_by(run, "after")
-            paired = metrics.difference(said[first], said[name])
-            changes[name] = paired | paired["by_kind"]
+            said[run] = said_by(run, "after")
+            paired = metrics.difference(said[first], said[run])
+            changes[run] = paired | paired["by_kind"]
     figures, body, longest = "", [], max(map(len, logs.values()))
     for title, says, labels in CURVES:
         for key, label in labels.items():
-            series = {name: means(steps, key) for name, steps in logs.items()}
+            series = {run: means(steps, key) for run, steps in logs.items()}
             figures += curve(f"{title}: {label}", says, series, longest)
     for key in after[first]:
         row = [metrics.CLASSROOM.get(key, key)]
         row += [page.num(found.get(key), ".1f") for found in after.values()]
-        for name in others:
-            change = changes[name].get(key, {"change": None, "interval": ()})
+        for run in others:
+            change = changes[run].get(key, {"change": None, "interval": ()})
             row.append(cell([change["change"], *change["interval"]], "+.1f"))
         body.append(row)
     note = "After training. Differences are paired by image, with 95% intervals."
-    head = ["", *runs, *(f"{name} − {first}" for name in others)]
+    head = ["", *after, *(f"{run} − {first}" for run in others)]
     found = page.section("Measures", note, page.table(head, body))
     found += page.section("Training", "", f'<div class="grid" style="--w:440px">{figures}</div>')
-    return found + answers(runs[first], said)
+    return found + answers(first, said)
 
 
 # ---- the model card ----
@@ -296,11 +296,8 @@ def main():
     try:
         if len(o.runs) == 1:
             return print(write(o.runs[0]))
-        named = {run.resolve().name: run for run in o.runs}
-        if len(named) < len(o.runs):
-            named = {str(run): run for run in o.runs}
         with command.explained("a file of a run is missing or damaged", "give folders of finished runs"):
-            body = beside(named)
+            body = beside(o.runs)
         data.atomic_write(o.out, page.page("Runs side by side", body, page.TABLES))
         print(o.out)
     except (data.UserError, OSError) as error:
