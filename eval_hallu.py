@@ -208,13 +208,27 @@ def run_ask(o):
 
 
 # ---- tables ----
-NAMES = {"acc": "accuracy", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
-         "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
-         "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
-         "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
-         "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response", "score": "score, 0 to 6",
-         "informativeness": "informativeness", "hallucination_rate": "hallucination rate",
-         "win": "A is better", "tie": "tie", "loss": "B is better"}
+NAMES = dict(line.split(": ") for line in """acc: accuracy
+accuracy: accuracy
+precision: precision
+recall: recall
+f1: F1
+yes_ratio: says yes
+chair: CHAIR, lower is better
+cover: Cover
+hal: Hal, lower is better
+cog: Cog, lower is better
+amber_score: AMBER score
+chair_s: CHAIR_s, of all responses
+chair_s_refine: CHAIR_s, of those with an object
+chair_i: CHAIR_i, of mentions
+mean_words: words in a response
+score: score, 0 to 6
+informativeness: informativeness
+hallucination_rate: hallucination rate
+win: A is better
+tie: tie
+loss: B is better""".splitlines())
 FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
 
 
@@ -341,8 +355,7 @@ COMMANDS = {
         "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
     "score mmhal": (run_score, "96 questions, by a judge", SCORED | MODES | CHAT_MODEL | {
         "--template": path("mmhal-bench_answer_template.json"),
-        "--judge": text("saved replies, a server, or a folder; without one its prompts are written",
-                        metavar="FILE|URL|MODEL"),
+        "--judge": text("saved replies, a server, or a folder; without one its prompts are written"),
         "--judge_prompt": path("with four {} to fill in [our own]", required=False)}),
     "score chair": (run_score, "COCO captions, also of Object HalBench", SCORED | MODES | CHAT_MODEL | {
         "--annotations": path("COCO's 2014 annotations folder"),
@@ -352,7 +365,7 @@ COMMANDS = {
         "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
                         choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
-                            default="none", metavar="none|FILE|URL|MODEL"),
+                            default="none"),
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
         "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
@@ -364,9 +377,9 @@ COMMANDS = {
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
-                        required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
+                        required=False, nargs=2),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}
+        "--seed": text("of the pairs and of their sides [0]", type=int, default=0)})}
 
 
 def parse(argv=None):
