@@ -189,6 +189,16 @@ def run_compare(o):
 
 
 def run_ask(o):
+    if o.page:
+        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
+        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
+    from evaluation import dialogue
+    m, scenes, path = asked(o)
+    dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
+
+
+def asked(o):
+    """-> (the model to ask, dialogue.scenes_of its run or its picture's folder, the picture's path)"""
     folder, adapter = o.model, o.adapter
     if adapter and not folder:
         config = data.read_json(Path(adapter, "adapter_config.json"), check=data.as_record)
@@ -199,12 +209,7 @@ def run_ask(o):
     image = o.image and os.path.realpath(o.image)
     home = Path(image).parent.parent if image else Path(adapter or folder).parent / "scenes"
     scenes = dialogue.scenes_of(home)
-    path = image or next(iter(scenes), None)
-    m = loaded(o, folder, command.join().device)
-    if o.page:
-        dialogue.serve(dialogue.Site(m, scenes, o.max_new_tokens))
-    else:
-        dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
+    return loaded(o, folder, command.join().device), scenes, image or next(iter(scenes), None)
 
 
 # ---- tables ----

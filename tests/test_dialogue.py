@@ -13,6 +13,7 @@ import torch
 import data
 import eval_hallu
 import lora
+from classroom import ask as page
 from evaluation import dialogue
 from model import ask, vlm
 
@@ -92,7 +93,7 @@ def test_words_owe_together_what_the_answer_owes(run):
 @pytest.fixture(scope="module")
 def site(run):
     folder, m = run
-    with dialogue.Site(m, dialogue.scenes_of(folder / "scenes"), 64) as found:
+    with page.Site(m, dialogue.scenes_of(folder / "scenes"), 64) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found, found.server_port
         found.shutdown()

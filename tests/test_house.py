@@ -332,7 +332,8 @@ def outcomes(tmp_path_factory):
     without = [(command, word) for command, word in asked
                if word == "--help" and command.split()[0] not in TORCH]
     found = {}
-    for some, more in ((without, []), ([each for each in asked if each not in without], ["torch", "train_dpo"])):
+    others = [each for each in asked if each not in without]
+    for some, more in ((without, []), (others, ["torch", "train_dpo"])):
         folders = [tmp_path_factory.mktemp("empty") for _ in some]
         told = started([[str(folder), [*words_of(command), word]]
                         for folder, (command, word) in zip(folders, some, strict=True)],
