@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 import textwrap
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 import data
 import lora
 from data import UserError
-from evaluation import objects, page
+from evaluation import benchmarks, objects, page
 from model import ask, command, generation, vlm
 
 BETA = 0.1                                          # of the reward: both papers'
@@ -34,13 +33,6 @@ SHOWN = 8                                           # scenes on the page to choo
 
 
 # ---- a model, a picture, a question ----
-def sides(m):
-    """{name of an answer: a context in which m is the model that gives it}: one, or before and after."""
-    if not lora.layers(m.model):
-        return {"answer": contextlib.nullcontext}
-    return {"before": partial(lora.lora_disabled, m.model), "after": contextlib.nullcontext}
-
-
 @torch.no_grad()
 def token_logps(m, image, question, answer):
     """log p of each token of a model's answer, its end included: (N,). image: in RGB, or None."""
@@ -76,11 +68,12 @@ def owed(m, image, question, answer):
     return list(zip(words, found, strict=True))
 
 
-def answers(m, image, question, truth=None, length=64):
-    """{name of an answer: {"text", "words": see owed, "invented": words the picture contradicts}}."""
-    found = {}
-    for name, context in sides(m).items():
-        with context():
+def answers(m, image, question, known, length=64):
+    """{"before" and "after" training, or "answer": {"text", "words": see owed, "invented": words that the
+    picture contradicts}}. known: the picture's, see scenes_of."""
+    found, truth = {}, known.get(question, known.get(None))
+    for name in ("before", "after") if lora.layers(m.model) else ("answer",):
+        with lora.lora_disabled(m.model) if name == "before" else contextlib.nullcontext():
             text, = generation.generate(m, [[image] if image else []], [question], max_new_tokens=length)
             invented = objects.hallucinated(text, truth) if truth else []
             found[name] = {"text": text, "words": owed(m, image, question, text), "invented": invented}
@@ -89,21 +82,16 @@ def answers(m, image, question, truth=None, length=64):
 
 # ---- pictures whose truth is known ----
 def scenes_of(folder):
-    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none."""
-    found, file = {}, Path(folder, "scenes.jsonl")
-    for scene in data.read_jsonl(file) if file.is_file() else ():
-        objects.check_truth(scene, file)
-        path = data.inside(folder, scene["image"], file)
-        known = found.setdefault(path, {})
-        known[scene["question"]] = scene["truth"]
-        if scene["kind"] == "caption":
-            known[None] = scene["truth"]                                 # of any other question
+    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none. The truth of
+    whatever else is asked is under None: the caption's."""
+    found = {}
+    if Path(folder, "scenes.jsonl").is_file():
+        for line, question, path in benchmarks.questions("classroom", [folder]):
+            known = found.setdefault(path, {})
+            known[question] = line["truth"]
+            if line["kind"] == "caption":
+                known[None] = line["truth"]
     return found
-
-
-def truth_of(scenes, path, question):
-    known = scenes.get(path, {})
-    return known.get(question) or known.get(None)
 
 
 # ---- in the terminal ----
@@ -124,22 +112,25 @@ def columns(found, width=None):
         yield " | ".join(line.ljust(room) for line in row).rstrip()
 
 
-def talk(m, questions, path, scenes, length):
-    """Prints each question, and below it what the model answers. path: of a picture, or None."""
+def talk(m, questions, path, known, length):
+    """Prints each question, and below it what the model answers. path: of a picture, or None. known: as
+    `answers` takes it."""
     image = data.read_image(path) if path else None
     print(f"about {path}" if path else "without a picture: give one with --image")
-    if examples := [question for question in scenes.get(path, {}) if question]:
-        print(f"Questions that it knows: {' '.join(examples)}")
+    if known:
+        print(f"Questions that it knows: {' '.join(filter(None, known))}")
     for question in filter(None, map(str.strip, questions)):
         print(f"\n> {question}")
-        found = answers(m, image, question, truth_of(scenes, path, question), length)
+        found = answers(m, image, question, known, length)
         print(*columns(found), sep="\n", flush=True)
 
 
 # ---- on a page ----
-class Site:
-    """What the page asks for: /ask and /reward take and give JSON objects, whose pictures are data: URLs."""
+class Site(HTTPServer):
+    """The page on 127.0.0.1, at any port that is free. /ask and /reward take and give JSON objects, whose
+    pictures are data: URLs."""
     def __init__(self, m, scenes, length):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.m, self.scenes, self.length = m, scenes, length
         self.paths = {ask.image_url(path): path for path in list(scenes)[:SHOWN]}
 
@@ -150,12 +141,14 @@ class Site:
         found = page.page(title, body, STYLE, SCRIPT)
         return found.replace("default-src 'none'", "default-src 'none';connect-src 'self'", 1)
 
-    def ask(self, question, image=None):
-        """-> {"answers": of `answers`, "reward": the last one's, with the whole picture}"""
-        picture, path = picture_of(image), self.paths.get(image)
-        found = answers(self.m, picture, question, truth_of(self.scenes, path, question), self.length)
-        *_, last = found.values()
-        return {"answers": found, "reward": self._reward(picture, question, last["text"])}
+    def ask(self, question, image):
+        """-> {"answers": of `answers`, "reward": after training, with the whole picture; else None}"""
+        picture, weighed = image and picture_of(image), None
+        known = self.scenes.get(self.paths.get(image), {})
+        found = answers(self.m, picture, question, known, self.length)
+        if "after" in found:
+            weighed = reward(self.m, picture, question, found["after"]["text"])
+        return {"answers": found, "reward": weighed}
 
     def reward(self, question, answer, image, crop):
         """-> {"reward": of an answer when the picture is cut to crop: left, top, right, bottom, in shares}"""
@@ -165,21 +158,12 @@ class Site:
             raise UserError(f"the crop {crop} is not in the picture: give left, top, right, bottom, 0 to 1")
         w, h = picture.size
         box = math.floor(left * w), math.floor(top * h), math.ceil(right * w), math.ceil(bottom * h)
-        return {"reward": self._reward(picture.crop(box), question, answer)}
-
-    def _reward(self, picture, question, answer):
-        if answer and lora.layers(self.m.model):
-            return reward(self.m, picture, question, answer)
+        return {"reward": reward(self.m, picture.crop(box), question, answer)}
 
 
 def picture_of(url):
-    """The image of a data: URL, in RGB; None of None."""
-    if url is None:
-        return None
-    try:
-        return data.read_image(base64.b64decode(url.rpartition(",")[2], validate=True))
-    except ValueError as error:
-        raise UserError(f"the picture is not in base64 ({error}): send a data: URL") from None
+    """The image of a data: URL, in RGB."""
+    return data.read_image(base64.b64decode(url.rpartition(",")[2]))
 
 
 REQUESTS = {"/ask": {"question": str, "image": (str, None)},
@@ -190,65 +174,49 @@ class Handler(BaseHTTPRequestHandler):
     """Answers this machine's browser alone. Each request is answered whole or refused with a sentence."""
     timeout = 30                                             # seconds that a request may take to arrive
 
-    def __init__(self, site, *arguments):
-        self.site = site
-        super().__init__(*arguments)
+    def parse_request(self):
+        """Whether a page of this very server asks, by the name of this machine; else the refusal is sent."""
+        if not super().parse_request():
+            return False
+        port, host = self.server.server_port, self.headers.get("Host")
+        here = host in (f"127.0.0.1:{port}", f"localhost:{port}")
+        if here and self.headers.get("Origin") in (None, f"http://{host}"):
+            return True
+        self.send_error(403, f"this page is for 127.0.0.1:{port} alone")
 
     def do_GET(self):
-        if self.allowed() and self.path == "/":
-            self.send(200, self.site.page(), "text/html")
-        elif self.allowed():
-            self.send(404, "there is only /")
+        if self.path != "/":
+            return self.send_error(404, "there is only /")
+        self.send(200, "text/html", self.server.page())
 
     def do_POST(self):
-        length = self.headers.get("Content-Length", "")
-        if not self.allowed():
-            return
-        if not length.isdecimal() or int(length) > MOST:
-            self.close_connection = True
-            return self.send(413, f"a request says how long it is, and is at most {MOST >> 20} MB")
         try:
-            body, shape = data.parse(self.rfile.read(int(length)), "the request"), REQUESTS.get(self.path)
-            if not shape or not command.fits(body, shape) or not shape.keys() >= body.keys():
-                raise UserError(f"{self.path} takes a JSON object of {', '.join(shape or ('nothing',))}")
-            run = self.site.ask if self.path == "/ask" else self.site.reward
-            self.send(200, json.dumps(run(**body)), "application/json")
-        except UserError as error:
-            self.send(400, json.dumps({"error": str(error)}), "application/json")
+            length, shape = int(self.headers.get("Content-Length", -1)), REQUESTS.get(self.path, {})
+            if not 0 <= length <= MOST:
+                return self.send_error(413, f"a request says how long it is, at most {MOST >> 20} MB")
+            body = data.parse(self.rfile.read(length), "the request")
+            if not shape or not command.fits(body, shape) or body.keys() != shape.keys():
+                raise UserError(f"{self.path} takes a JSON object of {', '.join(shape) or 'nothing'}")
+            run = self.server.ask if self.path == "/ask" else self.server.reward
+            self.send(200, "application/json", json.dumps(run(**body)))
+        except ValueError as error:                          # a UserError, or no number, or no base64
+            self.send(400, "application/json", json.dumps({"error": str(error)}))
 
-    def allowed(self):
-        """Whether a page of this very server asks, by the name of this machine; else the refusal is sent."""
-        hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        if host in hosts and origin in (None, f"http://{host}"):
-            return True
-        self.close_connection = True
-        self.send(403, f"this page is for {hosts[0]} alone")
-
-    def send(self, status, text, kind="text/plain"):
-        body = text.encode()
+    def send(self, status, kind, text):
         self.send_response(status)
-        for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", len(body)),
-                            ("X-Content-Type-Options", "nosniff")):
-            self.send_header(name, str(value))
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(text.encode())
 
     def log_message(self, *arguments):
         pass
 
 
-def server(site, port=0):
-    """An HTTPServer of 127.0.0.1 whose serve_forever() answers; port 0: any that is free."""
-    return HTTPServer(("127.0.0.1", port), partial(Handler, site))
-
-
 def serve(site):
     """Serve the page until Ctrl-C."""
-    with server(site) as found:
-        print(f"http://127.0.0.1:{found.server_port}/   Ctrl-C ends it", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            found.serve_forever()
+    print(f"http://127.0.0.1:{site.server_port}/   Ctrl-C ends it", flush=True)
+    with site, contextlib.suppress(KeyboardInterrupt):
+        site.serve_forever()
 
 
 STYLE = """

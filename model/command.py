@@ -170,6 +170,9 @@ class Ranks:
         return result
 
 
+ALONE = Ranks()
+
+
 def join(device="", backend=""):
     """Ranks of this process, which waits for the others under torchrun. Ranks that share a GPU, or have none,
     use gloo, as does backend="gloo"; `device` is as `place` takes it."""
@@ -187,11 +190,11 @@ def join(device="", backend=""):
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
 
-def dtype(name, device, on_cuda="bfloat16"):
+def dtype(name, device):
     """torch's type of a name; of auto, nf4 (what it computes in) or none: bfloat16 on a GPU, else float32."""
     import torch
     if name in (None, "auto", "nf4"):
-        name = on_cuda if torch.device(device).type == "cuda" else "float32"
+        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     return getattr(torch, name)
 
 
@@ -360,6 +363,7 @@ def identity_of(paths, blocks=BLOCKS):
 NAME = int, str                                         # an id in a file
 
 
+@dataclass
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -367,11 +371,14 @@ class Store:
     `make` found. While work runs, each rank appends to a part of its own beside the file, one line for each
     group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
+
+    head: {"settings": {name: value}}, the first line, which decides every other: a file begun with others is
+    refused. shape: a row -> its line in the finished file, where that has no id and hash.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None):
-        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
-        others is refused. shape: a row -> its line in the finished file, where that has no id and hash."""
-        self.path, self.ranks, self.head, self.shape = Path(path), ranks or Ranks(), head, shape
+    path: Path
+    ranks: Ranks = ALONE
+    head: dict | None = None
+    shape: object = None
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
