@@ -145,7 +145,8 @@ def lora_parameters(model):
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
-        del layer.lora_A, layer.lora_B
+        del layer.lora_A, layer.lora_B, layer.r, layer.alpha, layer.scale
+        del layer.enabled, layer.start, layer.packed
         layer.__class__ = torch.nn.Linear
 
 

@@ -33,7 +33,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,7 +61,6 @@ class Run:
     out: Path
     ranks: command.Ranks
     model: vlm.VLM
-    sharded: bool                        # --shard: a forward needs all ranks
     first: Any                           # as ranks.first, for work that may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
@@ -72,8 +71,8 @@ class Run:
     batches: batches.Batches
     steps: int
     base: str                            # which base: a resumed run must have the same
-    state: checkpoint.State = field(default_factory=checkpoint.State)
-    stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
+    state: checkpoint.State
+    stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
 
 
@@ -121,10 +120,10 @@ def prepare(o, out, ranks):
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
                                   file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=base)
+               base=base, state=checkpoint.State(), stop=checkpoint.Stop())
 
 
 def load(family, o, dtype, device):
@@ -264,7 +263,7 @@ def train(run):
                 raise KeyboardInterrupt
     after = evaluate(run, "after")
     log_look(run, "after", after)
-    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
+    weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
     return run.first(finish, run, before, after, weights)
 
 

@@ -156,7 +156,8 @@ class Ranks:
         return everyone
 
     def first(self, work, *arguments):
-        """work(*arguments) on rank 0, its result on every rank; a UserError, which it says, ends all."""
+        """work(*arguments) on rank 0, its result on every rank; a UserError there, which rank 0 says, ends
+        them all."""
         result, error = None, None
         if self.rank == 0:
             try:

@@ -267,6 +267,7 @@ def usable(front, records, o, needs):
 
 
 # ---- steps ----
+@dataclass
 class Batches:
     """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
 
@@ -274,13 +275,14 @@ class Batches:
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
     seconds that the last step has waited for the threads.
     """
-    def __init__(self, pairs, o, ranks, steps):
-        self.pairs = pairs
-        self.o = o
-        self.ranks = ranks
-        self.steps = steps
-        self.per_epoch = math.ceil(len(pairs) / o.batch)
-        self.pool = ThreadPoolExecutor(o.workers)
+    pairs: Pairs
+    o: Any
+    ranks: command.Ranks
+    steps: int
+
+    def __post_init__(self):
+        self.per_epoch = math.ceil(len(self.pairs) / self.o.batch)
+        self.pool = ThreadPoolExecutor(self.o.workers)
         self.begun = {}
         self.kept = {}
 

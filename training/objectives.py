@@ -78,8 +78,7 @@ def ipo(r, policy, beta, delta):                                            # ar
 
 @objective
 def cdpo(r, policy, beta, delta, epsilon=0.1):                              # ericmitchell.ai/cdpo.pdf; o
-    m = r.margin
-    return -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
+    return -(1 - epsilon) * logsigmoid(r.margin) - epsilon * logsigmoid(-r.margin)
 
 
 @objective

@@ -16,7 +16,6 @@ from itertools import count
 from pathlib import Path
 
 import data
-import lora
 import losses
 from data import UserError
 from model import command
@@ -251,7 +250,7 @@ def claim(out, o):
         for name in ("data", "val_data"):
             now = data_identity(o, name)
             was = first.get(f"{name}_identity", now)
-            if now and was != now:
+            if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
                 differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
@@ -262,8 +261,8 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = lora.fetched(getattr(o, name), "dataset")
-    if path in ("", "classroom") or not Path(path).exists():
+    path = getattr(o, name)
+    if path in ("", "classroom"):
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
 
