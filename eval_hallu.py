@@ -285,7 +285,7 @@ def positive(text):
 
 def new_file(text):
     path = Path(text)
-    if not path.name or path.exists() and not path.is_file():              # a folder, a device
+    if path.exists() and not path.is_file():                               # a folder, a device
         raise ValueError
     return path
 
