@@ -284,10 +284,9 @@ def positive(text):
 
 
 def new_file(text):
-    path = Path(text)
-    if path.exists() and not path.is_file():                               # a folder, a device
+    if not Path(text).name or os.path.exists(text) and not os.path.isfile(text):     # a folder, a device
         raise ValueError
-    return path
+    return Path(text)
 
 
 def text(help, **more):

@@ -155,12 +155,12 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def first(self, work):
-        """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
+    def first(self, work, *arguments):
+        """work(*arguments) on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
         result, error = None, None
         if self.rank == 0:
             try:
-                result = work()
+                result = work(*arguments)
             except UserError as wrong:
                 error = wrong
         (result, error), *_ = self.gather((result, error))

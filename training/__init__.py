@@ -11,6 +11,5 @@
     checkpoint.py  save, resume, log, stop
     plan.py        steps, tokens, GiB per GPU, and what cannot fit
     look.py        does the model look? margins with its own and other images, KL
-    watch.py       what a run's steps warn of
     report.py      one run, or several side by side, as one HTML page: a command of its own
 """

@@ -224,7 +224,7 @@ def checked(front, path, o, needs, ranks):
                         "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs, o.follow_links)
-    good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
+    good, tokens, without_image = ranks.first(usable, front, records, o, needs)
     return Pairs(records, good, tokens, front, o, frozenset(needs), without_image,
                  pinned=str(ranks.device).startswith("cuda"))
 

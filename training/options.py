@@ -6,7 +6,6 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import hashlib
 import math
 import platform
 import subprocess
@@ -173,11 +172,11 @@ def check(o):
 
 
 def loss_of(o):
-    """f(policy, reference, beta, delta) -> (B,). Raises ValueError, or UserError for loss_args."""
-    more, number = {}, Options.__dataclass_fields__["delta"]
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
+    more = {}
     for item in filter(None, o.loss_args.split(",")):
         name, _, text = item.partition("=")
-        more[name] = command.value(f"--set loss_args={o.loss_args}", text, number)
+        more[name] = float(text)
     return objectives.resolve(o.loss, anchors=o.anchors, **more)
 
 
@@ -223,7 +222,7 @@ def run_folder(o):
     if o.out:
         return Path(o.out)
     text = repr(sorted(decisive(o).items())) + losses_source()
-    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{command.fingerprint(text.encode())[:8]}"
 
 
 def losses_source():

@@ -57,7 +57,8 @@ def rows(summary):
             title = metrics.CLASSROOM.get(name, name)
             if any(stats.undefined(summary[side], name) for side in SIDES):
                 spread = "undefined: 0 of 0"
-            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{new - before[name]:+{form}}", spread))
+            change = f"{new - before[name]:+{form}}"
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", change, spread))
     return found
 
 

@@ -23,11 +23,9 @@ if __name__ == "__main__":
 from dataclasses import dataclass
 
 import data
-import losses
 from classroom.papers import study
 from classroom.papers.evidence import Runs
 from classroom.world import KINDS
-from training import objectives
 
 TUNING, LINES = "results/objectives-tuning.jsonl", "results/objectives.jsonl"
 PAGE = "OBJECTIVES.md"
@@ -117,9 +115,11 @@ def best_rate(arm, tuned):
 
 def sequences(arm):
     """How many sequences of a pair the policy runs: what a step costs."""
+    import losses
+    from training import objectives
     words = ARMS[arm].split()
     needs = losses.needs(objectives.resolve(words[words.index("--loss") + 1]))
-    return len(data.scored(needs | {"chosen"}))
+    return sum(map(len, data.grouped(needs | {"chosen"}).values()))
 
 
 def equal_compute(arm):
