@@ -23,10 +23,10 @@ TYPES = {part: (part,) for part in PARTS}                                  # of 
 TYPES |= {"attribute": ("state", "number", "action"),
           "all": ("existence", "state", "number", "action", "relation")}
 # The official names of the counters of a measure, and of a part.
-COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "clean": "non_hallu",
-            "accuracy": "correct", "precision": "ans_no", "recall": "no"}
-CODES = {"generative": "", "all": "qa_", "state": "as_qa_", "number": "an_qa_", "action": "aa_qa_",
-         "relation": "asso_qa_", "existence": "ha_qa_"}
+COUNTERS = dict(pair.split(":") for pair in """chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
+accuracy:correct precision:ans_no recall:no""".split())
+CODES = dict(pair.split(":") for pair in """generative: all:qa_ state:as_qa_ number:an_qa_ action:aa_qa_
+relation:asso_qa_ existence:ha_qa_""".split())
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
 
 

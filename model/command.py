@@ -278,10 +278,8 @@ def explained(what, fix):
 
 def read_text(path):
     """A text file as it is, its line ends included. Raises UserError."""
-    try:
+    with explained(f"{path} is no text in UTF-8", "give the right file"):
         return data.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
 
 
 def file_name(text):

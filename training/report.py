@@ -50,14 +50,15 @@ def rows(summary):
     found = []
     for name, new in after.items():
         if name in before:
-            change, form, spread = new - before[name], ".4f", ""
+            form, spread = ".4f", ""
             if name in paired:
-                change, form = paired[name]["change"], ".1f"
+                form = ".1f"
                 spread = "{:7.1f} to {:.1f}".format(*paired[name]["interval"])
             title = metrics.CLASSROOM.get(name, name)
             if any(stats.undefined(summary[side], name) for side in SIDES):
                 spread = "undefined: 0 of 0"
-            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
+            change = f"{new - before[name]:+{form}}"
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", change, spread))
     return found
 
 
