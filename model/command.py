@@ -190,11 +190,11 @@ def join(device="", backend=""):
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
 
-def dtype(name, device):
-    """torch's type of a name; of auto, nf4 (what it computes in) or none: bfloat16 on a GPU, else float32."""
+def dtype(name, device, on_cuda="bfloat16"):
+    """torch's type of a name; of auto, nf4 (what it computes in) or none: on_cuda on a GPU, else float32."""
     import torch
     if name in (None, "auto", "nf4"):
-        name = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+        name = on_cuda if torch.device(device).type == "cuda" else "float32"
     return getattr(torch, name)
 
 
