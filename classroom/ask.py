@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))          # the repo
 import data  # noqa: E402
 import eval_hallu  # noqa: E402
 from data import UserError  # noqa: E402
-from evaluation import dialogue, page  # noqa: E402
+from evaluation import page  # noqa: E402
 from model import ask, command  # noqa: E402
 
 MOST = 20 << 20                                     # bytes of a request: a picture of 15 MB
@@ -41,6 +41,7 @@ class Site(HTTPServer):
 
     def ask(self, question, image):
         """-> {"answers": of `answers`, "reward": after training, with the whole picture; else None}"""
+        from evaluation import dialogue                      # and with it torch
         picture, weighed = image and picture_of(image), None
         known = self.scenes.get(self.paths.get(image), {})
         found = dialogue.answers(self.m, picture, question, known, self.length)
@@ -50,6 +51,7 @@ class Site(HTTPServer):
 
     def reward(self, question, answer, image, crop):
         """-> {"reward": of an answer when the picture is cut to crop: left, top, right, bottom, in shares}"""
+        from evaluation import dialogue
         picture = picture_of(image)
         left, top, right, bottom = crop
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):

@@ -1,7 +1,9 @@
 """The pictures of the course, for slides: a few KB each.
 
-    python classroom/slides.py --out slides                          a pair, its rejected images, the loss
-    python classroom/slides.py runs/mdpo runs/dpo --out slides       and what these runs did
+    python classroom/slides.py --out slides
+            a pair, its rejected images, the loss
+    python classroom/slides.py runs/mdpo runs/dpo --out slides
+            and what these runs did
 
 pair.png      a scene with its two captions, the invented word marked
 rejected.png  what each --image_rejected makes of that scene

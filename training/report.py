@@ -1,8 +1,10 @@
 """A run as one HTML file, or several runs side by side; and the model card of what a run made.
 
-    python -m training.report runs/NAME          writes runs/NAME/report.html
-    python -m training.report runs/A runs/B ...  writes runs.html: curves on each other, a table with paired
-                                                 differences from the first, answers next to each other
+    python -m training.report runs/NAME
+            writes runs/NAME/report.html
+    python -m training.report runs/A runs/B ...
+            writes runs.html: curves on each other, a table with paired
+            differences from the first, answers next to each other
 
 train_dpo.py does the first by itself. It shows what the folder holds: the table before and after
 (summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
