@@ -11,6 +11,8 @@
     python eval_hallu.py score mmhal --answers answers.jsonl --template T \\
         --judge http://localhost:8000/v1 --out scores.json
             the judge is a server, a model folder, or a file of saved replies
+    python eval_hallu.py ask --adapter runs/NAME/adapter [--image F] [--page]
+            a question a line, answered before and after training
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html
             the paired difference, and a page for people to choose blindly;
             `score votes` counts what they chose
@@ -22,6 +24,7 @@ and reports what it cannot read. evaluation/metrics.py defines the measures.
 """
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +33,13 @@ from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
 from model import ask, command
+
+
+def loaded(o, folder, device):
+    """The VLM of a folder, by a command's options."""
+    from model import vlm
+    return vlm.load(folder, adapter=o.adapter, dtype=command.dtype(o.dtype, device), device=device,
+                    template=o.template, preparation="pad" if o.pad else "")
 
 
 # ---- answers ----
@@ -45,19 +55,18 @@ def run_answers(o):
         raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
                         "and further --data")
 
-    from model import vlm
     ranks = command.join()
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
-    size = o.batch_size or (64 if served else 0)
     if served:
-        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=size, accept=ask.anything)
+        m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=o.batch_size or 64,
+                        accept=ask.anything)
     else:
-        m = vlm.load(o.model, adapter=o.adapter, dtype=command.dtype(o.dtype, ranks.device),
-                     device=ranks.device, template=o.template, preparation="pad" if o.pad else "")
+        m = loaded(o, o.model, ranks.device)
+    options = {"batch_size": o.batch_size, "max_new_tokens": length, "ranks": ranks}
     if questions is None:
-        answers.answer_scenes(m, o.data[0], o.out, size, length, ranks=ranks)
+        answers.answer_scenes(m, o.data[0], o.out, **options)
     else:
-        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, size, length, ranks=ranks)
+        answers.answer_questions(m, o.benchmark, questions, o.out, o.prompt, **options)
     command.leave(ranks)
 
 
@@ -71,8 +80,8 @@ def score_pope(o, lines):
 
 
 def score_amber(o, lines):
-    finder = {"builtin": words.nouns, "nltk": words.nltk_nouns}.get(o.nouns)
-    finder = finder or benchmarks.amber_nouns(o.nouns)
+    finders = {"builtin": words.nouns, "nltk": words.nltk_nouns}
+    finder = finders.get(o.nouns) or benchmarks.amber_nouns(o.nouns)
     similarity = {} if o.similarity == "exact" else data.read_json(o.similarity, check=data.as_record)
     queries, *known = benchmarks.amber_data(o.data)
     return amber.measures(queries, lines, *known, finder, similarity, o.mode, o.partial)
@@ -176,17 +185,55 @@ def run_votes(o):
 
 
 def run_compare(o):
-    print(*compare.report(o.a, o.b, o.out, o.images, o.items, o.n, o.seed, o.follow_links), sep="\n")
+    print(*compare.report(o), sep="\n")
+
+
+def run_ask(o):
+    if o.page:
+        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
+        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
+    from evaluation import dialogue
+    m, scenes, path = asked(o)
+    dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
+
+
+def asked(o):
+    """-> (the model to ask, dialogue.scenes_of its run or its picture's folder, the picture's path)"""
+    folder, adapter = o.model, o.adapter
+    if adapter and not folder:
+        config = data.read_json(Path(adapter, "adapter_config.json"), check=data.as_record)
+        folder = config.get("base_model_name_or_path")
+    if not isinstance(folder, str):
+        raise UserError("there is no model to ask: give --model, or an --adapter that names its own")
+    from evaluation import dialogue
+    image = o.image and os.path.realpath(o.image)
+    home = Path(image).parent.parent if image else Path(adapter or folder).parent / "scenes"
+    scenes = dialogue.scenes_of(home)
+    return loaded(o, folder, command.join().device), scenes, image or next(iter(scenes), None)
 
 
 # ---- tables ----
-NAMES = {"acc": "accuracy", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
-         "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
-         "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
-         "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
-         "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response", "score": "score, 0 to 6",
-         "informativeness": "informativeness", "hallucination_rate": "hallucination rate",
-         "win": "A is better", "tie": "tie", "loss": "B is better"}
+NAMES = dict(line.split(": ") for line in """acc: accuracy
+accuracy: accuracy
+precision: precision
+recall: recall
+f1: F1
+yes_ratio: says yes
+chair: CHAIR, lower is better
+cover: Cover
+hal: Hal, lower is better
+cog: Cog, lower is better
+amber_score: AMBER score
+chair_s: CHAIR_s, of all responses
+chair_s_refine: CHAIR_s, of those with an object
+chair_i: CHAIR_i, of mentions
+mean_words: words in a response
+score: score, 0 to 6
+informativeness: informativeness
+hallucination_rate: hallucination rate
+win: A is better
+tie: tie
+loss: B is better""".splitlines())
 FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
 
 
@@ -235,13 +282,14 @@ def notes(scores):
 
 # ---- command line ----
 def positive(text):
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= command.MOST):
+    number = int(text)
+    if not 0 < number <= command.MOST:
         raise ValueError
-    return int(text)
+    return number
 
 
 def new_file(text):
-    if not Path(text).name:
+    if not Path(text).name or os.path.exists(text) and not os.path.isfile(text):     # a folder, a device
         raise ValueError
     return Path(text)
 
@@ -270,6 +318,11 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
+LOADED = {
+    "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
+    "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
+    "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
+                    choices=("bfloat16", "float16", "float32", "float64"))}
 CHAT_MODEL = {
     "--chat_model": text("the server's name for the model [the server's choice]"),
     "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
@@ -281,18 +334,22 @@ COMMANDS = {
         "--model": text("a model's folder, classroom, or a server's URL", required=True),
         "--chat_model": CHAT_MODEL["--chat_model"],
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
-        "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
-        "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
-        "--batch_size": number("questions at once [16; scenes, servers: 64; the classroom's models: 512]"),
+        "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
-        "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
-                        choices=("bfloat16", "float16", "float32", "float64"))}),
+        **LOADED}),
+    "ask": (run_ask, "ask a model about a picture, a question a line, or on a page", {
+        "--model": text("a model's folder, or classroom [the one that --adapter names]"),
+        "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
+        "--image": path("the picture [the first scene of the adapter's run]", required=False),
+        "--page": text("serve a page on this machine, to ask and to crop there", action="store_true"),
+        "--max_new_tokens": number("an answer's length at most [64]", default=64),
+        **LOADED}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
         "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
@@ -302,8 +359,7 @@ COMMANDS = {
         "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
     "score mmhal": (run_score, "96 questions, by a judge", SCORED | MODES | CHAT_MODEL | {
         "--template": path("mmhal-bench_answer_template.json"),
-        "--judge": text("saved replies, a server, or a folder; without one its prompts are written",
-                        metavar="FILE|URL|MODEL"),
+        "--judge": text("saved replies, a server, or a folder; without one its prompts are written"),
         "--judge_prompt": path("with four {} to fill in [our own]", required=False)}),
     "score chair": (run_score, "COCO captions, also of Object HalBench", SCORED | MODES | CHAT_MODEL | {
         "--annotations": path("COCO's 2014 annotations folder"),
@@ -313,7 +369,7 @@ COMMANDS = {
         "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
                         choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
-                            default="none", metavar="none|FILE|URL|MODEL"),
+                            default="none"),
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
         "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
@@ -325,9 +381,9 @@ COMMANDS = {
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
-                        required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
+                        required=False, nargs=2),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}
+        "--seed": text("of the pairs and of their sides [0]", type=int, default=0)})}
 
 
 def parse(argv=None):

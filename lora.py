@@ -13,6 +13,7 @@ Departures from PEFT:
 3. The first A is drawn from (seed, layer's name), so it is the same on any device, in any order.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,8 @@ from data import UserError
 
 STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
+FETCHED = ("*.safetensors *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
+           "*.png *.jpg *.jpeg").split()                            # nothing that runs
 
 
 class LoRALinear(torch.nn.Linear):
@@ -36,6 +39,7 @@ class LoRALinear(torch.nn.Linear):
         """Turn a plain linear layer into this class in place: no weight is copied or renamed."""
         self.__class__ = LoRALinear
         self.r, self.alpha, self.scale, self.enabled = r, alpha, alpha / r, True
+        self.start = self.packed = None                             # see begin_here, quantise
         digest = hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
         draw = torch.Generator().manual_seed(int(digest[:14], 16))
         bound = self.in_features ** -0.5                            # kaiming_uniform, a = sqrt(5), as in PEFT
@@ -44,13 +48,22 @@ class LoRALinear(torch.nn.Linear):
         self.lora_A = torch.nn.Parameter(A.to(*kind))
         self.lora_B = torch.nn.Parameter(torch.zeros(r, self.out_features).to(*kind))
 
-    def forward(self, x):
-        if not self.enabled:
+    def base(self, x):
+        """The frozen layer."""
+        if not self.packed:
             return super().forward(x)
+        from bitsandbytes import matmul_4bit
+        return matmul_4bit(x, self.weight.t(), self.packed, bias=self.bias)
+
+    def forward(self, x):
+        adapter = (self.lora_A, self.lora_B) if self.enabled else self.start
+        if not adapter:
+            return self.base(x)
+        A, B = adapter
         rows = x.reshape(-1, self.in_features)                      # (N, in)
-        y = super().forward(rows)                                   # (N, out)
+        y = self.base(rows)                                         # (N, out)
         # + scale * (x @ A @ B) in place: two tensors of y's size and a fifth of the time less (bf16: a third)
-        y.addmm_(rows @ self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), alpha=self.scale)
+        y.addmm_(rows @ A.to(x.dtype), B.to(x.dtype), alpha=self.scale)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -93,7 +106,8 @@ def targeted(names, targets=None):
 
 @contextlib.contextmanager
 def lora_disabled(model):
-    """Inside the `with`, which may be nested, the model is without its adapter: the reference."""
+    """Inside the `with`, which may be nested, the model is without its adapter, or with the one that training
+    began with: the reference."""
     enabled = [layer for layer in layers(model).values() if layer.enabled]
     try:
         for layer in enabled:
@@ -104,6 +118,25 @@ def lora_disabled(model):
             layer.enabled = True
 
 
+def begin_here(model):
+    """Training goes on from the adapter as it is now: lora_disabled leaves a frozen copy of it on."""
+    for layer in layers(model).values():
+        layer.start = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+
+
+def quantise(model, device):
+    """Move the model to a device, the weights under its adapter in 4 bits: NF4 (arXiv 2305.14314), in blocks
+    of 64 along the input; other layers keep theirs. Raises UserError."""
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError:
+        raise UserError("--dtype nf4 needs bitsandbytes: pip install bitsandbytes") from None
+    for layer in layers(model).values():
+        if not layer.in_features % 64:                              # else its kernel for CPUs is wrong
+            layer.weight.data, layer.packed = quantize_4bit(layer.weight.data.to(device), quant_type="nf4")
+    model.to(device)
+
+
 def lora_parameters(model):
     """All that trains, in the model's order: `...q_proj.lora_A` (in, r) and `...q_proj.lora_B` (r, out)."""
     return {f"{n}.{ab}": getattr(m, ab) for n, m in layers(model).items() for ab in ("lora_A", "lora_B")}
@@ -112,7 +145,8 @@ def lora_parameters(model):
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
-        del layer.lora_A, layer.lora_B, layer.r, layer.alpha, layer.scale, layer.enabled
+        del layer.lora_A, layer.lora_B, layer.r, layer.alpha, layer.scale
+        del layer.enabled, layer.start, layer.packed
         layer.__class__ = torch.nn.Linear
 
 
@@ -121,7 +155,11 @@ def merge(model):
     """Add the adapter to the weights, computing in float32, and leave plain linear layers."""
     for layer in layers(model).values():
         delta = layer.scale * (layer.lora_A @ layer.lora_B).T       # (out, in)
-        layer.weight.copy_(layer.weight.to(delta.dtype) + delta)
+        weight = layer.weight
+        if layer.packed:
+            from bitsandbytes.functional import dequantize_4bit
+            weight = dequantize_4bit(weight, layer.packed)
+        layer.weight.data = (weight.to(delta.dtype) + delta).to(weight.dtype)
     remove(model)
 
 
@@ -221,17 +259,58 @@ def setting(config, key, patterns, name):
     return found
 
 
-# ---- a merged folder ----
+# ---- a model's folder ----
+def model_folder(name):
+    """The folder behind --model: a path, `classroom`, a name in classroom/models/, or the hub's. Raises
+    UserError."""
+    own = Path(__file__).resolve().parent / "classroom" / "models"
+    if str(name) == "classroom":
+        name = own / "base0"
+    for path in Path(name), own / name, Path(fetched(str(name))):
+        if path.is_dir():
+            return path
+    raise UserError(f"--model {name}: no such folder; give a model's, ORG/NAME of the hub or `classroom`")
+
+
+@functools.cache
+def fetched(name, kind="model"):
+    """ORG/NAME[@REVISION] as the folder that holds it in the hub's cache; what exists, or has another form,
+    as it is. What the cache lacks is fetched, after a line that says how much and where to. Raises UserError.
+
+    kind: or "dataset".
+    """
+    if os.path.exists(name) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name):
+        return name
+    from huggingface_hub import constants, errors, snapshot_download
+    repo, _, revision = name.partition("@")
+    fetch = functools.partial(snapshot_download, repo, repo_type=kind, revision=revision or None,
+                              allow_patterns=FETCHED)
+    try:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            return fetch(local_files_only=True)
+        missing = [file.file_size for file in fetch(dry_run=True) if file.will_download]
+        print(f"fetching {name}: {len(missing)} files, {sum(missing) / 1e9:.3f} GB, into "
+              f"{constants.HF_HUB_CACHE}", file=sys.stderr)
+        return fetch()
+    except Exception as error:                          # of the hub's and its helpers' there is no end
+        why = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"{name}: there is no such path, and the hub does not give it ({why:.300}); fetch "
+                        f"it with `hf download {repo} --repo-type {kind} --local-dir DIR`, after `hf auth "
+                        "login` if it is gated, and give DIR") from None
+
+
 def merge_folder(model, adapter, out, dtype="auto"):
     """Writes `out` whole or not at all: config, shards, and the model's tokenizer, processor and template."""
     from transformers import AutoModelForImageTextToText
-    source, out = data.model_folder(model), Path(out)
+    source, out = model_folder(model), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty folder or a new one")
     merged = data.from_folder(AutoModelForImageTextToText, source, "model", "copy it again", dtype=dtype)
     load(merged, adapter)
     merge(merged)
     write_folder(merged, source, out)
+    if (about := Path(adapter, "README.md")).exists():
+        data.atomic_write(out / "README.md", about.read_text().replace("name: peft", "name: transformers"))
 
 
 def write_folder(model, source, out, weights=None):
@@ -273,7 +352,7 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a model's folder, or: classroom")
+    parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME, or: classroom")
     parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

@@ -7,7 +7,9 @@ A loss of your own is a function, one line in LOSSES below, and `python train_dp
         return (1 - beta * margin).clamp(min=0)                            # a hinge, not a log-sigmoid
 
 What it does not read is not computed: without `image_rejected` the model never sees the second image. Names
-joined by + are summed (`--loss dpo+mine`), and an argument named `anchors` receives what `--anchors` says.
+joined by + are summed, with weights if they have some (`--loss 0.8*dpo+0.2*mine`). Arguments behind delta are
+given by `--set loss_args=NAME=VALUE`, one named `anchors` by `--anchors`. The objectives of other papers are
+in training/objectives.py, under names that --loss takes too.
 Of a pair without an image the policy's `image_rejected` is -inf, so that a log-sigmoid, or a hinge, of the
 margin over it is 0: such a term skips the pair.
 
@@ -51,6 +53,10 @@ class Logps:
     image_rejected: torch.Tensor = None      # log π(y_w | m_l, q)
     chosen_tokens: torch.Tensor = None       # |y_w|, tokens that were summed
     rejected_tokens: torch.Tensor = None     # |y_l|
+    rejected_image_rejected: torch.Tensor = None    # log π(y_l | m_l, q)
+    chosen_no_image: torch.Tensor = None     # log π(y_w | q)
+    rejected_no_image: torch.Tensor = None   # log π(y_l | q)
+    weights: torch.Tensor = None             # the record's meta.weight
 
 
 def response_logps(logits, labels):
@@ -106,49 +112,63 @@ def sft(policy, reference, beta, delta=0.0):
 LOSSES = {"dpo": dpo, "copo": copo, "ancpo": ancpo, "mdpo": mdpo, "sft": sft}
 
 
-def resolve(name, anchors="w"):
-    """The sum that `dpo+copo` names, f(policy, reference, beta, delta); `anchors` go to AncPO."""
-    terms = []
+def resolve(name, known=LOSSES, **more):
+    """The weighted sum that `0.8*dpo+copo` names, f(policy, reference, beta, delta).
+
+    more: `anchors`, for AncPO, and further arguments, for the terms that have them. Raises ValueError.
+    """
+    terms, unread = [], {*more} - {"anchors"}
     for part in name.split("+"):
-        if part not in LOSSES:
-            raise ValueError(f"loss {part!r} is not in losses.py: give a sum (+) of {', '.join(LOSSES)}.")
-        loss = LOSSES[part]
-        if "anchors" in inspect.signature(loss).parameters:
-            loss = partial(loss, anchors=anchors)
-        terms.append(loss)
+        weight, _, term = part.rpartition("*")
+        if term not in known:
+            raise ValueError(f"loss {term!r} is not in losses.py: give a sum (+) of {', '.join(known)}.")
+        taken = [*inspect.signature(known[term]).parameters][4:]
+        given = {key: more[key] for key in taken if key in more}
+        terms.append((float(weight or 1), partial(known[term], **given)))
+        unread -= {*taken}
+    if unread:
+        raise ValueError(f"it has no argument {', '.join(unread)} for loss_args.")
 
     def total(*numbers):
-        return sum(term(*numbers) for term in terms)
+        return sum(weight * term(*numbers) for weight, term in terms)
     return total
 
 
-# Two pairs of made-up numbers, in which no two fields are alike.
-EXAMPLE = Logps(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2.0], [4.0, 3.0]]))
+# Two pairs of made-up numbers, in which no two fields are alike: log-probs below 0, the others above.
+numbers = torch.arange(3.0, 21.0).view(9, 2)
+EXAMPLE = Logps(*-numbers[:3], *numbers[3:5], *-numbers[5:8], numbers[8])
 
 
-def needs(loss):
-    """The fields of Logps that a loss reads, found by calling it on two pairs that record what it reads.
+class Noting(dict):
+    """EXAMPLE, which notes what is read of it: {field: numbers}."""
+    def __getattr__(self, name):
+        if name not in vars(EXAMPLE):
+            raise ValueError(f"it reads the field {name!r}: give one of {', '.join(vars(EXAMPLE))}.")
+        return self.setdefault(name, getattr(EXAMPLE, name).clone().requires_grad_())
 
-    Raises ValueError for a loss that reads another field, or that gives no (B,) of finite numbers with a
-    gradient.
+
+def tried(loss, beta=0.1, delta=0.0):
+    """A loss before training, when policy and reference agree, on two pairs.
+
+    -> ({field that is read of the policy: its numbers}, the same of the reference, the losses (2,)); the
+    numbers' `grad` are the losses' gradients. Raises ValueError for a loss that reads another field, or that
+    gives no (B,) of finite numbers with a gradient.
     """
-    seen = set()
-
-    class Noting:
-        def __getattr__(self, name):
-            if name not in vars(EXAMPLE):
-                raise ValueError(f"it reads the field {name!r}: give one of {', '.join(vars(EXAMPLE))}.")
-            seen.add(name)
-            return getattr(EXAMPLE, name).clone().requires_grad_()
-
-    notes = Noting()
-    value = loss(notes, notes, 0.1, 0.0)
+    policy, reference = Noting(), Noting()
+    value = loss(policy, reference, beta, delta)
     shape = getattr(value, "shape", type(value).__name__)
     if shape != (2,):
         raise ValueError(f"it gives {shape} for two pairs: return one value a pair, of shape (B,).")
     if not value.isfinite().all() or not value.requires_grad:
         raise ValueError("its values for two pairs are not finite, or have no gradient: use policy's fields.")
-    return seen
+    value.sum().backward()
+    return policy, reference, value.detach()
+
+
+def needs(loss):
+    """The fields of Logps that a loss reads, of the policy or the reference. Raises ValueError as `tried`."""
+    policy, reference, _ = tried(loss)
+    return {*policy, *reference}
 
 
 def rewards(policy, reference, beta):
@@ -156,5 +176,5 @@ def rewards(policy, reference, beta):
     found = []
     for name in ("chosen", "rejected", "image_rejected"):
         ours, theirs = getattr(policy, name), getattr(reference, name)
-        found.append(None if ours is None else beta * (ours - theirs).detach())
+        found.append(None if ours is None or theirs is None else beta * (ours - theirs).detach())
     return tuple(found)

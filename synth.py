@@ -6,7 +6,7 @@
         --armorm A --responders M,N,O
     torchrun --nproc_per_node 8 synth.py all ...     the same files from 8 GPUs
     python synth.py pairs --out D --margin 0.5       one stage again
-    python synth.py analyse --out D    the paper's analyses, and gallery.html
+    python synth.py analyse --out D    analysis.json and gallery.html
     python train_dpo.py --loss dpo --data D/pairs.jsonl
 
 Each stage reads the files before its own and writes one, JSON lines:
@@ -18,8 +18,7 @@ Each stage reads the files before its own and writes one, JSON lines:
     respond   responses.jsonl     id model response finished
     score     scores-NAME.jsonl   id model score (ArmoRM: rewards gating)
     pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl
-                                  (what, why) and card.md
-
+                                  (why) and card.md
 You can kill it at any time and run it again: parts/ keeps the results of each
 stage under a hash of everything they depend on (texts, images, model files,
 settings), and only missing ones are made. Each stage loads its models and frees
@@ -59,25 +58,25 @@ class Options:
     preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
-    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)", at_least=0)
+    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
     generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
     guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each", at_least=-100,
                              at_most=100)
     steps: int = option(28, "of the generator", above=0)
-    size: int = option(1024, "pixels; 0: the generator's own", at_least=0, at_most=1 << 14)
-    seed: int = option(0, "of images, templates and the random scorer", at_least=0)
+    size: int = option(1024, "pixels; 0: the generator's own", at_most=1 << 14)
+    seed: int = option(0, "of images, templates and the random scorer")
     paired_seeds: bool = option(False, "one seed for all scales of a prompt (official: one for each image)")
     ranker: str = option("imagereward", "of imagereward, clip, blip, with commas: the first one picks")
     imagereward: str = option("", "its weights: ImageReward.pt, or their folder")
     clip: str = option("", "folder of a CLIP, as ranker and as scorer")
     blip: str = option("", "folder of a BLIP for retrieval")
-    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average")
+    threshold: float = option(0., "the least score of the best image; 0 is ImageReward's average",
+                              at_least=-command.MOST)
     instruct: str = option("template", "template, a text file of questions, or a chat model as for --writer")
     responders: str = option("", "folders or URLs of vision-language models, with commas")
     scorer: str = option("armorm", "armorm, clip, length, random; for `pairs` also X of a scores-X.jsonl")
     armorm: str = option("", "folder of ArmoRM")
-    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores",
-                           at_least=0)
+    margin: float = option(.1, "least gap of a pair's scores, in standard deviations of all scores")
     batch: int = option(8, "responses at once", above=0)
     as_official: bool = option(False, "the published pipeline, faults included")
     device: str = option("", "cuda, mps or cpu; none: the first available")
@@ -86,10 +85,10 @@ class Options:
     max_new_tokens: int = behind_set(1000, "of a response", above=0)
     topics: str = behind_set("", "of --writer, with commas; none: those of the shipped prompts")
     similar: float = behind_set(.5, "prompts that share more of their word pairs are near-duplicates",
-                                at_least=0, at_most=1)
+                                at_most=1)
     model_name: str = behind_set("", "the server's name for the model (default: its choice)")
     judge: str = behind_set("", "for analyse: a vision-language model that compares two rankers' picks")
-    gallery: int = behind_set(24, "for analyse: prompts on the page", at_least=0)
+    gallery: int = behind_set(24, "for analyse: prompts on the page")
     dtype: str = behind_set("auto", "auto: float16 images and bfloat16 texts on CUDA, else float32",
                             choices=("auto", "float32", "float16", "bfloat16"))
     chunk: int = behind_set(256, "prompts that are encoded before their images are painted", above=0)
@@ -98,12 +97,12 @@ class Options:
 ROWS = {                                # the fields of each stage's rows, by the name of its file
     "prompts": "id number topic prompt", "images": "id prompt_id guidance seed image",
     "ranked": "id topic prompt image guidance dropped scores candidates", "instructions": "id question",
-    "responses": "id model response finished", "scores-armorm": "id model score rewards", "pairs": "id meta",
-    "dropped": "id reason", "faults": "id model faults"}
+    "responses": "id model response finished", "scores-armorm": "id model score rewards",
+    "pairs": "id question chosen rejected"}
 FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
-    "finished": (bool, None), "meta": {"models": [str, str]}, "faults": [str]}
+    "finished": (bool, None)}
 MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
 RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
 PRESETS = {
@@ -207,6 +206,13 @@ class Run:
             raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
         return getattr(self.o, name)
 
+    def model(self, name):
+        """The reward model of a ranker or scorer; None if it is none."""
+        if name in MODELS:
+            from synthesis import rewards
+            device = self.ranks.device
+            return rewards.load(name, getattr(self.o, name), device, command.dtype(self.o.dtype, device))
+
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
         if name not in known:
@@ -303,13 +309,12 @@ def rank(run):
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
         found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
-    low = sum(row["dropped"] is not None for row in found)
+    low = sum(row.get("dropped") is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
 def rank_by(name, run, groups):
-    from synthesis import rewards
-    model = rewards.load(name, getattr(run.o, name), run.ranks.device)
+    model = run.model(name)
     for (item,) in groups:
         prompt, files, _ = item["_given"]
         yield [{"scores": model.score(prompt, [run.out / file for file in files])}]
@@ -318,7 +323,7 @@ def rank_by(name, run, groups):
 # ---- 4 instruct ----
 def instruct(run):
     o = run.o
-    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row["dropped"]}
+    kept = {row["id"]: row["prompt"] for row in run.rows("ranked", "rank") if not row.get("dropped")}
     if o.instruct == "template" or o.instruct.endswith(".txt"):
         found = prompts.template(o.instruct, kept, o.seed)
     else:
@@ -334,11 +339,11 @@ def instruct(run):
 def respond(run):
     """One model after another answers all questions: a folder's on every rank, a server is asked by one."""
     o, said, found = run.o, {}, []
-    run.needs("responders")
+    sources = named(run.needs("responders"))
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
     given = {id: ask.digest(question) for id, question in questions.items()}
-    for name, source in named(o.responders).items():
+    for name, source in sources.items():
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
             make = partial(answer, source, options, questions)
@@ -379,13 +384,14 @@ def response(question, row, as_official):
 
 def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
+    import lora
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name
         short = command.file_name(short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
-        names[short] = source
+        names[short] = lora.fetched(source)
     return names
 
 
@@ -409,11 +415,8 @@ def score(run):
 
 
 def score_by(questions, run, groups):
-    o, name = run.o, run.o.scorer
-    if name in MODELS:
-        from synthesis import rewards
-        device = run.ranks.device
-        model = rewards.load(name, getattr(o, name), device, command.dtype(o.dtype, device))
+    name, seed = run.o.scorer, run.o.seed
+    model = run.model(name)
     for (item,) in groups:
         id, (_, texts) = item["id"], item["_given"]
         question = questions[id]
@@ -425,20 +428,21 @@ def score_by(questions, run, groups):
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            scores = [data.draw(o.seed, "scorer", id, k).random() for k in range(len(texts))]
+            scores = [data.draw(seed, "scorer", id, k).random() for k in range(len(texts))]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 
 # ---- 7 pairs ----
 def make_pairs(run):
-    """pairing.make, and for its card the settings and the models that the run names."""
-    settings, rows = dict(vars(run.o)), []
+    """pairing.make, and for its card the settings; of a model its name, its files' hash and its licence."""
+    settings = dict(vars(run.o))
     del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
             if ask.is_url(source) or Path(source).exists():
-                rows.append((role, name, command.identity(source), pairing.licence(source)))
-    pairing.make(run, rows, settings)
+                licence = pairing.licence(source)
+                settings[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
+    pairing.make(run, settings)
 
 
 # ---- the command line ----

@@ -33,10 +33,11 @@ import math
 import os
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ from evaluation import answers
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
-from training.reference import Reference
+from training.reference import Reference, cache_file
 
 
 @dataclass
@@ -60,8 +61,7 @@ class Run:
     out: Path
     ranks: command.Ranks
     model: vlm.VLM
-    sharded: bool                        # --shard: a forward needs all ranks
-    first: Any                           # ranks.first(work), where work() may run the model
+    first: Any                           # as ranks.first, for work that may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
     reference: Reference
@@ -71,8 +71,8 @@ class Run:
     batches: batches.Batches
     steps: int
     base: str                            # which base: a resumed run must have the same
-    state: checkpoint.State = field(default_factory=checkpoint.State)
-    stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
+    state: checkpoint.State
+    stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
 
 
@@ -84,14 +84,14 @@ def prepare(o, out, ranks):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path, held_out = ranks.first(partial(batches.classroom_files, o, out))
+    path, held_out = ranks.first(batches.classroom_files, o, out)
     family = front.open_folder(o.model, o.template or None, o.images)
-    needs = options.needs_of(o)
+    needs, reads = options.needs_of(o), ranks.first(options.announce, o)
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if held_out:                                                # a margin needs the rejected response
         val = batches.checked(family, held_out, o, needs | {"rejected"}, ranks)
-    ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
+    ranks.first(plan.refuse, family.config, o, pairs.tokens, ranks)
 
     # ---- the model and its trainable weights ----
     dtype = command.dtype(o.dtype, ranks.device)
@@ -102,6 +102,10 @@ def prepare(o, out, ranks):
     else:
         model = load(family, o, dtype, ranks.device)
         first = ranks.first
+    base = command.identity(family.folder)
+    if o.adapter:
+        base += command.identity(o.adapter)
+        lora.begin_here(model.model)
     trained = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     betas = o.adam_beta1, o.adam_beta2
     adamw = partial(torch.optim.AdamW, lr=o.lr, betas=betas, weight_decay=o.weight_decay,
@@ -109,22 +113,27 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    reference = Reference(len(pairs), model, forward, pairs.needs, ranks, o.shard)
+    file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
+    reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
+                          file_of(reads, pairs, "training"))
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks())
+        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
+                                  file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=command.identity(family.folder))
+               base=base, state=checkpoint.State(), stop=checkpoint.Stop())
 
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
-    model = vlm.load(family, dtype=dtype, device=device)
-    if o.lora_r:
-        lora.add_lora(model.model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
-    else:
+    packed = o.dtype == "nf4"
+    model = vlm.load(family, dtype=dtype, device="cpu" if packed else device)
+    plan.adapt(model.model, o)
+    if packed:
+        lora.quantise(model.model, device)
+    if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
         model.language_model.train()                             # transformers recomputes in train mode only
@@ -139,7 +148,7 @@ def step_loss(run, batch, frozen):
     """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
-    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs)
+    policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
     policy = vlm.without_image(policy, batch.pairs)
     loss = run.loss(policy, reference, run.o.beta, run.o.delta)        # (B,)
     return loss, policy, reference
@@ -148,41 +157,30 @@ def step_loss(run, batch, frozen):
 def step(run, t):
     """One optimiser step on the mean loss of `o.batch` pairs, over all ranks. Returns its line of the log."""
     began = time.monotonic()
-    measured, places, ids = [], [], []
+    measured, places = [], []
     for batch in run.batches(t):                                       # this rank's micro-batches
         loss, policy, reference = step_loss(run, batch, run.reference)
         (loss[:batch.counts].sum() / batch.of).backward()
-        if batch.counts == 0:                                          # a filler
-            continue
-        measured.append(measures(policy, reference, loss, run.o.beta))
-        places += batch.places
-        ids += [pair.id for pair in batch.pairs]
+        if batch.counts:                                               # else a filler
+            measured.append(measures(policy, reference, loss, run.o.beta))
+            places += batch.places
 
-    # ---- the device is waited for here, and for the gradient's norm ----
-    sums, each = fetched(measured)
-    sums["tokens"] = sum(run.pairs.tokens[place] for place in places)
-    found = dict(zip(ids, each, strict=True))
-
-    # ---- all ranks together ----
-    ours = sums, found, run.batches.waited, run.stop.asked
-    everyones, losses_of, waited, asked = zip(*run.ranks.gather(ours), strict=True)
-    sums = Counter()
-    for each in everyones:
-        sums.update(each)
-    found = {id: loss for each in losses_of for id, loss in each.items()}
+    # ---- all ranks together; the device is waited for here, and for the gradient's norm ----
+    ours = places, fetched(measured), run.batches.waited, run.stop.asked
+    places, rows, waited, asked = zip(*run.ranks.gather(ours), strict=True)
+    places, rows = [*chain(*places)], [*chain(*rows)]                  # of all pairs in the step
     run.stopping = any(asked)
     rate = learning_rate(t, run.steps, run.o)
     norm = run.optimiser.step(rate)
-    broken = [id for id, loss in found.items() if not math.isfinite(loss)]
+    broken = [place for place, row in zip(places, rows, strict=True) if not math.isfinite(row["loss"])]
     if broken or not math.isfinite(norm):
+        ids = [run.pairs.record(place)["id"] for place in broken or places]
         raise data.UserError(f"loss or gradient of step {t + 1} is not finite; the pairs are "
-                             f"{', '.join(broken or found)}: look at them or lower --lr; {run.out} keeps its "
-                             "checkpoint")
+                             f"{', '.join(ids)}: look at them or lower --lr; {run.out} keeps its checkpoint")
     seconds = time.monotonic() - began
-    tokens, shown = sums.pop("tokens"), sums.pop("with_image", 0)
+    tokens = sum(run.pairs.tokens[place] for place in places)
     return {"step": t + 1, "epoch": round((t + 1) / run.batches.per_epoch, 4), "lr": rate, "grad_norm": norm,
-            **{name: value / (shown if "/image_" in name else len(found)) for name, value in sums.items()
-               if shown or "/image_" not in name},
+            **means(rows),
             "tokens_per_second": round(tokens / seconds),
             "waiting": round(max(waited) / seconds, 4),
             "memory_gib": round(torch.cuda.max_memory_allocated() / plan.GIB, 3)}          # of the GPU
@@ -193,34 +191,39 @@ def learning_rate(t, steps, o):
     warm = math.ceil(o.warmup * steps)
     if t < warm:
         return o.lr * t / warm
-    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / max(1, steps - warm)))
+    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / (steps - warm)))
 
 
 def measures(policy, reference, loss, beta):
     """A micro-batch's numbers for the log (B,), under TRL's names, of the log-probs that the loss reads."""
     chosen, rejected, image = losses.rewards(policy, reference, beta)
-    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen}
+    found = {"loss": loss, "rewards/chosen": chosen, "logps/chosen": policy.chosen,
+             "rewards/rejected": rejected, "logps/rejected": policy.rejected}
     if rejected is not None:
-        found |= {"rewards/rejected": rejected, "logps/rejected": policy.rejected,
-                  "rewards/margins": chosen - rejected, "rewards/accuracies": chosen > rejected}
-    if image is not None:
-        there = image.isfinite()                                       # not of pairs without an image
-        found |= {"rewards/image_rejected": image.where(there, 0),
-                  "rewards/image_margins": (chosen - image).where(there, 0),
-                  "rewards/image_accuracies": (chosen > image) & there, "with_image": there}
-    return {name: value.detach() for name, value in found.items()}
+        found["rewards/margins"] = chosen - rejected
+    if image is not None:                                              # infinite for pairs without an image
+        found |= {"rewards/image_rejected": image, "rewards/image_margins": chosen - image}
+    return {name: value.detach() for name, value in found.items() if value is not None}
 
 
 def fetched(measured):
-    """[measures of a micro-batch] -> (their sums over all pairs, each pair's loss), in one copy."""
-    sums = Counter()
+    """[measures of a micro-batch] -> [{name: value} of each pair], in one copy."""
     if not measured:
-        return sums, []
-    tables = [torch.stack([*found.values()]) for found in measured]                             # (F, B)
-    whole = torch.cat(tables, 1).cpu().double()
-    for table in whole.split([table.shape[1] for table in tables], 1):
-        sums.update(dict(zip(measured[0], table.sum(1).tolist(), strict=True)))
-    return sums, whole[0].tolist()
+        return []
+    tables = [torch.stack([*found.values()], 1) for found in measured]                          # (B, F)
+    return [dict(zip(measured[0], row, strict=True)) for row in torch.cat(tables).tolist()]
+
+
+def means(rows):
+    """{name: mean over the pairs}, and accuracies: the shares of margins above 0."""
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if "/image_" not in name or math.isfinite(row[name])]
+        if values:
+            found[name] = fmean(values)
+            if name.endswith("margins"):
+                found[name.replace("margins", "accuracies")] = fmean(x > 0 for x in values)
+    return found
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -234,6 +237,7 @@ def train(run):
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
+    recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -243,7 +247,11 @@ def train(run):
             state.step = done = t + 1
             state.seconds = time.monotonic() - began
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
-            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['rewards/chosen']:+.2f}")
+            bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
+            recent.append(line)
+            if done % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
+                tqdm.write(checkpoint.warning(recent, o), sys.stderr, end="")
+                recent = []
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
                 found = evaluate(run, f"step-{done}")
@@ -255,14 +263,14 @@ def train(run):
                 raise KeyboardInterrupt
     after = evaluate(run, "after")
     log_look(run, "after", after)
-    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
-    return run.first(partial(finish, run, before, after, weights))
+    weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
+    return run.first(finish, run, before, after, weights)
 
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
     """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    return run.first(partial(kept_scores, run, name))
+    return run.first(kept_scores, run, name)
 
 
 def kept_scores(run, name):
@@ -305,9 +313,10 @@ def validate(run, name):
         batch = batches.join([run.val.read(place) for place in places])
         loss, policy, reference = step_loss(run, batch, run.val_reference)
         measured.append(measures(policy, reference, loss, run.o.beta))
-    sums, _ = fetched(measured)
-    return {"loss": sums["loss"] / n, "margin": sums["rewards/margins"] / n,
-            "accuracy": 100 * sums["rewards/accuracies"] / n, "n": n}
+    run.val_reference.keep()
+    found = means(fetched(measured))
+    return {"loss": found["loss"], "margin": found["rewards/margins"],
+            "accuracy": 100 * found["rewards/accuracies"], "n": n}
 
 
 def log_look(run, name, found, **more):
@@ -324,12 +333,14 @@ def finish(run, before, after, weights):
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
                "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
+    folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
-        lora.save(model.model, out / "adapter", str(model.front.folder))
-    elif not (out / "model").exists():
-        lora.write_folder(model.model, model.front.folder, out / "model", weights)
+        lora.save(model.model, folder, str(model.front.folder))
+    elif not folder.exists():
+        lora.write_folder(model.model, model.front.folder, folder, weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+    data.atomic_write(folder / "README.md", report.card(out, summary))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

@@ -34,7 +34,7 @@ import lora
 import losses
 from model import vlm
 from model.command import Ranks
-from train_dpo import fetched, measures, step_loss
+from train_dpo import fetched, means, measures, step_loss
 from training import options
 from training.optimiser import Zero2
 from training.reference import Reference
@@ -167,8 +167,7 @@ class Ours:
         run = SimpleNamespace(model=self.m, loss=loss_of, o=options.Options(beta=BETA))
         value, policy, frozen = step_loss(run, batch, reference)
         (value.sum() / batch.of).backward()
-        sums, _ = fetched([measures(policy, frozen, value, BETA)])
-        return sums["loss"] / len(batch.pairs)
+        return means(fetched([measures(policy, frozen, value, BETA)]))["loss"]
 
     def step(self, batch, loss, cached, forward=vlm.packed):
         value = self.loss(batch, loss, cached, forward)

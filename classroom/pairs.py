@@ -38,6 +38,7 @@ class Recipe:
     temperature: float = 1.
     scorer_noise: float = 1.
     split: str = "train"
+    weights: bool = False
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -92,8 +93,18 @@ def made(seed, n, recipe):
             question, chosen, rejected, kind = question_pair(rng, s, recipe)
         else:
             (question, chosen, rejected), kind = caption_pair(rng, s, recipe), "caption"
-        out.append((record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind), s))
+        row = record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind)
+        if recipe.weights:
+            row["meta"]["weight"] = severity(s, rejected)
+        out.append((row, s))
     return out
+
+
+def severity(s, text):
+    """2 if a text names an absent thing that tempts less than those of its scene do in the mean, else 1."""
+    strength = dict(s.tempting)
+    mean = sum(strength.values()) / max(1, len(strength))
+    return max([1, *(2 for t in world.mentions(text) if t not in s.counts and strength.get(t, 0) < mean)])
 
 
 def home(recipe):
@@ -306,6 +317,9 @@ def main_pairs(argv):
     add("--scorer_noise", type=float, default=d.scorer_noise,
         help="the standard deviation of the scorer's error (%(default)s)")
     add("--split", choices=("train", "tune"), default=d.split, help="whose scenes (%(default)s)")
+    add("--weights", action="store_true",
+        help="meta.weight of a pair, for --loss hsa: 2 if the rejected answer names something that is hardly "
+             "to be expected in such a scene, else 1")
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})

@@ -1,16 +1,15 @@
 """The pictures of the course, for slides: a few KB each.
 
     python classroom/slides.py --out slides
+            a pair, its rejected images, the loss
     python classroom/slides.py runs/mdpo runs/dpo --out slides
+            and what these runs did
 
 pair.png      a scene with its two captions, the invented word marked
 rejected.png  what each --image_rejected makes of that scene
 loss.svg      the loss on one pair, as its margin grows
-
-and, if it is given finished runs:
-
-rewards.svg   where the rewards of chosen and rejected answers go
-look.svg      the margin with the true picture, and with others
+rewards.svg   of the runs: where the rewards of chosen and rejected answers go
+look.svg      of the runs: the margin with the true picture, and with others
 """
 import sys
 from pathlib import Path

@@ -44,15 +44,28 @@ def describe(m):
             "dtype": str(m.model.dtype).removeprefix("torch.")}
 
 
-def answer(m, benchmark, questions, out_path, batch_size, max_new_tokens, description, ranks, **more):
-    """The loop of every benchmark: [Question] -> out_path, their lines, each with an answer. more: settings
-    of the benchmark."""
-    settings = describe(m) | {"decoding": "greedy"} | more
-    settings |= {"benchmark": benchmark, "max_new_tokens": max_new_tokens, "questions": len(questions)}
+def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=None,
+                     max_new_tokens=512, description="answering", ranks=command.ALONE, **more):
+    """Let a model of vlm.load, with the LoRA it carries, or a server answer [Question], as
+    benchmarks.questions read them: out_path gets their lines, each with an answer. The same call continues.
+
+    batch_size: None for as many questions as a server's workers, 512 to a model of the classroom, 16 to
+    another. more: settings of the benchmark.
+    """
+    if not batch_size:
+        batch_size = m.workers if isinstance(m, ask.Server) else 512 if m.front.is_classroom else 16
+    settings = describe(m) | more | {
+        "decoding": "greedy",
+        "prompt": prompt,
+        "seed": None,
+        "questions_sha256": ask.hashed([question.line for question in questions]),
+        "benchmark": benchmark,
+        "max_new_tokens": max_new_tokens,
+        "questions": len(questions)}
     items = [{"id": place, "hash": ask.hashed(question.line), "_question": question}
              for place, question in enumerate(questions)]
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    store = command.Store(out_path, ranks, {"settings": settings},
+    store = command.Store(Path(out_path), ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
     store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
 
@@ -82,34 +95,15 @@ def _replies(server, questions):
     return [said[question.id]["reply"].strip() for question in asked]
 
 
-def answer_scenes(m, scenes_path, out_path, batch_size=0, max_new_tokens=64, description="answering",
-                  ranks=None):
-    """Let a model of vlm.load, with the LoRA it carries, answer scenes.jsonl, or its folder's; the same call
-    continues.
-
-    batch_size: 0 for 512 questions to a model of the classroom, 64 to another.
-    """
-    file, questions = Path(scenes_path), []
-    if file.is_dir():
-        file /= "scenes.jsonl"
-    scenes = benchmarks.records(file, "file of scenes", question=str, image=str)
-    for number, scene in enumerate(scenes, 1):
-        objects.check_truth(scene, f"{file}, line {number}")
-        image = data.inside(file.parent, scene["image"], file)
-        questions.append(benchmarks.Question(scene, scene["question"], image))
-    if not batch_size:
-        batch_size = 512 if m.front.is_classroom else 64
-    answer(m, "classroom", questions, out_path, batch_size, max_new_tokens, description, ranks,
-           scenes=os.path.relpath(file, Path(out_path).parent),
-           scenes_sha256=hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-
-
-def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=0,
-                     max_new_tokens=512, ranks=None):
-    """Let a model answer a published benchmark, as benchmarks.questions read it; the same call continues.
-    batch_size: 0 for 16."""
-    answer(m, benchmark, questions, out_path, batch_size or 16, max_new_tokens, "answering", ranks,
-           prompt=prompt, seed=None, questions_sha256=ask.hashed([each.line for each in questions]))
+def answer_scenes(m, path, out_path, max_new_tokens=64, **options):
+    """Let a model answer scenes.jsonl, or its folder's. options: of answer_questions."""
+    questions = benchmarks.questions("classroom", [path])
+    file, = benchmarks.files(Path(path), "scenes.jsonl")
+    answer_questions(m, "classroom", questions, out_path,
+                     max_new_tokens=max_new_tokens,
+                     scenes=os.path.relpath(file, Path(out_path).parent),
+                     scenes_sha256=command.fingerprint(file.read_bytes()),
+                     **options)
 
 
 # ---- for training ----

@@ -67,10 +67,10 @@ def prompt(path, own, places):
 def pope_questions(paths):
     """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
     its file's."""
-    files, found, homes = [], {}, {}
+    there, found, homes = [], {}, {}
     for path in map(Path, paths):
-        files += _files(path, "*pope*.json*")
-    for file in files:
+        there += files(path, "*pope*.json*")
+    for file in there:
         for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
                            label=str, split=(str, None)):
             split = row.get("split") or _split(file) or file.stem
@@ -93,12 +93,13 @@ def _split(file):
 def amber_queries(path):
     """The queries of a file, or of a folder: the generative ones, then the discriminative ones."""
     found = []
-    for file in reversed(_files(path, "query_*ive.json")):
+    for file in reversed(files(path, "query_*ive.json")):
         found += records(file, "AMBER query file", id=NAME, image=str, query=str)
     return found
 
 
-def _files(path, pattern):
+def files(path, pattern):
+    """The files of a folder, or the one that a path names. Raises UserError if there are none."""
     found = sorted(path.glob(pattern)) if path.is_dir() else [path]
     if not found:
         raise UserError(f"{path} holds no {pattern}; give the folder that holds the questions")
@@ -116,18 +117,18 @@ def questions(benchmark, paths, images=None, prompt="{question}", follow_links=F
         raise UserError(f"--prompt {prompt!r} has no {{question}}; put it where the question goes")
     if len(paths) > 1 and benchmark != "pope":
         raise UserError(f"--data: {benchmark} has one file or one folder, not {len(paths)}; give that")
-    read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal}[benchmark]
+    read = {"pope": _pope, "amber": _amber, "objhal": _objhal, "mmhal": _mmhal,
+            "classroom": _scenes}[benchmark]
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
-    files = find_images(root, [image for _, image in asked], follow_links)
-    found, missing = [], []
-    for (line, image), file in zip(asked, files, strict=True):
+    there = find_images(root, [image for _, image in asked], follow_links)
+    found = []
+    for (line, image), file in zip(asked, there, strict=True):
         if file is None:
-            missing += image_names(image)[:1]
+            name, *_ = image_names(image)
+            raise UserError(f"{name} is missing: {root} lacks {there.count(None)} of {len(asked)} images "
+                            f"(first: {name}); give their folder with --images")
         found.append(Question(line, prompt.replace("{question}", line["question"]), file))
-    if missing:
-        raise UserError(f"{root} lacks {len(missing)} of {len(asked)} images (first: {missing[0]}); give "
-                        "their folder with --images")
     return found
 
 
@@ -159,6 +160,13 @@ def _objhal(paths):
         image_id = image_number(image_id) or image_id
         line = {"question_id": row.get("question_id", place), "image_id": image_id, "question": text}
         yield line, _decoded(image) if coded else row | {"image_id": image_id}
+
+
+def _scenes(paths):
+    file, = files(Path(paths[0]), "scenes.jsonl")
+    for number, row in enumerate(records(file, "file of scenes", question=str, image=str), 1):
+        objects.check_truth(row, f"{file}, line {number}")
+        yield row, row
 
 
 def _decoded(image):
@@ -266,19 +274,19 @@ def coco_truth(folder, answers, table, lemmatize):
     images, truth = {image_number(first(line, "image_id", "image")) for line in answers}, {}
 
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
-        image = part.get("image_id", part.get("id") if "file_name" in part else None)
-        if not isinstance(image, int) or image in images:
-            return {key: part[key] for key in KEPT if key in part}
+        return {key: part[key] for key in KEPT if key in part}
 
     for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
         path = Path(folder) / f"{name}2014.json"
         part = data.read_json(path, check=data.as_record, object_hook=slim)
         with command.explained(f"{path} is not COCO's", "copy it again"):
             names = {category["id"]: category["name"] for category in part.get("categories", [])}
-            for image in filter(None, part["images"]):
-                truth.setdefault(image["id"], set())
-            for mark in filter(None, part["annotations"]):
-                found = truth.setdefault(mark["image_id"], set())
+            for image in images.intersection(image["id"] for image in part["images"]):
+                truth.setdefault(image, set())
+            for mark in part["annotations"]:
+                found = truth.get(mark["image_id"])
+                if found is None:
+                    continue
                 if "caption" in mark:
                     named = objects.coco_objects(objects.joined(lemmatize(mark["caption"]), table), table)
                     found.update(kind for _, kind in named)

@@ -22,7 +22,7 @@ import data
 from data import UserError
 from evaluation import benchmarks, metrics, page, stats
 from model import ask
-from model.command import NAME
+from model.command import NAME, explained
 
 
 # ---- the paired difference ----
@@ -52,10 +52,10 @@ def pairs(a, b):
     return both
 
 
-def table(found, names):
+def table(found, o):
     """What stats.paired found, as lines of text."""
-    lines = [f"A {names[0]}",
-             f"B {names[1]}",
+    lines = [f"A {o.a}",
+             f"B {o.b}",
              f"{'percent':26}       A       B   B - A   95% interval"]
     for measure, row in found.items():
         low, high = row["interval"]
@@ -64,26 +64,26 @@ def table(found, names):
     return lines
 
 
-def report(a_path, b_path, out, images=None, items=None, n=100, seed=0, follow_links=False):
-    """The whole command -> its lines of text. items: the two files of `score`, for answers without truth."""
-    a, b, names = by_id(a_path), by_id(b_path), (str(a_path), str(b_path))
+def report(o):
+    """The whole command, by its options -> its lines of text."""
+    a, b = by_id(o.a), by_id(o.b)
     both = pairs(a, b)
     known = [[old.line for _, old, _ in both], [new.line for *_, new in both]]
     lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
              "B.items.jsonl for the paired difference."]
-    if items:
+    if o.items:
         known = [benchmarks.records(path, "file of what `score` wrote", id=NAME, image=(*NAME, None),
-                                    sums={str: [float, float]}) for path in items]
-        lines = table(stats.paired(*known), names)
+                                    sums={str: [float, float]}) for path in o.items]
+        lines = table(stats.paired(*known), o)
     elif all("truth" in line for line in known[0] + known[1]):
-        lines = table(stats.paired(*map(metrics.classroom_items, known)), names)
+        lines = table(stats.paired(*map(metrics.classroom_items, known)), o)
     for side, found in (("A", a), ("B", b)):
         lines += [f"{side}: {says}" for says in stats.empty(found.values())]
-    shown, equal = write(both, names, out, images, n, seed, follow_links)
+    shown, equal = write(both, o)
     if {len(a), len(b)} != {len(both)}:
         lines.append(f"{len(both)} questions that both answer; A answers {len(a)}, B {len(b)}")
-    without = "" if images else "; without pictures, as there is no --images"
-    return [*lines, f"{out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
+    without = "" if o.images else "; without pictures, as there is no --images"
+    return [*lines, f"{o.out}: {shown} pairs to choose from, {equal} equal pairs left out{without}"]
 
 
 # ---- the page ----
@@ -204,28 +204,28 @@ def a_is_first(seed, item):
     return bool(data.hash64(seed, "side", *item) & 1)
 
 
-def write(both, names, out, images, n, seed, follow_links):
-    """Write the page of n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
-    order = data.draw(seed, "pairs", len(both)).permutation(len(both))[:n]
+def write(both, o):
+    """Write the page of o.n pairs drawn from `both` -> (pairs shown, pairs left out since they are equal)."""
+    order = data.draw(o.seed, "pairs", len(both)).permutation(len(both))[:o.n]
     drawn = [both[i] for i in order]
     shown = [(key, a, b) for key, a, b in drawn if a.text != b.text]
     paths = [None] * len(shown)
-    if images:
-        paths = benchmarks.find_images(images, [a.line for _, a, _ in shown], follow_links)
+    if o.images:
+        paths = benchmarks.find_images(o.images, [a.line for _, a, _ in shown], o.follow_links)
     items = []
     for (key, a, b), path in zip(shown, paths, strict=True):
-        first, second = (a, b) if a_is_first(seed, key) else (b, a)
+        first, second = (a, b) if a_is_first(o.seed, key) else (b, a)
         items.append({"question": a.question,
                       "first": first.text,
                       "second": second.text,
                       "image": path and ask.image_url(path, 640)})
     equal = len(drawn) - len(shown)
-    key = {"a": names[0], "b": names[1], "seed": seed, "ids": [key for key, *_ in shown], "same": equal}
+    key = {"a": str(o.a), "b": str(o.b), "seed": o.seed, "ids": [key for key, *_ in shown], "same": equal}
     content = {"key": base64.b64encode(json.dumps(key).encode()).decode(), "items": items}
     content["page"] = ask.hashed(content)
     island = json.dumps(content).replace("<", "\\u003c")
     body = f'{BODY}<script type="application/json" id="data">{island}</script>'
-    data.atomic_write(out, page.page("Which answer is better?", body, STYLE, SCRIPT))
+    data.atomic_write(o.out, page.page("Which answer is better?", body, STYLE, SCRIPT))
     return len(shown), equal
 
 
@@ -235,14 +235,11 @@ def read_votes(paths):
     shown, raters = set(), {}
     for path in paths:
         votes = data.read_json(path)
-        try:
+        with explained(f"{path} is not a file of votes as the page downloads it", "ask its rater again"):
             rater, key = str(votes["rater"]), json.loads(base64.b64decode(votes["key"], validate=True))
             range(key["same"]), key["a"], key["b"]                    # any of them may be absent
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not a file of votes as the page downloads it; ask its rater for it "
-                            "again") from error
         if len(shown) > 1:
             raise UserError(f"{path} holds votes on another page than {paths[0]}; score them apart")
         if rater in raters:

@@ -130,9 +130,8 @@ def difference(before, after):
     interval: {key: {"change", "interval"}, "by_kind": {kind: {"change", "interval"}}}."""
     if _asked(before) != _asked(after):
         raise UserError("the two files answer different questions; compare answers to the same scenes")
-    found = {}
-    for key, row in paired(classroom_items(before), classroom_items(after)).items():
-        found[key] = {"change": row["change"], "interval": row["interval"]}
+    found = paired(classroom_items(before), classroom_items(after))
+    found = {key: {name: row[name] for name in ("change", "interval")} for key, row in found.items()}
     by_kind = {kind: found.pop(kind) for kind in sorted(found.keys() - CLASSROOM)}
     return found | {"by_kind": by_kind}
 

@@ -22,6 +22,7 @@ import re
 from functools import lru_cache
 
 from data import UserError
+from model.command import NAME, fits
 
 SETS = {"random", "adversarial"}                        # of existence questions, as in POPE
 
@@ -59,27 +60,21 @@ def hallucinated(answer, truth):
 
 def check_truth(item, where):
     """Raise UserError if an answer to a question cannot be scored by its `truth`."""
-    if not (isinstance(item.get("id"), str | int) and isinstance(item.get("truth"), dict) and _fits(item)):
+    if not (fits(item, {"id": NAME, "kind": str, "truth": {}}) and _fits(item["kind"], item["truth"])):
         raise UserError(f"{where} (id {item.get('id')}) lacks a usable `kind` or `truth`: a caption needs "
                         "`present` and `absent`, another kind `choices` with their `answer`, existence also "
                         "a `set` out of random, adversarial; make the scenes again")
 
 
-def _fits(item):
-    """Whether a truth is that of its kind."""
-    kind, truth = item.get("kind"), item["truth"]
+def _fits(kind, truth):
+    """Whether a truth is that of its kind; a word is not empty."""
     if kind == "caption":
-        return _are_words(truth.get("present")) and _are_words(truth.get("absent"))
-    choices = truth.get("choices")
-    if not (isinstance(kind, str) and _are_words(choices) and truth.get("answer") in choices):
+        return fits(truth, {"present": [str], "absent": [str]}) and all(truth["present"] + truth["absent"])
+    if not fits(truth, {"choices": [str], "answer": str, "set": (str, [str], None)}):
         return False
-    if kind != "existence":
-        return True
-    return {*choices} == {"yes", "no"} and _are_words(sets(truth)) and SETS.issuperset(sets(truth))
-
-
-def _are_words(value):
-    return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+    choices = {*truth["choices"]}
+    right = kind != "existence" or choices == {"yes", "no"} and SETS.issuperset(sets(truth))
+    return right and truth["answer"] in choices and all(choices)
 
 
 def sets(truth):

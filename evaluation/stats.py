@@ -62,7 +62,7 @@ def image_name(record):
     number = image_number(name)
     if name is None or number is not None:
         return number
-    return re.sub(r".*/|\.\w+$", "", str(name))
+    return re.sub(r"\.\w+$", "", str(name).rpartition("/")[2])
 
 
 def same_id(name):
@@ -262,11 +262,10 @@ def paired(a_items, b_items):
     old, new, old_draws, new_draws = (ratios(sums.of(side), 100) for sums in (total, draws) for side in "ab")
     found = {}
     for measure in old:
-        if measure not in new:
-            continue
-        change = new[measure] - old[measure]
-        found[measure] = {"a": old[measure],
-                          "b": new[measure],
-                          "change": change,
-                          "interval": interval(new_draws[measure] - old_draws[measure], change)}
+        if measure in new:
+            change = new[measure] - old[measure]
+            found[measure] = {"a": old[measure],
+                              "b": new[measure],
+                              "change": change,
+                              "interval": interval(new_draws[measure] - old_draws[measure], change)}
     return found

@@ -86,21 +86,6 @@ cookies:cooky uses:us doggies:doggy leaves:leaf quizzes:quiz busses:bus taxies:t
 zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas""".split())
 KEEP = _set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
 iris yes pancreas pajamas tennis this his its is various famous""")
-# Their plural is in -ves; other words in -ves lose only the s.
-F_TO_VES = _set("""knife wife life midwife housewife pocketknife penknife leaf loaf shelf wolf half calf
-scarf hoof elf thief self sheaf dwarf bookshelf kerchief handkerchief behalf wharf turf beef reef serf""")
-# -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i.
-ONLY_S = _set("""ties neckties pies magpies collies pixies movies selfies brownies zombies calories genies
-prairies birdies hippies rookies aunties hoodies smoothies veggies lies dies shoes snowshoes horseshoes canoes
-toes oboes hoes foes tiptoes headaches mustaches moustaches avalanches niches caches quiches aches toothaches
-skis taxis kiwis bikinis safaris corgis broccolis zucchinis martinis khakis yetis paninis rabbis tsunamis
-saris chilis minis""")
-# Singulars in a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes).
-TAKES_ES = re.compile(r"(?:ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|"
-                      r"campus|bonus|chorus|circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)$")
-MEN = re.compile(r"(?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|"
-                 r"door|post|mail|fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|"
-                 r"boat|states|dober|clergy|congress|stunt|lines|trades|repair)men$")
 # Compounds, brands and misspellings that vocabularies hold and WordNet does not: no lemma for their plural.
 UNLISTED = _set("""bedsheet bluejay cann cathole closestool cooktop doghole e-book earing ebook electrombile
 firetruck hairdryer iphone kiwifruit lenovo longboard macbook netbook paddleboat paraglider pissoir pitbull
@@ -109,58 +94,72 @@ streetlamp teddybear televison waterfont air-conditioning biker coworker brindle
 rpo""")
 
 
+def _rules(*pairs):
+    """Plurals' endings as patterns, and what becomes of them."""
+    return [(re.compile(pattern), to) for pattern, to in pairs]
+
+
+def _first(rules, word):
+    """A word by the first rule that fits."""
+    for pattern, to in rules:
+        if pattern.search(word):
+            return pattern.sub(to, word)
+    return word
+
+
+AS_IT_IS = r"\g<0>"
+LEMMAS = _rules(
+    (r"((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail|"
+     r"fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy|"
+     r"congress|stunt|lines|trades|repair)m)en$", r"\1an"),
+    # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i
+    (r"^(tie|necktie|pie|magpie|collie|pixie|movie|selfie|brownie|zombie|calorie|genie|prairie|birdie|"
+     r"hippie|rookie|auntie|hoodie|smoothie|veggie|lie|die|shoe|snowshoe|horseshoe|canoe|toe|oboe|hoe|"
+     r"foe|tiptoe|headache|mustache|moustache|avalanche|niche|cache|quiche|ache|toothache|ski|taxi|kiwi|"
+     r"bikini|safari|corgi|broccoli|zucchini|martini|khaki|yeti|panini|rabbi|tsunami|sari|chili|mini)s$",
+     r"\1"),
+    (r"(?:ss|us|is)$", AS_IT_IS),
+    (r"^(kni|wi|li|midwi|housewi|pocketkni|penkni)ves$", r"\1fe"),
+    (r"^(lea|loa|shel|wol|hal|cal|scar|hoo|el|thie|sel|shea|dwar|bookshel|kerchie|handkerchie|behal|whar|tur|"
+     r"bee|ree|ser)ves$", r"\1f"),
+    (r"(..)ies$", r"\1y"),
+    (r"oes$", "o"),
+    # a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes)
+    (r"(ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|bonus|chorus|circus|"
+     r"crocus|mus|status|trellis|rhinoceros|christmas|tennis)es$", r"\1"),
+    (r"s$", ""))
+
+
 @lru_cache(maxsize=65536)
 def lemma(word):
     """The noun that a word is a form of, as WordNet has it; case matters there, so "Dogs" has none."""
     if word in IRREGULAR:
         return IRREGULAR[word]
-    if MEN.search(word):
-        return word[:-2] + "an"
-    if len(word) < 3 or not word.endswith("s") or not word.islower() or word in KEEP:
+    if len(word) < 3 or not word.islower() or word in KEEP:
         return word
-    single = word[:-1]
-    if word in ONLY_S:
-        return single
-    if word.endswith(("ss", "us", "is")):
-        return word
-    if word.endswith("ves"):
-        single = next(iter(F_TO_VES & {word[:-3] + "f", word[:-3] + "fe"}), single)
-    elif word.endswith("ies") and len(word) > 4:
-        single = word[:-3] + "y"
-    elif word.endswith("oes") or TAKES_ES.search(word[:-2]) and word.endswith("es"):
-        single = word[:-2]
-    return word if single in UNLISTED else single
+    found = _first(LEMMAS, word)
+    return word if found in UNLISTED else found
 
 
-# The plurals of the first CHAIR, which knew no dictionary: the first rule that fits, at a word's end.
-STAY = re.compile(r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
-                  r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$")
-ENDINGS = dict(pair.split(":") for pair in """children:child geese:goose feet:foot teeth:tooth men:man
-leaves:leaf loaves:loaf people:person oxen:ox oxens:oxs axes:axe moves:move kine:cow brethren:brother
-opera:opus shoes:shoe oes:o buses:bus movies:movie erves:erve""".split())
-SINGULAR = [(re.compile(pattern), to) for pattern, to in (
+# The plurals of the first CHAIR, which knew no dictionary.
+SINGULARS = _rules(
+    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
+     r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", AS_IT_IS),
+    *(pair.split(":") for pair in """children$:child geese$:goose feet$:foot teeth$:tooth
+    men$:man leaves$:leaf loaves$:loaf people$:person oxen$:ox oxens$:oxs axes$:axe moves$:move kine$:cow
+    brethren$:brother opera$:opus shoes$:shoe oes$:o buses$:bus movies$:movie erves$:erve""".split()),
     (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"),
     (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"),
     (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"), (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"),
     (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
-    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))]
+    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))
 
 
 @lru_cache(maxsize=65536)
 def singular(word):
     """The singular that the first CHAIR's rules make of any word: "buses" and "glasses" come out right, "bus"
     gives "bu" and "ties" "ty", so they do not count as mentions there."""
-    if word.endswith("'"):
-        return singular(word[:-1]) + "'s"
-    if STAY.search(word):
-        return word
-    for plural, single in ENDINGS.items():
-        if word.endswith(plural):
-            return word.removesuffix(plural) + single
-    for pattern, to in SINGULAR:
-        if pattern.search(word):
-            return pattern.sub(to, word)
-    return word
+    return singular(word[:-1]) + "'s" if word.endswith("'") else _first(SINGULARS, word)
 
 
 def lemmas(text):

@@ -12,5 +12,4 @@
     ask.py                put a question to a URL, a model folder, or a file of replies
     command.py            options from a dataclass, the resumable store, the lock, ranks under torchrun
     import_checkpoint.py  original LLaVA and Bunny folders into llava-hf folders: a command of its own
-    published.py          a part of that command: the tokenizer and the LoRA of an original folder
 """

@@ -125,6 +125,8 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
         return Server(source, settings, accept, workers)
+    import lora
+    source = lora.fetched(source)
     if not os.path.isdir(source):
         raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
                         "these")
@@ -289,23 +291,20 @@ class Server:
         for attempt in range(1, ATTEMPTS + 1):
             sent = {"messages": asked} | body
             sent.pop("", None)
-            answer, reason, wait = self.request(sent)
+            row, reason, wait = self.request(sent)
             for name, other in OTHERWISE.items():
                 if wait is None and name in sent and name in reason:
                     body[other] = body.pop(name, sent[name])            # for all that is asked from now on
                     wait = 0
-            text, finish = reply_of(answer)
             last = attempt == ATTEMPTS or wait is None
-            if text:
-                row = {"reply": text, "model": answer.get("model"), "finish": finish}
-                if last or self.accept(row):
-                    return question.id, row, ""
+            if row and (last or self.accept(row)):
+                return question.id, row, ""
             if last or self.stop.wait(max(wait, BACKOFF * 2 ** (attempt - 1))):
                 break
         return question.id, None, f"{reason}, attempt {attempt} of {ATTEMPTS}"
 
     def request(self, body):
-        """-> (the answer or None, the reason, seconds until another attempt).
+        """-> (the reply's row or None, the reason, seconds until another attempt).
 
         Seconds: at least so many; None if another attempt would not help. Raises UserError if the server
         refuses us.
@@ -321,8 +320,12 @@ class Server:
             with contextlib.suppress(ValueError, RecursionError):
                 answer = json.dumps(json.loads(text), ensure_ascii=False)
                 answer = json.loads(answer.encode("utf-8", "replace"))      # no half of a surrogate pair
-            kind = "a stream of events" if said.startswith(EVENTS) else reply_of(answer)[1]
-            return answer, f"{kind}: no reply in {said!r}", 0
+            reply, kind = reply_of(answer)
+            if reply:
+                return {"reply": reply, "model": answer.get("model"), "finish": kind}, "", 0
+            if said.startswith(EVENTS):
+                kind = "a stream of events"
+            return None, f"{kind}: no reply in {said!r}", 0
         reason = f"the server answered {status}: {said}"
         if status in (400, 413, 422):                   # about this one request: the others may succeed
             return None, reason, None
@@ -424,20 +427,14 @@ class Folder:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
         template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return vlm.VLM(Texts(tokenizer), model.to(device).eval(), len(tokenizer))
+        model.config.image_token_id = len(tokenizer)                # none of its tokens
+        front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "folder")
+        return vlm.VLM(front, model.to(device).eval(), len(tokenizer))
 
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
-    image_token_id = -1                                         # there is none
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
-        self.image_token_id = len(tokenizer)            # none of its tokens
-
-    def prompt_ids(self, question, sizes):
-        if sizes:
+    def messages(self, question, n_images, history=()):
+        if n_images > 0:
             raise UserError("a model for text was asked about an image; give one that sees, or a server")
-        with command.explained("the chat template fails", "correct it"):
-            found = self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True)
-        return found.input_ids
+        return messages(question)

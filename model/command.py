@@ -32,7 +32,7 @@ WIDTH = 80                                           # columns of a help text
 # ---- options: a dataclass is the command line ----
 def option(default, help, **about):
     """A field of an options dataclass. about: `behind_set` where only --set NAME=VALUE reaches it, `choices`,
-    `above`, `at_least` or `at_most` (what numbers must be, besides finite and within MOST), `off` (a flag
+    `above`, `at_least` (else 0) or `at_most` (else MOST) for numbers, which are finite, `off` (a flag
     that makes it 0)."""
     return dataclasses.field(default=default, metadata={"help": help, **about})
 
@@ -84,7 +84,7 @@ def _add(parser, name, field):
     if field.type is bool:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     else:
-        short, _ = KINDS[field.type]
+        short, *_ = KINDS[field.type]
         parser.add_argument(f"--{name}", metavar=short, help=text)
     if "off" in field.metadata:
         off = field.metadata["off"]
@@ -94,19 +94,14 @@ def _add(parser, name, field):
 def value(where, text, field):
     """A field's value from its text. Raises UserError if it is none; `where` is what the user wrote."""
     kind, about = field.type, field.metadata
+    _, spelt, read = KINDS[kind]
     try:
-        if kind is bool:
-            found = {"true": True, "false": False}[text.lower()]
-        elif kind is tuple:
-            found = tuple(float(part) for part in text.split(","))
-        else:
-            found = kind(text)
+        found = read(text)
     except (ValueError, KeyError):
-        _, spelt = KINDS[kind]
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
     if "choices" in about and found not in about["choices"]:
         raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
-    least, most = about.get("at_least", -MOST), about.get("at_most", MOST)
+    least, most = about.get("at_least", 0), about.get("at_most", MOST)
     for number in {int: [found], float: [found], tuple: found}.get(kind, ()):
         if "above" in about and not number > about["above"]:
             raise UserError(f"{where}: it must be a number above {about['above']}")
@@ -116,8 +111,11 @@ def value(where, text, field):
 
 
 MOST = 10 ** 9
-KINDS = {bool: ("BOOL", "true or false"), int: ("N", "a whole number"), float: ("X", "a number"),
-         tuple: ("X,Y", "numbers with commas"), str: ("TEXT", "a text")}
+KINDS = {bool: ("BOOL", "true or false", lambda text: {"true": True, "false": False}[text.lower()]),
+         int: ("N", "a whole number", int),
+         float: ("X", "a number", float),
+         tuple: ("X,Y", "numbers with commas", lambda text: tuple(map(float, text.split(",")))),
+         str: ("TEXT", "a text", str)}
 
 
 def _shown(default):
@@ -157,18 +155,22 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def first(self, work):
-        """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
+    def first(self, work, *arguments):
+        """work(*arguments) on rank 0, its result on every rank; a UserError there, which rank 0 says, ends
+        them all."""
         result, error = None, None
         if self.rank == 0:
             try:
-                result = work()
+                result = work(*arguments)
             except UserError as wrong:
                 error = wrong
         (result, error), *_ = self.gather((result, error))
         if error:
             raise error if self.rank == 0 else SystemExit(1)
         return result
+
+
+ALONE = Ranks()
 
 
 def join(device="", backend=""):
@@ -189,9 +191,9 @@ def join(device="", backend=""):
 
 
 def dtype(name, device, on_cuda="bfloat16"):
-    """torch's type of a name; of auto or none: bfloat16 on a GPU, else float32."""
+    """torch's type of a name; of auto, nf4 (what it computes in) or none: on_cuda on a GPU, else float32."""
     import torch
-    if name in (None, "auto"):
+    if name in (None, "auto", "nf4"):
         name = on_cuda if torch.device(device).type == "cuda" else "float32"
     return getattr(torch, name)
 
@@ -276,10 +278,8 @@ def explained(what, fix):
 
 def read_text(path):
     """A text file as it is, its line ends included. Raises UserError."""
-    try:
+    with explained(f"{path} is no text in UTF-8", "give the right file"):
         return data.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
 
 
 def file_name(text):
@@ -361,6 +361,7 @@ def identity_of(paths, blocks=BLOCKS):
 NAME = int, str                                         # an id in a file
 
 
+@dataclass
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -368,11 +369,14 @@ class Store:
     `make` found. While work runs, each rank appends to a part of its own beside the file, one line for each
     group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
+
+    head: {"settings": {name: value}}, the first line, which decides every other: a file begun with others is
+    refused. shape: a row -> its line in the finished file, where that has no id and hash.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None):
-        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
-        others is refused. shape: a row -> its line in the finished file, where that has no id and hash."""
-        self.path, self.ranks, self.head, self.shape = Path(path), ranks or Ranks(), head, shape
+    path: Path
+    ranks: Ranks = ALONE
+    head: dict | None = None
+    shape: object = None
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")

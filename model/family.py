@@ -3,7 +3,7 @@
 A family is a class that inherits from Family (or from another one) and says what differs, and a line in
 front.FAMILIES:
 
-    architecture, image_token       the names of transformers' class, and of an image's token
+    image_token                     the name of an image's token
     lead, packs                     what stands between prompt and response, and if --forward packed is exact
     tower, language                 the model's parts: what --no-lora leaves frozen, and what reads embeddings
     image_ids(size)                 the ids that stand in a prompt for an image of (width, height) pixels,
@@ -16,7 +16,7 @@ front.FAMILIES:
     positions(ids, sizes)           of a prompt's T tokens, (T,) or (3, T); a response follows the largest
     language_inputs(ids, features)  what the language model takes besides embeddings and positions, of ids
                                     (..., T) and the features of their images
-    generate_inputs(ids)            what transformers' generate takes of ids (R, T) besides them
+    token_types                     transformers' name of what tells images from text, where generate takes it
 
 Everything that is needed of an image before it is read is a function of its size: checking the pairs and
 planning a run need no pixels.
@@ -51,16 +51,13 @@ class Family:
     image_processor: Any
     template: str = ""         # Jinja
     template_name: str = ""    # "folder", "given" or a name in llava.TEMPLATES: for the log
-    pad: tuple | None = None   # the colour of the square that images are padded to before the processor
 
-    architecture = ""
     image_token = ""
     tower = "model.vision_tower"
     language = "model.language_model"
-    squares = False            # whether `pad` makes sense
+    squares = False            # whether images may be padded to a square
     packs = True
-    lead = ""
-    positions = staticmethod(data.plain_positions)
+    lead = token_types = ""
 
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
@@ -68,6 +65,11 @@ class Family:
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
         # The classroom's are few and small, and each evaluation shows them several times.
         self.read = lru_cache(2048 if self.is_classroom else 2)(self.picture)
+
+    def positions(self, ids, sizes):
+        """Positions (T,) or (3, T) of a prompt; here images are tokens like all others."""
+        import torch
+        return torch.arange(len(ids))
 
     # ---- what differs between families: image_ids(size), and where these do not fit ----
     def usual_template(self):
@@ -99,20 +101,17 @@ class Family:
     def language_inputs(self, ids, features):
         return {}
 
-    def generate_inputs(self, ids):
-        return {}
-
     @property
     def preparation(self):
         """How images are prepared, in words: for the log."""
-        processor = self.image_processor
-        size = ", ".join(f"{name} {value}" for name, value in dict(processor.size).items() if value)
-        return f"resized to {size} ({type(processor).__name__})"
-
-    @property
-    def about_images(self):
-        """What becomes of an image, in words."""
-        return f"{len(self.image_ids((640, 480)))} tokens for 640 x 480 pixels"
+        processor, words = self.image_processor, []
+        if self.squares and getattr(processor, "do_pad", False):
+            words.append(f"padded to a square with {tuple(int(x * 255) for x in processor.image_mean)}")
+        sizes = dict.fromkeys(filter(None, dict(processor.size).values()))
+        words.append(f"resized to {' to '.join(map(str, sizes))}")
+        if getattr(processor, "do_center_crop", False):
+            words.append("the middle cut out")
+        return f"{', '.join(words)} ({type(processor).__name__})"
 
     # ---- what they share ----
     def prepared(self, images):

@@ -17,19 +17,19 @@ import data
 from model import command
 from model import template as templates
 from model.gemma import Gemma3
-from model.llava import TEMPLATES, Llava, LlavaNext, OneVision, colour
-from model.qwen import Qwen2VL, Qwen3VL, Qwen25VL
-from model.tiles import Idefics3, InternVL, SmolVLM
+from model.llava import TEMPLATES, Llava, LlavaNext, OneVision
+from model.qwen import Qwen2VL, Qwen3VL
+from model.tiles import Idefics3, InternVL
 
 FAMILIES = {"llava": Llava,                                        # by transformers' model_type
             "llava_next": LlavaNext,
             "llava_onevision": OneVision,
             "idefics3": Idefics3,
-            "smolvlm": SmolVLM,
+            "smolvlm": Idefics3,
             "internvl": InternVL,
             "gemma3": Gemma3,
             "qwen2_vl": Qwen2VL,
-            "qwen2_5_vl": Qwen25VL,
+            "qwen2_5_vl": Qwen2VL,
             "qwen3_vl": Qwen3VL}
 
 
@@ -55,8 +55,10 @@ def open_folder(folder, template=None, preparation=""):
     template: None for the folder's own, a name in TEMPLATES or Jinja. preparation: "" for the folder's own,
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-    folder = data.model_folder(folder)
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaImageProcessorPil
+
+    import lora
+    folder = lora.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
     config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults
     tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy tokenizer.json and its config")
@@ -64,13 +66,13 @@ def open_folder(folder, template=None, preparation=""):
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer, family.image_token)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    found = family(folder, config, tokenizer, processor)
-    found.template_name, found.template = choose_template(found, template)
     if preparation:
         if not family.squares:
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
                                  "images=pad")
-        found.pad = colour(processor)
+        processor = LlavaImageProcessorPil.from_dict(processor.to_dict() | {"do_pad": True})
+    found = family(folder, config, tokenizer, processor)
+    found.template_name, found.template = choose_template(found, template)
     probe(found)
     return found
 
@@ -105,10 +107,9 @@ def choose_template(front, asked):
     A folder's own is its processor's, as transformers reads it, or else its tokenizer's.
     """
     own = None
-    if (front.folder / "chat_template.jinja").exists():                # which the tokenizer has read
-        own = front.tokenizer.chat_template
-    for file in ("chat_template.json", "processor_config.json"):
-        own = own or data.read_json(front.folder / file, {}).get("chat_template")
+    if not (front.folder / "chat_template.jinja").exists():            # which the tokenizer has read
+        for file in ("chat_template.json", "processor_config.json"):
+            own = own or data.read_json(front.folder / file, {}).get("chat_template")
     own = own or front.tokenizer.chat_template                         # a language model's, perhaps
     if own and not asked:
         return "folder", own

@@ -8,12 +8,13 @@ from model.family import Family
 
 class Gemma3(Family):
     """With --forward naive alone: a packed row's attention is causal. Pan and scan is refused."""
-    architecture = "Gemma3ForConditionalGeneration"
     image_token = "<image_soft_token>"
+    token_types = "token_type_ids"
     packs = False
 
     def __post_init__(self):
         super().__post_init__()
+        self.config.text_config._attn_implementation = "sdpa"      # for its masks
         self.eos_id = self.tokenizer.convert_tokens_to_ids("<end_of_turn>")
         if self.image_processor.do_pan_and_scan:
             raise data.UserError(f"{self.folder} crops images by pan and scan, which this trainer does not: "
@@ -28,17 +29,10 @@ class Gemma3(Family):
     def image_ids(self, size):
         return [self.image_token_id] * self.config.mm_tokens_per_image
 
-    def generate_inputs(self, ids):
-        return {"token_type_ids": (ids == self.image_token_id).long()}
-
     def language_inputs(self, ids, features):
         """The masks of both kinds of layers: causal, but an image's tokens see all of it."""
-        import torch
-        is_image = ids == self.image_token_id                                               # (R, T)
-        first = is_image & ~is_image.roll(1, -1)
-        image = first.cumsum(-1) * is_image                                # its number, from 1, or 0
-        same = (image[:, :, None] == image[:, None]) & is_image[:, None]                    # (R, T, T)
-        every = torch.ones_like(same[0])                                                    # (T, T)
-        full = (every.tril() | same)[:, None]                                               # (R, 1, T, T)
-        near = full & every.triu(1 - self.config.text_config.sliding_window)
-        return {"attention_mask": {"full_attention": full, "sliding_attention": near}}
+        from transformers.models.gemma3 import modeling_gemma3
+        images = modeling_gemma3.get_block_sequence_ids_for_mask(ids == self.image_token_id)       # (R, T)
+        masks = modeling_gemma3.create_masks_for_vision_model(self.config.text_config, ids[..., None],
+                                                              None, None, None, images)
+        return {"attention_mask": masks}

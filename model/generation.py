@@ -70,7 +70,8 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
                                            padding_side="left", return_tensors="pt").to(m.device)
             if prepared := [image for i in batch for image in m.front.prepared(images[i])]:
                 inputs |= m.front.on_device(m.model, prepared)
-                inputs |= m.front.generate_inputs(inputs.input_ids)
+                if m.front.token_types:
+                    inputs[m.front.token_types] = (inputs.input_ids == m.front.image_token_id).long()
             new = m.model.generate(**inputs,
                                    **options,
                                    max_new_tokens=max_new_tokens,

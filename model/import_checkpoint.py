@@ -5,9 +5,8 @@
     python -m model.import_checkpoint llava-v1.5-7b-lora  DST --base vicuna-7b-v1.5 --vision_tower ...
 
 DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
-others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied one by one: 13 GB
-need little memory and some minutes. DST appears whole or not at all.
-
+others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied a gigabyte at a
+time. DST appears whole or not at all.
 SRC may be a LoRA as LLaVA's and Bunny's scripts write it: adapter_config.json, adapter_model.safetensors or
 .bin, non_lora_trainables.bin, config.json. It is merged in float32 into the weights of --base.
 
@@ -23,19 +22,18 @@ Differences from the published folders:
 import json
 import re
 import shutil
-import struct
 import sys
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-from model import command, front, llava, published
+from model import command, front, llava
 
-SHARD = 4 << 30                                        # bytes of an output file, at most (or one tensor)
-NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-TYPES = {f"torch.{name}": short for short, name in NAMES.items()}
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SHARD = 1 << 30                                        # bytes of an output file, at most (or one tensor)
+TYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+ADAPTER, WHOLE = "adapter_config.json", "non_lora_trainables.bin"
+PEFT = "base_model.model."                             # before the names of all that was trained
 # Key maps, first match first; None drops a buffer that old files carry, or what the model has no place for.
 COMMON = [(r"(\.rotary_emb\.inv_freq|\.position_ids)$", None),
           (r"^model\.mm_projector\.0\.", "model.multi_modal_projector.linear_1."),
@@ -46,13 +44,15 @@ COMMON = [(r"(\.rotary_emb\.inv_freq|\.position_ids)$", None),
 
 
 class Weight(NamedTuple):
-    """A tensor in a file, not read yet."""
+    """A tensor that is mapped from a file."""
     file: Path
     name: str                  # there
-    type: str                  # safetensors' name of it
-    shape: tuple
-    start: int                 # of its bytes in a safetensors file; -1: a pickle's
+    tensor: Any
     delta: tuple = ()          # a LoRA's A (in, r) and scaled B (r, out)
+
+    @property
+    def shape(self):
+        return tuple(self.tensor.shape)
 
 
 # -------------------------------------------------------------------------------- the source
@@ -70,61 +70,28 @@ def shards(folder):
     raise data.UserError(f"{folder} holds no weights, model*.safetensors or pytorch_model*.bin: get them")
 
 
-def weights(file):
-    """The tensors of a weights file. Raises UserError where it is torn or no file of tensors."""
+def mapped(file):
+    """{name: tensor} of a file of safetensors or a pickle, nothing of which is executed. Raises UserError."""
     import torch
-    size = file.stat().st_size
-    if file.suffix != ".safetensors":
-        tensors = unpickle(file)
-        if not tensors or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise data.UserError(f"{file} ({size:,} bytes) is torn or no weights file: download it again")
-        return [Weight(file, n, TYPES.get(str(t.dtype), str(t.dtype)), tuple(t.shape), -1)
-                for n, t in tensors.items()]
-    header = read_header(file)
-    start = size - max(about["data_offsets"][1] for about in header.values())
-    return [Weight(file, n, about["dtype"], tuple(about["shape"]), start + about["data_offsets"][0])
-            for n, about in header.items()]
-
-
-def read_header(path):
-    """{name: {"dtype", "shape", "data_offsets"}} of a safetensors file. Raises UserError for a torn one."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length, = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-            header.pop("__metadata__", None)
-            fits = command.fits(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int, int]}})
-            if not fits or 8 + length + max(about["data_offsets"][1] for about in header.values()) != size:
-                raise ValueError
-        return header
-    except (struct.error, ValueError, AttributeError):
-        raise data.UserError(f"{path} is torn ({size:,} bytes) or no weights file: copy it again") from None
-
-
-def unpickle(file):
-    """The state dict of a pickle, memory-mapped, nothing in it executed. Raises UserError."""
-    import pickle
-
-    import torch
-    try:
+    from safetensors.torch import load_file
+    with command.explained(f"{file} is torn or no weights file, or holds more than tensors and is not opened",
+                           "download it again, or its safetensors"):
+        if file.suffix == ".safetensors":
+            return load_file(file)
         try:
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as e:
-            if "mmap" not in str(e):                   # torch's format before 1.6 cannot be mapped
+            found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):               # torch's format before 1.6 cannot be mapped
                 raise
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise data.UserError(f"{file} holds more than tensors, or is torn, and is not opened "
-                             f"({str(e).split('.')[0]}): download it again, or its safetensors") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as e:
-        reason = " ".join(str(e).split()[:20])
-        raise data.UserError(f"{file} is torn or no weights file ({reason}): download it again") from None
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            raise ValueError("not tensors alone")
+        return found
 
 
 def place(name):
     """The name in DST of a published one; None where it has no place there, "" of one that is not known."""
-    name = name.removeprefix(published.PEFT)
+    name = name.removeprefix(PEFT)
     for pattern, new in COMMON:
         if re.search(pattern, name):
             return new and re.sub(pattern, new, name)
@@ -134,15 +101,16 @@ def place(name):
 def collect(files, keep=lambda name: True):
     """{name in DST: Weight} of the source's files."""
     found = {}
-    for weight in [w for file in files for w in weights(file) if keep(w.name)]:
+    there = [Weight(file, name, tensor) for file in files for name, tensor in mapped(file).items()]
+    for weight in [weight for weight in there if keep(weight.name)]:
         name = place(weight.name)
         if name == "":
             raise data.UserError(f"{weight.file}: {weight.name} belongs to no LLaVA-1.5 or Bunny: it is "
                                  "another model, or a checkpoint in the middle of training")
         if name:
-            if weight.type not in BYTES:
-                raise data.UserError(f"{weight.file}: {weight.name} is {weight.type}: a quantised checkpoint "
-                                     "cannot be imported, take the one in float16 or bfloat16")
+            if str(weight.tensor.dtype) not in TYPES:
+                raise data.UserError(f"{weight.file}: {weight.name} is {weight.tensor.dtype}: a quantised "
+                                     "checkpoint cannot be imported, take the one in float16 or bfloat16")
             found[name] = weight
     return found
 
@@ -240,13 +208,92 @@ def expected(config):
     return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in tied}
 
 
+# -------------------------------------------------------------------------------- the tokenizer
+def read_tokenizer(folder, kind, **options):
+    """The tokenizer of a published folder, of transformers' class `kind`. Raises UserError."""
+    file = folder / "tokenizer.model"
+    if not file.exists() or (folder / "tokenizer.json").exists():
+        return data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
+    try:
+        import google.protobuf  # noqa: F401
+        from sentencepiece import SentencePieceProcessor
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise data.UserError(f"{folder} has its tokenizer as a tokenizer.model ({error}): `pip install "
+                             "sentencepiece protobuf`") from None
+    tokenizer = data.from_folder(kind, folder, "tokenizer", "copy its files", **options)
+
+    # SentencePiece merges by score, transformers 5.23 by id: double spaces would be other tokens.
+    pieces, about = SentencePieceProcessor(str(file)), json.loads(tokenizer.backend_tokenizer.to_str())
+    if about["model"]["type"] == "BPE":
+        about["model"]["merges"].sort(key=lambda pair: -pieces.get_score(pieces.piece_to_id("".join(pair))))
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(about))
+    return tokenizer
+
+
+def tokenizer_of(src, kind, config):
+    """The source's tokenizer with <image> added. Raises UserError."""
+    from transformers import CodeGenTokenizer, LlamaTokenizer
+    if kind == "llava":
+        # Without `legacy` the space piece between <image> and the newline, which LLaVA's code has, is lost.
+        tokenizer = read_tokenizer(src, LlamaTokenizer, legacy=True, add_bos_token=True)
+        tokenizer.pad_token = tokenizer.unk_token
+    else:
+        tokenizer = read_tokenizer(src, CodeGenTokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    for name in ("bos_token_id", "eos_token_id"):
+        if config.get(name) is not None and getattr(tokenizer, name) != config[name]:
+            raise data.UserError(f"{src}: the tokenizer's {name} is {getattr(tokenizer, name)}, "
+                                 f"config.json's {config[name]}: one of the two is not this model's")
+    if len(tokenizer) > config["vocab_size"]:
+        raise data.UserError(f"{src}: the tokenizer has {len(tokenizer)} tokens, config.json's vocab_size is "
+                             f"{config['vocab_size']}: one of the two is not this model's")
+    tokenizer.add_special_tokens({"additional_special_tokens": [llava.IMAGE]})
+    tokenizer.padding_side = "left"                    # for generation; vlm.py pads by itself
+    return tokenizer
+
+
+# -------------------------------------------------------------------------------- a LoRA
+def base_of(src, given=None):
+    """The folder of the model under a LoRA, `given` or as the adapter says; src itself if it is no LoRA."""
+    path = src / ADAPTER
+    if not path.exists():
+        if given:
+            raise data.UserError(f"{src} is no LoRA, it has no {ADAPTER}: leave out --base")
+        return src
+    named = data.read_json(path, check=data.as_record).get("base_model_name_or_path")
+    base = Path(given or str(named))
+    if not base.is_dir():
+        raise data.UserError(f"{src} is a LoRA on {named}, and {base} is no folder here: give --base DIR, "
+                             "that model's folder as published")
+    return base
+
+
+def deltas(src):
+    """{published name of a weight: (A (in, r), B (r, out)), the transpose of whose product is to be added to
+    it} of a LoRA, in float32; {} if src is none."""
+    import lora
+    if not (src / ADAPTER).exists():
+        return {}
+    file, found = src / "adapter_model.bin", {}
+    pickled = file.exists() and not file.with_suffix(".safetensors").exists()
+    config, tensors = lora.read_adapter(src, mapped(file) if pickled else None)
+    for name, r, alpha, A, B in lora.matrices(config, tensors):
+        if A.shape[1:] != (r,) or B.shape[:1] != (r,):
+            raise data.UserError(f"{src} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}: "
+                                 "this is no plain LoRA, let PEFT merge it")
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise data.UserError(f"{src}: what it adds to {name} is not finite: train it again")
+        found[f"{name}.weight"] = A.float(), B.float() * (alpha / r)
+    return found
+
+
 # -------------------------------------------------------------------------------- the copy
 class Plan(NamedTuple):
     """All that will be written, checked before the first byte."""
     config: Any
     tokenizer: Any
     kind: str
-    type: str                  # of all weights in DST
     tensors: dict              # {name in DST: Weight}
     shapes: dict               # {name in DST: shape}; a row more than the Weight's: zeros
 
@@ -254,11 +301,11 @@ class Plan(NamedTuple):
 def plan(src, tower=None, base=None):
     """Read headers, config and tokenizer of the source, and hold them against transformers' model."""
     config, kind = family(src)
-    base = published.base_of(src, base)
-    tokenizer = published.tokenizer_of(base, kind, config)
+    base = base_of(src, base)
+    tokenizer = tokenizer_of(base, kind, config)
     found = collect(shards(base))
     if base != src:
-        found |= collect(filter(Path.exists, [src / published.WHOLE]))
+        found |= collect(filter(Path.exists, [src / WHOLE]))
     if tower and shards_there(tower) and not any(n.startswith("model.vision_tower.") for n in found):
         found |= collect(shards(tower), lambda name: name.startswith("vision_model."))
     vision = vision_config(kind, tower, found)
@@ -283,15 +330,14 @@ def plan(src, tower=None, base=None):
     if odd := [n for n in wanted if found[n].shape != wanted[n]]:
         raise data.UserError(f"{src}: {found[odd[0]].name} is {found[odd[0]].shape}, by config.json it is "
                              f"{wanted[odd[0]]}: one of the two is not this model's")
-    for name, (A, B) in published.deltas(src, unpickle).items():
+    for name, (A, B) in deltas(src).items():
         at = place(name)
         if at not in found or found[at].shape != (B.shape[1], len(A)):
             raise data.UserError(f"{src} adapts {name} of {B.shape[1]} x {len(A)}, which {base} lacks or "
                                  "has in another shape: give the --base that it was trained on")
         found[at] = found[at]._replace(delta=(A, B))
-    type = found["model.language_model.embed_tokens.weight"].type
-    new.dtype = NAMES[type]
-    return Plan(new, tokenizer, kind, type, found, shapes)
+    new.dtype = found["model.language_model.embed_tokens.weight"].tensor.dtype
+    return Plan(new, tokenizer, kind, found, shapes)
 
 
 def shards_there(folder):
@@ -299,9 +345,10 @@ def shards_there(folder):
 
 
 def write_weights(todo, dst, report=print):
-    """The plan's tensors as safetensors of at most SHARD bytes with an index, one in memory at a time."""
+    """The plan's tensors as safetensors of at most SHARD bytes with an index, a file in memory at a time."""
+    from safetensors.torch import save_file
     groups, total = [[]], 0
-    sizes = {n: BYTES[todo.type] * prod(todo.shapes[n]) for n in todo.tensors}
+    sizes = {n: todo.config.dtype.itemsize * prod(todo.shapes[n]) for n in todo.tensors}
     for name, size in sizes.items():
         if total + size > SHARD and groups[-1]:
             groups, total = [*groups, []], 0
@@ -309,53 +356,30 @@ def write_weights(todo, dst, report=print):
         total += size
     files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     files = files if len(files) > 1 else ["model.safetensors"]
-    pickle = None, {}                                  # (file, its tensors), mapped until the next is needed
     for file, names in zip(files, groups, strict=True):
         report(f"{file}: {sum(sizes[n] for n in names) / 2**30:.2f} GiB")
-        header, at = {"__metadata__": {"format": "pt"}}, 0
-        for n in names:
-            header[n] = {"dtype": todo.type, "shape": todo.shapes[n],
-                         "data_offsets": [at, at := at + sizes[n]]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(dst / file, "wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for n in names:
-                weight = todo.tensors[n]
-                if weight.start < 0 and pickle[0] != weight.file:
-                    pickle = None, {}                  # let go of the old one first
-                    pickle = weight.file, unpickle(weight.file)
-                written = out.write(content(weight, pickle[1], todo.type))
-                out.write(bytes(sizes[n] - written))               # <image>'s row of zeros
+        tensors = {n: content(todo.tensors[n], todo.shapes[n], todo.config.dtype) for n in names}
+        with command.explained(f"{dst / file} could not be written", "free space"):
+            save_file(tensors, dst / file, {"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())},
                  "weight_map": {n: file for file, names in zip(files, groups, strict=True) for n in names}}
         (dst / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def content(weight, pickled, type):
-    """The bytes of a tensor, cast to `type` if it has another. Raises UserError if it is not finite."""
+def content(weight, shape, dtype):
+    """A tensor as it is written: merged, of a type, a row longer. Raises UserError if it is not finite."""
     import torch
-    if weight.start < 0:
-        tensor = pickled[weight.name]
-    else:
-        tensor = torch.empty(weight.shape, dtype=getattr(torch, NAMES[weight.type]))
-        with open(weight.file, "rb") as f:
-            f.seek(weight.start)
-            f.readinto(raw(tensor))
+    tensor = weight.tensor
     if weight.delta:
         A, B = weight.delta
         tensor = tensor.to(torch.promote_types(tensor.dtype, A.dtype)) + (A @ B).T
-    tensor = tensor.to(getattr(torch, NAMES[type]))
+    tensor = tensor.to(dtype)
     if not tensor.isfinite().all():
         raise data.UserError(f"{weight.file}: {weight.name} is not finite: download it again")
-    return raw(tensor)
-
-
-def raw(tensor):
-    """The memory of a tensor."""
-    import torch
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    if added := shape[0] - len(tensor):                # <image>'s row of zeros
+        tensor = torch.cat([tensor, tensor.new_zeros(added, *shape[1:])])
+    return tensor.contiguous()
 
 
 def write_rest(todo, dst, config):
@@ -405,22 +429,24 @@ def run(src, dst, tower=None, report=print, base=None):
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
     """Lines that say what a model's folder is, by its files, and what is torn or missing."""
-    folder = data.model_folder(folder)
+    import lora
+    folder = lora.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
     attempt(faults, shards, folder)
     for file in sorted(folder.glob("*.safetensors")):
-        found += attempt(faults, weights, file) or []
+        found += (attempt(faults, mapped, file) or {}).values()
     own = attempt(faults, front.open_folder, folder)
     if own:
         text = own.render(own.messages("QUESTION", 1), add_generation_prompt=True)
-        lines = [f"image           {own.about_images}; {own.preparation}",
+        size, tokens = config["vision_config"].get("image_size", "640 x 480"), own.image_ids((640, 480))
+        lines = [f"image           {size} pixels, {len(tokens)} tokens; {own.preparation}",
                  f"template        {own.template_name}: {text!r}"]
     parts = [(config.get(name) or {}).get("model_type") for name in ("vision_config", "text_config")]
-    types = ", ".join(sorted({weight.type for weight in found})) or "no file"
+    types = ", ".join(sorted({TYPES.get(str(x.dtype), "others") for x in found})) or "no file"
     return [f"folder          {folder}",
-            f"model           {config['model_type']}: {' + '.join(filter(None, parts))}",
-            f"parameters      {sum(prod(weight.shape) for weight in found):,} in {types}",
+            f"model           {config['model_type']}: {' + '.join(map(str, filter(None, parts)))}",
+            f"parameters      {sum(x.numel() for x in found):,} in {types}",
             *lines,
             f"missing         {'; '.join(faults) or 'nothing'}"]
 

@@ -7,10 +7,8 @@ official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does t
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import math
+import re
 from itertools import groupby
-
-from PIL import Image
 
 import data
 from model.family import IMAGE, Family
@@ -39,7 +37,6 @@ TEMPLATES = {"plain": _TURNS, "vicuna": _SYSTEM + _TURNS, "mistral": _MISTRAL, "
 
 class Llava(Family):
     """LLaVA-1.5 and imported Bunny: one square picture, always the same number of tokens."""
-    architecture = "LlavaForConditionalGeneration"
     image_token = IMAGE
     squares = True
 
@@ -59,10 +56,7 @@ class Llava(Family):
         return [self.image_token_id] * self.image_tokens
 
     def prepare(self, images):
-        if self.pad:
-            images = [pad_square(image, self.pad) for image in images]
-        made = super().prepare(images)
-        return [{name: x[0] for name, x in image.items()} for image in made]
+        return [{name: x[0] for name, x in image.items()} for image in super().prepare(images)]
 
     def inputs(self, prepared):
         from torch.nn.utils.rnn import pad_sequence
@@ -76,25 +70,10 @@ class Llava(Family):
         if width != side:
             raise ValueError(f"pictures become {width} pixels wide, its vision tower takes {side}")
 
-    @property
-    def preparation(self):
-        processor = self.image_processor
-        side = max(filter(None, dict(processor.size).values()))
-        words = f"resized to {side}"
-        if self.pad or self.squares and getattr(processor, "do_pad", False):    # the processor does it itself
-            words = f"padded to a square with {colour(processor)}, {words}"
-        if getattr(processor, "do_center_crop", False):
-            words += ", the middle cut out"
-        return f"{words} ({type(processor).__name__})"
-
-    @property
-    def about_images(self):
-        return f"{self.config.vision_config.image_size} pixels, {self.image_tokens} tokens"
-
 
 class LlavaNext(Llava):
     """LLaVA-1.6: the whole picture and up to four tiles (anyres); its shape decides the number of tokens."""
-    architecture = "LlavaNextForConditionalGeneration"
+    processor = "LlavaNextProcessor"
     squares = False
 
     def usual_template(self):
@@ -105,46 +84,32 @@ class LlavaNext(Llava):
 
     def image_ids(self, size):
         """The whole picture, its tiles without the padding, a newline after each row of patches."""
-        rows, columns = self.grid(size)
-        return [self.image_token_id] * (self.image_tokens + rows * (columns + 1))
-
-    def grid(self, size):
-        """(rows, columns) of the tiles' patches without the padding (unpad_image)."""
+        import transformers
         from transformers.image_processing_utils import select_best_resolution
         width, height = size
-        vision = self.config.vision_config
-        shape = select_best_resolution((height, width), self.config.image_grid_pinpoints)
-        side = vision.image_size // vision.patch_size                                # patches along a tile
-        rows, columns = (length // vision.image_size * side for length in shape)
-        if width / height > columns / rows:
-            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
-        else:
-            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-        return rows, columns
+        tile = self.config.vision_config.image_size
+        side = tile // self.config.vision_config.patch_size                          # patches along a tile
+        tiles = [n // tile for n in select_best_resolution((height, width), self.config.image_grid_pinpoints)]
+        processor = getattr(transformers, self.processor)  # its method reads nothing but vision_aspect_ratio
+        counts = processor._get_unpadded_features(self.config, height, width, side, side, *tiles)
+        return [self.image_token_id] * (self.image_tokens + sum(counts))
 
 
 class OneVision(LlavaNext):
     """LLaVA-OneVision: as LLaVA-1.6, up to most_tiles; several pictures in a prompt have one tile each."""
-    architecture = "LlavaOnevisionForConditionalGeneration"
+    processor = "LlavaOnevisionProcessor"
     usual_template = Family.usual_template
 
     def __post_init__(self):
         super().__post_init__()
-        kind, _, most = self.config.vision_aspect_ratio.rpartition("_")                    # anyres_max_9
-        if kind != "anyres_max" or not most.isdigit():
+        if not re.fullmatch(r"anyres_max_\d+", self.config.vision_aspect_ratio):
             raise data.UserError(f"{self.folder}: only anyres_max_N is known as a vision_aspect_ratio, not "
                                  f"{self.config.vision_aspect_ratio}: take the published config.json")
-        self.most_tiles = int(most)
 
-    def grid(self, size):
-        """What the tiles hold, made smaller if it is clearly more than most_tiles whole ones."""
-        if not size:
-            return 1, 0                                            # no tiles, and one newline
-        rows, columns = super().grid(size)
-        ratio = math.sqrt(rows * columns / (self.most_tiles * self.image_tokens))
-        if ratio > 1.1:
-            return int(rows // ratio), int(columns // ratio)
-        return rows, columns
+    def image_ids(self, size):
+        if size:
+            return super().image_ids(size)
+        return [self.image_token_id] * (self.image_tokens + 1)     # no tiles, and one newline
 
     def prompt_ids(self, question, sizes, history=()):
         if len(sizes) > 1:
@@ -165,16 +130,3 @@ class OneVision(LlavaNext):
             n = len([*some])
             numbers += [1] * n if cut else [n]             # a number above 1: none of these is cut into tiles
         return found | {"batch_num_images": torch.tensor(numbers)}
-
-
-def pad_square(image, fill):
-    """The picture in the middle of a square of a colour: LLaVA's expand2square (mm_utils.py)."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), fill)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def colour(processor):
-    """The processor's mean as a colour: cut off, as LLaVA does."""
-    return tuple(int(x * 255) for x in processor.image_mean)

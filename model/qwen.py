@@ -6,13 +6,14 @@ each block becomes a token. The template writes <|vision_start|> and <|vision_en
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import data
+from itertools import groupby
+
 from model.family import Family
 
 
 class Qwen2VL(Family):
-    architecture = "Qwen2VLForConditionalGeneration"
     image_token = "<|image_pad|>"
+    token_types = "mm_token_type_ids"
     tower = "model.visual"                     # with the layers that merge its patches
 
     def grid(self, size):
@@ -39,35 +40,20 @@ class Qwen2VL(Family):
     def positions(self, ids, sizes):
         """(3, T): time, row and column. A text goes on from the largest; an image has one time."""
         import torch
-        found, at = torch.full((3, 1), -1), 0                          # before the first; the tokens done
-        for size in sizes:
-            rows, columns = self.grid(size)
-            first = ids.index(self.image_token_id, at)
-            found = torch.cat([found, data.positions_after(found, first - at)], 1)
-            places = torch.arange(rows * columns)
-            image = torch.stack([0 * places, places // columns, places % columns])
-            found = torch.cat([found, found.max() + 1 + image], 1)
-            at = first + rows * columns
-        return torch.cat([found, data.positions_after(found, len(ids) - at)], 1)[:, 1:]
-
-    def generate_inputs(self, ids):
-        return {"mm_token_type_ids": (ids == self.image_token_id).int()}
-
-    @property
-    def preparation(self):
-        processor = self.image_processor
-        return (f"scaled to whole blocks of {processor.patch_size * processor.merge_size} pixels, "
-                f"{processor.size['shortest_edge']:,} to {processor.size['longest_edge']:,} pixels in all "
-                f"({type(processor).__name__})")
-
-
-class Qwen25VL(Qwen2VL):
-    architecture = "Qwen2_5_VLForConditionalGeneration"
+        found, start, grids = [], 0, map(self.grid, sizes)
+        for is_image, run in groupby(ids, self.image_token_id.__eq__):
+            places = torch.arange(len([*run]))
+            block = places.expand(3, -1)
+            if is_image:
+                _, columns = next(grids)
+                block = torch.stack([0 * places, places // columns, places % columns])
+            found.append(start + block)
+            start = found[-1].max() + 1
+        return torch.cat(found, 1)
 
 
 class Qwen3VL(Qwen2VL):
     """Its first layers get features of the tower's own layers as well (DeepStack, arXiv 2406.04334)."""
-    architecture = "Qwen3VLForConditionalGeneration"
 
     def encode(self, model, prepared):
         import torch

@@ -14,8 +14,7 @@ from model.llava import Llava
 
 
 class Idefics3(Family):
-    """Idefics3 and the first SmolVLM: tokens say a tile's row and column."""
-    architecture = "Idefics3ForConditionalGeneration"
+    """Idefics3 and SmolVLM, the first and the second: tokens say a tile's row and column."""
     image_token = IMAGE
     tower = "model.vision_model"
     language = "model.text_model"
@@ -59,14 +58,8 @@ class Idefics3(Family):
         return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
 
 
-class SmolVLM(Idefics3):
-    """SmolVLM2."""
-    architecture = "SmolVLMForConditionalGeneration"
-
-
 class InternVL(Family):
     """The tokens of all tiles between <img> and </img>."""
-    architecture = "InternVLForConditionalGeneration"
     image_token = "<IMG_CONTEXT>"
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs 
     naive    one padded row per response, full logits, the gather of losses.response_logps. To be read.
     packed   one row for the whole micro-batch and no padding (the default):
              [prompt, image | chosen | rejected] [prompt, image | ...] .. [prompt, image_rejected | chosen] ..
+             (and | rejected, and both without an image, for the losses that read them)
              The prompt is computed once for both responses. Positions of `rejected` restart where the prompt
              ends, and its attention skips `chosen`. Only what predicts a response token meets the lm_head.
 
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import lora
 import losses
-from model import family, front
+from model import command, family, front
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -64,6 +65,7 @@ class Features(NamedTuple):
     """Of a micro-batch's images, in the pairs' order: lists of (K, D), one an image."""
     images: list
     rejected: list
+    none: list = ()            # a prompt without images
 
 
 # -------------------------------------------------------------------------------- loading
@@ -92,8 +94,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             setattr(text, name, 0.0)
 
     # ---- the weights ----
-    kind = getattr(transformers, own.architecture)
-    model, found = data.from_folder(kind, own.folder,
+    model, found = data.from_folder(transformers.AutoModelForImageTextToText, own.folder,
                                     "model", "copy the checkpoint again",
                                     dtype="auto",
                                     config=own.config,
@@ -109,6 +110,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
             raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
                                  "--dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
+
+    saved = vars(model.generation_config)
+    tokens = {name: (int, [int], None) for name in saved if name.endswith("_token_id")}
+    if not command.fits(saved, tokens):
+        raise data.UserError(f"{own.folder}: generation_config.json has a token that is no number: copy it "
+                             "again")
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
@@ -201,14 +208,11 @@ def naive(m, pairs, features, needs):
 
     pairs: list of data.Pair. features: their Features. needs: the fields of losses.Logps to compute.
     """
-    rows = [(p.prompt, p.sizes, p.chosen) for p in pairs]
-    shown = [*features.images]
-    if "rejected" in needs:
-        rows += [(p.prompt, p.sizes, p.rejected) for p in pairs]
-        shown += features.images
-    if "image_rejected" in needs:
-        rows += [(p.prompt_rejected, p.sizes_rejected, p.chosen) for p in pairs]
-        shown += features.rejected
+    rows, shown = [], []
+    for images, fields in data.grouped(needs).items():
+        for field in fields:
+            rows += [(*p.shown(images), p.response(field)) for p in pairs]
+            shown += getattr(features, images)
 
     # ---- rows of one length: right padding needs no mask, no real token can see the padding behind it ----
     longest = max(len(prompt) + len(response) for prompt, _, response in rows)
@@ -231,12 +235,12 @@ def naive(m, pairs, features, needs):
 
 
 def as_logps(sums, pairs, needs):
-    """Summed log-probs (R,): all chosen, all rejected, all image_rejected -> losses.Logps of (B,)."""
-    parts = iter(sums.split(len(pairs)))
-    found = {name: next(parts) for name in ("chosen", "rejected", "image_rejected") if name in needs}
-    lengths = torch.tensor([[len(p.chosen), len(p.rejected)] for p in pairs], dtype=sums.dtype)
-    chosen, rejected = data.send(lengths, sums.device).T
-    return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected)
+    """Summed log-probs (F B,), field after field as data.grouped has them -> losses.Logps of (B,)."""
+    fields = sum(data.grouped(needs).values(), [])
+    found = dict(zip(fields, sums.split(len(pairs)), strict=False))                # no field: one empty part
+    numbers = [[len(p.chosen), len(p.rejected), p.weight] for p in pairs]
+    chosen, rejected, weights = data.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
+    return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected, weights=weights)
 
 
 def without_image(policy, pairs):
@@ -338,9 +342,9 @@ def compile_layers(m):
 def packed(m, pairs, features, needs):
     """The fast forward: the numbers of `naive` (same arguments) from one row, no padding, no prompt twice."""
     row = data.pack(pairs, needs, m.front.positions)
-    shown = [*features.images]
-    if "image_rejected" in needs:
-        shown += features.rejected
+    shown = []
+    for images in data.grouped(needs):
+        shown += getattr(features, images)
     logps = packed_token_logps(m, row, shown).split(row.lengths)
     return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 

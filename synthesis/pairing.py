@@ -155,52 +155,46 @@ def length_report(pairs):
     """How long they are in the mean and how often the chosen one is the longer, ties counting half."""
     if not pairs:
         return "no pairs"
-    chosen = [len(pair["chosen"].split()) for pair in pairs]
-    rejected = [len(pair["rejected"].split()) for pair in pairs]
+    chosen, rejected = ([len(pair[side].split()) for pair in pairs] for side in ("chosen", "rejected"))
     longer = statistics.mean((c > r) + (c == r) / 2 for c, r in zip(chosen, rejected, strict=True))
     text = (f"chosen {statistics.mean(chosen):.1f} words, rejected {statistics.mean(rejected):.1f}; the "
             f"chosen one is longer in {100 * longer:.0f}% of the pairs")
-    share = max(longer, 1 - longer)
-    if share < TELLING:
-        return text
-    more = "longer" if longer > .5 else "shorter"
-    return (f"{text}.\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the pairs: "
-            f"DPO will learn to write {more} answers. Compare with --scorer length, or balance the pairs")
+    for share, more in ((longer, "longer"), (1 - longer, "shorter")):
+        if share >= TELLING:
+            text += (f".\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the "
+                     f"pairs: DPO will learn to write {more} answers. Compare with --scorer length, or "
+                     "balance the pairs")
+    return text
 
 
 # ---- the stage ----
 
-def make(run, models, settings):
-    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md.
-
-    models: (role, name, hash of the files, licence) of each."""
+def make(run, settings):
+    """From a run's files to pairs.jsonl, pds_dpo.json, dropped.jsonl, faults.jsonl and card.md, which
+    lists the settings {name: value}."""
     o, scores = run.o, {}
     ranked, asked = run.rows("ranked", "rank"), run.asked()
-    responses = run.rows("responses", "respond")
+    said = run.rows("responses", "respond")
     for row in run.rows(f"scores-{o.scorer}", f"score --scorer {o.scorer}"):
         score = row["score"]
         if o.attributes == "paper" and o.scorer == "armorm":
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
-    pairs, unpaired, faulty = select(asked, grouped(responses, "id"), scores, o.margin, o.as_official)
-    dropped = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
-    dropped += unpaired
+    pairs, dropped, faulty = select(asked, grouped(said, "id"), scores, o.margin, o.as_official)
+    low = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
+    dropped = low + dropped
     run.write("pairs", pairs)
     run.write("dropped", dropped)
     run.write("faults", faulty)
-    published = [conversations(pair) for pair in pairs]
-    text = json.dumps(published, indent=1, ensure_ascii=False)
+    text = json.dumps([*map(conversations, pairs)], indent=1, ensure_ascii=False)
     data.atomic_write(run.out / "pds_dpo.json", text + "\n")
-    counts = Counter(prompts=len(ranked), questions=len(asked), responses=len(responses), pairs=len(pairs))
-    counts.update(row["reason"] for row in dropped)
-    counts.update(fault for row in faulty for fault in row["faults"])
+    gone = sum((row["faults"] for row in faulty), [row["reason"] for row in dropped])
+    counts = {"prompts": len(ranked), "questions": len(asked), "responses": len(said), "pairs": len(pairs)}
+    counts |= Counter(gone)
     run.say("pairs", **counts)
     length = length_report(pairs)
     print(length)
-    card = CARD.format(title=run.out.name, length=length,
-                       models=markdown(("role", "model", "files", "licence"), models),
-                       settings=markdown(("setting", "value"), settings.items()),
-                       counts=markdown(("what", "n"), counts.items()))
+    card = CARD.format(title=run.out.name, settings=listed(settings), counts=listed(counts), length=length)
     data.atomic_write(run.out / "card.md", card)
 
 
@@ -216,15 +210,11 @@ responses of several vision-language models ranked by a scorer.
 - `images/`: every candidate
 - `dropped.jsonl`, `faults.jsonl`: what was left out, and why
 
-## Models
-
-{models}
-
-Images and texts are their outputs: the models' licences decide what may be done with them.
-
-## Settings
+## Settings and models
 
 {settings}
+
+Images and texts are the models' outputs: their licences decide what may be done with them.
 
 ## Counts
 
@@ -244,10 +234,6 @@ def licence(source):
     return ", ".join(found) or "not stated in its folder"
 
 
-def markdown(head, rows):
-    """A table."""
-    lines = []
-    for row in (head, ["---"] * len(head), *rows):
-        cells = [str(cell).replace("|", "/") for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def listed(found):
+    """{name: value} as a list in Markdown."""
+    return "\n".join(f"- {name}: {value}" for name, value in found.items())

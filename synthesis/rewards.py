@@ -329,7 +329,7 @@ class ArmoRM(nn.Module):
         return found
 
 
-def load(name, source, device, dtype=torch.float32):
+def load(name, source, device, dtype):
     """The reward model of a name, from its weights or folder; dtype: of ArmoRM's tower."""
     if name == "armorm":
         return ArmoRM.load(source, device=device, dtype=dtype)

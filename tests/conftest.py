@@ -93,6 +93,12 @@ def picture(seed, size=(40, 30)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
+def pairs_of(records):
+    """All pairs of training.records.Records, those of one record together."""
+    n = len(records)
+    return [records[k] for i in range(n) for k in range(i, i + n * records[i]["pairs"], n)]
+
+
 def llama_tokenizer():
     """The published Llama tokenizer with LLaVA's two extra tokens, as llava-hf ships it."""
     from transformers import LlamaTokenizer

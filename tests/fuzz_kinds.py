@@ -142,7 +142,7 @@ STAGES = {                      # stage: what it reads, what it makes
     "instruct": ("ranked", "instructions.jsonl"), "respond": ("ranked instructions", "responses.jsonl"),
     "score": ("instructions responses", "scores-length.jsonl"),
     "pairs": ("ranked instructions responses scores-length", "pairs.jsonl"),
-    "analyse": ("ranked prompts responses pairs faults dropped scores-length", "analysis.json")}
+    "analyse": ("ranked pairs", "gallery.html")}
 
 
 def journals(case):

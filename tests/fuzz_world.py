@@ -18,9 +18,9 @@ from PIL import Image
 from test_records import PUBLISHED
 
 import data
+import eval_hallu
 import synth
 import train_dpo
-from evaluation import compare
 
 OUT = "case/out"                                             # of every command: the runs' options agree
 STEPS = "--batch 2 --micro_batch 2 --epochs 2 --lora_r 2 --lr 1e-2 --set save_every=1 --set workers=1"
@@ -212,7 +212,8 @@ def classroom():
 
 
 def votes():
-    compare.report("pope.a.jsonl", "pope.b.jsonl", Path("page.html"), Path("coco"))
+    words = "compare pope.a.jsonl pope.b.jsonl --images coco --out page.html"
+    eval_hallu.run_compare(eval_hallu.parse(words.split()))
     page = json.loads(re.search(r'id="data">(.*?)</script>', Path("page.html").read_text(), re.DOTALL)[1])
     for rater in ("ann", "bob"):
         chosen = [{"item": k, "choice": "first", "seconds": 1.5} for k in range(len(page["items"]))]

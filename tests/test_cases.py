@@ -7,13 +7,14 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, need, picture, write_llava
+from conftest import SHARED, need, pairs_of, picture, write_llava
 from PIL import Image
 from test_train_dpo import run
 from test_vlm import write_next
@@ -198,7 +199,7 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
 def test_meta_of_any_kind_is_kept_and_looked_at(tiny, folder, meta):
     from training import look
     records = Records(lines(folder / "d.jsonl", [pair(i, meta=meta) for i in range(3)]))
-    shown = list(records)
+    shown = pairs_of(records)
     assert all(meta in (record["meta"], record["meta"].get("meta")) for record in shown)
     assert look.kinds_of(shown, [record["images"][0] for record in shown], 0)["other"].keys() == {0, 1, 2}
 
@@ -297,8 +298,11 @@ def test_pairs_without_an_image_are_trained_on_but_for_what_compares_images(tiny
         assert (loss - rest)[[1, 3]].eq(0).all() and (loss - rest)[[0, 2]].gt(0.1).all()
     torch.testing.assert_close(found["naive"], found["packed"], rtol=0, atol=1e-9)
     torch.testing.assert_close(gradients["naive"], gradients["packed"], rtol=1e-4, atol=1e-6)  # float32 norms
-    logged, _ = train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)])
-    assert logged["with_image"] == 2 and all(map(np.isfinite, logged.values()))
+    logged = train_dpo.means(train_dpo.fetched([train_dpo.measures(policy, reference, loss, run.o.beta)]))
+    chosen, _, image = losses.rewards(policy, reference, run.o.beta)
+    assert logged["rewards/image_margins"] == pytest.approx((chosen - image)[[0, 2]].mean().item())
+    assert logged["rewards/image_accuracies"] == (chosen > image)[[0, 2]].double().mean()
+    assert all(map(np.isfinite, logged.values()))
 
 
 def test_the_gradient_of_a_pair_without_an_image_is_that_of_dpo_and_ancpo(tiny, folder):
@@ -515,11 +519,12 @@ def test_responses_that_become_equal_are_refused(tiny, folder, capsys):
     assert len(checked(tiny["llava"], path, max_length=300, skip_bad=True)) == 1
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
 @pytest.mark.parametrize("name", ["data", "val_data"])
-def test_a_run_of_pairs_that_have_changed_is_refused(tmp_path, name):
+def test_a_run_of_pairs_that_have_changed_is_refused(tmp_path, name, skip_bad):
     """A finished or stopped run names its pairs by content in its log's first line."""
     files = {key: str(lines(tmp_path / f"{key}.jsonl", [pair(0)])) for key in ("data", "val_data")}
-    o = options.Options(**files, model=str(tmp_path))
+    o = options.Options(**files, model=str(tmp_path), skip_bad=skip_bad)
     out = tmp_path / "run"
     out.mkdir()
     first = {"options": dataclasses.asdict(o), **options.provenance(o)}
@@ -632,6 +637,7 @@ FOUND = {
     "povid-multiturn/pairs.jsonl": "not one turn after the same turns",
     "random-longer-image/later.jsonl": "leaves no room",
     "random-longer-image/own.jsonl": "leaves no room",
+    "random-longer-image/pairs.jsonl": "leaves no room",
     "random-same-image/pairs.jsonl": 8,
     "several-rejected/ids.jsonl": "line 3 (id 7): the id is a duplicate",
     "several-rejected/marker.jsonl": "line 2 (id p1)",
@@ -641,6 +647,7 @@ FOUND = {
     "several-rejected/sys.jsonl": 1,
     "several-rejected/tool.jsonl": "the turns are not",
     "several-rejected/trl.jsonl": 2,
+    "symlinked-images/pairs.jsonl": 2,
     "tiff-orientation/pairs.jsonl": 2,
     "tiff-orientation/std.jsonl": 2,
     "trl-implicit-prompt/pairs.jsonl": 4,
@@ -648,22 +655,57 @@ FOUND = {
 }
 WITH = {"cut-to-identical": {"max_length": 300}, "several-rejected/sft": {"loss": "sft"},
         "random-same-image": {"loss": "copo", "image_rejected": "random"},
-        "random-longer-image": {"loss": "mdpo", "image_rejected": "random"},
+        # as long as the longest prompt
+        "random-longer-image": {"loss": "mdpo", "image_rejected": "random", "max_length": 63},
         "several-rejected/mixed": {"loss": "mdpo"}}
 NEXT = ("odd-image-files", "random-longer-image", "tiff-orientation")
+GOOD = {                               # the lines that --skip_bad leaves of a faulty file; of the others none
+    "file-encodings/latin1.jsonl": {2, 3, 4},
+    "lone-surrogate/pairs.jsonl": {1, 2, 4},
+    "random-longer-image/later.jsonl": {40},
+    "random-longer-image/pairs.jsonl": {8},
+    "several-rejected/ids.jsonl": {1, 2, 4},
+    "several-rejected/marker.jsonl": {1},
+}
+
+
+def shared_case(tiny, name):
+    """(its file, the model for it, its options)."""
+    path, folder = need(CASES / name), name.partition("/")[0]
+    changes = WITH.get(folder) or WITH.get(name.partition(".")[0]) or {}
+    return path, tiny["next" if folder in NEXT else "llava"], {"loss": "dpo"} | changes
+
+
+def test_every_shared_case_is_here():
+    files = {str(path.relative_to(CASES)) for path in need(CASES).glob("*/*") if path.is_file()}
+    assert files - {f"{folder.name}/README" for folder in CASES.iterdir()} == FOUND.keys()
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_shared_case(tiny, capsys, name):
-    path, folder = need(CASES / name), name.partition("/")[0]
-    changes = WITH.get(folder) or WITH.get(name.partition(".")[0]) or {}
-    model = tiny["next" if folder in NEXT else "llava"]
-    if folder == "random-longer-image":                       # as long as the longest prompt: no room in it
-        fits = checked(model, path, **changes)
-        changes = changes | {"max_length": max(len(max(fits.read(place).pairs[0][1:3], key=len))
-                                               for place in range(len(fits)))}
+    path, model, changes = shared_case(tiny, name)
     if isinstance(FOUND[name], int):
         assert len(checked(model, path, **changes)) == FOUND[name]
     else:
         said = refused(capsys, model, path, **changes)
         assert FOUND[name] in said and str(path) in said
+
+
+@pytest.mark.parametrize("name", [name for name in FOUND if isinstance(FOUND[name], str)])
+def test_shared_case_with_skip_bad(tiny, tmp_path, name):
+    """The command trains on the good records and says what it left out, or ends with one sentence."""
+    path, model, changes = shared_case(tiny, name)
+    words = ["--model", model, "--data", path, "--out", tmp_path / "run", "--skip_bad", "--epochs", 1,
+             "--lora_r", 4, "--set", "look=0"]
+    for key, value in changes.items():
+        words += ["--set", f"{key}={value}"] if key == "max_length" else [f"--{key}", value]
+    code, said = run(list(map(str, words)))
+    assert "Traceback" not in said
+    if name in GOOD:
+        lines = {int(n) for n in re.findall(rf"^{re.escape(str(path))}, line (\d+)", said, re.MULTILINE)}
+        assert f"--skip_bad left out {len(lines)} of {len(lines | GOOD[name])} records" in said
+        assert (code, lines & GOOD[name]) == (0, set())
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == len(GOOD[name])
+    else:
+        *_, last = said.splitlines()
+        assert code == 1 and last.startswith("train_dpo.py: ") and str(path) in last

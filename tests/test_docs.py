@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, pairs_of
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -146,7 +146,7 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
     """Every --flag and every --set key that they mention; other programs' apart."""
     scores = [f"eval_hallu.py score {name}" for name in ("pope", "amber", "chair", "mmhal", "votes")]
     commands = ["train_dpo.py", "eval_hallu.py answers", *scores, "eval_hallu.py compare",
-                "lora.py", "synth.py all", "synth.py analyse",
+                "eval_hallu.py ask", "lora.py", "synth.py all", "synth.py analyse",
                 "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py",
                 "classroom/pairs.py scenes", "classroom/make.py",
                 "classroom/show.py pairs", "classroom/show.py log", "classroom/slides.py",
@@ -186,7 +186,7 @@ def test_the_native_records_are_read(text, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(blocks("json", text)))
     read = records.Records(tmp_path / "pairs.jsonl")
     assert (len(read), read.format) == (2, "native")
-    for record in read:
+    for record in pairs_of(read):
         assert record["chosen"] and record["rejected"] and record["images"]
         assert len(record["images_rejected"]) in (0, len(record["images"]))
 

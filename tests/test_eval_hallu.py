@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -167,6 +168,7 @@ def test_score_refuses_an_unfinished_file(m, tmp_path):
     (["answers", "classroom", "--model", "m", "--data", "d", "--out", "o", "--batch_size=0"], "batch_size"),
     (["score", "classroom", "--nonsense"], "score"),
     (["score", "classroom", "--answers", "none.jsonl", "--out", "o.json"], "none.jsonl"),
+    (["score", "classroom", "--answers", "none.jsonl", "--out", "/dev/null"], "--out"),
     (["answers", "classroom", "--model", "nowhere", "--data", "d", "--out", "o"], "nowhere"),
 ])
 def test_mistakes_exit_1_with_a_sentence(arguments, says):
@@ -676,6 +678,10 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     assert "2 answers are empty (ids 1, 2)" in said and "generative: chair is 0/0, given as 0" in said
     assert "CHAIR, lower is better          undefined: names no objects" in said
     assert any("2 answers are empty" in remark for remark in scores["remarks"])
+    answers = write_json(tmp_path / "a.jsonl", [{"id": 2, "response": ""}])
+    scores, _ = score(tmp_path, "amber", answers, "--data", folder, "--partial")
+    said = capsys.readouterr().out
+    assert "1 answers are empty (ids 2)" in said and "1 answers, of 2 questions" in said
     questions, rows = pope_file(tmp_path / "pope")
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
     score(tmp_path, "pope", answers, "--questions", questions)
@@ -708,6 +714,35 @@ def test_mmhal_joins_by_image(tmp_path):
         assert f"ANSWER TO IMG{place}" in line["messages"][0]["content"]
 
 
+@pytest.mark.parametrize("form, lost", [("string-ids", 0), ("string-ids", 3), ("mmhal-join", 0),
+                                        ("mmhal-join", 2), ("pope-official-form", 3)])
+def test_a_shared_case_that_lacks_an_answer_is_scored_with_partial(tmp_path, form, lost):
+    folder, lines = need(SHARED / "cases" / "evaluation" / form), lines_of(form, "answers.jsonl")
+    of = len(lines)
+    del lines[lost]
+    answers = write_json(tmp_path / "a.jsonl", lines)
+    if form == "mmhal-join":
+        said = [{"id": line["image_id"].removeprefix("img"), "reply": "Rating: 4"} for line in lines]
+        judge = write_json(tmp_path / "replies.jsonl", said)
+        arguments = ["mmhal", answers, "--template", folder / "template.json", "--judge", judge]
+    else:
+        arguments = ["pope", answers, "--questions", folder / "my_pope.json"]
+    with pytest.raises(data.UserError, match=f"1 of {of} questions have no answer"):
+        score(tmp_path, *arguments)
+    scores, _ = score(tmp_path, *arguments, "--partial")
+    assert scores["coverage"] == {"answered": of - 1, "of": of} and scores["n"] == of - 1
+    assert scores.get("accuracy", scores.get("score")) in (1, 4)
+
+
+@pytest.mark.parametrize("partial", [[], ["--partial"]])
+def test_of_answers_in_order_only_the_last_may_be_missing(tmp_path, partial):
+    """The others would be scored beside a question that they do not answer."""
+    folder, lines = SHARED / "cases" / "evaluation", lines_of("pope-official-form", "answers.jsonl")
+    answers = write_json(tmp_path / "a.jsonl", lines[:1] + lines[2:])
+    with pytest.raises(data.UserError, match="questions"):
+        score(tmp_path, "pope", answers, "--questions", folder / "pope-official-form/my_pope.json", *partial)
+
+
 @pytest.mark.parametrize("partial", [[], ["--partial"]])
 def test_a_judge_that_never_replies_is_an_error_with_counts(tmp_path, monkeypatch, partial):
     monkeypatch.setattr(chat, "BACKOFF", 0.001)
@@ -719,6 +754,68 @@ def test_a_judge_that_never_replies_is_an_error_with_counts(tmp_path, monkeypatc
     assert not (tmp_path / "scores.json").exists()
 
 
+# What fake.py of the shared case says in its modes.
+SILENT = "did not reply to 3 of 3 requests"
+UNREAD = "none of 3 replies can be read"
+JUDGES = {
+    "reasoning": (reply(None, "length", reasoning_content="I think about rating"), SILENT),
+    "empty": (reply("", "length"), SILENT),
+    "filter": (reply("", "content_filter"), SILENT),
+    "refusal": (reply(None, refusal="I can't help with that."), SILENT),
+    "err200": ((200, '{"error": {"message": "Rate limit reached", "code": 429}}'), SILENT),
+    "ctx": ((400, '{"message": "This model\'s maximum context length is 2048 tokens."}'), SILENT),
+    "stream": ((200, 'data: {"choices": [{"delta": {"content": "Rating: 4"}}]}\n\ndata: [DONE]'), SILENT),
+    "thinkcut": (reply("<think>\nLet me see. A rating of 2 could", "length"), UNREAD),
+    "cut": (reply("My first impression is Rating: 2, but on closer", "length"), UNREAD)}
+RATES = {
+    "gpt5": lambda body, n: (400, "Unsupported parameter: 'max_tokens'") if "max_tokens" in body
+    else reply("Rating: 4"),
+    "list": lambda body, n: reply([{"type": "text", "text": "Rating: 4"}]),
+    "think": lambda body, n: reply("<think>\nIs it rating: 2? No, so Rating: 4 or 5.\n</think>\n\nRating: 4"),
+    "r429": lambda body, n: (429, "slow", {"Retry-After": "0"}) if n % 2 else reply("Rating: 4")}
+
+
+@pytest.mark.parametrize("mode", RATES)
+def test_shared_judge_that_rates(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    folder = need(SHARED / "cases" / "evaluation" / "judge-no-reply")
+    modes = {*re.findall(r'MODE=="(\w+)"', (folder / "fake.py").read_text())}
+    assert modes - {"models401", "resp", "respthink"} == JUDGES.keys() | RATES.keys()      # others' cases
+    with server(RATES[mode]) as (url, calls):
+        scores, _ = score(tmp_path, "mmhal", folder / "answers.jsonl", "--template", folder / "template.json",
+                          "--judge", url)
+    assert (scores["score"], scores["n"], scores["unparsed"]) == (4, 3, 0)
+
+
+@pytest.mark.parametrize("benchmark", ["mmhal", "chair"])
+@pytest.mark.parametrize("mode", JUDGES)
+def test_shared_judge_that_gives_no_rating(tmp_path, coco, monkeypatch, mode, benchmark):
+    """With --partial the others' replies are scored, and none at all is an error with counts."""
+    monkeypatch.setattr(chat, "BACKOFF", 0.001)
+    folder, (fault, says) = need(SHARED / "cases" / "evaluation" / "judge-no-reply"), JUDGES[mode]
+    if benchmark == "mmhal":
+        good, answers = "Rating: 4", folder / "answers.jsonl"
+        arguments = ["--template", folder / "template.json", "--partial", "--judge"]
+    else:
+        good, answers = '["dog"]', write_json(tmp_path / "a.jsonl", [
+            {"image_id": 1, "caption": f"A cup on the {place}."} for place in ("desk", "bed", "floor")])
+        arguments = [*coco, "--partial", "--extractor"]
+
+    def respond(body, number):
+        """The faulty reply to the first question, a good one to the others."""
+        said = body["messages"][0]["content"]
+        return fault if "What colour" in said or "desk" in said else reply(good)
+    with server(lambda body, number: fault) as (url, calls):
+        with pytest.raises(data.UserError, match=says):
+            score(tmp_path, benchmark, answers, *arguments, url)
+    assert not (tmp_path / "scores.json").exists()
+    with server(respond) as (url, calls):
+        scores, _ = score(tmp_path, benchmark, answers, *arguments, url)
+    assert (scores["n"], scores["unparsed"]) == (2, int(says == UNREAD))
+    assert scores["coverage"] == {"answered": 2 + (says == UNREAD), "of": 3}
+    assert scores.get("score", 4) == 4 and scores.get("chair_s", 0) == 0
+
+
 FAULTS = {
     "missing": (lambda rows: rows[:-2], "2 of 6 questions have no answer .*5.*6"),
     "twice": (lambda rows: [*rows, rows[0]], "1 answers appear twice .*ids .*1"),
@@ -728,13 +825,20 @@ FAULTS = {
                           "are to amber, not to pope")}
 
 
+@pytest.mark.parametrize("partial", [[], ["--partial"]])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_cannot_be_joined_is_refused_with_its_ids(tmp_path, fault):
+def test_what_cannot_be_joined_is_refused_with_its_ids(tmp_path, fault, partial):
+    """A faulty line, too, is none that may be missing."""
     questions, rows = pope_file(tmp_path / "data")
     change, says = FAULTS[fault]
     answers = write_json(tmp_path / "a.jsonl", change(pope_answers(rows)))
+    arguments = ["--questions", questions, *partial]
+    if partial and fault == "missing":
+        scores, _ = score(tmp_path, "pope", answers, *arguments)
+        assert scores["n"] == 4 and scores["coverage"] == {"answered": 4, "of": 6}
+        return
     with pytest.raises(data.UserError, match=says):
-        score(tmp_path, "pope", answers, "--questions", questions)
+        score(tmp_path, "pope", answers, *arguments)
     assert not (tmp_path / "scores.json").exists()
 
 

@@ -355,7 +355,7 @@ def test_patches_are_not_cropped(world):
     """--set crop_pixels=true is for pixels that are one picture."""
     prepared, = world.m.front.prepare(pictures(SIZES[:1]))
     with pytest.raises(data.UserError, match="pixels cannot be cropped"):
-        batches.rejected_pixels("crop", prepared["pixel_values"], 0, "a")
+        batches.crop_pixels(prepared["pixel_values"], None)
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "internvl", "gemma3"])

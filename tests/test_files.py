@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SHARED, need, picture
+from conftest import SHARED, need, pairs_of, picture
 
 from data import UserError, read_image
 from training.records import Records, check
@@ -124,11 +124,30 @@ def test_every_kind_of_file_reads_as_the_native_one(folder, name):
     assert read(folder / name, folder) == read(folder / "d.jsonl", folder)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_content_of_several_types_is_read_from_what_datasets_stores_as_json(folder, ending):
+    """A message's content is a text here and a list of parts there."""
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for row in ROWS:
+        parts = [{"type": "image"}, {"type": "text", "text": row["question"]}]
+        turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+        rows.append({"id": row["id"], "images": [row["image"]], "prompt": turns,
+                     "chosen": assistant(row["chosen"]), "rejected": assistant(row["rejected"])})
+    lines(rows)(folder, folder / "s.jsonl")
+    dataset = datasets.Dataset.from_json(str(folder / "s.jsonl"), cache_dir=folder / "cache")
+    assert "Json" in str(dataset.features)
+    save = dataset.to_parquet if ending == "parquet" else dataset.save_to_disk
+    save(folder / f"s.{ending}")
+    assert read(folder / f"s.{ending}", folder) == read(folder / "s.jsonl", folder)
+
+
 def test_without_an_id_the_file_and_its_gzip_name_their_pairs_alike(folder):
     rows = [{key: value for key, value in row.items() if key != "id"} for row in ROWS]
     lines(rows)(folder, folder / "n.jsonl")
     packed((folder / "n.jsonl").read_text())(folder, folder / "n.jsonl.gz")
-    assert [r["id"] for r in Records(folder / "n.jsonl.gz")] == [r["id"] for r in Records(folder / "n.jsonl")]
+    zipped, plain = (pairs_of(Records(folder / name)) for name in ("n.jsonl.gz", "n.jsonl"))
+    assert [r["id"] for r in zipped] == [r["id"] for r in plain]
 
 
 def test_a_fault_in_a_shard_or_a_gzip_is_named_by_its_own_file_and_line(folder, capsys):
@@ -221,7 +240,7 @@ def test_several_rejected_responses_are_one_pair_each(folder, name):
     assert [r["rejected"] for r in found] == ["A vase.", "A dog.", "A cat.", "A car.", "A vase."]
     assert {r["chosen"] for r in found[1:4]} == {"Two cups 1."}
     assert found[1]["images"] == found[3]["images"]
-    assert [r["id"] for r in Records(folder / "s.jsonl")] == [r["id"] for r in found]
+    assert [r["id"] for r in pairs_of(Records(folder / "s.jsonl"))] == [r["id"] for r in found]
 
 
 def test_a_faulty_one_of_several_is_named_and_dropped_alone(folder, capsys):
@@ -282,8 +301,9 @@ def test_shared_links_are_followed(tmp_path):
         (tmp_path / name).symlink_to(case / name)
     (tmp_path / "pairs.jsonl").write_bytes((case / "pairs.jsonl").read_bytes())
     assert len(check(Records(tmp_path / "pairs.jsonl", follow_links=True))) == 2
-    with pytest.raises(UserError, match="are faulty"):
-        check(Records(tmp_path / "pairs.jsonl"))
+    for skip_bad, says in ((False, "2 of 2 records of .* are faulty"), (True, "has no usable record")):
+        with pytest.raises(UserError, match=says):
+            check(Records(tmp_path / "pairs.jsonl"), skip_bad=skip_bad)
 
 
 # ---- messages ----

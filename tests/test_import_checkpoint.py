@@ -22,13 +22,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import losses
-from model import (
-    front,
-    import_checkpoint,  # noqa: E402
-    llava,
-    published,
-    vlm,
-)
+from model import front, import_checkpoint, llava, vlm
 from model.generation import generate
 from training import batches
 
@@ -240,7 +234,7 @@ def test_the_whole_mdpo_step_is_the_official_one(imported, tmp_path, case, forwa
         shown = m.front.prepare([image])[0]["pixel_values"]
         torch.testing.assert_close(shown, pixels[f"image.{i}"], rtol=0, atol=2e-7)
         box = [about["crop"]["boxes"][i][k] for k in ("left", "top", "width", "height")]
-        cropped = batches.crop_pixels(pixels[f"image.{i}"], box)               # --set official=true
+        cropped = batches.crop_pixels(pixels[f"image.{i}"], lambda w, h, box=box: box)   # --set official=true
         torch.testing.assert_close(cropped, pixels[f"image_rejected.{i}"], rtol=0, atol=1e-6)
     shown, shown_rejected = ([{"pixel_values": pixels[f"{kind}.{i}"]} for i in range(len(pairs))]
                              for kind in ("image", "image_rejected"))
@@ -467,7 +461,7 @@ def test_a_tokenizer_model_without_its_packages_says_what_to_install(original, t
     kind, src, tower = original
     if kind == "bunny":
         pytest.skip("Bunny's tokenizer is JSON")
-    monkeypatch.setattr(published, "installed", lambda module: False)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
     refused("`pip install sentencepiece protobuf`", src, tower, tmp_path)
 
 
@@ -624,7 +618,7 @@ def test_describe_says_what_is_torn_and_missing_and_raises_nothing(tmp_path):
 def test_a_weight_that_is_not_finite_is_named(copy, tmp_path):
     _, src, tower = copy
     file = sorted(f for f in src.iterdir() if "-of-" in f.name)[1]
-    tensors = import_checkpoint.unpickle(file) if file.suffix == ".bin" else load_file(file)
+    tensors = import_checkpoint.mapped(file)
     tensors = {name: weight.clone() for name, weight in tensors.items()}
     name = max(tensors, key=lambda name: tensors[name].numel())
     tensors[name].view(-1)[3] = float("nan")

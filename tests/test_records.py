@@ -6,7 +6,7 @@ import resource
 import sys
 
 import pytest
-from conftest import SHARED, need, picture
+from conftest import SHARED, need, pairs_of, picture
 
 from data import UserError, read_image
 from training.records import DESCRIBE, Records, check
@@ -212,7 +212,7 @@ def test_vlfeedback_leaves_out_ties(folder):
     tie = [{"annotations": mark(2), "model": m, "response": m} for m in "ab"]
     rows = [raw | {"id": "a"}, raw | {"id": "b", "completions": tie}, raw | {"id": "c"}]
     records = Records(lines(folder / "d.jsonl", rows))
-    assert [r["id"] for r in records] == ["a", "c"]
+    assert [r["id"] for r in pairs_of(records)] == ["a", "c"]
     assert records.where(1) == f"{folder}/d.jsonl, line 3 (id c)"
 
 
@@ -226,7 +226,7 @@ def test_ha_dpo_descriptions_are_an_object_keyed_by_image_and_visual_genome_is_t
     ):
         (folder / "desc_data.json").write_text(text)
         records = Records(folder / "desc_data.json")
-        assert [r["images"] for r in records] == [[str(folder / "VG_100K_2/2331.jpg")],
+        assert [r["images"] for r in pairs_of(records)] == [[str(folder / "VG_100K_2/2331.jpg")],
                                                   [str(folder / "VG_100K/5.jpg")]]
         assert records[0]["chosen"][:4] == "good" and records[0]["rejected"][:3] == "bad"
         assert records[0] == records[0] and records[0]["question"] in DESCRIBE
@@ -290,9 +290,8 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_records(folde
     (folder / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(pair()).encode() + b"\r\n\r\n  \n"
                                      + json.dumps(pair(1)).encode())
     records = Records(folder / "d.jsonl")
-    assert [r["id"] for r in records] == ["p0", "p1"] and records.where(
-        1
-    ) == f"{folder}/d.jsonl, line 4 (id p1)"
+    assert [r["id"] for r in pairs_of(records)] == ["p0", "p1"]
+    assert records.where(1) == f"{folder}/d.jsonl, line 4 (id p1)"
 
 
 def test_opening_parses_nothing_and_holds_only_offsets(folder):
@@ -435,7 +434,8 @@ def test_a_path_that_stays_inside_is_not_refused(folder, tmp_path):
     (folder / "sub").mkdir()
     (folder / "link.png").symlink_to(folder / "a.png")
     rows = [pair(i, image=name) for i, name in enumerate(["link.png", "sub/../a.png", str(folder / "a.png")])]
-    assert {r["images"][0] for r in Records(lines(folder / "d.jsonl", rows))} == {str(folder / "a.png")}
+    records = Records(lines(folder / "d.jsonl", rows))
+    assert {r["images"][0] for r in pairs_of(records)} == {str(folder / "a.png")}
     records = Records(lines(folder / "sub" / "d.jsonl", rows[2:]), image_root=folder)
     assert records[0]["images"] == [str(folder / "a.png")]
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, need, picture, write_llava
+from conftest import ROOT, SHARED, need, pairs_of, picture, write_llava
 from test_rewards import PATTERN, tiny_armorm, tiny_imagereward
 
 import data
 import synth
+from classroom.papers import analyses, pds
 from model import ask, command
-from synthesis import analysis, images, pairing, prompts
+from synthesis import images, pairing, prompts
 
 PDS10 = SHARED / "real" / "pds10"
 
@@ -141,7 +142,7 @@ def test_the_trainer_reads_both_files(whole):
     native, published = (Records(str(whole / name)) for name in ("pairs.jsonl", "pds_dpo.json"))
     assert len(check(native)) == len(check(published)) == len(lines(whole, "pairs")) > 0
     for field in ("question", "chosen", "rejected"):
-        assert [r[field] for r in native] == [r[field] for r in published]
+        assert [r[field] for r in pairs_of(native)] == [r[field] for r in pairs_of(published)]
 
 
 def test_a_second_call_makes_nothing_and_changes_nothing(parts, whole):
@@ -510,12 +511,12 @@ def test_controls_score_without_a_model(parts, whole, tmp_path, scorer):
 
 def test_the_card_names_models_revisions_licences_and_counts(parts, whole):
     card = (whole / "card.md").read_text()
-    for text in ("| generator | sd3 |", "| responders | llava2 |", "not stated in its folder", "| margin |"):
+    for text in ("- generator sd3: ", "- responders llava2: ", "not stated in its folder", "- margin: 0"):
         assert text in card
     (parts / "armorm" / "README.md").write_text("---\nlicense: llama3\n---\n")
     assert pairing.licence(str(parts / "armorm")) == "llama3"
     (parts / "armorm" / "README.md").unlink()
-    assert f"| generator | sd3 | {command.identity(parts / 'sd3')} |" in card
+    assert f"- generator sd3: files {command.identity(parts / 'sd3')}, licence " in card
 
 
 # ---- prompts ----
@@ -529,7 +530,7 @@ def test_ten_topics_of_thirty_prompts_of_our_own_without_near_duplicates():
     texts = [text for _, text in both]
     assert len(prompts.distinct(texts, .25)) == len(texts) >= 300
     assert all(8 <= len(text.split()) <= 30 and text.endswith(".") for text in texts)
-    assert max(analysis.alike([texts])) < .15
+    assert max(analyses.alike([texts])) < .15
 
 
 def test_a_byte_order_mark_goes_and_emoji_are_a_prompt(parts, tmp_path):
@@ -795,10 +796,10 @@ def ranked_row(id, topic, pick, **scores):
 def test_guidance_shares_and_agreement_by_hand():
     rows = [ranked_row("a", "art", 3, imagereward=[1, 2, 3, 4], clip=[4, 3, 2, 1], blip=[1, 2, 3, 4]),
             ranked_row("b", "urban", 0, imagereward=[4, 3, 2, 1], clip=[4, 3, 2, 1], blip=[4, 3, 2, 1])]
-    assert analysis.guidance(rows) == {"all": {5.: .5, 7.: 0, 9.: 0, 11.: .5},
+    assert analyses.guidance(rows) == {"all": {5.: .5, 7.: 0, 9.: 0, 11.: .5},
                                       "art": {5.: 0, 7.: 0, 9.: 0, 11.: 1},
                                       "urban": {5.: 1, 7.: 0, 9.: 0, 11.: 0}}
-    table = {(tuple(r["rankers"]), r["k"]): (r["agree"], r["chance"]) for r in analysis.agreement(rows)}
+    table = {(tuple(r["rankers"]), r["k"]): (r["agree"], r["chance"]) for r in analyses.agreement(rows)}
     assert table[("imagereward", "clip"), 1] == (.5, .25)
     assert table[("imagereward", "clip"), 3] == pytest.approx((5 / 6, .75))
     assert table[("imagereward", "blip"), 2] == (1., .5)
@@ -814,36 +815,14 @@ def test_similarity_is_the_mean_cosine_with_the_others_of_a_group():
     unit = weighted / np.maximum(1e-9, np.linalg.norm(weighted, axis=1, keepdims=True))
     cosines = unit @ unit.T
     means = [(cosines[k, :3].sum() - 1) / 2 for k in range(3)]
-    assert analysis.alike([texts, ["more"], [""]]) == pytest.approx(means)
-    assert analysis.alike([["a cat", "", "A cat!"]]) == pytest.approx([.5, 0, .5])
-
-
-def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tmp_path):
-    """A judge that always says A prefers the first ranker as often as it stands first; C means nothing."""
-    rows = [ranked_row(f"p{k}", "art", 0, imagereward=[4, 3, 2, 1], clip=[1, 2, 3, 4]) for k in range(40)]
-    rows[0]["scores"]["clip"] = [4, 3, 2, 1]
-    (tmp_path / "images").mkdir()
-    for k in range(4):
-        picture(k).save(tmp_path / "images" / f"{k}.png")
-    said = ["A"] * 30 + ["tie"] * 5 + ["neither"] * 5
-    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"id": f"p{k}", "reply": said[k]}) + "\n"
-                                                 for k in range(40)))
-    o = synth.Options(judge=str(tmp_path / "said.jsonl"))
-    found = analysis.judged(synth.Run(o, tmp_path), rows)
-    assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
-    assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
-    assert found["win_rate"] == found["wins"] / 29 and found["interval"] == analysis.wilson(found["wins"], 29)
-    (tmp_path / "said.jsonl").write_text('{"id": "p1", "reply": "A, since it", "finish": "length"}\n'
-                                         '{"id": "p2", "reply": "<think>B? No.</think>\\ntie"}\n')
-    found = analysis.judged(synth.Run(o, tmp_path), rows)
-    assert (found["ties"], found["not_answered"], found["win_rate"]) == (1, 38, None)
-    assert found["interval"] == [0, 1]
+    assert analyses.alike([texts, ["more"], [""]]) == pytest.approx(means)
+    assert analyses.alike([["a cat", "", "A cat!"]]) == pytest.approx([.5, 0, .5])
 
 
 @pytest.mark.parametrize("k, n, low, high", [(0, 10, 0, .2775), (5, 10, .2366, .7634), (10, 10, .7225, 1)])
 def test_wilsons_interval(k, n, low, high):
     """Values of Wilson's score interval at 95%, as tables print them."""
-    assert analysis.wilson(k, n) == pytest.approx([low, high], abs=5e-5)
+    assert pds.wilson(k, n) == pytest.approx([low, high], abs=5e-5)
 
 
 def test_prompts_keep_emoji_and_lose_a_byte_order_mark(tmp_path):
@@ -861,20 +840,58 @@ def test_of_a_chat_models_replies_thoughts_and_cut_off_ones_make_no_question():
         assert pairing.faults("What?", found["response"], found["finished"]) == faults
 
 
+def test_a_judge_reads_both_pictures_in_random_order_ties_apart(parts, whole, tmp_path):
+    """A judge that always says A prefers the first ranker as often as it stands first; C means nothing."""
+    rows = [ranked_row(f"p{k}", "art", 0, imagereward=[4, 3, 2, 1], clip=[1, 2, 3, 4]) for k in range(40)]
+    rows[0]["scores"]["clip"] = [4, 3, 2, 1]
+    (tmp_path / "images").mkdir()
+    for k in range(4):
+        picture(k).save(tmp_path / "images" / f"{k}.png")
+    said = ["A"] * 30 + ["tie"] * 5 + ["neither"] * 5
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps({"id": f"p{k}", "reply": said[k]}) + "\n"
+                                                 for k in range(40)))
+    o = synth.Options()
+    found = analyses.judged(synth.Run(o, tmp_path), rows, str(tmp_path / "said.jsonl"))
+    assert found["same_pick"] == 1 and found["ties"] == 5 and found["unread"] == 5
+    assert found["wins"] + found["losses"] == 29 and 5 < found["wins"] < 24
+    assert found["win_rate"] == found["wins"] / 29 and found["interval"] == pds.wilson(found["wins"], 29)
+    (tmp_path / "said.jsonl").write_text('{"id": "p1", "reply": "A, since it", "finish": "length"}\n'
+                                         '{"id": "p2", "reply": "<think>B? No.</think>\\ntie"}\n')
+    found = analyses.judged(synth.Run(o, tmp_path), rows, str(tmp_path / "said.jsonl"))
+    assert (found["ties"], found["not_answered"], found["win_rate"]) == (1, 38, None)
+    assert found["interval"] == [0, 1]
+
+
+def test_the_papers_analyses_of_a_run(whole, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["analyses.py", str(whole)])
+    analyses.main()
+    found = json.loads((whole / "analysis.json").read_text())
+    assert sum(found["guidance"]["all"].values()) == 1 and {*found["guidance"]} == {"all", "cats", "bikes"}
+    assert found["agreement"] == [] and found["similarity"]["prompts"]["n"] == 8         # of one ranker
+    (whole / "analysis.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["analyses.py", str(whole / "none")])
+    with pytest.raises(SystemExit, match="analyses.py: .*ranked.jsonl is missing"):
+        analyses.main()
+
+
 def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     run("analyse", parts, whole)
     page = (whole / "gallery.html").read_text()
     assert "http://" not in page and "https://" not in page and "<script" not in page
-    assert page.count("data:image/png;base64,") >= 32 and "picked by imagereward" in page
-    assert "chosen" in page and "rejected" in page and "cut off" in page
-    for head in ("Guidance", "Similarity", "Prompts"):
-        assert f"<h2>{head}</h2>" in page
+    assert page.count("data:image/png;base64,") >= 32 and page.count("picked</small>") == 8
+    pairs = lines(whole, "pairs")
+    assert page.count("<td>chosen</td>") == page.count("<td>rejected</td>") == len(pairs) > 0
+    assert all(f"<th>{pair['question']}</th>" in page for pair in pairs)
+    assert page.count("<h2>") == 8 and "<h2>a red cat and two dog</h2>" in page
     row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
-    card = analysis.entry(synth.Run(None, whole), row, "<script>q", [[("<img src=x>", "<m>")], ["<reason>"]])
+    pair = {"question": "<script>q", "chosen": "<img src=x>", "rejected": "<m>"}
+    card = analyses.entry(synth.Run(None, whole), row, pair)
     assert "&lt;script&gt;q" in card
-    assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<reason>", "<m>"))
-    for name in ("gallery.html", "analysis.json"):
-        (whole / name).unlink()
+    assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<m>"))
+    tables = json.loads((whole / "analysis.json").read_text())
+    assert {*tables} == {"guidance", "agreement", "judge", "similarity"}
+    (whole / "gallery.html").unlink()
+    (whole / "analysis.json").unlink()
 
 
 # ---- the built-in default ----
@@ -913,7 +930,8 @@ def test_the_tables_of_the_built_in_synthesis_are_what_its_files_say():
 
 
 def test_the_oracle_and_its_judge_go_by_the_prompt(tmp_path):
-    """Its score is objects asked for minus others; its judge prefers the picture with the right object."""
+    """Its score is objects asked for minus others; its judge prefers the picture with the right object, and
+    counts ties and prompts where both picked the same picture apart."""
     sys.path.insert(0, str(ROOT))
     from PIL import Image
 
@@ -925,15 +943,18 @@ def test_the_oracle_and_its_judge_go_by_the_prompt(tmp_path):
     row = ranked_row("a", "street", 0, imagereward=[2, 1], clip=[1, 2])
     row |= {"prompt": "street with red car", "candidates": [{"image": "0.png"}, {"image": "1.png"}]}
     run = synth.Run(synth.Options(), tmp_path)
-    run.write("ranked", [row])
+    tie = row | {"id": "b", "prompt": "street with red house"}
+    same = row | {"id": "c", "scores": {"imagereward": [1, 2], "clip": [1, 2]}}
+    run.write("ranked", [row, tie, same])
     run.write("responses", [{"id": "a", "model": m, "response": f"you can see {text} ."}
                             for m, text in (("x", "a car"), ("y", "a car , a house"), ("z", "two lamps"))])
     scorers.oracle(run)
     assert [r["score"] for r in run.rows("scores-oracle")] == [1, 0, -1]
-    scorers.judge(run)
-    run.o.judge = str(tmp_path / "judge.jsonl")
-    found = analysis.judged(run, [row])
-    assert (found["wins"], found["losses"]) == (1, 0)
+    assert scorers.judge(run) == {"rankers": ["imagereward", "clip"], "wins": 1, "losses": 0, "ties": 1,
+                                  "same_pick": 1}
+    swapped = {"clip": [1, 2], "imagereward": [2, 1]}
+    run.write("ranked", [row | {"scores": swapped}])
+    assert scorers.judge(run)["losses"] == 1
 
 
 # ---- the command line ----

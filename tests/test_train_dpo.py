@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -100,7 +101,8 @@ def adapter(out):
 
 
 @pytest.mark.parametrize("loss, start", [
-    ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None)])
+    ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None),
+    ("svco", 4), ("0.5*hsa+vdpo", 1.5), ("simpo", None)])
 def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, loss, start):
     trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1])))
     first, steps = log_of(tmp_path / "run")
@@ -110,8 +112,62 @@ def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, lo
         assert steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-6)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"]
-    assert ("rewards/image_margins" in steps[0]) == ("copo" in loss or loss == "mdpo")
+    assert ("rewards/image_margins" in steps[0]) == any(x in loss for x in ("copo", "mdpo", "svco", "vdpo"))
+    assert ("rewards/chosen" in steps[0]) == (loss not in ("sft", "simpo")) and "logps/chosen" in steps[0]
+    assert "margin" in summary["after"]
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_loss_without_a_reference_never_runs_one(world):
+    m = vlm.load(world[0])
+    pairs = read_pairs(m.front, world[1], {"chosen", "rejected"})
+    batch = batch_of(pairs, range(2))
+    unread = Reference(len(pairs), m, lambda *_: pytest.fail("it ran"), set(), command.Ranks())
+    found = unread(batch, None)
+    assert found.chosen is found.rejected is None and found.chosen_tokens.shape == (2,)
+    unread.sync()
+
+
+def test_a_step_of_symmpo_is_the_same_naive_and_packed_with_all_four_answers(world, tmp_path):
+    for forward in ("naive", "packed"):
+        trained(arguments(world, tmp_path / forward, "--forward", forward, "--dtype", "float64",
+                          "--loss", "symmpo+svco", "--max_steps", "2"))
+    one, two = (load_file(tmp_path / f / "adapter/adapter_model.safetensors") for f in ("naive", "packed"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
+
+
+def altered(world, folder, **change):
+    """The pairs with other fields in the second one."""
+    rows = [json.loads(line) for line in world[1].read_text().splitlines()]
+    rows[1] |= change
+    path = world[1].with_name(f"{folder.name}.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_weights_are_those_of_the_records(world, tmp_path):
+    m = vlm.load(world[0])
+    path = altered(world, tmp_path, meta={"weight": 2.5})
+    for needs, weights in (({"chosen", "weights"}, [1, 2.5]), ({"chosen"}, [1, 1])):
+        pairs = read_pairs(m.front, path, needs)
+        batch = batch_of(pairs, range(2))
+        for forward in (vlm.naive, vlm.packed):
+            found = forward(m, batch.pairs, vlm.encode_images(m, batch), needs)
+            assert found.weights.tolist() == weights
+
+
+@pytest.mark.parametrize("change, loss, said", [
+    ({"meta": {"weight": "heavy"}}, "hsa", "meta.weight 'heavy' is not a number"),
+    ({"meta": {"weight": None}}, "hsa", "meta.weight None is not a number"),
+    ({"image": None}, "svco", "it has no image, and this loss asks which image an answer is about")])
+def test_records_that_a_loss_cannot_use_are_refused_by_name(world, tmp_path, capsys, change, loss, said):
+    front, path = vlm.load(world[0]).front, altered(world, tmp_path, **change)
+    needs = losses.needs(options.loss_of(options.Options(loss=loss))) | {"chosen"}
+    with pytest.raises(data.UserError):
+        read_pairs(front, path, needs)
+    assert said in (text := capsys.readouterr().err) and "line 2 (id pair-1)" in text
+    assert len(read_pairs(front, path, {"chosen", "rejected"})) == 12
 
 
 def test_dpo_without_images_takes_the_image_out_of_the_prompt(world, tmp_path):
@@ -599,6 +655,185 @@ def test_with_lora_on_the_projector_the_reference_sees_the_bases_features(world,
     assert all(p.grad.abs().max() > 0 for name, p in weights.items() if "projector" in name)
 
 
+# --- going on from an adapter -----------------------------------------------------------------------------
+
+
+def peft_logps(folder, adapter_folder, path):
+    """(chosen (n,), rejected (n,)) of the pairs, by PEFT's model: the base of the folder with an adapter."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed: it is in requirements-dev.txt")
+    m = vlm.load(folder)
+    peft.PeftModel.from_pretrained(m.model, adapter_folder)           # into m.model itself
+    pairs = read_pairs(m.front, path, frozenset({"chosen", "rejected"}))
+    batch = batch_of(pairs, range(len(pairs)))
+    with torch.no_grad():
+        found = vlm.naive(m, batch.pairs, vlm.encode_images(m, batch), pairs.needs)
+    return found.chosen, found.rejected
+
+
+@pytest.fixture(scope="module")
+def after_sft(world, tmp_path_factory):
+    """The two commands of docs/training.md on the tiny world: (the first's adapter, the words of the second,
+    its folder)."""
+    folder = tmp_path_factory.mktemp("after_sft")
+    page = (ROOT / "docs" / "training.md").read_text()
+    commands = re.findall(r"^python train_dpo.py (--loss .*)$", page, re.MULTILINE)
+    sft, dpo = (command.replace("runs/", f"{folder}/").split() for command in commands)
+    ours = ["--model", str(world[0]), "--data", str(world[1]), "--batch", "4", "--micro_batch", "2"]
+    trained([*sft, *ours, "--epochs", "1", "--lr", "1e-2", "--lora_r", "16", "--set", "lora_alpha=32"])
+    argv = [*dpo, *ours, "--lr", "1e-3", "--val_data", str(world[1]), "--set", "look=0", "--set", "warmup=0"]
+    trained(argv)
+    return folder / "sft" / "adapter", argv, folder / "dpo"
+
+
+def test_dpo_after_sft_has_the_sft_model_as_its_reference_and_one_adapter_on_the_base(world, after_sft):
+    """By PEFT's own model: the reference, the trained policy; and step 1 starts at ln 2."""
+    start, _, out = after_sft
+    frozen, policy = peft_logps(world[0], start, world[1]), peft_logps(world[0], out / "adapter", world[1])
+    kept = load_file(out / "last" / "checkpoint.safetensors")["reference/logps"].T
+    torch.testing.assert_close(kept.float(), torch.stack(frozen), rtol=1e-5, atol=1e-4)
+    _, steps = log_of(out)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[-1]["rewards/margins"] > 0.01
+    summary = json.loads((out / "summary.json").read_text())
+    margin = 0.1 * ((policy[0] - policy[1]) - (frozen[0] - frozen[1])).mean().item()
+    assert summary["before"]["margin"] == pytest.approx(0, abs=1e-6)
+    assert summary["after"]["margin"] == pytest.approx(margin, abs=1e-4) and margin > 0.01
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 32)            # the first run's, not the preset's
+
+
+def test_a_killed_run_that_began_with_an_adapter_ends_with_the_same_bytes(after_sft, tmp_path):
+    start, argv, out = after_sft
+    argv = [word if word != str(out) else str(tmp_path / "run") for word in argv] + ["--set", "save_every=2"]
+    assert run(argv, kill_at(6))[0] == -signal.SIGKILL
+    trained(argv)
+    assert adapter(tmp_path / "run") == adapter(out)
+
+
+def test_an_adapter_that_changed_is_another_base(after_sft, tmp_path):
+    start, argv, out = after_sft
+    shutil.copytree(start, tmp_path / "start")
+    words = {str(out): str(tmp_path / "run"), str(start): str(tmp_path / "start")}
+    argv = [words.get(word, word) for word in argv] + ["--set", "save_every=2"]
+    assert run(argv, kill_at(6))[0] == -signal.SIGKILL
+    shutil.copy(out / "adapter" / "adapter_model.safetensors", tmp_path / "start")
+    code, text = run(argv)
+    assert code == 1 and "is of a run with another base or other options" in text
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--lora_r", "4"], "says what lora_r is: leave lora_r out"),
+    (["--no-lora"], "says what lora_r is: leave lora_r out"),
+    (["--set", "lora_targets=q_proj"], "says what lora_targets is: leave lora_targets out"),
+    (["--adapter", "nowhere"], "nowhere needs adapter_config.json and adapter_model.safetensors"),
+    (["--model", "classroom"], "load it into the model that it was trained on")])
+def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(after_sft, tmp_path, more, said):
+    _, argv, out = after_sft
+    argv = [word if word != str(out) else str(tmp_path / "run") for word in argv]
+    code, text = run([*argv, *more])
+    assert code == 1 and said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("more", [["--shard"], []])
+def test_two_ranks_that_begin_with_an_adapter_equal_one(after_sft, tmp_path, more):
+    _, argv, out = after_sft
+    trained([*[word if word != str(out) else str(tmp_path / "run") for word in argv], *more], ranks=2)
+    torch.testing.assert_close(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"),
+                               load_file(out / "adapter" / "adapter_model.safetensors"), rtol=1e-4, atol=1e-6)
+
+
+# --- the reference, kept for other runs -------------------------------------------------------------------
+
+
+def count_scored(file):
+    """In a fork, before the command: each batch that the reference scores is a character in the file."""
+    score = Reference.score
+    def counted(self, *args):
+        with open(file, "a") as log:
+            log.write(".")
+        return score(self, *args)
+    Reference.score = counted
+
+
+def scored(argv, tmp_path, ranks=1):
+    """Run a command: how many batches its reference has scored."""
+    file = tmp_path / "scored"
+    file.write_text("")
+    trained(argv, partial(count_scored, file), ranks)
+    return len(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def sweep(world, tmp_path_factory):
+    """(arguments of a run, the same with a folder for its reference, which a first run has filled)."""
+    folder = tmp_path_factory.mktemp("sweep")
+    argv = arguments(world, folder / "first", "--epochs", "1", "--loss", "dpo", "--val_data", str(world[1]),
+                     "--set", "look=0")
+    kept = [*argv, "--set", f"reference_cache={folder / 'cache'}"]
+    assert scored(kept, folder) == 6 + 6                               # pairs to train on, and held-out ones
+    assert len([*(folder / "cache").iterdir()]) == 2
+    return argv, kept
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_over_the_same_reference_scores_nothing_and_has_the_same_bits(sweep, tmp_path, ranks):
+    argv, kept = sweep
+    more = "--beta", "0.3", "--lr", "3e-4", "--loss", "dpo+ancpo", "--epochs", "2", "--lora_r", "8", "--out"
+    assert scored([*kept, *more, str(tmp_path / "kept")], tmp_path, ranks) == 0
+    assert scored([*argv, *more, str(tmp_path / "plain")], tmp_path, ranks) == 12
+    assert adapter(tmp_path / "kept") == adapter(tmp_path / "plain")
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("kept", "plain")]
+    assert summaries[0]["before"] == summaries[1]["before"] and summaries[0]["after"] == summaries[1]["after"]
+
+
+@pytest.mark.parametrize("more", [
+    ["--loss", "mdpo"], ["--seed", "1"], ["--micro_batch", "4"], ["--forward", "naive"],
+    ["--dtype", "bfloat16"]])
+def test_another_reference_is_scored_anew(sweep, tmp_path, more):
+    _, kept = sweep
+    assert scored([*kept, "--out", str(tmp_path / "run"), *more], tmp_path) > 0
+
+
+def test_another_model_adapter_or_pair_is_not_mixed_up(world, sweep, after_sft, tmp_path):
+    argv, kept = sweep
+    other = write_llava(tmp_path / "model", seed=5), write_pairs(tmp_path, seed=1)
+    own = [word for word in kept if word not in ("--lora_r", "16", "lora_alpha=32")]
+    own = own[:own.index("--set")] + own[own.index("--set") + 1:]
+    for name, words, changed in (("model", kept, ["--model", str(other[0])]),
+                                 ("pairs", kept, ["--data", str(other[1])]),
+                                 ("adapter", own, ["--adapter", str(after_sft[0])])):
+        assert scored([*words, *changed, "--out", str(tmp_path / name)], tmp_path) >= 6, name
+    assert scored([*kept, "--out", str(tmp_path / "again")], tmp_path) == 0     # and the first is still there
+
+
+def test_a_torn_reference_is_made_again(sweep, tmp_path):
+    argv, kept = sweep
+    folder = tmp_path / "cache"
+    shutil.copytree(kept[-1].partition("=")[2], folder)
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-40])
+    argv = [*argv, "--out", str(tmp_path / "run"), "--set", f"reference_cache={folder}"]
+    assert scored(argv, tmp_path) == 12
+    assert scored([*argv, "--out", str(tmp_path / "more")], tmp_path) == 0
+
+
+def test_two_runs_at_once_share_a_reference(sweep, tmp_path):
+    import threading
+    argv, _ = sweep
+    told = [None, None]
+    argv = [*argv, "--set", f"reference_cache={tmp_path / 'c'}"]
+    def start(i):
+        told[i] = run([*argv, "--out", str(tmp_path / f"run-{i}")])
+    threads = [threading.Thread(target=start, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [code for code, _ in told] == [0, 0] and adapter(tmp_path / "run-0") == adapter(tmp_path / "run-1")
+    assert sorted(file.suffix for file in (tmp_path / "c").iterdir()) == [".safetensors"] * 2
+    assert scored([*argv, "--out", str(tmp_path / "more")], tmp_path) == 0
+
+
 def test_redraw_scores_the_reference_anew_in_every_epoch(world, tmp_path):
     for name, more in (("redraw", ["--set", "redraw=true"]), ("once", [])):
         trained(arguments(world, tmp_path / name, "--epochs", "2", *more))
@@ -760,6 +995,7 @@ def test_the_official_mdpo_sample_names_both_absent_images_with_any_model(world,
 # ---------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
     (["--lose", "dpo"], "--lose"), (["--epochs", "three"], "three"), (["--set", "warmpu=1"], "warmpu"),
+    (["--set", "redraw=true", "--set", "reference_cache=c"], "leave out reference_cache"),
     (["--set", "clip=high"], "'high' is not a number"), (["--set", "redraw=maybe"], "not true or false"),
     (["--loss", "mdop"], "mdop"), (["--anchors", "x"], "x"), (["--image_rejected", "blur"], "blur"),
     (["--image_rejected", "none"], "without the image"), (["--preset", "mdpo-bunny"], "needs --model"),

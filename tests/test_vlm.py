@@ -15,6 +15,7 @@ from model import command, front, generation, llava, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
+SCORED = sum(data.FIELDS.values(), ())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def ragged(m, damaged=True):
     for i, (question, n, chosen, rejected) in enumerate(rows):
         prompt = m.front.prompt_ids(question, ONE * n)
         responses = m.front.response_ids(chosen), m.front.response_ids(rejected)
-        pairs.append(data.Pair(str(i), prompt, prompt, *responses, ONE * n, ONE * n))
+        bare = m.front.prompt_ids(question, ())
+        pairs.append(data.Pair(str(i), prompt, prompt, *responses, ONE * n, ONE * n, bare, 0.5 * i))
     images = [picture(i) for i in range(8)]                          # four true, four damaged
     return pairs, features_of(m, pairs, images[:4], images[4:] if damaged else ())
 
@@ -69,24 +71,56 @@ def with_lora(folder, seed=0):
 
 
 @pytest.mark.parametrize("needs", [EVERYTHING, {"chosen", "rejected"},
-                                   {"chosen", "image_rejected"}, {"chosen"}])
+                                   {"chosen", "image_rejected"}, {"chosen"}, {*SCORED},
+                                   EVERYTHING | {"rejected_image_rejected", "weights"},
+                                   {"rejected_image_rejected"}, {"chosen", "rejected_no_image"}])
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
     """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64."""
     import lora
     m = with_lora(folder)
-    pairs, features = ragged(m, "image_rejected" in needs)
+    pairs, features = ragged(m, "rejected" in data.grouped(needs))
     results = []
     for forward in (vlm.naive, vlm.packed):
         m.model.zero_grad()
         logps = forward(m, pairs, features, needs)
-        got = torch.stack([getattr(logps, field) for field in FIELDS if field in needs])
+        assert logps.weights.tolist() == [0, 0.5, 1, 1.5]
+        found = [field for field in SCORED if getattr(logps, field) is not None]
+        assert {*found} == needs - {"weights"}
+        got = torch.stack([getattr(logps, field) for field in found])
         (got * torch.linspace(0.5, 2, got.numel(), dtype=got.dtype).view_as(got)).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()])
         results.append((got.detach(), gradient))
     (naive, naive_grad), (packed, packed_grad) = results
-    assert len(naive) == len(needs)
     torch.testing.assert_close(packed, naive, rtol=1e-9, atol=0)
     assert (packed_grad - naive_grad).norm() / naive_grad.norm() < 1e-7
+
+
+def test_each_field_is_its_response_behind_its_prompt(model):
+    """By hand, one at a time: the same response behind the own image, the rejected one, and none."""
+    pairs, features = ragged(model)
+    with torch.no_grad():
+        together = vlm.packed(model, pairs, features, {*SCORED})
+        for field in SCORED:
+            images = "rejected" if "image_" in field else "none" if "no_" in field else "images"
+            response = field.partition("_")[0].replace("image", "chosen")
+            shown = {"images": features.images, "rejected": features.rejected, "none": []}[images]
+            alone = [one_pair(model, *p.shown(images)[:1], getattr(p, response), (), p.shown(images)[1])
+                     for p in pairs]
+            expected = vlm.naive(model, alone, vlm.Features(shown, []), {"chosen"}).chosen
+            torch.testing.assert_close(getattr(together, field), expected, rtol=1e-9, atol=0)
+
+
+def test_what_a_loss_does_not_read_is_not_packed(model):
+    """mDPO's and DPO's rows are what they were: not a segment and not a token more."""
+    pairs, _ = ragged(model)
+    mdpo, dpo, everything = (data.pack(pairs, needs, model.front.positions) for needs in (
+        EVERYTHING, {"chosen", "rejected", "weights"}, {*SCORED}))
+    prompts, chosen, rejected = (sum(len(getattr(p, name)) for p in pairs)
+                                 for name in ("prompt", "chosen", "rejected"))
+    assert [s.rejected > 0 for s in mdpo.segments] == [True] * 4 + [False] * 4
+    assert len(dpo.ids) == prompts + chosen + rejected
+    assert len(mdpo.ids) == len(dpo.ids) + prompts + chosen
+    assert len(everything.segments) == 12 and all(s.rejected for s in everything.segments)
 
 
 def test_packed_equals_naive_with_gradient_checkpointing(folder):

@@ -26,7 +26,9 @@ from typing import Any
 from tqdm import tqdm
 
 import data
+import lora
 from data import UserError
+from model import command
 from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -64,7 +66,7 @@ def classroom_files(o, out):
 
 def built_in(o):
     """Whether the model is one of the classroom's, which gets the classroom's scores."""
-    return (data.model_folder(o.model) / "classroom.json").exists()
+    return (lora.model_folder(o.model) / "classroom.json").exists()
 
 
 @dataclass
@@ -82,19 +84,23 @@ class Pairs:
     def __len__(self):
         return len(self.good)
 
+    def record(self, place):
+        return self.records[self.good[place]]
+
     def read(self, place, epoch=0):
         """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
-        o, record = self.o, self.records[self.good[place]]
+        o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
-        twice = "image_rejected" in self.needs
+        twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
-        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected))
+        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected), self.needs)
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
-                pixels = rejected_pixels(o.image_rejected, image["pixel_values"], seed, named(record, n))
-                rejected.append({"pixel_values": pixels})
+                rng = data.rng_of(o.image_rejected, seed, named(record, n))
+                box_of = partial(data.crop_box, rng=rng, area=data.AREAS[o.image_rejected])
+                rejected.append({"pixel_values": crop_pixels(image["pixel_values"], box_of)})
         digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
         for x in tensors(images + rejected):
             digest.update(x.numpy().tobytes())
@@ -157,21 +163,15 @@ def other_index(seed, id, i, n, attempt=0):
     return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(n - 1))) % n
 
 
-def crop_pixels(pixels, box):
-    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code."""
+def crop_pixels(pixels, box_of):
+    """A box (x, y, w, h) of prepared pixels (3, H, W), padding and all, resized back: mDPO's own code.
+    box_of(width, height) is the box."""
     import torch.nn.functional as F
-    x, y, w, h = box
-    part = pixels[None, :, y:y + h, x:x + w]
-    return F.interpolate(part, pixels.shape[1:], mode="bilinear", antialias=True)[0]
-
-
-def rejected_pixels(strategy, pixels, seed, id):
-    """data.rejected_image's crops of prepared pixels (3, H, W) in place of the picture; the same draws."""
     if pixels.ndim != 3:
         raise UserError("--set crop_pixels=true: this model's pixels cannot be cropped; leave it out")
-    height, width = pixels.shape[1:]
-    rng = data.rng_of(strategy, seed, id)
-    return crop_pixels(pixels, data.crop_box(width, height, rng, data.AREAS[strategy]))
+    size = pixels.shape[1:]
+    x, y, w, h = box_of(*reversed(size))
+    return F.interpolate(pixels[None, :, y:y + h, x:x + w], size, mode="bilinear", antialias=True)[0]
 
 
 def shown(record, o):
@@ -192,16 +192,21 @@ def tensors(prepared):
     return [x for image in prepared for x in image.values()]
 
 
-def tokenise(front, record, o, sizes, sizes_rejected=()):
+def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
     """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
-    and of the rejected ones where they are others. Raises UserError."""
+    and of the rejected ones where they are others. needs: fields of losses.Logps. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
-    prompt, prompt_rejected = (prompt_ids(front, record["question"], x, history)
-                               for x in (sizes, sizes_rejected))
+    bare = () if "none" in data.grouped(needs) else sizes
+    prompt, prompt_rejected, prompt_bare = (prompt_ids(front, record["question"], x, history)
+                                            for x in (sizes, sizes_rejected, bare))
     chosen = front.response_ids(record["chosen"])
     rejected = front.response_ids(record.get("rejected", record["chosen"]))       # absent: no loss reads it
-    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected)
+    weight = record["meta"].get("weight", 1.0) if "weights" in needs else 1.0
+    if not command.fits(weight, float):
+        raise UserError(f"meta.weight {weight!r} is not a number; correct it or drop the record")
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected,
+                     prompt_bare, weight)
     return data.truncate(pair, o.max_length)
 
 
@@ -219,7 +224,7 @@ def checked(front, path, o, needs, ranks):
                         "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs, o.follow_links)
-    good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
+    good, tokens, without_image = ranks.first(usable, front, records, o, needs)
     return Pairs(records, good, tokens, front, o, frozenset(needs), without_image,
                  pinned=str(ranks.device).startswith("cuda"))
 
@@ -227,7 +232,7 @@ def checked(front, path, o, needs, ranks):
 def usable(front, records, o, needs):
     """(indices of the good records, tokens of each one's packed row, how many CoPO skips: those without an
     image). Cut responses are counted, and faults end the run as in records.drop."""
-    twice = "image_rejected" in needs
+    twice = "rejected" in data.grouped(needs)
     good = check(records, twice, o.skip_bad)
     faults, tokens, cut, skipped = [], [], 0, 0
     for i in tqdm(good, "tokenising", disable=len(good) < 5000):
@@ -240,7 +245,10 @@ def usable(front, records, o, needs):
                 drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
                 rejected = (drawn.size,) * len(images)
         try:
-            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected)
+            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
+            if not images and "rejected_image_rejected" in needs:
+                raise UserError("it has no image, and this loss asks which image an answer is about; add one "
+                                "or drop the record")
             if "rejected" in needs and pair.chosen == pair.rejected:
                 raise UserError(f"chosen and rejected are the same {len(pair.chosen)} tokens when cut and "
                                 "tokenised: raise --set max_length or drop the record")
@@ -259,6 +267,7 @@ def usable(front, records, o, needs):
 
 
 # ---- steps ----
+@dataclass
 class Batches:
     """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
 
@@ -266,13 +275,14 @@ class Batches:
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
     seconds that the last step has waited for the threads.
     """
-    def __init__(self, pairs, o, ranks, steps):
-        self.pairs = pairs
-        self.o = o
-        self.ranks = ranks
-        self.steps = steps
-        self.per_epoch = math.ceil(len(pairs) / o.batch)
-        self.pool = ThreadPoolExecutor(o.workers)
+    pairs: Pairs
+    o: Any
+    ranks: command.Ranks
+    steps: int
+
+    def __post_init__(self):
+        self.per_epoch = math.ceil(len(self.pairs) / self.o.batch)
+        self.pool = ThreadPoolExecutor(self.o.workers)
         self.begun = {}
         self.kept = {}
 

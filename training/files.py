@@ -93,10 +93,21 @@ class Table(list):
         with explained(f"{self.place(k)} {DAMAGED}", AGAIN):
             found.validate(full=True)                   # a damaged file may point anywhere
             record, = found.to_pylist()
-        return record
+            return _parsed(record, found.schema)
 
     def place(self, k):
         return f"{self.path}, record {k + 1}"
+
+
+def _parsed(value, kind):
+    """A value of an arrow type, its JSON parsed: so `datasets` stores what is a text here, a list there."""
+    if getattr(kind, "extension_name", "") == "arrow.json" and value is not None:
+        return json.loads(value)
+    if isinstance(value, dict):
+        return {name: _parsed(part, kind.field(name).type) for name, part in value.items()}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_parsed(part, kind.value_type) for part in value]
+    return value
 
 
 @lru_cache(4)
@@ -121,12 +132,15 @@ def _table(path, group=None):
 class Folder(list):
     """The records of a folder's files, one file after the other in the order of their names."""
     def __init__(self, folder):
-        names = sorted(filter(SHARD.fullmatch, os.listdir(folder)))
+        for place in filter(os.path.isdir, (folder, os.path.join(folder, "data"))):        # as on the hub
+            names = sorted(filter(SHARD.fullmatch, os.listdir(place)))
+            if names:
+                break
         if len({SHARD.fullmatch(name).groups() for name in names}) != 1:
             there = ", ".join((names or sorted(os.listdir(folder)))[:4])
             raise UserError(f"{folder} could not be read (Is a directory with {there}): give a file, or a "
                             "folder of parquet, arrow or JSON files of one kind and split")
-        self.files = [opened(os.path.join(folder, name)) for name in names]
+        self.files = [opened(os.path.join(place, name)) for name in names]
         for file in self.files:
             self += [(file, k) for k in range(len(file))]
 

@@ -6,10 +6,10 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import hashlib
 import math
 import platform
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count
@@ -20,6 +20,7 @@ import losses
 from data import UserError
 from model import command
 from model.command import behind_set, option
+from training import objectives
 from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
@@ -30,34 +31,35 @@ class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
     preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
                          "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
-    model: str = option("classroom", "a model's folder (docs/training.md has the families), or classroom")
-    data: str = option("classroom", "preference pairs, a file or a folder of them; classroom makes its own")
+    model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
+    adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
+    data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
     val_data: str = option("", "held-out pairs, for your own data: loss, margin and look, before and after")
     image_root: str = option("", "where image paths start (default: the folder of --data)")
     follow_links: bool = option(False, "symbolic links in a folder of images may lead out of it")
     out: str = option("", "the run's folder (default: runs/PRESET-LOSS-sSEED-HASH)")
-    loss: str = option("mdpo", "a name in losses.LOSSES, or a sum such as dpo+copo")
+    loss: str = option("mdpo", "a name in losses.py or training/objectives.py, or a sum: dpo+copo, "
+                       "0.8*dpo+0.2*bco+sft")
     beta: float = option(0.1, "how strongly the policy is held to the reference", above=0)
-    delta: float = option(0.0, "the reward that AncPO holds the chosen above")
+    delta: float = option(0.0, "the reward that AncPO holds the chosen above", at_least=-command.MOST)
     anchors: str = option("w", "what AncPO anchors: w (chosen), wl (+ rejected), wlm (+ rejected image)")
     image_rejected: str = option("crop", f"the rejected image: {', '.join(DAMAGED)}; or none at all",
                                  choices=(*DAMAGED, "none"))
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
                           choices=("packed", "naive"))
     epochs: int = option(3, "passes over the pairs", above=0)
-    max_steps: int = option(0, "stop after so many steps; 0: all", at_least=0)
+    max_steps: int = option(0, "stop after so many steps; 0: all")
     batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
     micro_batch: int = option(8, "pairs per forward", above=0)
     lr: float = option(2e-4, "peak learning rate", above=0)
-    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", at_least=0,
-                         off="--no-lora")
-    seed: int = option(0, "pairs, LoRA, order and draws", at_least=0)
-    eval_seed: int = option(0, "the scenes of the printed table", at_least=0)
-    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only", at_least=0)
+    lora_r: int = option(64, "LoRA rank; 0: no adapter, all but the vision tower trains", off="--no-lora")
+    seed: int = option(0, "pairs, LoRA, order and draws")
+    eval_seed: int = option(0, "the scenes of the printed table")
+    eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
-    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
-                        choices=("auto", "float32", "bfloat16", "float64"))
+    dtype: str = option("auto", "of the base: float32, bfloat16, float64, nf4; auto is bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16", "float64", "nf4"))
     dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
     restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
 
@@ -65,12 +67,13 @@ class Options:
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
                                    "model's, a name with dots any layer whose full name ends so "
                                    "(multi_modal_projector.linear_1) (default: all of the language model)")
-    weight_decay: float = behind_set(0.0, "AdamW's weight decay", at_least=0)
-    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_least=0, at_most=0.9999999)
-    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_least=0, at_most=0.9999999)
-    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any", at_least=0)
-    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_least=0,
-                               at_most=1)
+    loss_args: str = behind_set("", "a loss's further arguments, with commas: gamma=0.5,lam=2 (default: the "
+                                "papers', in training/objectives.py)")
+    weight_decay: float = behind_set(0.0, "AdamW's weight decay")
+    adam_beta1: float = behind_set(0.9, "AdamW's first beta", at_most=0.9999999)
+    adam_beta2: float = behind_set(0.999, "AdamW's second beta", at_most=0.9999999)
+    clip: float = behind_set(1.0, "largest norm of the gradient; 0: any")
+    warmup: float = behind_set(0.1, "share of the steps in which the learning rate rises", at_most=1)
     max_length: int = behind_set(2048, "tokens of prompt and response; only responses are ever shortened",
                                  above=0)
     template: str = behind_set("", "chat template: a name (vicuna, plain, mistral, llama3) or Jinja "
@@ -85,6 +88,7 @@ class Options:
                                "faster on a GPU")
     check_memory: bool = behind_set(True, "refuse what certainly cannot fit into memory")
     workers: int = behind_set(4, "threads that read the next step's pairs", above=0)
+    reference_cache: str = behind_set("", "a folder that keeps the reference's log-probs for other runs")
     save_every: int = behind_set(50, "steps between checkpoints", above=0)
     pairs: int = behind_set(1000, "pairs of the classroom", above=0)
     pair_options: str = behind_set("", "more options of classroom/pairs.py")
@@ -92,8 +96,7 @@ class Options:
     questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
     split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
                             choices=("print", "tune"))
-    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none",
-                           at_least=0)
+    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
     max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
     eval_data: str = behind_set("", "a small POPE file, or questions about COCO images, evaluated too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
@@ -139,6 +142,9 @@ def parse(argv, description):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
             raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
                             "in")
+    for field in ("lora_r", "lora_alpha", "lora_targets"):
+        if o.adapter and field in chosen:
+            raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
     check(o)
     return o
 
@@ -147,11 +153,15 @@ def check(o):
     """Raise UserError if two values do not fit together."""
     try:
         needs = needs_of(o)
-    except ValueError as e:
-        raise UserError(f"--loss {o.loss} --anchors {o.anchors}: {e}") from None
-    if o.image_rejected == "none" and "image_rejected" in needs:
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise UserError(f"--loss {o.loss}: {e}") from None
+    if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.dtype == "nf4" and (o.shard or not o.lora_r):
+        raise UserError("--dtype nf4 needs LoRA, and goes without --shard: choose another type")
+    if o.redraw and o.reference_cache:
+        raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
@@ -162,12 +172,28 @@ def check(o):
 
 def loss_of(o):
     """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
-    return losses.resolve(o.loss, anchors=o.anchors)
+    more = {}
+    for item in filter(None, o.loss_args.split(",")):
+        name, _, text = item.partition("=")
+        more[name] = float(text)
+    return objectives.resolve(o.loss, anchors=o.anchors, **more)
 
 
 def needs_of(o):
     """The fields of losses.Logps that a run computes. Raises ValueError."""
     return losses.needs(loss_of(o)) | {"chosen"}
+
+
+def announce(o):
+    """Say what the loss is at the start, and whether it pulls the right way -> the fields of losses.Logps
+    that a run computes of the reference."""
+    policy, reference, values = losses.tried(loss_of(o), o.beta, o.delta)
+    said = f"--loss {o.loss} begins at {values.mean():.4f} for two made-up pairs"
+    gradient = policy.chosen.grad
+    if gradient is None or (gradient >= 0).any():
+        said += " and does not make their chosen responses likelier: check its signs, if it should"
+    print(said, file=sys.stderr)
+    return {*reference, "chosen"} if reference else set()
 
 
 def steps_of(o, n):
@@ -195,11 +221,11 @@ def run_folder(o):
     if o.out:
         return Path(o.out)
     text = repr(sorted(decisive(o).items())) + losses_source()
-    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{command.fingerprint(text.encode())[:8]}"
 
 
 def losses_source():
-    return Path(losses.__file__).read_text()
+    return "".join(Path(module.__file__).read_text() for module in (losses, objectives))
 
 
 def claim(out, o):
@@ -224,7 +250,7 @@ def claim(out, o):
         for name in ("data", "val_data"):
             now = data_identity(o, name)
             was = first.get(f"{name}_identity", now)
-            if now and was != now:
+            if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
                 differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
@@ -236,7 +262,7 @@ def claim(out, o):
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
     path = getattr(o, name)
-    if path in ("", "classroom") or not Path(path).exists():
+    if path in ("", "classroom"):
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
 

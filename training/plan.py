@@ -31,18 +31,20 @@ def memory(config, o, tokens, device="cpu", world=1):
     import transformers
     family = front.FAMILIES[config.model_type]
     with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = getattr(transformers, family.architecture)(config)
-    if o.lora_r:
-        lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","))
-    else:
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    adapt(model, o)
+    if not o.lora_r:
         model.get_submodule(family.tower).requires_grad_(False)
 
     # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
+    e = command.dtype(o.dtype, device).itemsize
     frozen = whole = sharded = 0
     for name, p in model.named_parameters():
         layer = name.startswith(f"{family.language}.layers.") and ".lora_" not in name
         divided = layer and o.shard and world > 1
         held = p.numel() / world if divided else p.numel()
+        if layer and o.dtype == "nf4" and p.ndim == 2:
+            held *= 0.5625 / e                                        # half a byte, and a block's scale
         if not p.requires_grad:
             frozen += held
         elif divided:
@@ -51,7 +53,6 @@ def memory(config, o, tokens, device="cpu", world=1):
             whole += held
 
     # ---- bytes ----
-    e = command.dtype(o.dtype, device).itemsize
     master = max(4, e)
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
@@ -67,9 +68,18 @@ def memory(config, o, tokens, device="cpu", world=1):
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
     row = max(max(tokens), min(o.micro_batch, o.batch, len(tokens)) * sum(tokens) / len(tokens))
     text = config.text_config
-    graph = 1 if "." in o.lora_targets else text.num_hidden_layers    # LoRA may be on the last layers alone
+    # LoRA may be on the last layers alone
+    graph = 1 if o.adapter or "." in o.lora_targets else text.num_hidden_layers
     found["activations"] = e * row * text.hidden_size * graph
     return found
+
+
+def adapt(model, o):
+    """Put a run's LoRA, if it has one, on transformers' model. Raises UserError for one that does not fit."""
+    if o.adapter:
+        lora.load(model, o.adapter)
+    elif o.lora_r:
+        lora.add_lora(model, o.lora_r, o.lora_alpha, o.lora_targets.split(","), o.seed)
 
 
 def capacity(device):

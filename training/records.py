@@ -45,6 +45,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+import lora
 from data import UserError, draw, read_image
 from model import command
 from training import files
@@ -215,7 +216,8 @@ class Records:
     rejected: whether a record's rejected response is read. follow_links: as data.inside has it."""
 
     def __init__(self, path, image_root=None, rejected=True, follow_links=False):
-        self.path, self.raw, self.rejected = str(path), files.opened(str(path)), rejected
+        path = lora.fetched(str(path), "dataset")
+        self.path, self.raw, self.rejected = path, files.opened(path), rejected
         self.follow_links = follow_links
         own = path if os.path.isdir(path) else Path(path).parent
         self.root = os.path.realpath(image_root or own)
@@ -243,13 +245,6 @@ class Records:
 
     def __len__(self):
         return len(self.keep)
-
-    def __iter__(self):
-        """All pairs, those of one record together."""
-        for i in range(len(self)):
-            pair = self[i]
-            yield pair
-            yield from (self[i + n * len(self)] for n in range(1, pair["pairs"]))
 
     def place(self, i):
         """FILE, line N (in parquet and arrow: record N): for messages."""

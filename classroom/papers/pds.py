@@ -1,11 +1,13 @@
 """PDS-DPO's analyses of the synthesis itself, for reproduce.py: claims, rules, verdicts, as in findings.py.
 
-Read from results/synthesis.json: what `synth.py analyse` found on the run behind scorers.py's pairs. The
-paper's models and judge are large; here all are the classroom's small ones. What the pairs are worth to DPO,
-the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
+Read from results/synthesis.json: what analyses.py and scorers.py found on the run behind the pairs.
+The paper's models and judge are large; here all are the classroom's small ones. What the pairs are worth to
+DPO, the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+
+import math
 
 import data
 from classroom.papers import study
@@ -17,9 +19,15 @@ def analysis():
     return data.read_json(ANALYSIS, {})
 
 
+def wilson(k, n, z=1.96):
+    """95% interval of a share k of n; of none (0, 1)."""
+    middle, total = k + z * z / 2, n + z * z
+    width = z * math.sqrt(k * (n - k) / max(n, 1) + z * z / 4)
+    return [(middle - width) / total, (middle + width) / total]
+
+
 def share(k, n):
     """A share of n in percent with Wilson's 95% interval."""
-    from synthesis.analysis import wilson
     low, high = wilson(k, n)
     return 100 * k / n, 100 * low, 100 * high
 

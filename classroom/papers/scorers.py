@@ -14,6 +14,7 @@ where the generator failed, it is wrong.
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from classroom import synthesis, world  # noqa: E402
+from classroom.papers import analyses  # noqa: E402
 
 OUT, RESULTS = Path("runs/synth-scorers"), HERE / "results" / "synthesis.json"
 SCORERS = ("armorm", "clip", "length", "random", "oracle")
@@ -38,24 +40,23 @@ def oracle(run):
 
 
 def judge(run):
-    """judge.jsonl, replies for `synth.py analyse --set judge=...`: of two rankers' picks the one that shows
-    more of the prompt by synthesis.recognise (objects in their colours, then objects at all), else tie."""
+    """Table 5's counts: of the first two rankers' picks the better is the one that shows more of the prompt
+    by synthesis.recognise (objects in their colours, then objects at all)."""
     from PIL import Image
-
-    from synthesis import analysis
-    rows = []
-    for r in run.rows("ranked"):
-        words, shown, picks = r["prompt"].split(), [], analysis.duel(r, run.o.seed).values()
+    ranked, count = run.rows("ranked"), Counter()
+    names = list(ranked[0]["scores"])[:2]
+    for r in ranked:
+        words, shown = r["prompt"].split(), []
+        picks = [min(analyses.top(r["scores"][name], 1)) for name in names]
         things = {(t, c) for c, t in zip(words, words[1:], strict=False) if t in world.TYPES}
-        if len(set(picks)) < 2:
-            continue
         for k in picks:
             with Image.open(run.out / r["candidates"][k]["image"]) as image:
                 cells = set(synthesis.recognise(image, words[0])[0]) - {None}
             shown.append((len(things & cells), len({t for t, _ in things} & {t for t, _ in cells})))
-        a, b = shown
-        rows.append({"id": r["id"], "reply": "A" if a > b else "B" if b > a else "tie"})
-    run.write("judge", rows)
+        ours, other = shown
+        outcome = "wins" if ours > other else "losses" if other > ours else "ties"
+        count["same_pick" if picks[0] == picks[1] else outcome] += 1
+    return {"rankers": names} | {name: count[name] for name in ("wins", "losses", "ties", "same_pick")}
 
 
 def pairs(n=100):
@@ -66,9 +67,7 @@ def pairs(n=100):
     synth.main(["all", *given])
     run = synth.Run(synth.options(["all", *given])[1], OUT)
     oracle(run)
-    judge(run)
-    synth.main(["analyse", *given, "--set", f"judge={OUT}/judge.jsonl"])
-    found = data.read_json(OUT / "analysis.json") | {"longer": {}}
+    found = analyses.tables(run, run.rows("ranked")) | {"judge": judge(run), "longer": {}}
     for scorer in SCORERS:
         for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
             synth.main([stage, *given, "--scorer", scorer])

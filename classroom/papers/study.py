@@ -75,7 +75,8 @@ def ranked(rows, method):
         if row["name"].startswith(f"{method}, "):
             tried.setdefault(row["name"].removeprefix(f"{method}, "), []).append(row)
     cost = {x: [r["before"]["cover"] - r["after"]["cover"] for r in runs] for x, runs in tried.items()}
-    lost = {x: statistics.mean(c) + 2 * statistics.stdev(c) for x, c in cost.items()}
+    spread = {x: statistics.stdev(c) if len(c) > 1 else 0 for x, c in cost.items()}
+    lost = {x: statistics.mean(c) + 2 * spread[x] for x, c in cost.items()}
     chair = {x: statistics.mean(r["after"]["chair_s"] for r in runs) for x, runs in tried.items()}
     return sorted(lost, key=lambda x: (lost[x] > COVER, chair[x] if lost[x] <= COVER else lost[x]))
 
