@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-import lora
 from model import command, front, llava
 
 SHARD = 1 << 30                                        # bytes of an output file, at most (or one tensor)
@@ -430,6 +429,7 @@ def run(src, dst, tower=None, report=print, base=None):
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
     """Lines that say what a model's folder is, by its files, and what is torn or missing."""
+    import lora
     folder = lora.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []
