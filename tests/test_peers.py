@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import pairs_of, picture
 from PIL import Image
 
 import data
@@ -124,7 +124,7 @@ def present(package):
 def test_we_read_the_pairs_of_the_native_file(folder, name):
     *_, pairs = FILES[name]
     data.write_jsonl("native.jsonl", pairs)
-    found, native = [list(Records(folder / path)) for path in (name, "native.jsonl")]
+    found, native = [pairs_of(Records(folder / path)) for path in (name, "native.jsonl")]
     for record in found + native:
         del record["id"]                                    # they name none: it is the file's name
         for key in ("images", "images_rejected"):
@@ -150,5 +150,5 @@ def test_ms_swift_writes_the_file_that_is_here(folder, name):
     swift_dataset(name).to_json("again.jsonl", force_ascii=False)
     assert Path("again.jsonl").read_bytes() == (DATA / name).read_bytes()
     swift_dataset(name).to_parquet("again.parquet")
-    lines, parquet = [list(Records(folder / f"again.{ending}")) for ending in ("jsonl", "parquet")]
+    lines, parquet = [pairs_of(Records(folder / f"again.{ending}")) for ending in ("jsonl", "parquet")]
     assert parquet == lines
