@@ -311,6 +311,8 @@ def merge_folder(model, adapter, out, dtype="auto"):
     load(merged, adapter)
     merge(merged)
     write_folder(merged, source, out)
+    if (about := Path(adapter, "README.md")).exists():
+        data.atomic_write(out / "README.md", about.read_text().replace("name: peft", "name: transformers"))
 
 
 def write_folder(model, source, out, weights=None):
