@@ -199,8 +199,7 @@ def read_records(path, torn_ok=True, check=as_record):
 
 
 def inside(root, path, what, follow_links=False):
-    """The path of `path` in `root`, which it must not leave; its symbolic links may, with follow_links (else
-    they are resolved). Raises UserError."""
+    """A path in `root`, which it may leave by symbolic links alone, with follow_links. Raises UserError."""
     root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if "\0" in path or os.path.commonpath([root, found]) != root:
@@ -384,9 +383,13 @@ class Pair(NamedTuple):
     weight: float = 1.0           # the record's meta.weight
 
     def shown(self, images):
-        """(prompt, sizes of its images) with `images` or `rejected` ones, or `none`."""
-        return {"images": (self.prompt, self.sizes), "rejected": (self.prompt_rejected, self.sizes_rejected),
-                "none": (self.prompt_bare, ())}[images]
+        """(prompt, sizes of its images): its own `images`, the `rejected` ones, or `none`."""
+        return {"images": (self.prompt, self.sizes), "none": (self.prompt_bare, ()),
+                "rejected": (self.prompt_rejected, self.sizes_rejected)}[images]
+
+    def response(self, field):
+        """The one whose log-prob a field of losses.Logps is."""
+        return self.rejected if field.startswith("rejected") else self.chosen
 
 
 class Batch(NamedTuple):
@@ -425,7 +428,7 @@ class Row(NamedTuple):
     segments: list        # [Segment]
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
-    lengths: list         # tokens of each response in `predict`: all of a field, in the order of SCORED
+    lengths: list         # tokens of each response in `predict`: all of a field, field after field
 
 
 def send(x, device):
@@ -433,64 +436,44 @@ def send(x, device):
     return x.to(device, non_blocking=device.type == "cuda")
 
 
-def plain_positions(ids, sizes):
-    """Positions (T,) of a prompt whose images are tokens like all others."""
-    import torch
-    return torch.arange(len(ids))
-
-
 def positions_after(positions, n):
     """Positions of n tokens after a prompt with positions (T,) or (3, T): they continue from the largest."""
     import torch
-    more = torch.arange(n) + positions.max() + 1
-    return more.expand(*positions.shape[:-1], n)
+    return (torch.arange(n) + positions.max() + 1).expand(*positions.shape[:-1], n)
 
 
-# What each log-prob in losses.Logps is of: (the images in its prompt, its response).
-SCORED = {"chosen": ("images", "chosen"), "rejected": ("images", "rejected"),
-          "image_rejected": ("rejected", "chosen"), "rejected_image_rejected": ("rejected", "rejected"),
-          "chosen_no_image": ("none", "chosen"), "rejected_no_image": ("none", "rejected")}
-
-
-def scored(needs):
-    """The log-probs among the fields of losses.Logps in `needs`, in the order of SCORED."""
-    return [field for field in SCORED if field in needs]
+FIELDS = {"images": ("chosen", "rejected"), "rejected": ("image_rejected", "rejected_image_rejected"),
+          "none": ("chosen_no_image", "rejected_no_image")}          # in losses.Logps, by the prompt's images
 
 
 def grouped(needs):
-    """{the images in a prompt: the responses that are scored behind it}."""
-    found = {}
-    for images, response in map(SCORED.get, scored(needs)):
-        found.setdefault(images, []).append(response)
-    return found
+    """{the images in a prompt: the fields of losses.Logps in `needs` that are scored behind it}."""
+    found = {images: [field for field in fields if field in needs] for images, fields in FIELDS.items()}
+    return {images: fields for images, fields in found.items() if fields}
 
 
-def pack(pairs, needs, positions_of=plain_positions):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each pair, then `[prompt_rejected | chosen | rejected]`
-    of each, then the same behind the prompts without images.
-
-    needs: fields of losses.Logps that the loss reads; what it does not read is not packed.
-    positions_of(ids, sizes): a family's, of a prompt; both responses continue from its largest.
-    """
+def pack(pairs, needs, positions_of=None):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each; so with their rejected images, then without any.
+    needs: fields of losses.Logps; what is not among them is not packed. positions_of(ids, sizes): a family's,
+    of a prompt (if not 0, 1, ...); both responses continue from its largest."""
     import torch
-    ids, positions, segments, scored = [], [], [], []
-    for images, names in grouped(needs).items():
-        behind = []                                          # its responses, which take turns
+    ids, positions, segments, scored = [], [], [], {}
+    for images, fields in grouped(needs).items():
         for pair in pairs:
             prompt, sizes = pair.shown(images)
-            start, own = len(ids), positions_of(prompt, sizes)                      # (P,) or (3, P)
+            start = len(ids)
+            own = positions_of(prompt, sizes) if positions_of else torch.arange(len(prompt))
             ids += prompt
             positions.append(own)
             last = len(ids) - 1                              # predicts the first token of both responses
-            responses = [getattr(pair, name) for name in names]
-            for response in responses:
+            responses = [pair.response(field) for field in fields]
+            for field, response in zip(fields, responses, strict=True):
                 places = [last, *range(len(ids), len(ids) + len(response) - 1)]
-                behind.append((places, response))
+                scored.setdefault(field, []).append((places, response))
                 ids += response
                 positions.append(positions_after(own, len(response)))
             segments.append(Segment(start, len(prompt), *map(len, responses)))
-        for n in range(len(names)):
-            scored += behind[n::len(names)]
+    scored = sum(scored.values(), [])
     predict = torch.tensor([place for places, _ in scored for place in places])
     target = torch.tensor([token for _, response in scored for token in response])
     lengths = [len(response) for _, response in scored]

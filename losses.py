@@ -134,9 +134,9 @@ def resolve(name, known=LOSSES, **more):
     return total
 
 
-# Two pairs of made-up numbers, in which no two fields are alike.
-EXAMPLE = Logps(*torch.tensor([[-4.0, -3.0], [-5.0, -6.0], [-7.0, -4.5], [3.0, 2.0], [4.0, 3.0],
-                               [-8.0, -5.5], [-9.0, -6.5], [-3.5, -7.5], [0.5, 2.0]]))
+# Two pairs of made-up numbers, in which no two fields are alike: log-probs below 0, the others above.
+numbers = torch.arange(3.0, 21.0).view(9, 2)
+EXAMPLE = Logps(*-numbers[:3], *numbers[3:5], *-numbers[5:8], numbers[8])
 
 
 class Noting(dict):

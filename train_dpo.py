@@ -33,8 +33,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -50,7 +49,7 @@ import lora
 import losses
 from evaluation import answers
 from model import command, front, vlm
-from training import batches, checkpoint, look, options, plan, report, watch
+from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
 
@@ -62,8 +61,7 @@ class Run:
     out: Path
     ranks: command.Ranks
     model: vlm.VLM
-    sharded: bool                        # --shard: a forward needs all ranks
-    first: Any                           # ranks.first(work), where work() may run the model
+    first: Any                           # as ranks.first, for work that may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
     reference: Reference
@@ -73,8 +71,8 @@ class Run:
     batches: batches.Batches
     steps: int
     base: str                            # which base: a resumed run must have the same
-    state: checkpoint.State = field(default_factory=checkpoint.State)
-    stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
+    state: checkpoint.State
+    stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
 
 
@@ -86,14 +84,14 @@ def prepare(o, out, ranks):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path, held_out = ranks.first(partial(batches.classroom_files, o, out))
+    path, held_out = ranks.first(batches.classroom_files, o, out)
     family = front.open_folder(o.model, o.template or None, o.images)
-    needs, reads = options.needs_of(o), ranks.first(partial(options.announce, o))
+    needs, reads = options.needs_of(o), ranks.first(options.announce, o)
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if held_out:                                                # a margin needs the rejected response
         val = batches.checked(family, held_out, o, needs | {"rejected"}, ranks)
-    ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
+    ranks.first(plan.refuse, family.config, o, pairs.tokens, ranks)
 
     # ---- the model and its trainable weights ----
     dtype = command.dtype(o.dtype, ranks.device)
@@ -115,23 +113,26 @@ def prepare(o, out, ranks):
 
     # ---- the run ----
     forward = vlm.FORWARDS[o.forward]
-    file_of = partial(cache_file, o, f"{base} {dtype} {ranks.device.type}")
+    file_of = partial(cache_file, o, f"{base} {o.dtype} {dtype} {ranks.device.type}")
     reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
                           file_of(reads, pairs, "training"))
     if val:
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
                                   file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=base)
+               base=base, state=checkpoint.State(), stop=checkpoint.Stop())
 
 
 def load(family, o, dtype, device):
     """The VLM with its trainable weights: LoRA's, or all but the vision tower's."""
-    model = vlm.load(family, dtype=dtype, device=device)
+    packed = o.dtype == "nf4"
+    model = vlm.load(family, dtype=dtype, device="cpu" if packed else device)
     plan.adapt(model.model, o)
+    if packed:
+        lora.quantise(model.model, device)
     if not o.lora_r:
         vlm.train_whole(model)
     if o.checkpointing:
@@ -190,7 +191,7 @@ def learning_rate(t, steps, o):
     warm = math.ceil(o.warmup * steps)
     if t < warm:
         return o.lr * t / warm
-    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / max(1, steps - warm)))
+    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / (steps - warm)))
 
 
 def measures(policy, reference, loss, beta):
@@ -236,7 +237,7 @@ def train(run):
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
         log_look(run, "before", before)
-    recent, warned = deque(maxlen=watch.STEPS), {""}
+    recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
                disable=run.ranks.rank > 0)
@@ -248,10 +249,9 @@ def train(run):
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
             recent.append(line)
-            said = watch.warning(recent, o)
-            if run.ranks.rank == 0 and said not in warned:
-                tqdm.write(f"step {done}: {said}", file=sys.stderr)
-            warned.add(said)
+            if done % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
+                tqdm.write(checkpoint.warning(recent, o), sys.stderr, end="")
+                recent = []
             last = done == run.steps
             if o.eval_every and done % o.eval_every == 0 and not last:
                 found = evaluate(run, f"step-{done}")
@@ -263,14 +263,14 @@ def train(run):
                 raise KeyboardInterrupt
     after = evaluate(run, "after")
     log_look(run, "after", after)
-    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
-    return run.first(partial(finish, run, before, after, weights))
+    weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
+    return run.first(finish, run, before, after, weights)
 
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
     """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    return run.first(partial(kept_scores, run, name))
+    return run.first(kept_scores, run, name)
 
 
 def kept_scores(run, name):
@@ -333,12 +333,14 @@ def finish(run, before, after, weights):
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
                "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
+    folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
-        lora.save(model.model, out / "adapter", str(model.front.folder))
-    elif not (out / "model").exists():
-        lora.write_folder(model.model, model.front.folder, out / "model", weights)
+        lora.save(model.model, folder, str(model.front.folder))
+    elif not folder.exists():
+        lora.write_folder(model.model, model.front.folder, folder, weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
+    data.atomic_write(folder / "README.md", report.card(out, summary))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

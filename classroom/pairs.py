@@ -38,6 +38,7 @@ class Recipe:
     temperature: float = 1.
     scorer_noise: float = 1.
     split: str = "train"
+    weights: bool = False
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -92,8 +93,18 @@ def made(seed, n, recipe):
             question, chosen, rejected, kind = question_pair(rng, s, recipe)
         else:
             (question, chosen, rejected), kind = caption_pair(rng, s, recipe), "caption"
-        out.append((record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind), s))
+        row = record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind)
+        if recipe.weights:
+            row["meta"]["weight"] = severity(s, rejected)
+        out.append((row, s))
     return out
+
+
+def severity(s, text):
+    """2 if a text names an absent thing that tempts less than those of its scene do in the mean, else 1."""
+    strength = dict(s.tempting)
+    mean = sum(strength.values()) / max(1, len(strength))
+    return max([1, *(2 for t in world.mentions(text) if t not in s.counts and strength.get(t, 0) < mean)])
 
 
 def home(recipe):
@@ -137,7 +148,7 @@ def score(rng, s, text, noise):
 
 def describe(records):
     """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it
-    names, how long it is; where in the list the hallucinated word stands (0 first, 1 last)."""
+    names, how long it is; where in the list the hallucinated word is (0 first, 1 last)."""
     captions, out = [r for r in records if r["meta"]["kind"] == "caption"], {}
     for role in ("chosen", "rejected"):
         said = [world.mentions(r[role]) for r in captions]
@@ -154,6 +165,18 @@ def describe(records):
                      "closer": 100 * sum(any(c in r[role] for c in world.CLOSERS) for r in captions) / total}
     out = {role: {k: round(v, 2) for k, v in table.items()} for role, table in out.items()}
     return out | {"captions": len(captions), "questions": len(records) - len(captions)}
+
+
+SAID = {"hallucinates": "hallucinate, %", "cover": "Cover, %", "objects": "objects named", "words": "words",
+        "place": "place of an invented word, 0 first, 1 last", "closer": "end on speculation, %"}
+
+
+def table(found):
+    """What describe finds, for reading."""
+    lines = [f"{'{captions} captions, {questions} questions'.format(**found):44} chosen  rejected"]
+    for key, says in SAID.items():
+        lines.append(f"{says:44} {found['chosen'][key]:6.2f}  {found['rejected'][key]:8.2f}")
+    return "\n".join(lines)
 
 
 # --- examination ----------------------------------------------------------------------------------
@@ -294,6 +317,9 @@ def main_pairs(argv):
     add("--scorer_noise", type=float, default=d.scorer_noise,
         help="the standard deviation of the scorer's error (%(default)s)")
     add("--split", choices=("train", "tune"), default=d.split, help="whose scenes (%(default)s)")
+    add("--weights", action="store_true",
+        help="meta.weight of a pair, for --loss hsa: 2 if the rejected answer names something that is hardly "
+             "to be expected in such a scene, else 1")
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
@@ -301,7 +327,7 @@ def main_pairs(argv):
         parser.error(f"--gap {o.gap} is not between -1 and 1")
     both = on_policy(o.seed, o.n, recipe, o.on_policy) if o.on_policy else made(o.seed, o.n, recipe)
     write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both})
-    print(json.dumps(describe([r for r, _ in both])))
+    print(table(describe([r for r, _ in both])))
     print(f"{len(both)} pairs -> {o.out / 'pairs.jsonl'}")
 
 

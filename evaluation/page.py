@@ -18,9 +18,9 @@ from model import ask
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#62666e;--line:#e2ded5;
---c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--bad:#b3261e}
+--c0:#1f6cb0;--c1:#b4541a;--c2:#3b7d4f;--c3:#8a4fa3;--c4:#6b6b6b;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--bg:#16181b;--card:#1d2024;--ink:#e4e2dd;--soft:#a3a6ac;
---line:#363a41;--c0:#74b2ee;--c1:#eda06a;--c2:#86c99a;--bad:#ff8b80}}
+--line:#363a41;--c0:#74b2ee;--c1:#eda06a;--c2:#86c99a;--c3:#c795db;--c4:#a8a8a8;--bad:#ff8b80}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:16px/1.55 Charter,"Iowan Old Style",Georgia,serif}p{max-width:72ch;margin:.3em 0 .9em}
 main{max-width:1120px;margin:auto;padding:28px clamp(14px,3vw,36px) 60px}h1{font-size:1.7rem;line-height:1.2}
@@ -35,6 +35,7 @@ td:first-child{text-align:left;padding-left:0}td small,.key span{display:block}
 .row{display:flex;gap:16px;flex-wrap:wrap}.row figure{margin:0;width:112px}.row>div{flex:1 1 220px}
 svg{display:block;width:100%;margin:.3em 0}path{fill:none;stroke-width:2}.rule{stroke:var(--line)}
 .s0{stroke:var(--c0)}.s1{stroke:var(--c1);stroke-dasharray:7 3}.s2{stroke:var(--c2);stroke-dasharray:2 3}
+.s3{stroke:var(--c3);stroke-dasharray:9 2 2 2}.s4{stroke:var(--c4);stroke-dasharray:1 2}
 rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{stroke:var(--ink);stroke-width:1.4}
 .grid+table{margin:14px 0 22px}
 .key svg{width:26px;display:inline;margin:0 .5em 3px 0}

@@ -58,7 +58,6 @@ class Family:
     squares = False            # whether images may be padded to a square
     packs = True
     lead = token_types = ""
-    positions = staticmethod(data.plain_positions)
 
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
@@ -66,6 +65,11 @@ class Family:
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
         # The classroom's are few and small, and each evaluation shows them several times.
         self.read = lru_cache(2048 if self.is_classroom else 2)(self.picture)
+
+    def positions(self, ids, sizes):
+        """Positions (T,) or (3, T) of a prompt; here images are tokens like all others."""
+        import torch
+        return torch.arange(len(ids))
 
     # ---- what differs between families: image_ids(size), and where these do not fit ----
     def usual_template(self):

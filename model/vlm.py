@@ -209,9 +209,9 @@ def naive(m, pairs, features, needs):
     pairs: list of data.Pair. features: their Features. needs: the fields of losses.Logps to compute.
     """
     rows, shown = [], []
-    for images, names in data.grouped(needs).items():
-        for name in names:
-            rows += [(*p.shown(images), getattr(p, name)) for p in pairs]
+    for images, fields in data.grouped(needs).items():
+        for field in fields:
+            rows += [(*p.shown(images), p.response(field)) for p in pairs]
             shown += getattr(features, images)
 
     # ---- rows of one length: right padding needs no mask, no real token can see the padding behind it ----
@@ -235,8 +235,9 @@ def naive(m, pairs, features, needs):
 
 
 def as_logps(sums, pairs, needs):
-    """Summed log-probs (F B,), field after field as data.scored has them -> losses.Logps of (B,)."""
-    found = dict(zip(data.scored(needs), sums.split(len(pairs)), strict=False))    # no field: one empty part
+    """Summed log-probs (F B,), field after field as data.grouped has them -> losses.Logps of (B,)."""
+    fields = sum(data.grouped(needs).values(), [])
+    found = dict(zip(fields, sums.split(len(pairs)), strict=False))                # no field: one empty part
     numbers = [[len(p.chosen), len(p.rejected), p.weight] for p in pairs]
     chosen, rejected, weights = data.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
     return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected, weights=weights)

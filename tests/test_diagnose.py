@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import picture, write_llava
+from conftest import pairs_of, picture, write_llava
 from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, trained, write_pairs
 
 import data
@@ -184,7 +184,7 @@ def test_kl_is_the_log_ratio_of_the_tokens_that_were_drawn(world, tuned, tmp_pat
     monkeypatch.setattr(generation, "continued", noting)
     found = diagnose.look(tuned, records, range(3), o, "after")
     ratios = []
-    for record, tokens in zip(records, drawn, strict=True):
+    for record, tokens in zip(pairs_of(records), drawn, strict=True):
         monkeypatch.setattr(front, "response_ids", lambda _, tokens=tokens: tokens)
         mine, frozen = by_hand(tuned, record, data.read_image(record["images"][0]), "chosen")
         ratios.append(mine - frozen)

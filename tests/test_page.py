@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from classroom.papers import figures, finding, findings, page
+from classroom.papers import figures, finding, findings, forest, page, reproduce
 
 NAMES = ["table1", "fig5", "fig4", "pds_fig6", "table4", "table2"]
 EVIL = "<script>alert('1')</script>\"'&|*x*"
@@ -128,6 +128,29 @@ def test_every_table_and_figure_is_in_the_overview_with_its_verdict(written):
     assert "Not run: `python classroom/papers/reproduce.py table2`" in text
     assert ("6 tables and figures: 1 ✓ appear, 1 ◐ appear under a condition, 1 ✗ do not appear, 2 ○ not run, "
             "1 without a verdict; 1 of them exploratory.") in text
+
+
+def test_the_page_opens_with_one_figure_of_all_claims():
+    """Before any table: each claim, its verdict in a sign and words, a mark for each of its comparisons."""
+    lines = reproduce.lines()
+    found = [findings.finding(name, lines) for name in findings.TABLES]
+    html = page.html([finding.complete(f) for f in found], {})
+    opening = html[html.index("<main>"):html.index("<table")]
+    rows = re.findall(r'<div class="claim (\w+)">(.*?)</div>', opening, re.DOTALL)
+    assert len(rows) == len(found) and opening.count("<figure") == 1
+    for f, (kind, row) in zip(found, rows, strict=True):
+        sign = {"yes": "✓", "no": "✗", "part": "◐"}[kind]
+        assert f"<em>{sign} {f['verdict']}" in row.replace("&#x27;", "'")
+        assert f'href="#{f["name"]}"' in row
+        drawn = [part for part in f["parts"] if part["difference"]]
+        assert row.count("<g><title>") == row.count('class="shade"') == len(drawn)
+        for kind, shape in (("holds", forest.DISC), ("fails", forest.CROSS)):
+            wanted = sum(part["holds"] == (kind == "holds") for part in drawn)
+            assert row.count(f'<path class="{kind}" d="{shape}"') == wanted
+        assert row.count('class="theirs"') == sum(part["paper"] is not None for part in drawn)
+    places = [float(x) for x in re.findall(r'\b(?:x|x1|x2)="([\d.]+)%"', opening)]
+    assert 0 <= min(places) and max(places) <= 100
+    assert 'aria-label="against DPO −29.0 (−41.2 to −16.8), as claimed; the paper: −17.3' in opening
 
 
 def test_few_runs_are_called_a_look_first_of_all(tmp_path):
@@ -272,3 +295,10 @@ def test_numbers_that_are_no_percents_have_three_digits_and_no_more_than_a_thous
     assert finding.three([-.0001, None, None], "kl") == "0"
     assert finding.three([14.7496, 1.7149, .45678], "kl") == "14.7\n1.71 to 0.457"
     assert finding.three([.04, -.04, 12.345], "chair_s") == "0.0\n0.0 to 12.3"
+
+
+def test_a_difference_has_the_digits_that_show_its_sign():
+    assert finding.three([1, -.01, 2], "chair_s", "+") == "+1.00\n−0.01 to +2.00"
+    assert finding.three([-.004, -1, 1], "cover", "+") == "−0.004\n−1.000 to +1.000"
+    assert finding.three([0, 0, 0], "cover", "+") == "+0.0\n+0.0 to +0.0"
+    assert finding.three([-1, -2, 1e-15], "cover", "+") == "−1.0\n−2.0 to +0.0"

@@ -1,7 +1,9 @@
 """training/report.py: one page that needs nothing else, whatever the run holds."""
 import json
 import re
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -214,3 +216,48 @@ def test_a_run_that_is_under_way_or_diverged(tmp_path):
 
 def test_long_runs_stay_small(tmp_path):
     assert len(read(make_run(tmp_path / "run", steps=20_000))) < 600_000
+
+
+# ---- several runs, and the card ----
+def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run(Path("one")), make_run(Path("<b>two"), evil=EVIL)
+    said = list(data.read_jsonl(one / "after.jsonl"))                 # the same questions, other answers
+    for line in said[1::2]:
+        line["answer"] = f"a dog , a cat {EVIL}"
+    lines(two / "after.jsonl", said)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(one), str(two), "--out", str(tmp_path / "page.html")])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    seen = Page(html)
+    assert seen.open == [] and "script" not in seen.tags and "<b>two − one" in seen.text
+    assert html.count("<mark title") == 12                            # a cat in each of two's captions
+    assert "CHAIR_s, lower is better0.00.0+100.0+100.0 to +100.0" in seen.text    # summary.json says 0
+    paths = [value for name, value in seen.attributes if name == "d"]
+    assert len(paths) > 6                                            # both runs' curves
+
+
+def test_runs_that_answer_different_questions_are_refused(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", images=3)]
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs), "--out", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit, match="different questions"):
+        report.main()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(runs[0]), str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="report.py: .*none"):
+        report.main()
+
+
+def test_the_card_has_pefts_layout_and_the_runs_numbers(tmp_path):
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["options"] |= {"lora_r": 64, "data": "pairs.jsonl"}
+    first, *more = (run / "log.jsonl").read_text().splitlines(True)
+    (run / "log.jsonl").write_text(json.dumps(json.loads(first) | {"data_identity": "abc-def"}) + "\n")
+    text = report.card(run, summary)
+    _, head, body = text.split("---\n", 2)
+    assert "library_name: peft\n" in head and "base_model: x\n" in head and "license:  " in head
+    assert "hash abc-def" in body and "`pairs.jsonl`" in body and "lora_r `64`" in body
+    assert "| CHAIR_s, lower is better | 100.0 | 0.0 | -100.0 |" in body
+    summary["options"]["lora_r"] = 0
+    assert "library_name: transformers\n" in report.card(run, summary)

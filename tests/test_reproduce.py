@@ -1,6 +1,7 @@
 """The papers in miniature: intervals, the judge, the rules, one whole cell, and what was kept apart."""
 import base64
 import json
+import math
 import random
 import re
 import statistics
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from classroom import pairs, world
-from classroom.papers import evidence, findings, pds, reproduce, study
+from classroom.papers import evidence, findings, pds, reproduce, rules, study
 
 LINES = reproduce.lines()
 BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
@@ -96,27 +97,101 @@ def test_fig1_is_a_test_of_equivalence():
 
 def test_table1_needs_both_comparisons():
     assert verdict("table1", {"mDPO": 20, "DPO": 40}) == "appears"
-    assert verdict("table1", {"mDPO": 45, "DPO": 40}) == "appears when asked against the base"
+    assert verdict("table1", {"mDPO": 45, "DPO": 40}) == "appears against the base"
     assert verdict("table1", {"mDPO": 60, "DPO": 40}) == "does not appear"
 
 
 def test_fig5_needs_dpo_not_to_gain():
-    sizes = {findings.sized(m, n): x for m, xs in (("mDPO", (30, 20, 10)), ("DPO", (45, 45, 45)))
+    sizes = {findings.sized(m, n): x for m, xs in (("mDPO", (30, 20, 10)), ("DPO", (40, 40, 40)))
              for n, x in zip(findings.SIZES, xs, strict=True)}
     assert verdict("fig5", sizes) == "appears"
-    assert "which gains nothing" not in verdict("fig5", sizes | {"DPO": 35})
+    assert verdict("fig5", sizes | {"DPO": 30}) == (
+        "appears at 250, 500 and 1,000 pairs; for mDPO's gain from more pairs")
 
 
 def test_table2_says_which_part_appears():
     arms = {"mDPO": 20, "DPO": 50, "DPO + AncPO": 40, "DPO + CoPO": 30}
     assert verdict("table2", arms) == "appears"
-    assert verdict("table2", arms | {"DPO + AncPO": 20}) == "appears when AncPO is removed; both are removed"
+    assert verdict("table2", arms | {"DPO + AncPO": 20}) == "appears for AncPO and both together"
 
 
 def test_table4_is_about_improvement_alone():
     more = ("anchors y_w, y_l", "anchors y_w, y_l, m_l")
     assert verdict("table4", {"mDPO": 20} | dict.fromkeys(more, 40)) == "appears"
     assert verdict("table4", {"mDPO": 20} | dict.fromkeys(more, 10)) == "does not appear"
+
+
+# --- "no difference" requires an arm that trains ------------------------------------------------------
+
+
+NEAR = {"base0": -1, "base1": 1, "base2": 0}
+
+
+@pytest.mark.parametrize("name", findings.TABLES)
+def test_where_no_arm_trains_no_claim_appears(name):
+    """Every arm ends where its base is, a little up or down: equal, and worth no claim of equality."""
+    lines = [line(arm, base, seed, 50 + d, scenes="05") for arm in findings.TABLES[name].arms
+             for base, d in NEAR.items() for seed in (0, 1)]
+    assert findings.finding(name, lines)["verdict"] == "does not appear"
+
+
+@pytest.mark.parametrize("name", ["fig1", "table4", "control-crop"])
+@pytest.mark.parametrize("from_base", [0, -4])
+def test_the_same_difference_counts_only_where_an_arm_trains(name, from_base):
+    """The arms are a point apart in both worlds; in the first they are also near their bases."""
+    first, *others = findings.TABLES[name].arms
+    chair = {first: 50 + from_base} | dict.fromkeys(others, 49 + from_base)
+    lines = world_of({arm: {b: [x + d / 9] * 2 for b, d in NEAR.items()} for arm, x in chair.items()})
+    idle = findings.finding(name, lines)
+    assert idle["verdict"] == "does not appear" and "does not train" in idle["parts"][0]["note"]
+    for line in lines:
+        line["after"]["chair_s"] -= 25
+    trained = findings.finding(name, lines)
+    assert trained["verdict"] == "appears" and trained["parts"][0]["note"] == ""
+    assert trained["parts"][0]["difference"] == pytest.approx(idle["parts"][0]["difference"])
+
+
+def test_no_printed_claim_of_equality_is_about_arms_that_do_not_train():
+    """A part whose claim has room on both sides of 0 says "no difference"."""
+    found = [findings.finding(name, LINES) for name in findings.TABLES]
+    equal = [part for f in found for part in f["parts"] if (part["claimed"][0] or 0) < 0]
+    assert len(equal) == 5 and all(part["holds"] <= (part["note"] == "") for part in equal)
+    assert [f["verdict"] for f in found if f["name"] == "fig1"] == ["does not appear"]
+
+
+# --- what is possible ---------------------------------------------------------------------------------
+
+
+def test_an_interval_ends_where_the_measure_does():
+    wild = {"a": [2.], "b": [60.], "c": [99.]}
+    mean, low, high = evidence.possible(wild, "cover")
+    assert 0 < low < mean < high < 100 and mean == pytest.approx(161 / 3)
+    near = {"a": [50.0], "b": [50.2], "c": [50.4]}                     # far from the ends nothing changes
+    assert evidence.possible(near, "cover") == pytest.approx(evidence.nested(near), abs=.01)
+    assert 0 < evidence.possible({"a": [.1], "b": [9.], "c": [2.]}, "kl")[1]
+    assert evidence.possible({"a": [-1.], "b": [2.]}, "look") == evidence.nested({"a": [-1.], "b": [2.]})
+    assert evidence.possible({"a": [100.], "b": [100.]}, "cover") == (100, 100, 100)
+
+
+def test_every_printed_interval_is_possible_and_holds_its_mean():
+    for name in findings.TABLES:
+        for row in findings.finding(name, LINES)["rows"]:
+            for measure, (mean, low, high) in row["values"].items():
+                if low is not None:
+                    assert low <= mean <= high, (name, row["arm"], measure)
+                    assert measure in evidence.ANY_SIGN or low >= 0
+                    assert measure in (*evidence.ANY_SIGN, *evidence.POSITIVE) or high <= 100
+
+
+def test_chair_i_of_captions_that_name_nothing_is_undefined():
+    silent = line("A", "x", 0, 0.0, scenes="000", chair_i=0.0)
+    assert math.isnan(evidence.value(silent, "chair_i", "after"))
+    assert evidence.value(silent, "chair_s", "after") == 0
+    other = line("A", "x", 1, 10.0, scenes="700", chair_i=8.0)
+    values = evidence.Runs([silent, other]).values("A", "chair_i")
+    assert evidence.possible(values, "chair_i")[0] == 8 and findings.undefined(values, "chair_i") == 1
+    text = (ROOT / "classroom" / "papers" / "RESULTS.md").read_text()
+    assert "undefined in 3 of 6 runs" in text
 
 
 def by_rate(method, points, base="base0", seed=0):
@@ -129,7 +204,7 @@ def test_equal_kl_is_read_between_runs_and_from_the_base():
     runs = evidence.Runs(by_rate("mDPO", [(1, 30), (3, 20), (2, 40), (6, 10), (5, 12)])
                          + by_rate("mDPO", [(.1, 40)] * 5, seed=1))
     for nats, chair in ((.5, 40), (1.5, 35), (2, 40), (4, 16)):           # the base is at 50, at KL 0
-        assert findings.at_kl(runs, "mDPO", nats, "chair_s") == {("base0", 0): pytest.approx(chair)}
+        assert rules.at_kl(runs, "mDPO", nats, "chair_s") == {("base0", 0): pytest.approx(chair)}
 
 
 def test_equal_kl_compares_where_both_methods_go():
@@ -186,11 +261,29 @@ def test_every_line_was_run_as_the_tables_say():
 
 
 def test_the_results_are_what_the_lines_say(tmp_path, monkeypatch, capsys):
-    """RESULTS.md, byte for byte, from the lines of results/."""
+    """From results/, RESULTS.md byte for byte, and results.html without matplotlib's figures."""
     here = ROOT / "classroom" / "papers"
     monkeypatch.setattr(reproduce, "for_people", lambda rows, out: here / "people.html")
     reproduce.write_page(LINES, tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (here / "RESULTS.md").read_text()
+    written, kept = (undrawn((folder / "results.html").read_text()) for folder in (tmp_path, here))
+    assert written == kept
+
+
+def undrawn(html):
+    """What a results.html says, without matplotlib's figures and the sentence that there are none."""
+    html = html[html.index("<body>"):]
+    html = re.sub(r'<figure class="card">.*?</figure>', "", html, flags=re.DOTALL)
+    return re.sub(r"\n<p>Figures are not drawn.*?</p>", "\n", html)
+
+
+def test_the_readme_says_what_the_results_say():
+    """Its sentence on Fig. 1, and the verdict there."""
+    fig1 = findings.finding("fig1", LINES)
+    sentence = re.search(r"[^.]*\(Fig\. 1\)[^.]*\.", (ROOT / "README.md").read_text())[0]
+    assert fig1["verdict"] in sentence
+    kept = (ROOT / "classroom" / "papers" / "RESULTS.md").read_text()
+    assert f"## mDPO, Fig. 1: {fig1['title']}\n\n**✗ {fig1['verdict']}**" in kept
 
 
 # --- the harness ------------------------------------------------------------------------------------

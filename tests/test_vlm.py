@@ -15,6 +15,7 @@ from model import command, front, generation, llava, vlm
 
 FIELDS = ("chosen", "rejected", "image_rejected")
 EVERYTHING = set(FIELDS)
+SCORED = sum(data.FIELDS.values(), ())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def with_lora(folder, seed=0):
 
 
 @pytest.mark.parametrize("needs", [EVERYTHING, {"chosen", "rejected"},
-                                   {"chosen", "image_rejected"}, {"chosen"}, {*data.SCORED},
+                                   {"chosen", "image_rejected"}, {"chosen"}, {*SCORED},
                                    EVERYTHING | {"rejected_image_rejected", "weights"},
                                    {"rejected_image_rejected"}, {"chosen", "rejected_no_image"}])
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
@@ -83,7 +84,7 @@ def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs
         m.model.zero_grad()
         logps = forward(m, pairs, features, needs)
         assert logps.weights.tolist() == [0, 0.5, 1, 1.5]
-        found = [field for field in data.SCORED if getattr(logps, field) is not None]
+        found = [field for field in SCORED if getattr(logps, field) is not None]
         assert {*found} == needs - {"weights"}
         got = torch.stack([getattr(logps, field) for field in found])
         (got * torch.linspace(0.5, 2, got.numel(), dtype=got.dtype).view_as(got)).sum().backward()
@@ -98,8 +99,10 @@ def test_each_field_is_its_response_behind_its_prompt(model):
     """By hand, one at a time: the same response behind the own image, the rejected one, and none."""
     pairs, features = ragged(model)
     with torch.no_grad():
-        together = vlm.packed(model, pairs, features, {*data.SCORED})
-        for field, (images, response) in data.SCORED.items():
+        together = vlm.packed(model, pairs, features, {*SCORED})
+        for field in SCORED:
+            images = "rejected" if "image_" in field else "none" if "no_" in field else "images"
+            response = field.partition("_")[0].replace("image", "chosen")
             shown = {"images": features.images, "rejected": features.rejected, "none": []}[images]
             alone = [one_pair(model, *p.shown(images)[:1], getattr(p, response), (), p.shown(images)[1])
                      for p in pairs]
@@ -111,7 +114,7 @@ def test_what_a_loss_does_not_read_is_not_packed(model):
     """mDPO's and DPO's rows are what they were: not a segment and not a token more."""
     pairs, _ = ragged(model)
     mdpo, dpo, everything = (data.pack(pairs, needs, model.front.positions) for needs in (
-        EVERYTHING, {"chosen", "rejected", "weights"}, {*data.SCORED}))
+        EVERYTHING, {"chosen", "rejected", "weights"}, {*SCORED}))
     prompts, chosen, rejected = (sum(len(getattr(p, name)) for p in pairs)
                                  for name in ("prompt", "chosen", "rejected"))
     assert [s.rejected > 0 for s in mdpo.segments] == [True] * 4 + [False] * 4

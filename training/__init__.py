@@ -5,6 +5,7 @@
     records.py     pairs in every published format, and their check
     batches.py     which pairs a step takes, read ahead and made into tokens and pixels
     reference.py   the frozen reference's log-probs, kept per pair
+    objectives.py  the losses of other papers than mDPO
     optimiser.py   ZeRO-2 by hand around any elementwise torch optimiser
     shard.py       --shard: splits a base that one GPU cannot hold over ranks
     checkpoint.py  save, resume, log, stop

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
+from statistics import fmean
 
 import torch
 
@@ -21,6 +21,7 @@ from training import options
 
 FILE = "last/checkpoint.safetensors"                         # in the run's folder
 PREVIOUS = "last/previous.safetensors"                       # the one before
+WINDOW = 40                                                  # steps that `warning` looks at
 
 
 @dataclass
@@ -49,18 +50,17 @@ def save(run):
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
-        content = packed(tensors, about)
         with contextlib.suppress(OSError):                   # there is none, or the file system has no links
             (run.out / PREVIOUS).unlink(missing_ok=True)
             os.link(run.out / FILE, run.out / PREVIOUS)
-        data.atomic_write(run.out / FILE, content)
+        write(run.out / FILE, tensors, about)
         run.reference.keep()
 
 
-def packed(tensors, about):
-    """The bytes that `read` reads, of tensors and {str: str}."""
+def write(file, tensors, about):
+    """A checkpoint: tensors, and texts about them, under a hash over all of it."""
     from safetensors.torch import save as to_bytes
-    return to_bytes(tensors, about | {"sha256": digest(tensors, about)})
+    data.atomic_write(file, to_bytes(tensors, about | {"sha256": digest(tensors, about)}))
 
 
 def made_from(run):
@@ -124,13 +124,27 @@ def opening(run):
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
             "images": front.preparation, "pairs": len(run.pairs),
             "pairs_without_image": run.pairs.without_image, "steps": run.steps,
-            "official": options.departures(run.o), **run.ranks.first(partial(options.provenance, run.o))}
+            "official": options.departures(run.o), **run.ranks.first(options.provenance, run.o)}
 
 
 def log(run, line):
     """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
+
+
+def warning(lines, o):
+    """A line with advice, of some steps' lines of the log: the margin stays flat (past the warm-up), or the
+    chosen responses are less likely than at the start; else ""."""
+    flat = max(abs(line.get("rewards/margins", 1)) for line in lines) < 1e-3
+    chosen = fmean(line.get("rewards/chosen", 0) for line in lines)
+    if flat and fmean(line["lr"] for line in lines) > o.lr / 4:
+        return f"rewards/margins is 0 for {WINDOW} steps: nothing is learned; raise --lr ({o.lr:g})\n"
+    if chosen < -0.1:
+        anchored = any(name in o.loss for name in ("ancpo", "mdpo", "symmpo"))
+        more = "" if anchored else f" or add an anchor: --loss {o.loss}+ancpo"
+        return f"rewards/chosen falls: the chosen responses become less likely; lower --lr ({o.lr:g}){more}\n"
+    return ""
 
 
 class Stop:

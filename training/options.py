@@ -6,7 +6,6 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import hashlib
 import math
 import platform
 import subprocess
@@ -17,7 +16,6 @@ from itertools import count
 from pathlib import Path
 
 import data
-import lora
 import losses
 from data import UserError
 from model import command
@@ -60,8 +58,8 @@ class Options:
     eval_every: int = option(0, "evaluate every N steps too; 0: before and after only")
     skip_bad: bool = option(False, "drop faulty records, with counts, instead of stopping")
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
-    dtype: str = option("auto", "of the base: float32, bfloat16, float64; auto is bfloat16 on a GPU",
-                        choices=("auto", "float32", "bfloat16", "float64"))
+    dtype: str = option("auto", "of the base: float32, bfloat16, float64, nf4; auto is bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16", "float64", "nf4"))
     dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
     restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
 
@@ -160,6 +158,8 @@ def check(o):
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
         raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
                              "use --loss dpo")
+    if o.dtype == "nf4" and (o.shard or not o.lora_r):
+        raise UserError("--dtype nf4 needs LoRA, and goes without --shard: choose another type")
     if o.redraw and o.reference_cache:
         raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
@@ -171,11 +171,11 @@ def check(o):
 
 
 def loss_of(o):
-    """f(policy, reference, beta, delta) -> (B,). Raises ValueError, or UserError for loss_args."""
-    more, number = {}, Options.__dataclass_fields__["delta"]
+    """f(policy, reference, beta, delta) -> (B,). Raises ValueError."""
+    more = {}
     for item in filter(None, o.loss_args.split(",")):
         name, _, text = item.partition("=")
-        more[name] = command.value(f"--set loss_args={o.loss_args}", text, number)
+        more[name] = float(text)
     return objectives.resolve(o.loss, anchors=o.anchors, **more)
 
 
@@ -221,7 +221,7 @@ def run_folder(o):
     if o.out:
         return Path(o.out)
     text = repr(sorted(decisive(o).items())) + losses_source()
-    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{command.fingerprint(text.encode())[:8]}"
 
 
 def losses_source():
@@ -250,7 +250,7 @@ def claim(out, o):
         for name in ("data", "val_data"):
             now = data_identity(o, name)
             was = first.get(f"{name}_identity", now)
-            if now and was != now:
+            if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
                 differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
@@ -261,8 +261,8 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = lora.fetched(getattr(o, name), "dataset")
-    if path in ("", "classroom") or not Path(path).exists():
+    path = getattr(o, name)
+    if path in ("", "classroom"):
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
 

@@ -37,11 +37,14 @@ def memory(config, o, tokens, device="cpu", world=1):
         model.get_submodule(family.tower).requires_grad_(False)
 
     # ---- numbers: what is frozen, what trains as a whole, what trains in shards ----
+    e = command.dtype(o.dtype, device).itemsize
     frozen = whole = sharded = 0
     for name, p in model.named_parameters():
         layer = name.startswith(f"{family.language}.layers.") and ".lora_" not in name
         divided = layer and o.shard and world > 1
         held = p.numel() / world if divided else p.numel()
+        if layer and o.dtype == "nf4" and p.ndim == 2:
+            held *= 0.5625 / e                                        # half a byte, and a block's scale
         if not p.requires_grad:
             frozen += held
         elif divided:
@@ -50,12 +53,11 @@ def memory(config, o, tokens, device="cpu", world=1):
             whole += held
 
     # ---- bytes ----
-    e = command.dtype(o.dtype, device).itemsize
     master = max(4, e)
     found = {"weights": e * frozen}
     copies = 3                                                        # two moments, the slice's gradient
     if o.lora_r:
-        found["LoRA"] = (3 if o.adapter else 2) * master * whole      # and its gradient; and the reference's
+        found["LoRA"] = 2 * master * whole                            # and its gradient
     else:
         if e < master:
             copies += 1                                               # a slice of masters
@@ -66,8 +68,8 @@ def memory(config, o, tokens, device="cpu", world=1):
     # ---- some micro-batch has the longest pair, and some has at least the mean of all ----
     row = max(max(tokens), min(o.micro_batch, o.batch, len(tokens)) * sum(tokens) / len(tokens))
     text = config.text_config
-    few = o.adapter or "." in o.lora_targets                          # LoRA may be on the last layers alone
-    graph = 1 if few else text.num_hidden_layers
+    # LoRA may be on the last layers alone
+    graph = 1 if o.adapter or "." in o.lora_targets else text.num_hidden_layers
     found["activations"] = e * row * text.hidden_size * graph
     return found
 

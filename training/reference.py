@@ -6,7 +6,7 @@ rejected image); which base it was is checked when a run resumes. Part of train_
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import contextlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from model import command, vlm
 from training import checkpoint
 
 # What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
-SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected", "crop_pixels", "images")
+SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected")
 
 
 def cache_file(o, base, needs, pairs, what):
@@ -37,7 +37,7 @@ class Reference:
         """needs: the fields to compute; with none of them, nothing ever runs. together: all ranks run a
         forward, or none (--shard). file: that of cache_file, from which it begins; a torn one is made again.
         """
-        self.fields = data.scored(needs)
+        self.fields = sum(data.grouped(needs).values(), [])
         exact = torch.promote_types(model.model.dtype, torch.float32)
         self.logps = torch.zeros(n, len(self.fields), dtype=exact, device=model.device)
         self.key = torch.zeros(n, dtype=torch.int64)
@@ -48,10 +48,9 @@ class Reference:
         self.together = together
         self.new = []                                       # places this rank added since the last sync
         self.file = file
-        if file and file.exists():
-            with contextlib.suppress(data.UserError):
-                tensors, _ = checkpoint.read(file)
-                self.load(tensors)
+        if file:
+            with suppress(data.UserError):
+                self.load(checkpoint.read(file)[0])
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
@@ -87,15 +86,15 @@ class Reference:
         self.new = []
 
     def state(self):
-        logps = self.logps.cpu().double()                   # MPS has no float64
-        return {"reference/logps": logps, "reference/key": self.key}
+        """What a checkpoint holds of it."""
+        return {"reference/logps": self.logps.cpu().double(), "reference/key": self.key}   # MPS: no float64
 
     def load(self, tensors):
-        """Take up state(), and take it out of `tensors`."""
+        """Take up state()."""
         self.logps.copy_(tensors.pop("reference/logps"))
         self.key = tensors.pop("reference/key")
 
     def keep(self):
         """Write the file for other runs. Two that do so at once write the same log-probs."""
         if self.file:
-            data.atomic_write(self.file, checkpoint.packed(self.state(), {}))
+            checkpoint.write(self.file, self.state(), {})

@@ -1,10 +1,14 @@
-"""A run as one HTML file.
+"""A run as one HTML file, or several runs side by side; and the model card of what a run made.
 
-    python -m training.report runs/NAME    writes runs/NAME/report.html
+    python -m training.report runs/NAME
+            writes runs/NAME/report.html
+    python -m training.report runs/A runs/B ...
+            writes runs.html: curves on each other, a table with paired
+            differences from the first, answers next to each other
 
-train_dpo.py does it by itself. It shows what the folder holds: the table before and after (summary.json),
-curves and held-out pairs with other images (log.jsonl), and the first dozen images with both answers
-(before.jsonl, after.jsonl).
+train_dpo.py does the first by itself. It shows what the folder holds: the table before and after
+(summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
+answers (before.jsonl, after.jsonl).
 """
 import sys
 from html import escape
@@ -25,6 +29,7 @@ CURVES = (                                                 # title, what it says
     ("Rewards", "β × (log p − the reference’s); chosen below 0: the good answer became less likely",
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
+COUNTS = ("n", "images", "unparsed")                      # no measures
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
@@ -33,7 +38,7 @@ ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer fro
 # ---- the table ----
 def values(side):
     """{measure: number} of a side of a summary."""
-    found = {name: value for name, value in side.items() if page.num(value) != "–"}
+    found = {name: value for name, value in side.items() if page.num(value) != "–" and name not in COUNTS}
     for kind, about in side.get("by_kind", {}).items():
         found[kind] = about["acc"]
     return found
@@ -46,15 +51,16 @@ def rows(summary):
     paired = paired | paired.get("by_kind", {})
     found = []
     for name, new in after.items():
-        if name in before and name not in ("n", "images", "unparsed"):
-            change, form, spread = new - before[name], ".4f", ""
+        if name in before:
+            form, spread = ".4f", ""
             if name in paired:
-                change, form = paired[name]["change"], ".1f"
+                form = ".1f"
                 spread = "{:7.1f} to {:.1f}".format(*paired[name]["interval"])
             title = metrics.CLASSROOM.get(name, name)
             if any(stats.undefined(summary[side], name) for side in SIDES):
                 spread = "undefined: 0 of 0"
-            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
+            change = f"{new - before[name]:+{form}}"
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", change, spread))
     return found
 
 
@@ -100,31 +106,35 @@ def cell(measure, form, positive=False):
 def curves(steps):
     """steps: the lines of log.jsonl that are about a step."""
     note = "Means over stretches of steps, at most 60; the first and the last of them are below."
-    figures = "".join(curve(steps, *about) for about in CURVES)
+    figures = ""
+    for title, says, labels in CURVES:
+        figures += curve(title, says, {label: means(steps, key) for key, label in labels.items()}, len(steps))
     return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
-def curve(steps, title, says, labels):
-    """One figure of means over the steps, in a box of 290 by 120. labels: see CURVES."""
-    series = {}
-    for key, label in labels.items():
-        values = [line[key] for line in steps if page.num(line.get(key)) != "–"]
-        if values:
-            stretches = np.array_split(values, min(60, len(values)))
-            series[label] = [float(np.mean(some)) for some in stretches]
+def means(steps, key):
+    """A measure's means over stretches of steps."""
+    values = [line[key] for line in steps if page.num(line.get(key)) != "–"]
+    stretches = np.array_split(values, min(60, len(values))) if values else ()
+    return [float(np.mean(some)) for some in stretches]
+
+
+def curve(title, says, series, steps):
+    """One figure, in a box of 290 by 120. series: {label: means over so many steps}."""
+    series = {label: means for label, means in series.items() if means}
     if not series:
         return ""
     low, high = min(map(min, series.values())), max(map(max, series.values()))
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
-<text x="290" y="147" text-anchor="end">{page.num(len(steps))} steps</text>"""
+<text x="290" y="147" text-anchor="end">{page.num(steps)} steps</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
             line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
         body += f'<path class="s{k}" d="{line}"/>'
-        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
+        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{escape(str(label))} '
                  f'{page.num(means[0], "z.3f")} → {page.num(means[-1], "z.3f")}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
@@ -151,26 +161,101 @@ def held_out(lines):
 
 
 # ---- answers ----
-def answers(run):
-    """The first dozen images, each with the answers to its first three questions before and after."""
-    (first, *before), (_, *after) = (data.read_jsonl(run / f"{side}.jsonl") for side in SIDES)
-    root, shown, body = (run / first["settings"]["scenes"]).parent, {}, ""
-    for old, new in zip(before, after, strict=False):
-        shown.setdefault(new["image"], []).append((old, new))
-    for image, pairs in list(shown.items())[:12]:
+def said_by(run, side):
+    """The lines of a run's answers, before or after."""
+    _, *lines = data.read_jsonl(run / f"{side}.jsonl")
+    return lines
+
+
+def answers(run, sides):
+    """The first dozen images, each with the answers to its first three questions. run: it has the images.
+    sides: {whose: lines}."""
+    shown, body = {}, ""
+    for lines in zip(*sides.values(), strict=False):
+        shown.setdefault(lines[-1]["image"], []).append(lines)
+    for image, asked in list(shown.items())[:12]:
         said = ""
-        for old, new in pairs[:3]:
-            said += f'<dl><dt class="ask">{escape(new["question"])}</dt>'
-            for side, line in zip(SIDES, (old, new), strict=True):
-                invented = metrics.hallucinated(line["answer"], new["truth"])
-                said += f'<dt>{side}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
+        for lines in asked[:3]:
+            said += f'<dl><dt class="ask">{escape(lines[0]["question"])}</dt>'
+            for side, line in zip(sides, lines, strict=True):
+                invented = metrics.hallucinated(line["answer"], line["truth"])
+                said += f'<dt>{escape(str(side))}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
-        _, caption = pairs[0]
+        (caption, *_), *_ = asked
         there = ", ".join(caption["truth"].get("present", ()))
-        body += f'<div class="card row">{page.picture(root, image, there)}<div>{said}</div></div>'
+        body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
     return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+
+
+# ---- runs side by side ----
+def beside(runs):
+    """The page of the folders of runs, whose first is the one that the others are compared with."""
+    logs, after, changes, said = {}, {}, {}, {}
+    first, *others = dict.fromkeys(runs)
+    for run in (first, *others):
+        logs[run] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
+        after[run] = values(data.read_json(run / "summary.json")["after"])
+        changes[run] = {}
+        if (run / "after.jsonl").exists():
+            said[run] = said_by(run, "after")
+            paired = metrics.difference(said[first], said[run])
+            changes[run] = paired | paired["by_kind"]
+    figures, body, longest = "", [], max(map(len, logs.values()))
+    for title, says, labels in CURVES:
+        for key, label in labels.items():
+            series = {run: means(steps, key) for run, steps in logs.items()}
+            figures += curve(f"{title}: {label}", says, series, longest)
+    for key in after[first]:
+        row = [metrics.CLASSROOM.get(key, key)]
+        row += [page.num(found.get(key), ".1f") for found in after.values()]
+        for run in others:
+            change = changes[run].get(key, {"change": None, "interval": ()})
+            row.append(cell([change["change"], *change["interval"]], "+.1f"))
+        body.append(row)
+    note = "After training. Differences are paired by image, with 95% intervals."
+    head = ["", *after, *(f"{run} − {first}" for run in others)]
+    found = page.section("Measures", note, page.table(head, body))
+    found += page.section("Training", "", f'<div class="grid" style="--w:440px">{figures}</div>')
+    return found + answers(first, said)
+
+
+# ---- the model card ----
+CARD = """---
+base_model: {base}
+library_name: {library}
+pipeline_tag: image-text-to-text
+tags: [{tags}]
+license:   # left open: whoever publishes the weights decides; the base's and the data's licences apply, too
+---
+# {title}
+
+Trained with nanoVPO: loss `{loss}`, {pairs} preference pairs, {steps} steps. Data: `{data}`, hash {digest}.
+
+| | before | after | change | 95% interval of the change |
+|---|---|---|---|---|
+{measures}
+
+Options: {options}.
+
+Left open: the licence of the data, the intended use, known limits.
+"""
+
+
+def card(run, summary):
+    """README.md of a run's adapter, or of its whole model, in PEFT's layout."""
+    first, *_ = data.read_jsonl(run / "log.jsonl")
+    o = summary["options"]
+    library = "peft" if o["lora_r"] else "transformers"
+    return CARD.format_map(o | summary | {
+        "base": o["model"],
+        "library": library,
+        "tags": f"{library}, dpo, nanovpo",
+        "title": run.resolve().name,
+        "digest": first["data_identity"] or "none, it is made from the options",
+        "measures": "\n".join(f"| {' | '.join(row)} |" for row in rows(summary)),
+        "options": ", ".join(f"{name} `{value}`" for name, value in o.items() if value not in ("", 0))})
 
 
 # ---- the page ----
@@ -202,15 +287,22 @@ def content(run, first, more, summary):
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
     body += held_out([first, *more])
     if "difference" in summary:
-        body += answers(run)
+        body += answers(run, {side: said_by(run, side) for side in SIDES})
     return body
 
 
 def main():
     parser = data.Parser(prog="report.py", description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("runs", type=Path, nargs="+", help="the folder of a run, or of several")
+    parser.add_argument("--out", type=Path, default="runs.html", help="the page of several runs [runs.html]")
+    o = parser.parse_args()
     try:
-        print(write(parser.parse_args().run))
+        if len(o.runs) == 1:
+            return print(write(o.runs[0]))
+        with command.explained("a file of a run is missing or damaged", "give folders of finished runs"):
+            body = beside(o.runs)
+        data.atomic_write(o.out, page.page("Runs side by side", body, page.TABLES))
+        print(o.out)
     except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 

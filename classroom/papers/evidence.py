@@ -6,7 +6,12 @@ and not of these three. A difference is taken within a base and seed, where both
 same order and the same scenes. With one base (reproduce.py --quick) the interval is over its seeds.
 
 "A is lower than B": the 95% interval of A - B lies below 0. "Equal": the 90% interval lies within the margin,
-which is two one-sided tests at 5%.
+which is two one-sided tests at 5%. An arm that does not train equals everything near its base. So "no
+difference" can be claimed only where one of the two arms trains: it changes its base's CHAIR_s by more than
+the margin, and the 95% interval of that change does not contain 0.
+
+A difference has Student's interval as it is. A mean has it on the scale of what is possible: a share on the
+logit scale, so that it ends within 0 and 100; what cannot be negative, such as KL, on the logarithm's.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
@@ -27,6 +32,26 @@ def nested(values, level=95):
         return mean, None, None
     half = T[level][min(len(units), 10) - 1] * statistics.stdev(units) / len(units) ** .5
     return mean, mean - half, mean + half
+
+
+POSITIVE, ANY_SIGN = ("kl", "words"), ("look", "chosen")               # all others are shares in percent
+
+
+def possible(values, measure):
+    """{base: [a run's value]} -> (mean, low, high), of what is possible for the measure. Runs in which it is
+    undefined (nan) are left out; a mean of nan: it is undefined in all."""
+    defined = {base: kept for base, v in values.items() if (kept := [x for x in v if not math.isnan(x)])}
+    if not defined:
+        return math.nan, None, None
+    mean, low, high = nested(defined)
+    if low is None or low == high or measure in ANY_SIGN:
+        return mean, low, high
+    if measure in POSITIVE:
+        ratio = math.exp(min(50, (high - mean) / mean))
+        return mean, mean / ratio, mean * ratio
+    odds = mean / (100 - mean)
+    ratio = math.exp(min(50, 100 * (high - mean) / (mean * (100 - mean))))      # d logit p = dp / (p (1 - p))
+    return mean, *(100 * x / (1 + x) for x in (odds / ratio, odds * ratio))
 
 
 class Runs:
@@ -66,9 +91,23 @@ class Runs:
         high = self.difference(a, b, measure)[2]
         return high is not None and high < 0
 
+    def trains(self, arm):
+        """Does the arm change its base's CHAIR_s, by more than counts as no difference?"""
+        mean, low, high = self.difference(arm, "before")
+        return low is not None and abs(mean) > MARGIN and not low <= 0 <= high
+
+    def either_trains(self, a, b):
+        return any(self.trains(arm) for arm in (a, b) if arm != "before")
+
     def equal(self, a, b, measure="chair_s", margin=MARGIN):
+        """No difference beyond the margin; only where one of the two trains."""
         _, low, high = self.difference(a, b, measure, 90)
-        return low is not None and -margin < low and high < margin
+        return self.either_trains(a, b) and low is not None and -margin < low and high < margin
+
+    def no_lower(self, a, b, measure="chair_s", margin=MARGIN):
+        """A is not lower than B by the margin; only where one of the two trains."""
+        low = self.difference(a, b, measure)[1]
+        return self.either_trains(a, b) and low is not None and -margin < low
 
 
 LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "same_theme"), "chosen": ("logps_chosen_change",)}
@@ -76,8 +115,11 @@ LOOK = {"kl": ("kl",), "look": ("margin_true_minus", "same_theme"), "chosen": ("
 
 def value(line, measure, when):
     """A number of a run: a score, or one of training/look.py's means: `kl`, `look` (the margin with the true
-    image minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured.
+    image minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured,
+    or undefined, as CHAIR_i is where no caption names an object.
     """
+    if measure == "chair_i" and set(line[when]["scenes"]) == {"0"}:
+        return math.nan
     if measure not in LOOK:
         return line[when][measure]
     found = line[when].get("look") or {}

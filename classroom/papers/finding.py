@@ -14,8 +14,9 @@ from evaluation import page
 
 FINDING = {"paper": "", "title": "", "claim": "", "rule": "", "verdict": "", "found": "", "metric": "",
            "exploratory": False, "rows": [], "contrasts": [], "paper_measure": "", "figure": "", "xlabel": "",
-           "xlog": False, "columns": [], "trace": "", "links": {}}        # what stands where nothing is given
-ROW = {"runs": None, "x": None, "series": "", "values": {}, "bases": {}, "paper": {}, "points": []}
+           "xlog": False, "columns": [], "trace": "", "links": {}, "parts": []}       # where nothing is given
+ROW = {"runs": None, "x": None, "series": "", "values": {}, "bases": {}, "paper": {}, "points": [],
+       "undefined": {}}                # {measure: in how many of the runs it is 0/0}
 METRICS = {key: (key.replace("_", " "), 1, "%") for key in KINDS} | {   # label, better (-1: lower), unit
     "chair_s": ("CHAIR_s", -1, "%"), "chair_i": ("CHAIR_i", -1, "%"), "cover": ("Cover", 1, "%"),
     "hal": ("Hal", -1, "%"), "cog": ("Cog", -1, "%"), "pope_random_acc": ("POPE random", 1, "%"),
@@ -54,11 +55,17 @@ def heading(key):
     return label + {-1: "\u00a0↓", 0: "", 1: "\u00a0↑"}[better]
 
 
+def digits(values):
+    """How many digits show the sign of every number: one, or more where it would read +0.0."""
+    seen = [abs(x) for x in values if x is not None and abs(x) > 1e-9]
+    return next((n for n in (1, 2) if all(round(x, n) for x in seen)), 3)
+
+
 def three(values, key, sign=""):
     """(mean, low, high) for reading, the interval in a second line: percents to a tenth, others to .001."""
     mean, low, high = numbers(values)
     if metric(key)[2] == "%":
-        form = f"{sign}z.1f"
+        form = f"{sign}z.{digits((mean, low, high)) if sign else 1}f"
     else:
         form = "+.3g" if sign else None
         mean, low, high = (x if x is None or abs(x) >= 1 else round(x, 3) + 0.0         # + 0.0: never -0
@@ -103,8 +110,9 @@ def table(finding):
         columns["series"] = [row["series"] for row in rows]
     if any(row["x"] is not None for row in rows):
         columns[finding["xlabel"] or "x"] = [page.num(row["x"]) for row in rows]
-    columns |= {heading(key): [three(row["values"].get(key), key) for row in rows]
-                for key in finding["columns"] or [main] if any(key in row["values"] for row in rows)}
+    columns |= {heading(key): [cell(row, key) for row in rows]
+                for key in finding["columns"] or [main] if any(key in row["values"] or key in row["undefined"]
+                                                         for row in rows)}
     if bases:
         columns[f"{metric(main)[0]} of {', '.join(bases)}"] = [
             " · ".join(three(dict(means(finding, row)).get(base), main) for base in bases)
@@ -112,6 +120,15 @@ def table(finding):
     columns |= {f"paper: {key}": [page.num(row["paper"].get(key)) for row in rows]
                 for key in dict.fromkeys(key for row in rows for key in row["paper"])}
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def cell(row, key):
+    """A row's measure for reading. Where it is 0/0 in a run it is undefined, and the mean leaves it out."""
+    text, lacking = three(row["values"].get(key), key), row["undefined"].get(key)
+    if not lacking:
+        return text
+    says = f"undefined in {lacking} of {row['runs']} runs"
+    return f"{text}, {says}" if key in row["values"] else says
 
 
 def reading(difference, key):
@@ -199,17 +216,24 @@ def defeats(findings):
             compared.add((c["metric"], other))
             if says not in ("better", None):
                 against = {"worse": "than", "not told apart": "from"}.get(says, "against")
-                found.append([f"{f['paper']}\n{heading(c['metric'])}", f"{says} {against} {other}",
+                found.append([f"{place_of(f)}\n{heading(c['metric'])}", f"{says} {against} {other}",
                               f"{c['what']}: {flat(three(c['difference'], c['metric'], '+'))}"])
         for row in f["rows"] if f["figure"] == "stacked" else ():
             win, loss = (row["values"].get(key) for key in ("win", "loss"))
             if row["arm"].startswith("mDPO") and win and loss and not apart(win, loss, 1):
                 says = "worse" if apart(loss, win, 1) else "not told apart"
                 votes = f"win {flat(three(win, 'win'))}, loss {flat(three(loss, 'loss'))}"
-                found.append([f"{f['paper']}\nvotes", says, f"{row['arm']}: {votes}"])
+                found.append([f"{place_of(f)}\nvotes", says, f"{row['arm']}: {votes}"])
         for key in keys if f["figure"] != "stacked" else ():
-            found += [[f"{f['paper']}\n{heading(key)}", *texts] for texts in behind(f["rows"], key, compared)]
+            found += [[f"{place_of(f)}\n{heading(key)}", *texts]
+                      for texts in behind(f["rows"], key, compared)]
     return [["where", "mDPO is", "numbers"], *found]
+
+
+def place_of(finding):
+    """The table or figure of a paper, or which control or sweep it is."""
+    paper = finding["paper"]
+    return paper if re.search(r"\d", paper) or not finding["title"] else f"{paper}: {finding['title']}"
 
 
 def said(finding):

@@ -2,9 +2,10 @@
 
     page.write(findings, about, folder)      reproduce.py calls it; all that both say comes from what it gives
 
-First an overview: every table and figure, its claim, the verdict, the primary numbers. Then where mDPO does
-not win, which is computed here and cannot be left out. Then a section for each. A verdict is a sign and a
-word, and nothing is said by colour alone. The same findings give the same bytes.
+First one figure of all claims (forest.py), on the HTML page, and an overview: every table and figure, its
+claim, the verdict, the primary numbers. Then where mDPO does not win, which is computed here and cannot be
+left out. Then a section for each. A verdict is a sign and a word, and nothing is said by colour alone. The
+same findings give the same bytes.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import data
-from classroom.papers import figures
+from classroom.papers import figures, forest
 from classroom.papers.finding import (  # noqa: F401
     METRICS,
     complete,
@@ -33,13 +34,14 @@ from evaluation import page
 TITLE = "The papers’ tables and figures, in miniature"
 LEGEND = (
     "✓ the claim appears here, ✗ it does not appear, ◐ it appears when a condition holds, ○ not run: each by "
-    "its rule. Exploratory: of fewer seeds, or by a rule written after a first look. ↓ lower is better, ↑ "
-    "higher is better. The papers’ models and data are not these: compare the order and the direction with "
-    "theirs, not the height.")
+    "its rule. “No difference” can be claimed only where an arm trains: it changes its base’s CHAIR_s by "
+    "more than 5 points. Exploratory: of fewer seeds, or by a rule written after a first look. ↓ lower is "
+    "better, ↑ higher is better. The papers’ models and data are not these: compare the order and the "
+    "direction with theirs, not the height.")
 DEFEATS = ("Each difference to mDPO whose interval is not wholly on mDPO’s good side, and each arm without "
            "a difference whose own interval is wholly better than mDPO’s.")
 NO_FIGURES = ("Figures are not drawn, since matplotlib is not installed: `pip install matplotlib`, and run "
-              "the command again. Their numbers stand in the tables.")
+              "the command again. Their numbers are in the tables.")
 CSS = """
 path{fill:inherit;stroke-width:inherit}svg{stroke-width:1;stroke-linejoin:round}text{font-size:12px}
 h2{margin:0}h2 small{display:block;font-weight:400}section{border-top:1px solid var(--line);margin-top:2.6em;
@@ -151,6 +153,7 @@ def html_section(f):
 def html(findings, about):
     body = f"""<p>{opening(findings, about, rich)} <a href="#defeats">Where mDPO does not win</a></p>
 <p class="soft">{LEGEND}</p>
+{forest.figure(findings)}
 {"" if find_spec("matplotlib") else f"<p>{rich(NO_FIGURES)}</p>"}
 <div class="over"><table>
 <thead><tr><th>table or figure</th><th>claim</th><th>verdict</th><th>primary measure</th></tr></thead>
@@ -159,7 +162,7 @@ def html(findings, about):
 {html_table(defeats(findings), "over") or "<p>Nowhere.</p>"}</section>{"".join(map(html_section, findings))}
 <section><h2>How it was made</h2>{paragraphs(history(about))}
 {html_table(settings(about), "over")}</section>"""
-    return page.page(TITLE, body, CSS)
+    return page.page(TITLE, body, CSS + forest.CSS)
 
 
 # ---------------------------------------------------------------------------- Markdown

@@ -32,6 +32,15 @@ def share(k, n):
     return 100 * k / n, 100 * low, 100 * high
 
 
+def part(what, share, bound, claimed):
+    """A comparison for the page's figure: how far a share's interval is above a bound, in points."""
+    difference = tuple(x - bound for x in share)
+    low, high = claimed
+    holds = (low is None or difference[1] > low) and (high is None or difference[2] < high)
+    return {"what": what, "holds": holds, "difference": difference, "claimed": claimed, "paper": None,
+            "note": ""}
+
+
 def row(arm, runs, **more):
     return {"arm": arm, "runs": runs, "bases": {}, "paper": {}} | more
 
@@ -40,45 +49,49 @@ def row(arm, runs, **more):
 def fig4(found):
     topics, n = found["guidance"], found["agreement"][0]["n"]
     shares = {scale: share(round(part * n), n) for scale, part in topics["all"].items()}
-    most = max(shares.values())[2]
+    most = part("the most frequent scale's share, minus half", max(shares.values()), 50, (None, 0))
     differ = {max(parts, key=parts.get) for topic, parts in topics.items() if topic != "all"}
     told = ", ".join(f"{scale} in {x:.0f}%" for scale, (x, *_) in shares.items())
     text = (f"The best picture of a prompt was drawn at guidance {told}; of {len(topics) - 1} topics the "
             f"most frequent scale is {' or '.join(sorted(differ))}.")
     rows = [row(f"guidance {scale}", n, values={"picked": x}) for scale, x in shares.items()]
-    return most < 50, text, rows, {"figure": "bars", "metric": "picked", "columns": ["picked"]}
+    return most["holds"], text, rows, {"figure": "bars", "metric": "picked", "columns": ["picked"],
+                                       "parts": [most]}
 
 
 def table4(found):
     rows, above, two = [], [], []
     for f in found["agreement"]:
         point = share(f["agree"] * f["n"], f["n"])                 # as if all or nothing: wide for k > 1
-        above.append(point[1] > 100 * f["chance"])
+        above.append(part(f"top {f['k']} of {' and '.join(f['rankers'])}, minus chance", point,
+                          100 * f["chance"], (0, None)))
         rows.append(row(f"top {f['k']}, {' and '.join(f['rankers'])}", f["n"],
                         values={"agree": point, "chance": (100 * f["chance"], None, None)}))
         if len(f["rankers"]) == 2:
             two.append(f"{' and '.join(f['rankers'])} share {100 * f['agree']:.0f}% of their top {f['k']} of "
                        f"four (chance {100 * f['chance']:.0f}%)")
-    return bool(above) and all(above), "; ".join(two) + ".", rows, {
-        "figure": "bars", "metric": "agree", "columns": ["agree", "chance"]}
+    return bool(above) and all(each["holds"] for each in above), "; ".join(two) + ".", rows, {
+        "figure": "bars", "metric": "agree", "columns": ["agree", "chance"], "parts": above}
 
 
 def table5(found):
     judge = found["judge"]
     wins, losses, alike, (ours, other) = judge["wins"], judge["losses"], judge["same_pick"], judge["rankers"]
     point = share(wins, wins + losses)
-    text = (f"Of {wins + losses + judge['ties'] + alike} prompts both pick the same picture in {alike}; else "
-            f"the judge prefers {ours}'s in {wins}, {other}'s in {losses}, neither in {judge['ties']}: a win "
-            f"rate of {point[0]:.0f}% ({point[1]:.0f} to {point[2]:.0f}). The judge is a rule that counts "
-            "the asked objects and colours that a recogniser finds.")
+    text = (f"Of {wins + losses + judge['ties'] + alike} prompts both pick the same picture in {alike}. In "
+            f"the others the judge prefers {ours}'s in {wins}, {other}'s in {losses}, neither in "
+            f"{judge['ties']}: a win rate of {point[0]:.0f}% ({point[1]:.0f} to {point[2]:.0f}). The judge "
+            "is a rule that counts the asked objects and colours that a recogniser finds.")
     rows = [row(f"{ours}'s pick wins", wins + losses, values={"win rate": point})]
-    return point[1] > 50, text, rows, {"figure": "bars", "metric": "win rate", "columns": ["win rate"]}
+    most = part("the win rate, minus half", point, 50, (0, None))
+    return most["holds"], text, rows, {"figure": "bars", "metric": "win rate", "columns": ["win rate"],
+                                       "parts": [most]}
 
 
 def fig6(found):
     parts = found["similarity"]
     prompts, responses = parts["prompts"], parts["responses"]
-    text = (f"A prompt's mean similarity with the others is {prompts['mean']:.2f} in the mean (nine in ten "
+    text = (f"A prompt's mean similarity with the others is {prompts['mean']:.2f} on average (nine in ten "
             f"below {prompts['deciles'][-1]:.2f}); that of a response with the others to the same picture "
             f"{responses['mean']:.2f} (one in ten below {responses['deciles'][0]:.2f}). Word counts weighted "
             "by rarity stand for the paper's sentence encoder.")
@@ -118,7 +131,7 @@ def findings():
     for name, (needs, paper, title, work, claim, rule) in TABLES.items():
         found = {"name": name, "paper": paper, "title": title, "claim": claim, "rule": rule, "links": {},
                  "exploratory": False, "contrasts": [], "paper_measure": None, "xlabel": "", "xlog": False,
-                 "rows": [], "columns": [], "metric": "chair_s", "figure": None,
+                 "rows": [], "columns": [], "metric": "chair_s", "figure": None, "parts": [],
                  "trace": "results/synthesis.json", "verdict": "not run",
                  "found": "Not run: python classroom/papers/scorers.py."}
         if there.get(needs):

@@ -4,6 +4,7 @@
     python classroom/papers/reproduce.py table2 fig5    some of them, by name
     python classroom/papers/reproduce.py all --quick    20 minutes
     python classroom/papers/reproduce.py all --out D    from nothing
+    python classroom/papers/reproduce.py objectives     the field's losses
     python classroom/papers/reproduce.py page           the page again
     python classroom/papers/reproduce.py verify --n 3   a few runs again
 
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from classroom import pairs, world  # noqa: E402
-from classroom.papers import findings, pds, scorers, study  # noqa: E402
+from classroom.papers import findings, objectives, pds, scorers, study  # noqa: E402
 
 LINES = "results/reproduce.jsonl"                                # in HERE, or where --out says
 RUNS = ROOT / "runs" / "reproduce"
@@ -75,8 +76,8 @@ def key(line):
     return line["options"], line["base"], line["seed"]
 
 
-def lines(out=HERE):
-    return data.read_records(out / LINES) if (out / LINES).exists() else []
+def lines(out=HERE, file=LINES):
+    return data.read_records(out / file) if (out / file).exists() else []
 
 
 # ---------------------------------------------------------------------------------------- one run
@@ -210,22 +211,22 @@ def captions(answers, scenes):
 
 
 # ---------------------------------------------------------------------------------------- commands
-def go(wanted, out=HERE):
+def go(wanted, out=HERE, file=LINES):
     """Run the cells that have no line yet, two at a time, with the time left."""
-    there = {key(line) for line in lines(out)}
+    there = {key(line) for line in lines(out, file)}
     todo = [cell for cell in wanted if key(cell) not in there]
     if not todo:
         if wanted:
-            print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / LINES)}; --out DIR makes "
+            print(f"All {len(wanted)} runs have a line in {os.path.relpath(out / file)}; --out DIR makes "
                   "them from nothing.")
         return
-    (out / LINES).parent.mkdir(parents=True, exist_ok=True)
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="run", smoothing=0.05)
 
     def one(cell):
         line = run(cell)
         with lock:
-            data.append_jsonl(out / LINES, line)
+            data.append_jsonl(out / file, line)
             bar.set_postfix_str(f"{cell['arm']}, {cell['base']}, seed {cell['seed']}: CHAIR_s "
                                 f"{line['before']['chair_s']:.1f} -> {line['after']['chair_s']:.1f}")
             bar.update()
@@ -266,7 +267,8 @@ def write_page(rows, out=HERE):
     found = [findings.finding(name, rows) for name in findings.TABLES] + pds.findings()
     out.mkdir(parents=True, exist_ok=True)
     if people := for_people(rows, out):
-        next(f for f in found if f["name"] == "fig4")["links"] = {"the page for people": people.name}
+        says = "Judge the captions yourself, without knowing which model wrote them"
+        next(f for f in found if f["name"] == "fig4")["links"] = {says: people.name}
     page.write(found, findings.about(rows), out)
     for f in found:
         print(f"{f['name']:16} {f['verdict']}")
@@ -276,7 +278,7 @@ def write_page(rows, out=HERE):
 def main():
     known = ", ".join([*findings.TABLES, *pds.TABLES])
     parser = data.Parser(prog="reproduce.py", description=__doc__)
-    parser.add_argument("what", nargs="+", help=f"all, page, verify, or some of {known}")
+    parser.add_argument("what", nargs="+", help=f"all, objectives, page, verify, or some of {known}")
     parser.add_argument("--quick", action="store_true", help="one base, two seeds, the main tables")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="so many of each base's (%(default)s)")
     parser.add_argument("--out", type=Path,
@@ -284,9 +286,9 @@ def main():
                              "nothing (classroom/papers, whose lines come with it; --quick: runs/quick)")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
     o = parser.parse_args()
-    unknown = set(o.what) - {"all", "page", "verify", *findings.TABLES, *pds.TABLES}
-    if unknown or len(o.what) > 1 and {"all", "verify"} & set(o.what):
-        parser.error(f"{' '.join(o.what)}: give all, page, verify, or some of {known}")
+    unknown = set(o.what) - {"all", "objectives", "page", "verify", *findings.TABLES, *pds.TABLES}
+    if unknown or len(o.what) > 1 and {"all", "objectives", "verify"} & set(o.what):
+        parser.error(f"{' '.join(o.what)}: give all, objectives, page, verify, or some of {known}")
     try:
         reproduce(o)
     except data.UserError as error:
@@ -299,6 +301,8 @@ def reproduce(o):
     names, out = o.what, (o.out or (RUNS.parent / "quick" if o.quick else HERE)).resolve()
     if names == ["verify"]:
         return verify(o.n, out)
+    if names == ["objectives"]:
+        return side_by_side(objectives.QUICK if o.quick else objectives.FULL, out)
     if names == ["all"]:
         names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
         names += [] if o.quick else list(pds.TABLES)
@@ -306,6 +310,15 @@ def reproduce(o):
     if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
         synthetic()
     write_page(lines(out), out)
+
+
+def side_by_side(extent, out=HERE):
+    """The objectives: the runs that choose their rates, the printed runs, OBJECTIVES.md."""
+    go(objectives.tuning_cells(extent), out, objectives.TUNING)
+    tuned = lines(out, objectives.TUNING)
+    go(objectives.cells(extent, tuned), out, objectives.LINES)
+    page = objectives.write(lines(out, objectives.LINES), out, tuned)
+    print(os.path.relpath(page))
 
 
 if __name__ == "__main__":

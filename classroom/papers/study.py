@@ -75,7 +75,8 @@ def ranked(rows, method):
         if row["name"].startswith(f"{method}, "):
             tried.setdefault(row["name"].removeprefix(f"{method}, "), []).append(row)
     cost = {x: [r["before"]["cover"] - r["after"]["cover"] for r in runs] for x, runs in tried.items()}
-    lost = {x: statistics.mean(c) + 2 * statistics.stdev(c) for x, c in cost.items()}
+    spread = {x: statistics.stdev(c) if len(c) > 1 else 0 for x, c in cost.items()}
+    lost = {x: statistics.mean(c) + 2 * spread[x] for x, c in cost.items()}
     chair = {x: statistics.mean(r["after"]["chair_s"] for r in runs) for x, runs in tried.items()}
     return sorted(lost, key=lambda x: (lost[x] > COVER, chair[x] if lost[x] <= COVER else lost[x]))
 
@@ -177,16 +178,25 @@ def study(name):
                       [c for c in cells(name) if (c["name"], c["base"], c["seed"]) not in there]))
 
 
+def cell(values):
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def chair_i(runs):
+    """The mean over the runs whose captions name an object: of no names no share can be false."""
+    named = [run["chair_i"] for run in runs if run["cover"] or run["chair_s"]]
+    lacking = f"undefined in {len(runs) - len(named)}" * (len(named) < len(runs))
+    return ", ".join(filter(None, (cell(named) if named else "", lacking)))
+
+
 def table(path):
     """Markdown: mean ± standard deviation over runs, and the worst run of each."""
     rows = data.read_records(path)
 
-    def cell(values):
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
-
     def line(name, runs, *more):
         scores = [cell([run[key] for run in runs]) for key in KEYS]
+        scores[KEYS.index("chair_i")] = chair_i(runs)
         counting = cell([run["by_kind"]["counting"]["acc"] for run in runs])
         return f"| {' | '.join([name, str(len(runs)), *scores, counting, *more])} |"
 
