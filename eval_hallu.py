@@ -189,6 +189,16 @@ def run_compare(o):
 
 
 def run_ask(o):
+    if o.page:
+        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
+        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
+    from evaluation import dialogue
+    m, scenes, path = asked(o)
+    dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
+
+
+def asked(o):
+    """-> (the model to ask, dialogue.scenes_of its run or its picture's folder, the picture's path)"""
     folder, adapter = o.model, o.adapter
     if adapter and not folder:
         config = data.read_json(Path(adapter, "adapter_config.json"), check=data.as_record)
@@ -196,25 +206,34 @@ def run_ask(o):
     if not isinstance(folder, str):
         raise UserError("there is no model to ask: give --model, or an --adapter that names its own")
     from evaluation import dialogue
-    scenes = {}
-    for place in o.image.absolute().parents[:2] if o.image else [Path(adapter or folder).parent / "scenes"]:
-        scenes = scenes or dialogue.scenes_of(place)
-    path = os.path.realpath(o.image) if o.image else next(iter(scenes), None)
-    m = loaded(o, folder, command.join().device)
-    if o.page:
-        dialogue.serve(dialogue.Site(m, scenes, o.max_new_tokens))
-    else:
-        dialogue.talk(m, sys.stdin, path, scenes, o.max_new_tokens)
+    image = o.image and os.path.realpath(o.image)
+    home = Path(image).parent.parent if image else Path(adapter or folder).parent / "scenes"
+    scenes = dialogue.scenes_of(home)
+    return loaded(o, folder, command.join().device), scenes, image or next(iter(scenes), None)
 
 
 # ---- tables ----
-NAMES = {"acc": "accuracy", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1",
-         "yes_ratio": "says yes", "chair": "CHAIR, lower is better", "cover": "Cover",
-         "hal": "Hal, lower is better", "cog": "Cog, lower is better", "amber_score": "AMBER score",
-         "chair_s": "CHAIR_s, of all responses", "chair_s_refine": "CHAIR_s, of those with an object",
-         "chair_i": "CHAIR_i, of mentions", "mean_words": "words in a response", "score": "score, 0 to 6",
-         "informativeness": "informativeness", "hallucination_rate": "hallucination rate",
-         "win": "A is better", "tie": "tie", "loss": "B is better"}
+NAMES = dict(line.split(": ") for line in """acc: accuracy
+accuracy: accuracy
+precision: precision
+recall: recall
+f1: F1
+yes_ratio: says yes
+chair: CHAIR, lower is better
+cover: Cover
+hal: Hal, lower is better
+cog: Cog, lower is better
+amber_score: AMBER score
+chair_s: CHAIR_s, of all responses
+chair_s_refine: CHAIR_s, of those with an object
+chair_i: CHAIR_i, of mentions
+mean_words: words in a response
+score: score, 0 to 6
+informativeness: informativeness
+hallucination_rate: hallucination rate
+win: A is better
+tie: tie
+loss: B is better""".splitlines())
 FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
 
 
@@ -270,10 +289,9 @@ def positive(text):
 
 
 def new_file(text):
-    path = Path(text)
-    if not path.name or path.exists() and not path.is_file():              # a folder, a device
+    if not Path(text).name or os.path.exists(text) and not os.path.isfile(text):     # a folder, a device
         raise ValueError
-    return path
+    return Path(text)
 
 
 def text(help, **more):
@@ -300,10 +318,11 @@ MODES = {
                    choices=("robust", "official"), default="robust"),
     "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
 LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
-TEMPLATE = text("of the prompt, as in the run's --set template= [the folder's]")
-PAD = text("pad images to a square: as --set images=pad trains", action="store_true")
-DTYPE = text("of the model [bfloat16 on a GPU, float32 elsewhere]",
-             choices=("bfloat16", "float16", "float32", "float64"))
+LOADED = {
+    "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
+    "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
+    "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
+                    choices=("bfloat16", "float16", "float32", "float64"))}
 CHAT_MODEL = {
     "--chat_model": text("the server's name for the model [the server's choice]"),
     "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
@@ -315,8 +334,6 @@ COMMANDS = {
         "--model": text("a model's folder, classroom, or a server's URL", required=True),
         "--chat_model": CHAT_MODEL["--chat_model"],
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
-        "--template": TEMPLATE,
-        "--pad": PAD,
         "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
         "--images": path("the folder of the images [beside --data]", required=False),
         "--follow_links": LINKS,
@@ -325,16 +342,14 @@ COMMANDS = {
         "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
         "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
-        "--dtype": DTYPE}),
+        **LOADED}),
     "ask": (run_ask, "ask a model about a picture, a question a line, or on a page", {
         "--model": text("a model's folder, or classroom [the one that --adapter names]"),
         "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
         "--image": path("the picture [the first scene of the adapter's run]", required=False),
         "--page": text("serve a page on this machine, to ask and to crop there", action="store_true"),
-        "--template": TEMPLATE,
-        "--pad": PAD,
         "--max_new_tokens": number("an answer's length at most [64]", default=64),
-        "--dtype": DTYPE}),
+        **LOADED}),
     "score classroom": (run_score, "the built-in world", SCORED),
     "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
         "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
@@ -344,8 +359,7 @@ COMMANDS = {
         "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
     "score mmhal": (run_score, "96 questions, by a judge", SCORED | MODES | CHAT_MODEL | {
         "--template": path("mmhal-bench_answer_template.json"),
-        "--judge": text("saved replies, a server, or a folder; without one its prompts are written",
-                        metavar="FILE|URL|MODEL"),
+        "--judge": text("saved replies, a server, or a folder; without one its prompts are written"),
         "--judge_prompt": path("with four {} to fill in [our own]", required=False)}),
     "score chair": (run_score, "COCO captions, also of Object HalBench", SCORED | MODES | CHAT_MODEL | {
         "--annotations": path("COCO's 2014 annotations folder"),
@@ -355,7 +369,7 @@ COMMANDS = {
         "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
                         choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
-                            default="none", metavar="none|FILE|URL|MODEL"),
+                            default="none"),
         "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
         "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
@@ -367,9 +381,9 @@ COMMANDS = {
         "--images": path("the folder of the images, to be shown [no images]", required=False),
         "--follow_links": LINKS,
         "--items": path("what `score` wrote per item, for all answers but the classroom's",
-                        required=False, nargs=2, metavar=("A.items.jsonl", "B.items.jsonl")),
+                        required=False, nargs=2),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": text("of the pairs and of their sides [0]", type=int, default=0, metavar="N")})}
+        "--seed": text("of the pairs and of their sides [0]", type=int, default=0)})}
 
 
 def parse(argv=None):

@@ -18,8 +18,7 @@ Each stage reads the files before its own and writes one, JSON lines:
     respond   responses.jsonl     id model response finished
     score     scores-NAME.jsonl   id model score (ArmoRM: rewards gating)
     pairs     pairs.jsonl         also pds_dpo.json, faults.jsonl, dropped.jsonl
-                                  (what, why) and card.md
-
+                                  (why) and card.md
 You can kill it at any time and run it again: parts/ keeps the results of each
 stage under a hash of everything they depend on (texts, images, model files,
 settings), and only missing ones are made. Each stage loads its models and frees

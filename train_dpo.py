@@ -33,7 +33,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,8 +61,7 @@ class Run:
     out: Path
     ranks: command.Ranks
     model: vlm.VLM
-    sharded: bool                        # --shard: a forward needs all ranks
-    first: Any                           # ranks.first(work), where work() may run the model
+    first: Any                           # as ranks.first, for work that may run the model
     loss: Any                            # f(policy, reference, beta, delta) -> (B,)
     pairs: batches.Pairs
     reference: Reference
@@ -72,8 +71,8 @@ class Run:
     batches: batches.Batches
     steps: int
     base: str                            # which base: a resumed run must have the same
-    state: checkpoint.State = field(default_factory=checkpoint.State)
-    stop: checkpoint.Stop = field(default_factory=checkpoint.Stop)
+    state: checkpoint.State
+    stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
 
 
@@ -85,14 +84,14 @@ def prepare(o, out, ranks):
         print("--shard: one process alone holds the whole base; start several with torchrun", file=sys.stderr)
 
     # ---- the pairs, before a weight is read ----
-    path, held_out = ranks.first(partial(batches.classroom_files, o, out))
+    path, held_out = ranks.first(batches.classroom_files, o, out)
     family = front.open_folder(o.model, o.template or None, o.images)
-    needs, reads = options.needs_of(o), ranks.first(partial(options.announce, o))
+    needs, reads = options.needs_of(o), ranks.first(options.announce, o)
     pairs = batches.checked(family, path, o, needs, ranks)
     val = val_reference = None
     if held_out:                                                # a margin needs the rejected response
         val = batches.checked(family, held_out, o, needs | {"rejected"}, ranks)
-    ranks.first(partial(plan.refuse, family.config, o, pairs.tokens, ranks))
+    ranks.first(plan.refuse, family.config, o, pairs.tokens, ranks)
 
     # ---- the model and its trainable weights ----
     dtype = command.dtype(o.dtype, ranks.device)
@@ -121,10 +120,10 @@ def prepare(o, out, ranks):
         val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
                                   file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
-    return Run(o, out, ranks, model, sharded, first, options.loss_of(o), pairs, reference, val, val_reference,
+    return Run(o, out, ranks, model, first, options.loss_of(o), pairs, reference, val, val_reference,
                optimiser=Zero2(trained, adamw, ranks, o.clip),
                batches=batches.Batches(pairs, o, ranks, steps), steps=steps,
-               base=base)
+               base=base, state=checkpoint.State(), stop=checkpoint.Stop())
 
 
 def load(family, o, dtype, device):
@@ -192,7 +191,7 @@ def learning_rate(t, steps, o):
     warm = math.ceil(o.warmup * steps)
     if t < warm:
         return o.lr * t / warm
-    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / max(1, steps - warm)))
+    return o.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / (steps - warm)))
 
 
 def measures(policy, reference, loss, beta):
@@ -264,14 +263,14 @@ def train(run):
                 raise KeyboardInterrupt
     after = evaluate(run, "after")
     log_look(run, "after", after)
-    weights = run.optimiser.whole("weight") if run.sharded else None            # from all ranks
-    return run.first(partial(finish, run, before, after, weights))
+    weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
+    return run.first(finish, run, before, after, weights)
 
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
     """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    return run.first(partial(kept_scores, run, name))
+    return run.first(kept_scores, run, name)
 
 
 def kept_scores(run, name):
@@ -334,14 +333,14 @@ def finish(run, before, after, weights):
     model = run.model
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
                "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
+    folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
-        lora.save(model.model, out / "adapter", str(model.front.folder))
-    elif not (out / "model").exists():
-        lora.write_folder(model.model, model.front.folder, out / "model", weights)
+        lora.save(model.model, folder, str(model.front.folder))
+    elif not folder.exists():
+        lora.write_folder(model.model, model.front.folder, folder, weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
-    folder = "adapter" if run.o.lora_r else "model"
-    data.atomic_write(out / folder / "README.md", report.card(out, summary))
+    data.atomic_write(folder / "README.md", report.card(out, summary))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

@@ -148,7 +148,7 @@ def score(rng, s, text, noise):
 
 def describe(records):
     """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it
-    names, how long it is; where in the list the hallucinated word stands (0 first, 1 last)."""
+    names, how long it is; where in the list the hallucinated word is (0 first, 1 last)."""
     captions, out = [r for r in records if r["meta"]["kind"] == "caption"], {}
     for role in ("chosen", "rejected"):
         said = [world.mentions(r[role]) for r in captions]
@@ -165,6 +165,18 @@ def describe(records):
                      "closer": 100 * sum(any(c in r[role] for c in world.CLOSERS) for r in captions) / total}
     out = {role: {k: round(v, 2) for k, v in table.items()} for role, table in out.items()}
     return out | {"captions": len(captions), "questions": len(records) - len(captions)}
+
+
+SAID = {"hallucinates": "hallucinate, %", "cover": "Cover, %", "objects": "objects named", "words": "words",
+        "place": "place of an invented word, 0 first, 1 last", "closer": "end on speculation, %"}
+
+
+def table(found):
+    """What describe finds, for reading."""
+    lines = [f"{'{captions} captions, {questions} questions'.format(**found):44} chosen  rejected"]
+    for key, says in SAID.items():
+        lines.append(f"{says:44} {found['chosen'][key]:6.2f}  {found['rejected'][key]:8.2f}")
+    return "\n".join(lines)
 
 
 # --- examination ----------------------------------------------------------------------------------
@@ -315,7 +327,7 @@ def main_pairs(argv):
         parser.error(f"--gap {o.gap} is not between -1 and 1")
     both = on_policy(o.seed, o.n, recipe, o.on_policy) if o.on_policy else made(o.seed, o.n, recipe)
     write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both})
-    print(json.dumps(describe([r for r, _ in both])))
+    print(table(describe([r for r, _ in both])))
     print(f"{len(both)} pairs -> {o.out / 'pairs.jsonl'}")
 
 

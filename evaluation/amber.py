@@ -18,19 +18,15 @@ from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
 from evaluation.stats import intervals, join, ratios, read, remarks, same_id, tally
 
-TYPES = {"generative": ("generative",),
-         "existence": ("existence",),                                   # questions by what they make up
-         "attribute": ("state", "number", "action"),
-         "state": ("state",),
-         "number": ("number",),
-         "action": ("action",),
-         "relation": ("relation",),
-         "all": ("existence", "state", "number", "action", "relation")}
+PARTS = "generative existence attribute state number action relation all".split()
+TYPES = {part: (part,) for part in PARTS}                                  # of what a part is made
+TYPES |= {"attribute": ("state", "number", "action"),
+          "all": ("existence", "state", "number", "action", "relation")}
 # The official names of the counters of a measure, and of a part.
-COUNTERS = {"chair": "chair", "cover": "safe_cover", "cog": "hallu_cover", "clean": "non_hallu",
-            "accuracy": "correct", "precision": "ans_no", "recall": "no"}
-CODES = {"generative": "", "all": "qa_", "state": "as_qa_", "number": "an_qa_", "action": "aa_qa_",
-         "relation": "asso_qa_", "existence": "ha_qa_"}
+COUNTERS = dict(pair.split(":") for pair in """chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
+accuracy:correct precision:ans_no recall:no""".split())
+CODES = dict(pair.split(":") for pair in """generative: all:qa_ state:as_qa_ number:an_qa_ action:aa_qa_
+relation:asso_qa_ existence:ha_qa_""".split())
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
 
 

@@ -45,7 +45,7 @@ def describe(m):
 
 
 def answer_questions(m, benchmark, questions, out_path, prompt="{question}", batch_size=None,
-                     max_new_tokens=512, description="answering", ranks=None, **more):
+                     max_new_tokens=512, description="answering", ranks=command.ALONE, **more):
     """Let a model of vlm.load, with the LoRA it carries, or a server answer [Question], as
     benchmarks.questions read them: out_path gets their lines, each with an answer. The same call continues.
 
@@ -65,7 +65,7 @@ def answer_questions(m, benchmark, questions, out_path, prompt="{question}", bat
     items = [{"id": place, "hash": ask.hashed(question.line), "_question": question}
              for place, question in enumerate(questions)]
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    store = command.Store(out_path, ranks, {"settings": settings},
+    store = command.Store(Path(out_path), ranks, {"settings": settings},
                           shape=lambda row: questions[row["id"]].line | {"answer": row.get("answer")})
     store.work(items, partial(_texts, m, max_new_tokens, batch_size), batch_size, description)
 

@@ -122,14 +122,13 @@ def questions(benchmark, paths, images=None, prompt="{question}", follow_links=F
     asked, path = list(read(paths)), Path(paths[0])
     root = images or (path if path.is_dir() else path.parent)
     there = find_images(root, [image for _, image in asked], follow_links)
-    found, missing = [], []
+    found = []
     for (line, image), file in zip(asked, there, strict=True):
         if file is None:
-            missing += image_names(image)[:1]
+            name, *_ = image_names(image)
+            raise UserError(f"{name} is missing: {root} lacks {there.count(None)} of {len(asked)} images "
+                            f"(first: {name}); give their folder with --images")
         found.append(Question(line, prompt.replace("{question}", line["question"]), file))
-    if missing:
-        raise UserError(f"{missing[0]} is missing: {root} lacks {len(missing)} of {len(asked)} images "
-                        f"(first: {missing[0]}); give their folder with --images")
     return found
 
 

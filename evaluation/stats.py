@@ -261,10 +261,11 @@ def paired(a_items, b_items):
     total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))
     old, new, old_draws, new_draws = (ratios(sums.of(side), 100) for sums in (total, draws) for side in "ab")
     found = {}
-    for measure in [measure for measure in old if measure in new]:
-        change = new[measure] - old[measure]
-        found[measure] = {"a": old[measure],
-                          "b": new[measure],
-                          "change": change,
-                          "interval": interval(new_draws[measure] - old_draws[measure], change)}
+    for measure in old:
+        if measure in new:
+            change = new[measure] - old[measure]
+            found[measure] = {"a": old[measure],
+                              "b": new[measure],
+                              "change": change,
+                              "interval": interval(new_draws[measure] - old_draws[measure], change)}
     return found

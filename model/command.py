@@ -155,18 +155,22 @@ class Ranks:
         dist.all_gather_object(everyone, value)
         return everyone
 
-    def first(self, work):
-        """work() on rank 0, its result on every rank; a UserError there, which rank 0 says, ends them all."""
+    def first(self, work, *arguments):
+        """work(*arguments) on rank 0, its result on every rank; a UserError there, which rank 0 says, ends
+        them all."""
         result, error = None, None
         if self.rank == 0:
             try:
-                result = work()
+                result = work(*arguments)
             except UserError as wrong:
                 error = wrong
         (result, error), *_ = self.gather((result, error))
         if error:
             raise error if self.rank == 0 else SystemExit(1)
         return result
+
+
+ALONE = Ranks()
 
 
 def join(device="", backend=""):
@@ -187,7 +191,7 @@ def join(device="", backend=""):
 
 
 def dtype(name, device, on_cuda="bfloat16"):
-    """torch's type of a name; of auto, nf4 (what it computes in) or none: bfloat16 on a GPU, else float32."""
+    """torch's type of a name; of auto, nf4 (what it computes in) or none: on_cuda on a GPU, else float32."""
     import torch
     if name in (None, "auto", "nf4"):
         name = on_cuda if torch.device(device).type == "cuda" else "float32"
@@ -274,10 +278,8 @@ def explained(what, fix):
 
 def read_text(path):
     """A text file as it is, its line ends included. Raises UserError."""
-    try:
+    with explained(f"{path} is no text in UTF-8", "give the right file"):
         return data.read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 (byte {error.start}); give the right file") from error
 
 
 def file_name(text):
@@ -359,6 +361,7 @@ def identity_of(paths, blocks=BLOCKS):
 NAME = int, str                                         # an id in a file
 
 
+@dataclass
 class Store:
     """A file of JSON lines, one for each item that is made, in the items' order.
 
@@ -366,11 +369,14 @@ class Store:
     `make` found. While work runs, each rank appends to a part of its own beside the file, one line for each
     group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
+
+    head: {"settings": {name: value}}, the first line, which decides every other: a file begun with others is
+    refused. shape: a row -> its line in the finished file, where that has no id and hash.
     """
-    def __init__(self, path, ranks=None, head=None, shape=None):
-        """head: {"settings": {name: value}}, the first line, which decides every other: a file begun with
-        others is refused. shape: a row -> its line in the finished file, where that has no id and hash."""
-        self.path, self.ranks, self.head, self.shape = Path(path), ranks or Ranks(), head, shape
+    path: Path
+    ranks: Ranks = ALONE
+    head: dict | None = None
+    shape: object = None
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.rank{rank}")

@@ -14,7 +14,6 @@ from pathlib import Path
 from PIL import Image
 
 import data
-import lora
 from model import command
 from model import template as templates
 from model.gemma import Gemma3
@@ -57,6 +56,8 @@ def open_folder(folder, template=None, preparation=""):
     "pad" to pad images to a square with the mean colour first. Raises UserError for what is missing or wrong.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaImageProcessorPil
+
+    import lora
     folder = lora.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
     config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults

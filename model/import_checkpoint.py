@@ -7,7 +7,6 @@
 DST holds what transformers alone needs (LlavaForConditionalGeneration, LlavaProcessor), and no code of
 others: nothing in SRC is executed, pickles are read with weights_only. Weights are copied a gigabyte at a
 time. DST appears whole or not at all.
-
 SRC may be a LoRA as LLaVA's and Bunny's scripts write it: adapter_config.json, adapter_model.safetensors or
 .bin, non_lora_trainables.bin, config.json. It is merged in float32 into the weights of --base.
 
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import data
-import lora
 from model import command, front, llava
 
 SHARD = 1 << 30                                        # bytes of an output file, at most (or one tensor)
@@ -274,6 +272,7 @@ def base_of(src, given=None):
 def deltas(src):
     """{published name of a weight: (A (in, r), B (r, out)), the transpose of whose product is to be added to
     it} of a LoRA, in float32; {} if src is none."""
+    import lora
     if not (src / ADAPTER).exists():
         return {}
     file, found = src / "adapter_model.bin", {}
@@ -430,6 +429,7 @@ def run(src, dst, tower=None, report=print, base=None):
 # -------------------------------------------------------------------------------- what came of it
 def describe(folder):
     """Lines that say what a model's folder is, by its files, and what is torn or missing."""
+    import lora
     folder = lora.model_folder(folder)
     config = front.read_config(folder)
     found, lines, faults = [], [], []

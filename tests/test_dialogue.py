@@ -13,6 +13,7 @@ import torch
 import data
 import eval_hallu
 import lora
+from classroom import ask as page
 from evaluation import dialogue
 from model import ask, vlm
 
@@ -92,11 +93,10 @@ def test_words_owe_together_what_the_answer_owes(run):
 @pytest.fixture(scope="module")
 def site(run):
     folder, m = run
-    found = dialogue.Site(m, dialogue.scenes_of(folder / "scenes"), 64)
-    with dialogue.server(found) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield found, server.server_port
-        server.shutdown()
+    with page.Site(m, dialogue.scenes_of(folder / "scenes"), 64) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found, found.server_port
+        found.shutdown()
 
 
 def request(port, path, body=None, host=None, **headers):
@@ -118,7 +118,7 @@ def test_the_page_answers_and_weighs_two_crops_as_python_does(run, site):
     image = data.read_image(base64.b64decode(url.rpartition(",")[2]))
     text = said["answers"]["after"]["text"]
     assert status == 200 and said["answers"] == json.loads(json.dumps(
-        dialogue.answers(m, image, CAPTION, dialogue.truth_of(found.scenes, found.paths[url], CAPTION))))
+        dialogue.answers(m, image, CAPTION, found.scenes[found.paths[url]])))
     assert math.isclose(said["reward"], dialogue.reward(m, image, CAPTION, text), abs_tol=1e-5)
     w, h = image.size
     for crop in [0.25, 0.25, 0.75, 0.75], [0, 0.5, 0.5, 1]:

@@ -16,8 +16,11 @@ from conftest import ROOT, pairs_of
 README = (ROOT / "README.md").read_text()
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 MANUAL = "\n".join([README, *PAGES.values()])
-READ = ["README.md", *(f"docs/{name}.md" for name in PAGES), "classroom/README.md", "classroom/EXERCISES.md",
+READ = ["README.md", *(f"docs/{name}.md" for name in PAGES), "classroom/README.md",
+        *(f"classroom/{name}.md" for name in ("EXERCISES", "TEACHING", "QUESTIONS", "ANSWERS")),
         "classroom/papers/RESULTS.md", "bench/RESULTS.md"]
+
+COURSE = "\n".join(path.read_text() for path in sorted((ROOT / "classroom").glob("*.md")))
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 FOLDERS = ("model", "training", "evaluation", "synthesis")
@@ -95,6 +98,26 @@ def anchor(title):
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
+def test_every_picture_of_the_course_is_there_and_small():
+    shown = set(re.findall(r"!\[[^\]]{3,}\]\((pictures/[^)]+)\)", COURSE))
+    there = {f"pictures/{path.name}": path.stat().st_size for path in (ROOT / "classroom/pictures").iterdir()}
+    assert shown == set(there) and max(there.values()) < 16 * 1024
+
+
+def test_the_questions_have_their_answers_in_a_file_of_their_own():
+    numbers = {name: re.findall(r"^(\d+)\. ", (ROOT / f"classroom/{name}.md").read_text(), re.MULTILINE)
+               for name in ("QUESTIONS", "ANSWERS")}
+    assert numbers["QUESTIONS"] == numbers["ANSWERS"]
+    assert numbers["QUESTIONS"] == [str(k + 1) for k in range(len(numbers["QUESTIONS"]))]
+    assert "ANSWERS" not in (ROOT / "classroom/QUESTIONS.md").read_text()
+
+
+def test_the_hour_and_a_half_of_the_teacher_is_that_of_the_students():
+    texts = [(ROOT / f"classroom/{name}.md").read_text() for name in ("TEACHING", "EXERCISES")]
+    plans = [re.findall(r"^\| (\d+ - \d+) \| \D*(\d)", text, re.MULTILINE) for text in texts]
+    assert plans[0] == plans[1] and len(plans[0]) == 8
+
+
 @pytest.mark.parametrize("file", READ)
 def test_links_within_the_repository_lead_somewhere(file):
     """Files, and headings in them."""
@@ -126,20 +149,24 @@ def test_every_option_in_the_pages_is_one_that_help_knows(monkeypatch):
                 "eval_hallu.py ask", "lora.py", "synth.py all", "synth.py analyse",
                 "-m model.import_checkpoint", "-m training.report", "classroom/pairs.py",
                 "classroom/pairs.py scenes", "classroom/make.py",
-                "classroom/synthesis.py", "classroom/picture.py", "classroom/papers/reproduce.py",
+                "classroom/show.py pairs", "classroom/show.py log", "classroom/slides.py",
+                "classroom/synthesis.py", "classroom/picture.py",
+                "classroom/papers/study.py", "classroom/papers/reproduce.py",
                 "bench/vs_trl.py", "tests/fuzz.py", "tests/kill.py"]
     helps = "".join(said_by([*command.split(), "--help"], monkeypatch) for command in commands)
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--local-dir",
               "--model_args", "--log_samples", "--output_path", "--tasks",      # torchrun, hf, lmms_eval
               "--no-deps"}
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", MANUAL)) - others
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", MANUAL + COURSE)) - others
     assert len(flags) > 15 and sorted(flag for flag in flags if not re.search(rf"{flag}\b", helps)) == []
-    assert [key for key in re.findall(r"--set ([a-z_]+)=", MANUAL) if f"  {key}=" not in helps] == []
+    keys = re.findall(r"--set ([a-z_]+)=", MANUAL + COURSE)
+    assert [key for key in keys if f"  {key}=" not in helps] == []
 
 
 def test_every_command_in_the_pages_exists():
     """python FILE and python -m MODULE of this repository."""
-    scripts = re.findall(r"(?:python3?|torchrun [^`\n]*?) ([\w/]+\.py)\b", MANUAL)
+    scripts = re.findall(r"(?:python3?|torchrun [^`\n]*?) ([\w/]+\.py)\b", MANUAL + COURSE)
+    scripts = [name for name in scripts if not name.startswith("runs/")]         # which an exercise writes
     assert len(scripts) > 10 and [name for name in scripts if not (ROOT / name).exists()] == []
     modules = set(re.findall(r"python3? -m ([\w.]+)", MANUAL)) - {"venv", "pytest", "lmms_eval"}
     assert modules == {"model.import_checkpoint", "training.report"}

@@ -132,6 +132,55 @@ def test_the_lab_leaves_what_its_questions_ask_about(lab):
     assert "2.0794" in PARTS[LAB[2]] and "0.6931" in PARTS[LAB[2]]
 
 
+def test_the_tables_of_the_lab_show_what_its_text_is_about(lab):
+    """Pairs with the invented word in stars, and the first losses beside each other; no line of raw JSON."""
+    said = {name.split()[0]: lab[2][name] for name in LAB}
+    assert re.search(r"rejected +.* \*bike\* ", said["1"])
+    assert re.search(r"chosen +[^*]+$", said["1"], re.MULTILINE)
+    assert re.findall(r"^loss +(\S+)$", said["3"], re.MULTILINE) == ["2.0794", "0.6931"]
+    assert said["7"].count("end on speculation, %") == 4
+    assert [line for text in lab[2].values() for line in text.splitlines() if line.startswith("{")] == []
+
+
+def test_the_commands_of_the_teachers_page_work(lab, monkeypatch, capsys):
+    """Those that the lab has not run already."""
+    teaching = re.sub("^ {3}", "", (ROOT / "classroom" / "TEACHING.md").read_text(), flags=re.MULTILINE)
+    done = [words for text in PARTS.values() for words in commands(text)]
+    new = [words for words in commands(teaching) if words not in done]
+    assert [words[0] for words in new] == ["classroom/slides.py"]
+    monkeypatch.chdir(lab[0])
+    for words in new:
+        monkeypatch.setattr(sys, "argv", [])
+        execute(words)
+    drawn = {path.name: path for path in (lab[0] / "runs" / "slides").iterdir()}
+    kept = {path.name: path for path in (ROOT / "classroom" / "pictures").iterdir()}
+    assert drawn.keys() == kept.keys()
+    assert drawn["loss.svg"].read_text() == kept["loss.svg"].read_text()
+    for name in ("pair.png", "rejected.png"):
+        assert data.image_size(drawn[name]) == data.image_size(kept[name])
+    for name in ("rewards.svg", "look.svg"):
+        svg = drawn[name].read_text()
+        assert "mdpo" in svg and "dpo" in svg and "nan" not in svg
+
+
+def test_the_random_rejected_image_of_the_slide_is_another_pairs():
+    from classroom import slides
+    record, shown, another, invented = slides.first_pair()
+    assert shown.tobytes() != another.tobytes() and invented in record["rejected"]
+    assert data.REJECTED["random"](record, shown, lambda: another, None).tobytes() == another.tobytes()
+
+
+def test_show_refuses_what_it_cannot_show(tmp_path, monkeypatch):
+    from classroom import show
+    (tmp_path / "pairs.jsonl").write_text('{"id": "a", "question": "q", "chosen": "c", "rejected": "r"}\n')
+    (tmp_path / "log.jsonl").write_text("")
+    for words, says in ((["pairs", tmp_path / "pairs.jsonl"], "meta.present"),
+                        (["log", tmp_path, "--steps", "1-x"], "--steps 1-x: give steps")):
+        monkeypatch.setattr(sys, "argv", ["show.py", *map(str, words)])
+        with pytest.raises(SystemExit, match=says):
+            show.main()
+
+
 def test_look_prints_three_margins_of_each_adapter(lab):
     said = next(text for name, text in lab[2].items() if "look" in name)
     found = re.findall(r"^(own|grey|another's) +[+-]\d\.\d\d, above 0 in \d+%$", said, re.MULTILINE)
@@ -171,7 +220,8 @@ def test_links_and_anchors_lead_somewhere():
 def row(run):
     """A line of papers/results/exercises.jsonl as a row of the document's tables."""
     side = run["after"]
-    return (f"| {run['name']} | {side['chair_s']:.1f} | {side['chair_i']:.1f} | {side['cover']:.1f} | "
+    chair_i = f"{side['chair_i']:.1f}" if side["cover"] or side["chair_s"] else "undefined"    # 0 of 0 names
+    return (f"| {run['name']} | {side['chair_s']:.1f} | {chair_i} | {side['cover']:.1f} | "
             f"{side['pope_adversarial_acc']:.1f} | {side['by_kind']['counting']['acc']:.1f} |")
 
 
@@ -179,8 +229,9 @@ def test_every_row_of_a_table_is_a_run_of_the_log():
     runs = data.read_records(ROOT / "classroom" / "papers" / "results" / "exercises.jsonl")
     runs += [run | {"name": f"before, {run['split']}", "after": run["before"]} for run in runs]
     known = set(map(row, runs))
+    number = r"(?:\d+\.\d|undefined) \|"
     shown = [line for text in PARTS.values() for line in text.splitlines()
-             if re.match(r"\| .*\| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \| \d+\.\d \|$", line)]
+             if re.match(rf"\| .*\| {' '.join([number] * 5)}$", line)]
     assert len(shown) > 25 and [line for line in shown if line not in known] == []
 
 

@@ -323,15 +323,22 @@ def started(commands, *modules):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """{(command, an argument): (what it said, its folder)} of all commands, whose torch is there already."""
+    """{(command, an argument): (what it said, its folder)} of all commands.
+
+    Those whose help shall not load torch are asked for it where torch is not; for the others it is there,
+    and what most of them import.
+    """
+    asked = [(command, word) for command in COMMANDS for word in ("--help", "--no_such_option")]
+    without = [(command, word) for command, word in asked
+               if word == "--help" and command.split()[0] not in TORCH]
     found = {}
-    for modules, commands in (((), [c for c in COMMANDS if c.split()[0] not in TORCH]),
-                              (("torch",), [c for c in COMMANDS if c.split()[0] in TORCH])):
-        asked = [(command, word) for command in commands for word in ("--help", "--no_such_option")]
-        folders = [tmp_path_factory.mktemp("empty") for _ in asked]
+    others = [each for each in asked if each not in without]
+    for some, more in ((without, []), (others, ["torch", "train_dpo"])):
+        folders = [tmp_path_factory.mktemp("empty") for _ in some]
         told = started([[str(folder), [*words_of(command), word]]
-                        for folder, (command, word) in zip(folders, asked, strict=True)], *modules)
-        found |= zip(asked, zip(told, folders, strict=True), strict=True)
+                        for folder, (command, word) in zip(folders, some, strict=True)],
+                       *more, "evaluation.compare")
+        found |= zip(some, zip(told, folders, strict=True), strict=True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""--dtype nf4: the weights under LoRA in 4 bits. bitsandbytes is no requirement: without it most of this skips.
+"""--dtype nf4: the weights under LoRA in 4 bits. Without bitsandbytes most of this skips.
 """
 import dataclasses
 import math
@@ -50,7 +50,7 @@ def loaded(world, dtype):
 
 
 def rounded(weight, code):
-    """A matrix as NF4 has it (arXiv 2305.14314): in blocks of 64, the nearest of 16 numbers times the largest."""
+    """A matrix as NF4 has it (arXiv 2305.14314): in blocks of 64, the nearest of 16 times the largest."""
     blocks = weight.reshape(-1, 64)
     largest = blocks.abs().amax(1, keepdim=True)
     return (code[((blocks / largest)[..., None] - code).abs().argmin(-1)] * largest).view_as(weight)
@@ -110,7 +110,8 @@ def test_the_plan_counts_four_and_a_half_bits(world, bitsandbytes):
     scales = sum(layer.packed.absmax.nbytes for layer in layers)
     o = options.Options(dtype="nf4", lora_r=4)
     assert plan.memory(m.front.config, o, [100])["weights"] == held + scales
-    assert plan.memory(m.front.config, dataclasses.replace(o, dtype="float32"), [100])["weights"] >= 1.5 * held
+    o = dataclasses.replace(o, dtype="float32")
+    assert plan.memory(m.front.config, o, [100])["weights"] >= 1.5 * held
 
 
 def test_without_bitsandbytes_a_sentence_says_what_to_install(world, tmp_path):

@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -219,7 +220,8 @@ def test_long_runs_stay_small(tmp_path):
 
 # ---- several runs, and the card ----
 def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
-    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two", evil=EVIL)
+    monkeypatch.chdir(tmp_path)
+    one, two = make_run(Path("one")), make_run(Path("<b>two"), evil=EVIL)
     said = list(data.read_jsonl(one / "after.jsonl"))                 # the same questions, other answers
     for line in said[1::2]:
         line["answer"] = f"a dog , a cat {EVIL}"
@@ -229,7 +231,7 @@ def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     seen = Page(html)
-    assert seen.open == [] and "script" not in seen.tags and "two − one" in seen.text
+    assert seen.open == [] and "script" not in seen.tags and "<b>two − one" in seen.text
     assert html.count("<mark title") == 12                            # a cat in each of two's captions
     assert "CHAIR_s, lower is better0.00.0+100.0+100.0 to +100.0" in seen.text    # summary.json says 0
     paths = [value for name, value in seen.attributes if name == "d"]

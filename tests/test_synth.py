@@ -19,7 +19,7 @@ import data
 import synth
 from classroom.papers import analyses, pds
 from model import ask, command
-from synthesis import analysis, images, pairing, prompts
+from synthesis import images, pairing, prompts
 
 PDS10 = SHARED / "real" / "pds10"
 
@@ -885,7 +885,7 @@ def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
     assert page.count("<h2>") == 8 and "<h2>a red cat and two dog</h2>" in page
     row = ranked_row("x", "art", 0, imagereward=[4, 3, 2, 1])
     pair = {"question": "<script>q", "chosen": "<img src=x>", "rejected": "<m>"}
-    card = analysis.entry(synth.Run(None, whole), row, pair)
+    card = analyses.entry(synth.Run(None, whole), row, pair)
     assert "&lt;script&gt;q" in card
     assert not any(tag in card for tag in ("<script", "<img src=x", "<b>", "<m>"))
     tables = json.loads((whole / "analysis.json").read_text())

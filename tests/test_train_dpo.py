@@ -830,7 +830,7 @@ def test_two_runs_at_once_share_a_reference(sweep, tmp_path):
     for thread in threads:
         thread.join()
     assert [code for code, _ in told] == [0, 0] and adapter(tmp_path / "run-0") == adapter(tmp_path / "run-1")
-    assert sorted(file.suffix for file in (tmp_path / "c").iterdir()) == [".json"] * 2
+    assert sorted(file.suffix for file in (tmp_path / "c").iterdir()) == [".safetensors"] * 2
     assert scored([*argv, "--out", str(tmp_path / "more")], tmp_path) == 0
 
 

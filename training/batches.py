@@ -224,7 +224,7 @@ def checked(front, path, o, needs, ranks):
                         "packed row does not allow: pass --forward naive")
     records = Records(path, o.image_root if path in (o.data, o.val_data) else None,
                       "rejected" in needs, o.follow_links)
-    good, tokens, without_image = ranks.first(partial(usable, front, records, o, needs))
+    good, tokens, without_image = ranks.first(usable, front, records, o, needs)
     return Pairs(records, good, tokens, front, o, frozenset(needs), without_image,
                  pinned=str(ranks.device).startswith("cuda"))
 
@@ -267,6 +267,7 @@ def usable(front, records, o, needs):
 
 
 # ---- steps ----
+@dataclass
 class Batches:
     """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
 
@@ -274,13 +275,14 @@ class Batches:
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
     seconds that the last step has waited for the threads.
     """
-    def __init__(self, pairs, o, ranks, steps):
-        self.pairs = pairs
-        self.o = o
-        self.ranks = ranks
-        self.steps = steps
-        self.per_epoch = math.ceil(len(pairs) / o.batch)
-        self.pool = ThreadPoolExecutor(o.workers)
+    pairs: Pairs
+    o: Any
+    ranks: command.Ranks
+    steps: int
+
+    def __post_init__(self):
+        self.per_epoch = math.ceil(len(self.pairs) / self.o.batch)
+        self.pool = ThreadPoolExecutor(self.o.workers)
         self.begun = {}
         self.kept = {}
 

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -46,20 +45,22 @@ def kept(path, use):
 
 def save(run):
     """last/checkpoint.safetensors in one move: weights, the optimiser's state, the reference's log-probs."""
-    from safetensors.torch import save as to_bytes
     run.reference.sync()
-    tensors = run.optimiser.state()
-    logps = run.reference.logps.cpu().double()                                         # MPS has no float64
-    tensors |= {"reference/logps": logps, "reference/key": run.reference.key}
+    tensors = run.optimiser.state() | run.reference.state()
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
-        content = to_bytes(tensors, about | {"sha256": digest(tensors, about)})
         with contextlib.suppress(OSError):                   # there is none, or the file system has no links
             (run.out / PREVIOUS).unlink(missing_ok=True)
             os.link(run.out / FILE, run.out / PREVIOUS)
-        data.atomic_write(run.out / FILE, content)
+        write(run.out / FILE, tensors, about)
         run.reference.keep()
+
+
+def write(file, tensors, about):
+    """A checkpoint: tensors, and texts about them, under a hash over all of it."""
+    from safetensors.torch import save as to_bytes
+    data.atomic_write(file, to_bytes(tensors, about | {"sha256": digest(tensors, about)}))
 
 
 def made_from(run):
@@ -100,8 +101,7 @@ def restore(run):
         if about != made_from(run):
             raise data.UserError(f"{file} is of a run with another base or other options: give another "
                                  "--out, or --restart")
-        run.reference.logps.copy_(tensors.pop("reference/logps"))
-        run.reference.key = tensors.pop("reference/key")
+        run.reference.load(tensors)
         run.optimiser.load(tensors)
         run.state = state
     if run.ranks.rank == 0:
@@ -124,7 +124,7 @@ def opening(run):
             "base_bytes": sum(p.nbytes for p in held), "template": front.template_name,
             "images": front.preparation, "pairs": len(run.pairs),
             "pairs_without_image": run.pairs.without_image, "steps": run.steps,
-            "official": options.departures(run.o), **run.ranks.first(partial(options.provenance, run.o))}
+            "official": options.departures(run.o), **run.ranks.first(options.provenance, run.o)}
 
 
 def log(run, line):

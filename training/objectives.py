@@ -1,8 +1,8 @@
 """The objectives of other papers, each in a few lines: f(policy, reference, beta, delta), as in losses.py.
 
 `--loss NAME` takes each, alone or in a sum (`--loss dpo+vdpo`). r is beta * (policy - reference), with the
-fields of losses.Logps: the rewards. Arguments behind delta have the paper's
-default (p), its official code's (c), or ours (o), and are given by `--set loss_args=NAME=VALUE`.
+fields of losses.Logps: the rewards. Arguments behind delta have the paper's default (p), its official code's
+(c), or ours (o), and are given by `--set loss_args=NAME=VALUE`.
 tests/test_objectives.py compares each with TRL 1.16, with numbers of the official code, or with the formula.
 
 Where these depart from papers and official codes:
@@ -25,6 +25,7 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
+from functools import wraps
 
 from torch.nn.functional import logsigmoid
 
@@ -32,7 +33,7 @@ import losses
 
 
 class Rewards:
-    """beta * (policy - reference) of the fields that are read."""
+    """beta * (policy - reference) of the fields that are read, and the margin between the two responses."""
     def __init__(self, policy, reference, beta):
         self.of = policy, reference, beta
 
@@ -40,121 +41,132 @@ class Rewards:
         policy, reference, beta = self.of
         return beta * (getattr(policy, field) - getattr(reference, field))
 
+    @property
+    def margin(self):
+        return self.chosen - self.rejected
 
-def margin(policy, reference, beta):
-    r = Rewards(policy, reference, beta)
-    return r.chosen - r.rejected
+
+# ---- sums of what is in losses.py ----
+OBJECTIVES = {
+    "bco": losses.resolve("ancpo", anchors="wl"),                           # arXiv 2404.04656
+    "rpo": losses.resolve("dpo+sft"),                                       # arXiv 2404.19733, Eq. 1
+    "mpo": losses.resolve("0.8*dpo+0.2*ancpo+sft", anchors="wl"),           # arXiv 2411.10442; p
+    "realign": losses.resolve("dpo+copo")}                                  # arXiv 2502.13146
+
+
+def objective(formula):
+    """Put a formula of rewards, f(r, policy, beta, delta), among the objectives, as a loss of policy and
+    reference."""
+    @wraps(formula)
+    def loss(policy, reference, beta, delta, **more):
+        return formula(Rewards(policy, reference, beta), policy, beta, delta, **more)
+    OBJECTIVES[formula.__name__] = loss
+    return formula
 
 
 # ---- the margin between two responses ----
-def hinge(policy, reference, beta, delta):                                  # arXiv 2305.10425, 2309.06657
-    return (1 - margin(policy, reference, beta)).relu()
+@objective
+def hinge(r, policy, beta, delta):                                          # arXiv 2305.10425, 2309.06657
+    return (1 - r.margin).relu()
 
 
-def ipo(policy, reference, beta, delta):                                    # arXiv 2310.12036, Eq. 17
-    r = Rewards(policy, reference, beta)
+@objective
+def ipo(r, policy, beta, delta):                                            # arXiv 2310.12036, Eq. 17
     means = r.chosen / policy.chosen_tokens - r.rejected / policy.rejected_tokens
     return ((means - 0.5) / beta) ** 2
 
 
-def cdpo(policy, reference, beta, delta, epsilon=0.1):                      # ericmitchell.ai/cdpo.pdf; o
-    m = margin(policy, reference, beta)
-    return -(1 - epsilon) * logsigmoid(m) - epsilon * logsigmoid(-m)
+@objective
+def cdpo(r, policy, beta, delta, epsilon=0.1):                              # ericmitchell.ai/cdpo.pdf; o
+    return -(1 - epsilon) * logsigmoid(r.margin) - epsilon * logsigmoid(-r.margin)
 
 
-def robust(policy, reference, beta, delta, epsilon=0.1):                    # arXiv 2403.00409; o
-    return cdpo(policy, reference, beta, delta, -epsilon / (1 - 2 * epsilon))     # 9/8 for it, -1/8 against
+@objective
+def robust(r, policy, beta, delta, epsilon=0.1):                            # arXiv 2403.00409; o
+    return cdpo(r, policy, beta, delta, -epsilon / (1 - 2 * epsilon))     # 9/8 for it, -1/8 against
 
 
-def exo(policy, reference, beta, delta, epsilon=1e-3):                      # arXiv 2402.00856, Eq. 16; o
-    m = margin(policy, reference, beta)
+@objective
+def exo(r, policy, beta, delta, epsilon=1e-3):                              # arXiv 2402.00856, Eq. 16; o
+    m = r.margin
     return (m.sigmoid() * (logsigmoid(m) - math.log1p(-epsilon))
             + (-m).sigmoid() * (logsigmoid(-m) - math.log(epsilon)))
 
 
-def dpop(policy, reference, beta, delta, lam=50.0):                         # arXiv 2402.13228, Eq. 3; p
-    r = Rewards(policy, reference, beta)
-    return -logsigmoid(r.chosen - r.rejected - lam * (-r.chosen).relu())
+@objective
+def dpop(r, policy, beta, delta, lam=50.0):                                 # arXiv 2402.13228, Eq. 3; p
+    return -logsigmoid(r.margin - lam * (-r.chosen).relu())
 
 
-def r_dpo(policy, reference, beta, delta, alpha=0.01):                      # arXiv 2403.19159; o
+@objective
+def r_dpo(r, policy, beta, delta, alpha=0.01):                              # arXiv 2403.19159; o
     longer = policy.chosen_tokens - policy.rejected_tokens
-    return -logsigmoid(margin(policy, reference, beta) + alpha * longer)
+    return -logsigmoid(r.margin + alpha * longer)
 
 
-def hsa(policy, reference, beta, delta):                                    # arXiv 2404.14233
-    r = Rewards(policy, reference, beta)
+@objective
+def hsa(r, policy, beta, delta):                                            # arXiv 2404.14233
     return -logsigmoid(r.chosen - policy.weights * r.rejected)
 
 
 # ---- each response by itself ----
-def apo_zero(policy, reference, beta, delta):                               # arXiv 2408.06266, Eq. 7
-    r = Rewards(policy, reference, beta)
+@objective
+def apo_zero(r, policy, beta, delta):                                       # arXiv 2408.06266, Eq. 7
     return (-r.chosen).sigmoid() + r.rejected.sigmoid()
 
 
-def apo_down(policy, reference, beta, delta):                               # arXiv 2408.06266, Eq. 8
-    r = Rewards(policy, reference, beta)
+@objective
+def apo_down(r, policy, beta, delta):                                       # arXiv 2408.06266, Eq. 8
     return r.chosen.sigmoid() + (r.rejected - r.chosen).sigmoid()
 
 
-def nca(policy, reference, beta, delta):                                    # arXiv 2402.05369
-    r = Rewards(policy, reference, beta)
+@objective
+def nca(r, policy, beta, delta):                                            # arXiv 2402.05369
     return -logsigmoid(r.chosen) - 0.5 * (logsigmoid(-r.chosen) + logsigmoid(-r.rejected))
 
 
-def sppo(policy, reference, beta, delta):                                   # arXiv 2405.00675, Eq. 4.7
-    r = Rewards(policy, reference, beta)
+@objective
+def sppo(r, policy, beta, delta):                                           # arXiv 2405.00675, Eq. 4.7
     return ((r.chosen - 0.5) / beta) ** 2 + ((r.rejected + 0.5) / beta) ** 2
 
 
 # ---- no reference ----
-def simpo(policy, reference, beta, delta, gamma=0.5):                       # arXiv 2405.14734, Eq. 6; c
+@objective
+def simpo(r, policy, beta, delta, gamma=0.5):                               # arXiv 2405.14734, Eq. 6; c
     means = policy.chosen / policy.chosen_tokens - policy.rejected / policy.rejected_tokens
     return -logsigmoid(beta * means - gamma)
 
 
-def orpo(policy, reference, beta, delta, lam=0.1):                          # arXiv 2403.07691, Eq. 6; p
+@objective
+def orpo(r, policy, beta, delta, lam=0.1):                                  # arXiv 2403.07691, Eq. 6; p
     chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
     odds = chosen.exp().logit() - rejected.exp().logit()
     return -chosen - lam * logsigmoid(odds)
 
 
-# ---- sums of what is in losses.py ----
-bco = losses.resolve("ancpo", anchors="wl")                                 # arXiv 2404.04656
-rpo = losses.resolve("dpo+sft")                                             # arXiv 2404.19733, Eq. 1
-mpo = losses.resolve("0.8*dpo+0.2*ancpo+sft", anchors="wl")                 # arXiv 2411.10442; p
-realign = losses.resolve("dpo+copo")                                        # arXiv 2502.13146
-
-
 # ---- two images ----
-def chip(policy, reference, beta, delta):                                   # arXiv 2501.16629
-    r = Rewards(policy, reference, beta)
+@objective
+def chip(r, policy, beta, delta):                                           # arXiv 2501.16629
     return -logsigmoid(2 * r.chosen - r.rejected - r.image_rejected)
 
 
-def vdpo(policy, reference, beta, delta):                                   # arXiv 2411.02712
-    r = Rewards(policy, reference, beta)
+@objective
+def vdpo(r, policy, beta, delta):                                           # arXiv 2411.02712
     return -logsigmoid(r.chosen - r.image_rejected.detach())
 
 
-def symmpo(policy, reference, beta, delta, lam=0.5):                        # arXiv 2506.11712; c
-    r = Rewards(policy, reference, beta)
-    own, other = r.chosen - r.rejected, r.rejected_image_rejected - r.image_rejected
+@objective
+def symmpo(r, policy, beta, delta, lam=0.5):                                # arXiv 2506.11712; c
+    own, other = r.margin, r.rejected_image_rejected - r.image_rejected
     return (1e-4 * ((own - other) / beta) ** 2 - (1 + lam) * logsigmoid(own) - lam * logsigmoid(other)
             - logsigmoid(r.chosen) - logsigmoid(r.rejected_image_rejected))
 
 
-def svco(policy, reference, beta, delta):                                   # arXiv 2502.13928
-    r = Rewards(policy, reference, beta)
+@objective
+def svco(r, policy, beta, delta):                                           # arXiv 2502.13928
     steps = (r.chosen - r.chosen_no_image, r.chosen_no_image - r.image_rejected,
              r.rejected_image_rejected - r.rejected_no_image, r.rejected_no_image - r.rejected)
     return -sum(map(logsigmoid, steps))
-
-
-NAMES = ("hinge ipo cdpo robust simpo orpo dpop r_dpo apo_zero apo_down nca exo sppo bco mpo rpo realign "
-         "chip vdpo symmpo svco hsa")
-OBJECTIVES = {name: globals()[name] for name in NAMES.split()}
 
 
 def resolve(name, **more):

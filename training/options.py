@@ -6,7 +6,6 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import hashlib
 import math
 import platform
 import subprocess
@@ -17,7 +16,6 @@ from itertools import count
 from pathlib import Path
 
 import data
-import lora
 import losses
 from data import UserError
 from model import command
@@ -223,7 +221,7 @@ def run_folder(o):
     if o.out:
         return Path(o.out)
     text = repr(sorted(decisive(o).items())) + losses_source()
-    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("runs") / f"{o.preset}-{o.loss}-s{o.seed}-{command.fingerprint(text.encode())[:8]}"
 
 
 def losses_source():
@@ -252,7 +250,7 @@ def claim(out, o):
         for name in ("data", "val_data"):
             now = data_identity(o, name)
             was = first.get(f"{name}_identity", now)
-            if now and was != now:
+            if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
                 differ.append(f"{image}{getattr(o, name)} has changed since")
     if differ:
@@ -263,8 +261,8 @@ def claim(out, o):
 
 def data_identity(o, name):
     """What tells pairs from others in a file of the same name; "" for the classroom's, which are made."""
-    path = lora.fetched(getattr(o, name), "dataset")
-    if path in ("", "classroom") or not Path(path).exists():
+    path = getattr(o, name)
+    if path in ("", "classroom"):
         return ""
     return Records(path, o.image_root, False, o.follow_links).identity()
 

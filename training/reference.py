@@ -6,7 +6,7 @@ rejected image); which base it was is checked when a run resumes. Part of train_
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def cache_file(o, base, needs, pairs, what):
     model, and how it computes. needs: the fields. what: the pairs are for."""
     if o.reference_cache:
         about = base, what, pairs.tokens, sorted(needs), [getattr(o, name) for name in SAME]
-        return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.json")
+        return Path(o.reference_cache, f"{command.fingerprint(repr(about).encode())}.safetensors")
 
 
 class Reference:
@@ -49,7 +49,8 @@ class Reference:
         self.new = []                                       # places this rank added since the last sync
         self.file = file
         if file:
-            checkpoint.kept(file, self.load)
+            with suppress(data.UserError):
+                self.load(checkpoint.read(file)[0])
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
@@ -84,13 +85,16 @@ class Reference:
             self.key[places] = key
         self.new = []
 
-    def load(self, found):
-        """Take up what keep() has written: ([log-probs] and key of each pair)."""
-        logps, key = found
-        self.logps.copy_(torch.tensor(logps, dtype=torch.float64))
-        self.key = torch.tensor(key)
+    def state(self):
+        """What a checkpoint holds of it."""
+        return {"reference/logps": self.logps.cpu().double(), "reference/key": self.key}   # MPS: no float64
+
+    def load(self, tensors):
+        """Take up state()."""
+        self.logps.copy_(tensors.pop("reference/logps"))
+        self.key = tensors.pop("reference/key")
 
     def keep(self):
         """Write the file for other runs. Two that do so at once write the same log-probs."""
         if self.file:
-            data.atomic_write(self.file, json.dumps([self.logps.tolist(), self.key.tolist()]))
+            checkpoint.write(self.file, self.state(), {})

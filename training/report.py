@@ -1,8 +1,10 @@
 """A run as one HTML file, or several runs side by side; and the model card of what a run made.
 
-    python -m training.report runs/NAME          writes runs/NAME/report.html
-    python -m training.report runs/A runs/B ...  writes runs.html: curves on each other, a table with paired
-                                                 differences from the first, answers next to each other
+    python -m training.report runs/NAME
+            writes runs/NAME/report.html
+    python -m training.report runs/A runs/B ...
+            writes runs.html: curves on each other, a table with paired
+            differences from the first, answers next to each other
 
 train_dpo.py does the first by itself. It shows what the folder holds: the table before and after
 (summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
@@ -50,14 +52,15 @@ def rows(summary):
     found = []
     for name, new in after.items():
         if name in before:
-            change, form, spread = new - before[name], ".4f", ""
+            form, spread = ".4f", ""
             if name in paired:
-                change, form = paired[name]["change"], ".1f"
+                form = ".1f"
                 spread = "{:7.1f} to {:.1f}".format(*paired[name]["interval"])
             title = metrics.CLASSROOM.get(name, name)
             if any(stats.undefined(summary[side], name) for side in SIDES):
                 spread = "undefined: 0 of 0"
-            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", f"{change:+{form}}", spread))
+            change = f"{new - before[name]:+{form}}"
+            found.append((title, f"{before[name]:{form}}", f"{new:{form}}", change, spread))
     return found
 
 
@@ -131,7 +134,7 @@ def curve(title, says, series, steps):
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
             line += f"{x:.1f} {130 - 120 * (mean - low) / (high - low or 1):.1f} "
         body += f'<path class="s{k}" d="{line}"/>'
-        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{label} '
+        keys += (f'<span><svg viewBox="0 0 26 4"><path class="s{k}" d="M0 2H26"/></svg>{escape(str(label))} '
                  f'{page.num(means[0], "z.3f")} → {page.num(means[-1], "z.3f")}</span>')
     return (f'<figure class="card"><h3>{title}</h3><svg viewBox="-54 0 348 152" role="img" '
             f'aria-label="{title}">{body}</svg><div class="key">{keys}{says}</div></figure>')
@@ -159,13 +162,14 @@ def held_out(lines):
 
 # ---- answers ----
 def said_by(run, side):
-    """(the folder of a run's scenes, its answers before or after)"""
-    first, *lines = data.read_jsonl(run / f"{side}.jsonl")
-    return (run / first["settings"]["scenes"]).parent, lines
+    """The lines of a run's answers, before or after."""
+    _, *lines = data.read_jsonl(run / f"{side}.jsonl")
+    return lines
 
 
-def answers(root, sides):
-    """The first dozen images, each with the answers to its first three questions. sides: {whose: lines}."""
+def answers(run, sides):
+    """The first dozen images, each with the answers to its first three questions. run: it has the images.
+    sides: {whose: lines}."""
     shown, body = {}, ""
     for lines in zip(*sides.values(), strict=False):
         shown.setdefault(lines[-1]["image"], []).append(lines)
@@ -175,11 +179,11 @@ def answers(root, sides):
             said += f'<dl><dt class="ask">{escape(lines[0]["question"])}</dt>'
             for side, line in zip(sides, lines, strict=True):
                 invented = metrics.hallucinated(line["answer"], line["truth"])
-                said += f'<dt>{escape(side)}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
+                said += f'<dt>{escape(str(side))}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
         (caption, *_), *_ = asked
         there = ", ".join(caption["truth"].get("present", ()))
-        body += f'<div class="card row">{page.picture(root, image, there)}<div>{said}</div></div>'
+        body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
     return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
@@ -187,34 +191,34 @@ def answers(root, sides):
 
 # ---- runs side by side ----
 def beside(runs):
-    """The page of {name: folder} of runs, whose first is the one that the others are compared with."""
-    logs, after, spread, said = {}, {}, {}, {}
-    (first, home), *_ = runs.items()
-    for name, run in runs.items():
-        logs[name] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
-        after[name] = values(data.read_json(run / "summary.json", check=data.as_record).get("after", {}))
+    """The page of the folders of runs, whose first is the one that the others are compared with."""
+    logs, after, changes, said = {}, {}, {}, {}
+    first, *others = dict.fromkeys(runs)
+    for run in (first, *others):
+        logs[run] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
+        after[run] = values(data.read_json(run / "summary.json")["after"])
+        changes[run] = {}
         if (run / "after.jsonl").exists():
-            root, said[name] = said_by(run, "after")
-            paired = metrics.difference(said[first], said[name])
-            spread[name] = paired | paired["by_kind"]
-    figures, body = "", []
+            said[run] = said_by(run, "after")
+            paired = metrics.difference(said[first], said[run])
+            changes[run] = paired | paired["by_kind"]
+    figures, body, longest = "", [], max(map(len, logs.values()))
     for title, says, labels in CURVES:
         for key, label in labels.items():
-            series = {name: means(steps, key) for name, steps in logs.items()}
-            figures += curve(f"{title}: {label}", says, series, max(map(len, logs.values())))
-    others = [name for name in runs if name != first]
+            series = {run: means(steps, key) for run, steps in logs.items()}
+            figures += curve(f"{title}: {label}", says, series, longest)
     for key in after[first]:
         row = [metrics.CLASSROOM.get(key, key)]
         row += [page.num(found.get(key), ".1f") for found in after.values()]
-        for name in others:
-            about = spread.get(name, {}).get(key)
-            row.append(cell([about["change"], *about["interval"]], "+.1f") if about else "–")
+        for run in others:
+            change = changes[run].get(key, {"change": None, "interval": ()})
+            row.append(cell([change["change"], *change["interval"]], "+.1f"))
         body.append(row)
     note = "After training. Differences are paired by image, with 95% intervals."
-    head = ["", *runs, *(f"{name} − {first}" for name in others)]
+    head = ["", *after, *(f"{run} − {first}" for run in others)]
     found = page.section("Measures", note, page.table(head, body))
     found += page.section("Training", "", f'<div class="grid" style="--w:440px">{figures}</div>')
-    return found + (answers(root, said) if len(said) == len(runs) else "")
+    return found + answers(first, said)
 
 
 # ---- the model card ----
@@ -283,8 +287,7 @@ def content(run, first, more, summary):
     body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
     body += held_out([first, *more])
     if "difference" in summary:
-        root, _ = said_by(run, "after")
-        body += answers(root, {side: said_by(run, side)[1] for side in SIDES})
+        body += answers(run, {side: said_by(run, side) for side in SIDES})
     return body
 
 
@@ -296,11 +299,8 @@ def main():
     try:
         if len(o.runs) == 1:
             return print(write(o.runs[0]))
-        named = {run.resolve().name: run for run in o.runs}
-        if len(named) < len(o.runs):
-            named = {str(run): run for run in o.runs}
         with command.explained("a file of a run is missing or damaged", "give folders of finished runs"):
-            body = beside(named)
+            body = beside(o.runs)
         data.atomic_write(o.out, page.page("Runs side by side", body, page.TABLES))
         print(o.out)
     except (data.UserError, OSError) as error:

@@ -55,8 +55,8 @@ def divide(m, device, mesh):
     fully_shard(language, mesh=mesh, ignored_params=set(language.parameters()))            # joins the layers
 
 
-def first(ranks, m, work):
-    """ranks.first(work), where work runs the model or its frozen copy, whose weights come from all ranks.
+def first(ranks, m, *work):
+    """ranks.first(*work), where work runs the model or its frozen copy, whose weights come from all ranks.
 
     Rank 0 runs any number of forwards; for each the other ranks send a token of their own through the same
     language model, which rank 0 has told them by its number.
@@ -65,16 +65,16 @@ def first(ranks, m, work):
     if ranks.rank > 0:
         while number := ranks.gather(None)[0]:                            # rank 0's
             follow(languages[number - 1])
-    return ranks.first(partial(leading, ranks, languages, work))
+    return ranks.first(leading, ranks, languages, *work)
 
 
-def leading(ranks, languages, work):
-    """work() on rank 0, which tells the others before each forward, and in the end that there is none."""
+def leading(ranks, languages, work, *arguments):
+    """work(*arguments) on rank 0, which tells the others before each forward, and at the end."""
     hooks = []
     for number, language in enumerate(languages, 1):
         hooks.append(language.register_forward_pre_hook(partial(tell, ranks, number)))
     try:
-        return work()
+        return work(*arguments)
     finally:
         for hook in hooks:
             hook.remove()

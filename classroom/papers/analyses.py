@@ -1,8 +1,10 @@
 """PDS-DPO's analyses (arXiv 2412.17417) of a run of synth.py.
 
-    python classroom/papers/analyses.py runs/synth     writes analysis.json
+    python classroom/papers/analyses.py runs/synth     writes analysis.json and
+                                                       gallery.html
 
-`synth.py analyse` runs it.
+`synth.py analyse` runs it. The page shows prompts from all over the run: their
+pictures with scores and guidance, and their pairs. The tables:
 
     guidance     Fig. 4: share of the prompts whose best image has each
                  guidance scale, by topic
@@ -22,12 +24,14 @@ import re
 import statistics
 import sys
 from collections import Counter
+from html import escape
 from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))          # the repository
 import data  # noqa: E402
 from classroom.papers.pds import wilson  # noqa: E402
+from evaluation import page  # noqa: E402
 from model import ask, command  # noqa: E402
 from synthesis import pairing, prompts  # noqa: E402
 
@@ -148,15 +152,39 @@ def similarity(run):
     return found
 
 
+# ---- the page ----
+def entry(run, row, pair):
+    """A prompt on the page: its pictures with their scores, then its pair, if there is one."""
+    body = ""
+    for place, image in enumerate(row["candidates"]):
+        says = [f"guidance {image['guidance']:g}"]
+        says += [f"{name} {scores[place]:.2f}" for name, scores in row["scores"].items()]
+        if image["image"] == row["image"]:
+            says.append("picked")
+        body += page.picture(run.out, image["image"], ", ".join(says))
+    body = f'<div class="row">{body}</div>'
+    if pair:
+        sides = [[side, pair[side]] for side in ("chosen", "rejected")]
+        body += page.table(["", pair["question"]], sides)
+    return page.section(escape(row["prompt"]), "", body)
+
+
+def gallery(run, ranked, most):
+    """The page of so many prompts, evenly spaced through the run, so that none was picked."""
+    body, pairs = "", {row["id"]: row for row in run.rows("pairs")}
+    apart = max(1, len(ranked) // max(1, most))
+    for row in ranked[::apart][:most]:
+        body += entry(run, row, pairs.get(row["id"]))
+    return page.page(f"Synthesis: {run.out.name}", body)
+
+
 # ---- the command ----
-def analyse(run, judge=""):
+def tables(run, ranked, judge=""):
     """What analysis.json holds of a synth.Run. Raises UserError."""
-    ranked = run.rows("ranked", "rank")
-    with command.explained(f"{run.out}: its files are not those of one run", "run the stages again"):
-        return {"guidance": guidance(ranked),
-                "agreement": agreement(ranked),
-                "judge": judged(run, ranked, judge),
-                "similarity": similarity(run)}
+    return {"guidance": guidance(ranked),
+            "agreement": agreement(ranked),
+            "judge": judged(run, ranked, judge),
+            "similarity": similarity(run)}
 
 
 def main():
@@ -165,15 +193,19 @@ def main():
     parser.add_argument("--judge", default="", help="a vision-language model, or saved replies")
     parser.add_argument("--model_name", default="", help="the server's name for it [its choice]")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the two pictures [0]")
+    parser.add_argument("--gallery", type=int, default=24, help="prompts on the page [24]")
     given = parser.parse_args()
     import synth
     try:
         run = synth.Run(synth.Options(seed=given.seed, model_name=given.model_name), given.out)
-        found = analyse(run, given.judge)
+        ranked = run.rows("ranked", "rank")
+        with command.explained(f"{run.out}: its files are not those of one run", "run the stages again"):
+            html, found = gallery(run, ranked, given.gallery), tables(run, ranked, given.judge)
         data.atomic_write(given.out / "analysis.json", json.dumps(found, indent=1) + "\n")
+        data.atomic_write(given.out / "gallery.html", html)
     except (data.UserError, OSError) as error:
         sys.exit(f"analyses.py: {error}")
-    print(given.out / "analysis.json")
+    print(given.out / "analysis.json", given.out / "gallery.html", sep="\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def pairs(n=100):
     synth.main(["all", *given])
     run = synth.Run(synth.options(["all", *given])[1], OUT)
     oracle(run)
-    found = analyses.analyse(run) | {"judge": judge(run), "longer": {}}
+    found = analyses.tables(run, run.rows("ranked")) | {"judge": judge(run), "longer": {}}
     for scorer in SCORERS:
         for stage in ("score", "pairs") if scorer != "oracle" else ("pairs",):
             synth.main([stage, *given, "--scorer", scorer])
