@@ -136,7 +136,8 @@ def log(run, line):
 def warning(lines, o):
     """A line with advice, of some steps' lines of the log: the margin stays flat (past the warm-up), or the
     chosen responses are less likely than at the start; else ""."""
-    if all(abs(line.get("rewards/margins", 1)) < 1e-3 and line["lr"] > o.lr / 4 for line in lines):
+    flat = all(abs(line.get("rewards/margins", 1)) < 1e-3 for line in lines)
+    if flat and fmean(line["lr"] for line in lines) > o.lr / 4:
         return f"rewards/margins is 0 for {WINDOW} steps: nothing is learned; raise --lr ({o.lr:g})\n"
     if fmean(line.get("rewards/chosen", 0) for line in lines) > -0.1:
         return ""

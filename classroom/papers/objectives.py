@@ -175,7 +175,8 @@ def paragraph(runs, what, arms):
         return f"**{what}** Not run."
     chair = {arm: runs.mean(arm, "chair_s")[0] for arm in arms}
     best = min(chair, key=chair.get)
-    shown = {measure: number(possible(runs.values(best, measure), measure)) for measure in ("chair_s", "cover")}
+    shown = {measure: number(possible(runs.values(best, measure), measure))
+             for measure in ("chair_s", "cover")}
     lower = [arm for arm in arms if arm != "dpo" and "dpo" in runs.by and runs.lower(arm, "dpo")]
     costs = ", ".join(f"{arm} {sequences(arm)}" for arm in arms)
     return (f"**{what}** CHAIR_s is lowest with {best}: {shown['chair_s']}, at a Cover of "
