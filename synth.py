@@ -380,14 +380,13 @@ def response(question, row, as_official):
 
 def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
-    import lora
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name
         short = command.file_name(short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
-        names[short] = lora.fetched(source)
+        names[short] = source
     return names
 
 

@@ -227,7 +227,15 @@ class Records:
             raise UserError(f"{path} holds no records; give JSON lines, a JSON array of objects, or parquet")
         self.format, self.read = self._detected()
         if is_pair := IS_PAIR.get(self.format):
-            self.keep = [k for k in self.keep if is_pair(self._raw(k))]
+            self.keep = [k for k in self.keep if self._counts(is_pair, k)]
+
+    def _counts(self, is_pair, k):
+        """Whether a record is a pair; one that cannot be read is, and its reading says what is wrong."""
+        raw = self._raw(k)
+        try:
+            return is_pair(raw)
+        except (TypeError, AttributeError, ValueError):
+            return True
 
     def _detected(self):
         """The format's name and function, by the first record that can be read."""

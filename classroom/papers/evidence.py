@@ -118,7 +118,7 @@ def value(line, measure, when):
     image minus with another of its theme), `chosen` (how far log p of the chosen moved). nan: not measured,
     or undefined, as CHAIR_i is where no caption names an object.
     """
-    if measure == "chair_i" and set(line[when]["scenes"]) == {"0"}:
+    if measure == "chair_i" and set(line[when].get("scenes", "")) == {"0"}:
         return math.nan
     if measure not in LOOK:
         return line[when][measure]
