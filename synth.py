@@ -336,10 +336,9 @@ def instruct(run):
 def respond(run):
     """One model after another answers all questions: a folder's on every rank, a server is asked by one."""
     o, said, found = run.o, {}, []
-    sources = named(run.needs("responders"))
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
-    for name, source in sources.items():
+    for name, source in named(run.needs("responders")).items():
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
             make = partial(answer, source, options)
