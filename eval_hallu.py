@@ -25,6 +25,7 @@ and reports what it cannot read. evaluation/metrics.py defines the measures.
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
 from model import ask, command
+
+CLASSROOM = Path(__file__).resolve().parent / "classroom"        # whose programs make pages
 
 
 def loaded(o, folder, device):
@@ -177,21 +180,21 @@ def run_score(o):
 
 
 def run_votes(o):
-    found = compare.preference(*compare.read_votes(o.votes))
-    data.atomic_write(o.out, json.dumps(found, indent=1) + "\n")
-    print(f"A {found['a']}\nB {found['b']}", *table("votes", found), sep="\n")
-    print(f"{found['n']} items, {found['votes']} votes, {found['raters']} raters\n"
-          f"{found['equal']} of the items are pairs of equal answers: ties that nobody was shown")
+    program = CLASSROOM / "papers" / "votes.py"
+    done = subprocess.run([sys.executable, program, *o.words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip())
+    print(done.stdout, end="")
 
 
 def run_compare(o):
-    print(*compare.report(o), sep="\n")
+    print(*compare.difference(o), sep="\n")
+    run_votes(o)
 
 
 def run_ask(o):
     if o.page:
-        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
-        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, CLASSROOM / "ask.py", *o.words])
     from evaluation import dialogue
     m, scenes, path = asked(o)
     dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
@@ -399,7 +402,9 @@ def parse(argv=None):
         command.set_defaults(run=run, partial=False)
         for argument, about in arguments.items():
             command.add_argument(argument, **about)
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    found.words = argv or sys.argv[1:]                      # for a program of the classroom's
+    return found
 
 
 def main():

@@ -8,7 +8,7 @@
     objects.py      which objects a caption names and an image holds
     benchmarks.py   the benchmarks' published files
     answers.py      let a model answer: batched, resumed, over ranks
-    compare.py      which of two models is better: paired differences, a blind page
+    compare.py      which of two models is better: paired differences
     dialogue.py     ask a model about a picture: in the terminal, or on a page
     judge.txt       what a judge is asked
     extraction.txt  what lists a caption's objects is asked

@@ -1,4 +1,4 @@
-"""evaluation/compare.py: paired differences by hand, a page that is blind, votes that are counted right."""
+"""compare.py: paired differences by hand; papers/votes.py: a page that is blind, votes that are counted right."""
 import base64
 import json
 import re
