@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
-from evaluation.stats import intervals, join, ratios, read, remarks, same_id, tally
+from evaluation.stats import choice, intervals, join, ratios, read, remarks, same_id, tally
 
 PARTS = "generative existence attribute state number action relation all".split()
 TYPES = {part: (part,) for part in PARTS}                                  # of what a part is made
@@ -63,7 +63,7 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             item |= credits(named, line, relation, safe_words, near)
         else:
             said = strict_yes_no(text) if added else yes_no(text, line["text"])
-            item |= _answered(said, line["truth"])
+            item |= {"truth": line["truth"]} | choice(said, line["truth"], "no", said == "no")
         items.append(item)
     total, draws = tally(items, _parts)
     by_type, drawn = by_part(total, added), by_part(draws, 0)
@@ -143,29 +143,17 @@ def _credit(words, entries, credited):
     return False
 
 
-def similar_words(similarity, threshold=0.8):
-    """{noun: itself and nouns more similar to it than the threshold}, by a table {"word word": number}."""
+def similar_words(similarity):
+    """{noun: itself and nouns more similar to it than 0.8}, by a table {"word word": number}."""
     near = {}
     for key, value in similarity.items():
         words = key.split(" ")
         if len(words) != 2 or not isinstance(value, int | float):
             raise UserError(f"{key!r} in the similarity file is not a pair of words with a number; fix it")
-        if value > threshold:
+        if value > 0.8:
             for word in words:
                 near.setdefault(word, {word}).update(words)
     return near
-
-
-# ---- questions ----
-def _answered(said, truth):
-    """What an answer to a question adds; no is what is to be found."""
-    right, no, said_no = int(said == truth), int(truth == "no"), int(said == "no")
-    found = right * no
-    return {"truth": truth,
-            "said": said,
-            "right": bool(right),
-            "unparsed": said is None,
-            "sums": {"accuracy": (right, 1), "precision": (found, said_no), "recall": (found, no)}}
 
 
 # ---- sums ----

@@ -36,6 +36,7 @@ from data import UserError
 from evaluation.objects import check_truth, coco_objects, hallucinated, joined, mentioned, sets
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
+    choice,
     empty,
     few,
     first,
@@ -222,19 +223,14 @@ def _pope_names(found, splits, asked):
 def _pope_item(answer, line, mode):
     """An answer beside its question. What cannot be read counts as called a yes where that is wrong."""
     said = official_yes_no(answer.text) if mode == "official" else yes_no(answer.text, line["text"])
-    right, true = int(said == line["label"]), int(line["label"] == "yes")
-    found = right * true
-    return {"id": answer.id,
+    label = line["label"]
+    item = {"id": answer.id,
             "split": line["part"],
             "image": line.get("image", answer.id),
-            "label": line["label"],
-            "said": said,
-            "right": bool(right),
-            "unparsed": said is None,
-            "sums": {"accuracy": (right, 1),
-                     "precision": (found, int(right == true)),
-                     "recall": (found, true),
-                     "yes_ratio": (int(said == "yes"), 1)}}
+            "label": label}
+    item |= choice(said, label, "yes", (said == label) == (label == "yes"))
+    item["sums"]["yes_ratio"] = (int(said == "yes"), 1)
+    return item
 
 
 def _confusion(sums):
@@ -387,8 +383,13 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
                       "type": MMHAL[place % 8],
                       "score": score,
                       "unparsed": said is None,
-                      "sums": {} if score is None else _mmhal_sums(score),
+                      "sums": {},
                       "reply": reply})
+        if score is not None:
+            told = score - 3 if score >= 3 else score
+            items[-1]["sums"] = {"score": (score, 1),
+                                 "hallucination_rate": (int(score < 3), 1),
+                                 "informativeness": (100 * told, 3)}
     total, draws = tally(items, lambda item: ["all", item["type"]])
     by_category = {}
     for kind in MMHAL:
@@ -400,10 +401,3 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
             "unparsed": total["all", "items"].top,
             "n": total["all", "score"].bottom,
             "coverage": coverage | {"answered": len(items)}}, items
-
-
-def _mmhal_sums(score):
-    told = score - 3 if score >= 3 else score
-    return {"score": (score, 1),
-            "hallucination_rate": (int(score < 3), 1),
-            "informativeness": (100 * told, 3)}

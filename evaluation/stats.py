@@ -163,6 +163,19 @@ def counted(item, parts):
     return {(part, measure): share for part in parts for measure, share in shares.items()}
 
 
+def choice(said, truth, sought, claimed):
+    """What an item holds of a yes or a no, of which `sought` is to be found. claimed: whether the answer
+    counts as that."""
+    right, there = said == truth, truth == sought
+    found = int(right and there)
+    return {"said": said,
+            "right": right,
+            "unparsed": said is None,
+            "sums": {"accuracy": (int(right), 1),
+                     "precision": (found, int(claimed)),
+                     "recall": (found, int(there))}}
+
+
 def tally(items, parts=lambda item: ["all"], **options):
     """add_up of what the items add to their parts. parts: an item -> their names."""
     return add_up(items, lambda item: counted(item, parts(item)), **options)
