@@ -1,4 +1,4 @@
-"""compare.py: paired differences by hand; papers/votes.py: a page that is blind, votes that are counted right."""
+"""compare.py: paired differences by hand; papers/votes.py: a page that is blind, and votes counted right."""
 import base64
 import json
 import re
