@@ -157,12 +157,6 @@ class Sums(dict):
         return Sums({measure: share for (home, measure), share in self.items() if home == part})
 
 
-def counted(item, parts):
-    """What an item adds to the Sums of its parts."""
-    shares = item["sums"] | {"items": (item.get("unparsed", False), 1)}
-    return {(part, measure): share for part in parts for measure, share in shares.items()}
-
-
 def choice(said, truth, sought, claimed):
     """What an item holds of a yes or a no, of which `sought` is to be found. claimed: whether the answer
     counts as that."""
@@ -176,15 +170,11 @@ def choice(said, truth, sought, claimed):
                      "recall": (found, int(there))}}
 
 
-def tally(items, parts=lambda item: ["all"], **options):
-    """add_up of what the items add to their parts. parts: an item -> their names."""
-    return add_up(items, lambda item: counted(item, parts(item)), **options)
+def tally(items, parts=lambda item: ["all"], seed=0, resamples=None):
+    """-> the Sums of what all items add to their parts, and of `resamples` draws of their images with
+    replacement.
 
-
-def add_up(items, counts, seed=0, resamples=None):
-    """-> the Sums of all items' counts, and of `resamples` draws of their images with replacement.
-
-    counts: an item -> {name: (top, bottom)}, whole numbers if the total is read.
+    parts: an item -> their names. The counts of items are whole numbers.
     """
     images = {}
     for item in items:
@@ -192,10 +182,10 @@ def add_up(items, counts, seed=0, resamples=None):
     columns = defaultdict(lambda: np.zeros((2, len(images))))                   # name -> its sums by image
     for item in items:
         place = images[item["image"]]
-        for name, (top, bottom) in counts(item).items():
-            tops, bottoms = columns[name]
-            tops[place] += top
-            bottoms[place] += bottom
+        shares = item["sums"] | {"items": (item.get("unparsed", False), 1)}
+        for part in parts(item):
+            for measure, share in shares.items():
+                columns[part, measure][:, place] += share
     table, rng = np.stack(list(columns.values())), np.random.default_rng(seed)  # (names, 2, images)
     draws = np.zeros((*table.shape[:2], resamples or RESAMPLES))
     for place in range(draws.shape[-1]):
@@ -267,11 +257,14 @@ def paired(a_items, b_items):
     """-> {measure: {"a", "b", "change", "interval"}} of items with equal ids, shares in percent. Both sides
     see the same draws of images, which is what pairs them."""
     others = {_key(item): item for item in b_items}
-    both = [{"image": item.get("image") or item["id"], "a": item, "b": others[_key(item)]}
-            for item in a_items if _key(item) in others]
+    both = []
+    for item in a_items:
+        if other := others.get(_key(item)):
+            image = {"image": item.get("image") or item["id"]}
+            both += [item | image | {"side": "a"}, other | image | {"side": "b"}]
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
-    total, draws = add_up(both, lambda pair: counted(pair["a"], "a") | counted(pair["b"], "b"))
+    total, draws = tally(both, lambda item: item["side"])
     old, new, old_draws, new_draws = (ratios(sums.of(side), 100) for sums in (total, draws) for side in "ab")
     found = {}
     for measure in old:

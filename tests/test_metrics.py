@@ -121,7 +121,7 @@ def test_intervals_are_the_binomial_ones_and_quick():
     assert (low, high) == pytest.approx((50 - 3.1, 50 + 3.1), abs=.6)         # 1.96 sqrt(.5 .5 / 1000)
     assert metrics.classroom(answers) == got                                  # the seed is fixed
     items = metrics.classroom_items(answers)
-    one, other = (stats.add_up(items, lambda item: stats.counted(item, ["all"]), seed)[1] for seed in (0, 1))
+    one, other = (stats.tally(items, seed=seed)[1] for seed in (0, 1))
     assert (one["all", "chair_s"] != other["all", "chair_s"]).any()
 
 

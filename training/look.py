@@ -186,8 +186,8 @@ def logps_of(m, cases, o, fields):
 def interval(values, images, seed):
     """[mean, low, high] of values (n,), leaving out nan; resamples draw the images."""
     there = zip(images, values, strict=True)
-    items = [{"image": image, "sum": x} for image, x in there if not np.isnan(x)]
-    _, draws = stats.add_up(items, lambda item: {"mean": (item["sum"], 1)}, seed)
-    mean, (top, bottom) = np.nanmean(values), draws["mean"]
+    items = [{"image": image, "sums": {"mean": (x, 1)}} for image, x in there if not np.isnan(x)]
+    _, draws = stats.tally(items, seed=seed)
+    mean, (top, bottom) = np.nanmean(values), draws["all", "mean"]
     low, high = stats.interval(top / bottom, mean)
     return [round(float(x), 6) for x in (mean, low, high)]
