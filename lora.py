@@ -293,10 +293,12 @@ def fetched(name, kind="model"):
               f"{constants.HF_HUB_CACHE}", file=sys.stderr)
         return fetch()
     except Exception as error:                          # of the hub's and its helpers' there is no end
-        why = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"{name}: there is no such path, and the hub does not give it ({why:.300}); fetch "
-                        f"it with `hf download {repo} --repo-type {kind} --local-dir DIR`, after `hf auth "
-                        "login` if it is gated, and give DIR") from None
+        if isinstance(error, errors.DryRunError):
+            error = error.__cause__
+        raise UserError(f"{name}: there is no such path, and the hub does not give it "
+                        f"({' '.join(str(error).split()):.300}); fetch it with `hf download {repo} "
+                        f"--repo-type {kind} --local-dir DIR`, after `hf auth login` if it is gated, and "
+                        "give DIR") from None
 
 
 def merge_folder(model, adapter, out, dtype="auto"):

@@ -35,7 +35,6 @@ Departures from the official pipeline; --as_official undoes 1 to 4:
  5. Scales, seeds and texts are in the files beside each image: nothing is
     matched by its place in a list.
 """
-import json
 import math
 import sys
 import time
@@ -152,15 +151,14 @@ class Run:
     def made(self, name, given, make, made_by, size=1):
         """The items' rows in their order, without those that failed; only what is missing is made.
 
-        given: {id: all that this item is made from}, `made_by`: what they all are; both are hashed. make:
-        (run, groups of `size` items {"id", "_given", ...}) -> their rows, group by group. parts/NAME.jsonl
-        keeps them: see command.Store.work.
+        given: {id: all that this item is made from, such as an ask.Question}, `made_by`: what they all are;
+        both are hashed. make: (run, groups of `size` items {"id", "_given", ...}) -> their rows, group by
+        group. parts/NAME.jsonl keeps them: see command.Store.work.
         """
         start, items = time.time(), []
         store = command.Store(self.path(name, "parts"), self.ranks)
         for id, parts in given.items():
-            text = json.dumps([id, parts, made_by], sort_keys=True)
-            items.append({"id": id, "_given": parts, "hash": f"{data.hash64(text):016x}"})
+            items.append({"id": id, "_given": parts, "hash": ask.hashed([id, parts, made_by])})
         rows = store.work(items, partial(make, self), size, name)
         command.free()
         self.say(name,
@@ -210,8 +208,7 @@ class Run:
         """The reward model of a ranker or scorer; None if it is none."""
         if name in MODELS:
             from synthesis import rewards
-            device = self.ranks.device
-            return rewards.load(name, getattr(self.o, name), device, command.dtype(self.o.dtype, device))
+            return rewards.load(name, getattr(self.o, name), self.ranks.device, self.o.dtype)
 
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
@@ -254,17 +251,17 @@ def make_images(run):
     o, jobs, rows = run.o, {}, []
     generator = run.needs("generator")
     for row in run.rows("prompts", "prompts"):
-        seeds, id = [], row["id"]
+        candidates, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
             seed = 10 ** 7 * o.seed + 1000 * row["number"]
-            seeds.append(seed if o.paired_seeds else seed + k)
-            rows.append({"id": f"{id}-{k}",
-                         "prompt_id": id,
-                         "guidance": scale,
-                         "seed": seeds[-1],
-                         "image": f"images/{id}-{k}.png"})
-        jobs[id] = row["prompt"], seeds
-    made_by = [command.identity(generator), o.guidance, o.steps, o.size, o.dtype]
+            candidates.append({"id": f"{id}-{k}",
+                               "prompt_id": id,
+                               "guidance": scale,
+                               "seed": seed if o.paired_seeds else seed + k,
+                               "image": f"images/{id}-{k}.png"})
+        jobs[id] = row["prompt"], candidates
+        rows += candidates
+    made_by = [command.identity(generator), o.steps, o.size, o.dtype]
     run.made("images", jobs, paint, made_by)
     run.write("images", rows)
 
@@ -276,14 +273,15 @@ def paint(run, groups):
     o, device = run.o, run.ranks.device
     dtype = command.dtype(o.dtype, device, "float16")
     for some in data.chunks(groups, o.chunk):
-        jobs = [(item["id"], *item["_given"]) for (item,) in some]
-        encoded = images.encode(o.generator, [prompt for _, prompt, _ in jobs], device, dtype)
+        jobs = [item["_given"] for (item,) in some]
+        encoded = images.encode(o.generator, [prompt for prompt, _ in jobs], device, dtype)
         command.free()
         painter = images.Painter(o.generator, device, dtype)
-        for id, prompt, seeds in jobs:
+        for prompt, candidates in jobs:
+            seeds = [row["seed"] for row in candidates]
             painted = painter(encoded[prompt], encoded[""], o.guidance, seeds, o.steps, o.size)
-            for k, picture in enumerate(painted, 1):
-                picture.save(run.out / f"images/{id}-{k}.png")      # one torn by a kill is painted again
+            for row, picture in zip(candidates, painted, strict=True):
+                picture.save(run.out / row["image"])                # one torn by a kill is painted again
             yield [{}]
         del painter, encoded
         command.free()
@@ -292,32 +290,31 @@ def paint(run, groups):
 # ---- 3 rank ----
 def rank(run):
     """Of each prompt the image that the first ranker scores best, beside what all of them scored."""
-    o, given, asked = run.o, {}, {}
+    o, asked, questions = run.o, {}, {}
     shown = pairing.grouped(run.rows("images", "images"), "prompt_id")
     for row in run.rows("prompts", "prompts"):
         id = row["id"]
         if id in shown:
             asked[id] = row | {"candidates": shown[id], "scores": {}}
-            files = [image["image"] for image in shown[id]]
-            seen = [command.identity(run.out / file) for file in files]
-            given[id] = row["prompt"], files, seen
+            files = [run.out / image["image"] for image in shown[id]]
+            questions[id] = ask.Question(id, row["prompt"], files)
     for name in o.ranker.split(","):
         made_by = run.reward("--ranker", name, RANKERS)
-        for row in run.made(f"rank-{name}", given, partial(rank_by, name), made_by):
+        for row in run.made(f"rank-{name}", questions, partial(rank_by, name), made_by):
             asked[row["id"]]["scores"][name] = row.get("scores")
     threshold = -math.inf if o.as_official else o.threshold
     with command.explained(f"{run.out}/parts/rank-*.jsonl are damaged", "delete them"):
         found = [pairing.best_image(row, threshold) for row in asked.values()]
     run.write("ranked", found)
-    low = sum(row.get("dropped") is not None for row in found)
+    low = sum(row["dropped"] is not None for row in found)
     run.say("rank", prompts=len(found), kept=len(found) - low, below_threshold=low)
 
 
 def rank_by(name, run, groups):
     model = run.model(name)
     for (item,) in groups:
-        prompt, files, _ = item["_given"]
-        yield [{"scores": model.score(prompt, [run.out / file for file in files])}]
+        prompt = item["_given"]
+        yield [{"scores": model.score(prompt.text, prompt.images)}]
 
 
 # ---- 4 instruct ----
@@ -342,12 +339,11 @@ def respond(run):
     sources = named(run.needs("responders"))
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
-    given = {id: ask.digest(question) for id, question in questions.items()}
     for name, source in sources.items():
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
-            make = partial(answer, source, options, questions)
-            rows = run.made(f"respond-{name}", given, make, made_by, o.batch)
+            make = partial(answer, source, options)
+            rows = run.made(f"respond-{name}", questions, make, made_by, o.batch)
             said[name] = {row["id"]: row for row in rows}
         elif run.ranks.rank == 0:
             said[name] = run.ask(f"respond-{name}", source, [*questions.values()], accept=ask.anything,
@@ -358,14 +354,14 @@ def respond(run):
                 answered = response(question.text, rows[id], o.as_official)
                 found.append({"id": id, "model": name} | answered)
     run.write("responses", found)
-    run.say("respond", responses=len(found), failed=len(given) * len(said) - len(found))
+    run.say("respond", responses=len(found), failed=len(questions) * len(said) - len(found))
 
 
-def answer(source, options, questions, run, groups):
+def answer(source, options, run, groups):
     """What a model folder says about each group of questions."""
     model = ask.connect(source, **options, **run.place())
     for group in groups:
-        asked = [questions[item["id"]] for item in group]
+        asked = [item["_given"] for item in group]
         yield [row for _, row in model.ask(asked)]
 
 
@@ -401,12 +397,10 @@ def score(run):
     o, given, found = run.o, {}, []
     made_by = run.reward("--scorer", o.scorer, SCORERS)
     said = pairing.grouped(run.rows("responses", "respond"), "id")
-    questions = run.questions()
-    for id, question in questions.items():
+    for id, question in run.questions().items():
         if id in said:
-            texts = [row["response"] for row in said[id]]
-            given[id] = ask.digest(question), texts
-    rows = run.made(f"score-{o.scorer}", given, partial(score_by, questions), made_by)
+            given[id] = question, [row["response"] for row in said[id]]
+    rows = run.made(f"score-{o.scorer}", given, score_by, made_by)
     with command.explained(f"{run.out}/parts/score-{o.scorer}.jsonl is damaged", "delete it"):
         for row in rows:
             for response, scores in zip(said[row["id"]], row["scores"], strict=True):
@@ -414,12 +408,11 @@ def score(run):
     run.write(f"scores-{o.scorer}", found)
 
 
-def score_by(questions, run, groups):
+def score_by(run, groups):
     name, seed = run.o.scorer, run.o.seed
     model = run.model(name)
     for (item,) in groups:
-        id, (_, texts) = item["id"], item["_given"]
-        question = questions[id]
+        question, texts = item["_given"]
         if name == "armorm":
             yield [{"scores": model.judge(question.text, texts)}]
             continue
@@ -428,7 +421,7 @@ def score_by(questions, run, groups):
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            scores = [data.draw(seed, "scorer", id, k).random() for k in range(len(texts))]
+            scores = [data.draw(seed, "scorer", question.id, k).random() for k in range(len(texts))]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 

@@ -164,7 +164,8 @@ class Ours:
         if reference is None or not cached:
             reference = Reference(self.places, self.m, forward, needs, self.ranks)
             self.references[loss, forward] = reference
-        run = SimpleNamespace(model=self.m, loss=loss_of, o=options.Options(beta=BETA))
+        run = SimpleNamespace(model=self.m, loss=loss_of, o=options.Options(beta=BETA),
+                              pairs=SimpleNamespace(needs=needs))
         value, policy, frozen = step_loss(run, batch, reference)
         (value.sum() / batch.of).backward()
         return means(fetched([measures(policy, frozen, value, BETA)]))["loss"]

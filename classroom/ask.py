@@ -41,7 +41,7 @@ class Site(HTTPServer):
 
     def ask(self, question, image):
         """-> {"answers": of `answers`, "reward": after training, with the whole picture; else None}"""
-        from evaluation import dialogue                      # and with it torch
+        from evaluation import dialogue  # and with it torch
         picture, weighed = image and picture_of(image), None
         known = self.scenes.get(self.paths.get(image), {})
         found = dialogue.answers(self.m, picture, question, known, self.length)

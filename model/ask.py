@@ -166,7 +166,8 @@ def digest(question):
 
 
 def hashed(value):
-    return command.fingerprint(json.dumps(value, sort_keys=True).encode())
+    """16 hex digits over what JSON can hold; of a Question in it counts the digest."""
+    return command.fingerprint(json.dumps(value, sort_keys=True, default=digest).encode())
 
 
 def reply_of(answer):

@@ -45,10 +45,10 @@ def grouped(rows, field):
 # ---- faults of one response ----
 
 def unecho(question, response):
-    """(what follows an echo of the question, whether there was one): blanks, case, <image> do not count."""
+    """What follows an echo of the question, else all of it: blanks, case, <image> do not count."""
     words = [re.escape(word) for word in question.replace("<image>", " ").split()]
     echo = re.match(r"\s*(?:<image>\s*)?" + r"\s+".join(words), response, re.I) if words else None
-    return (response[echo.end():], True) if echo else (response, False)
+    return response[echo.end():] if echo else response
 
 
 def scripts(text):
@@ -64,11 +64,11 @@ def is_foreign(question, text):
 
 def faults(question, response, finished):
     """The faults of a response. finished: whether the model ended it by itself; None if not known."""
-    text, echoed = unecho(question, response)
-    text = text.strip()
+    answer = unecho(question, response)
+    text = answer.strip()
     if finished is None:
         finished = len(text.split()) < LONG or not re.search(r"[\w,;–-]$", text)
-    found = {"echoed": echoed, "empty": not any(c.isalnum() for c in text),
+    found = {"echoed": answer != response, "empty": not any(c.isalnum() for c in text),
              "foreign": is_foreign(question, text), "cut off": not finished,
              "thoughts": THOUGHT.search(text)}
     return [reason for reason, there in found.items() if there]
@@ -131,10 +131,10 @@ def pair(prompt, best, worst, official):
     """The native record of a prompt's best and worst response."""
     texts = []
     for row in (best, worst):
-        text = row["response"].strip()
+        text = row["response"]
         if official:
-            text = unecho(prompt["question"], text)[0].replace("\n", " ").strip()
-        texts.append(text)
+            text = unecho(prompt["question"], text).replace("\n", " ")
+        texts.append(text.strip())
     chosen, rejected = texts
     meta = only(prompt, "topic prompt guidance")
     meta |= {"models": [best["model"], worst["model"]], "scores": [best["score"], worst["score"]]}
@@ -181,7 +181,7 @@ def make(run, settings):
             score = sum(row["rewards"][:5]) / 5
         scores[row["id"], row["model"]] = score
     pairs, dropped, faulty = select(asked, grouped(said, "id"), scores, o.margin, o.as_official)
-    low = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row["dropped"]]
+    low = [{"id": row["id"], "reason": row["dropped"]} for row in ranked if row.get("dropped")]
     dropped = low + dropped
     run.write("pairs", pairs)
     run.write("dropped", dropped)

@@ -33,14 +33,23 @@ from data import MEAN, STD, UserError
 from model import ask, command, template
 
 
-def read_weights(weights):
-    """{name: tensor} of a .pt or .safetensors file, or of a folder's safetensors; pickled code is never run.
-    Raises UserError for a file that is missing or torn, or that holds code."""
+def read_published(weights, config, default=None):
+    """-> (folder, config, {name: tensor}) of a .pt or .safetensors file, or of a folder's safetensors.
+
+    config: a dict, a JSON file, or None for config.json beside the weights. Pickled code is never run. Raises
+    UserError for a file that is missing or torn, or that holds code.
+    """
     from safetensors.torch import load_file
-    path, state = Path(weights), {}
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
+    folder, state = Path(weights), {}
+    files = [folder]
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.pt"))
+    else:
+        folder = folder.parent
+    if config is None:
+        config = data.read_json(folder / "config.json", default)
+    elif not isinstance(config, dict):
+        config = data.read_json(config)
     for file in files:
         with command.explained(f"{file} cannot be read as weights", "copy the published file again"):
             if file.suffix == ".safetensors":
@@ -49,19 +58,7 @@ def read_weights(weights):
                 state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not state:
         raise UserError(f"{weights}: no weights there; give the published file or folder")
-    return state
-
-
-def beside(weights, config, default=None):
-    """(the weights' folder, their config): a dict, a JSON file, or None for config.json in the folder."""
-    folder = Path(weights)
-    if not folder.is_dir():
-        folder = folder.parent
-    if config is None:
-        config = data.read_json(folder / "config.json", default)
-    elif not isinstance(config, dict):
-        config = data.read_json(config)
-    return folder, config
+    return folder, config, state
 
 
 # ---- ImageReward ----
@@ -118,9 +115,9 @@ class ImageReward(nn.Module):
         text = BlipTextConfig(**PUBLISHED["text"] | text | {"encoder_hidden_size": vision.hidden_size})
         self.vision, self.tokenizer = BlipVisionModel(vision), None
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head, before = nn.ModuleDict(), text.hidden_size   # linear maps in a row, without activations
+        self.head, before = nn.Sequential(), text.hidden_size   # linear maps in a row, without activations
         for place, width in zip(LINEAR, widths, strict=True):
-            self.head[place] = nn.Linear(before, width)
+            self.head.add_module(place, nn.Linear(before, width))
             before = width
 
     @classmethod
@@ -131,9 +128,8 @@ class ImageReward(nn.Module):
         picture's and its patches' size show in the weights. Raises UserError if they do not fit.
         """
         from transformers.initialization import no_init_weights
-        folder, config = beside(weights, config, {})
-        published = read_weights(weights).items()
-        state = {to_ours(name): x for name, x in published if not name.startswith(DROPPED)}
+        folder, config, published = read_published(weights, config, {})
+        state = {to_ours(name): x for name, x in published.items() if not name.startswith(DROPPED)}
         with command.explained(f"{weights} is not ImageReward's state dict, or does not fit its config",
                        "give the published ImageReward.pt, or the two that belong together"):
             patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
@@ -150,9 +146,7 @@ class ImageReward(nn.Module):
         """Rewards (B,) of B texts (B, T) and B pictures' tokens (B, K, D), vision's last_hidden_state."""
         x = self.text(input_ids=input_ids, attention_mask=attention_mask,
                       encoder_hidden_states=seen).last_hidden_state[:, 0]                          # (B, D)
-        for linear in self.head.values():
-            x = linear(x)
-        return (x[:, 0] - MEAN_REWARD) / STD_REWARD
+        return (self.head(x)[:, 0] - MEAN_REWARD) / STD_REWARD
 
     @torch.no_grad()
     def score(self, prompt, images):
@@ -256,8 +250,8 @@ class ArmoRM(nn.Module):
         shapes. Raises UserError for what does not fit.
         """
         from transformers import AutoTokenizer, LlamaConfig, LlamaModel
-        folder, config = beside(weights, config)
-        tower, head, state = {}, {}, read_weights(weights)
+        folder, config, state = read_published(weights, config)
+        tower, head = {}, {}
         with command.explained(f"{weights} does not fit ArmoRM or its config", "give both as published"):
             for name, x in state.items():
                 if name.startswith("model."):
@@ -330,8 +324,8 @@ class ArmoRM(nn.Module):
 
 
 def load(name, source, device, dtype):
-    """The reward model of a name, from its weights or folder; dtype: of ArmoRM's tower."""
+    """The reward model of a name, from its weights or folder; dtype: of ArmoRM's tower, by name."""
     if name == "armorm":
-        return ArmoRM.load(source, device=device, dtype=dtype)
+        return ArmoRM.load(source, device=device, dtype=command.dtype(dtype, device))
     kind = ImageReward if name == "imagereward" else Similarity
     return kind.load(source, device=device)

@@ -208,7 +208,7 @@ def test_a_step_waits_for_the_device_twice_however_many_micro_batches_it_has(wor
                 patch.setattr("torch.nn.attention.varlen.varlen_attn", waiting.varlen)
                 with waiting:
                     train_dpo.step(run, t)
-            assert waiting.found == ["cpu", "_local_scalar_dense"]
+            assert waiting.found == ["tolist", "_local_scalar_dense"]
 
 
 def test_pixels_are_pinned_where_a_gpu_reads_them_and_are_the_same(world, monkeypatch):

@@ -152,10 +152,10 @@ OWN = ["--data", "pairs/pairs.jsonl", *SMALL, "--out", "none"]
 
 
 @pytest.mark.parametrize("main, words, reason", [
-    (train_dpo.main, ["--model", "org/gated", *OWN], "403 Forbidden"),
+    (train_dpo.main, ["--model", "org/gated", *OWN], "Cannot access gated repo"),
     (train_dpo.main, ["--model", "org/absent", *OWN], "Repository Not Found"),
     (train_dpo.main, ["--model", "org/tiny@v9", *OWN], "Revision Not Found"),
-    (train_dpo.main, ["--model", "model", *OWN, "--data", "org/gated"], "403 Forbidden"),
+    (train_dpo.main, ["--model", "model", *OWN, "--data", "org/gated"], "Cannot access gated repo"),
     (lora.main, ["merge", "--adapter", "a", "--out", "m", "--model", "org/absent"], "Repository Not Found"),
     (synth.main, ["instruct", "--out", "made", "--instruct", "org/absent"], "Repository Not Found"),
     (train_dpo.main, ["--model", "org/absent", *OWN], "offline"),

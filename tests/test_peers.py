@@ -6,12 +6,12 @@ force_ascii=False). LLaMA-Factory 0.9.5 and TRL 1.16.0 write no such files: thei
 documentation. TRL is in requirements-dev.txt; for the others: pip install --no-deps llamafactory==0.9.5
 ms-swift==4.6.0, and what they import. Where they are absent, their tests are skipped.
 """
+import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from conftest import pairs_of, picture
 from PIL import Image
@@ -29,9 +29,11 @@ PAIRS = [
 OTHERS = [PAIRS[0] | {"image_rejected": ["3.png"]}, PAIRS[1] | {"image_rejected": ["3.png", "0.png"]}]
 
 
-# ---- a library's reading of a file in the folder: native rows, their images as pixels ----
+# ---- a library's reading of a file in the folder: native rows, their images as `pixels` ----
 def pixels(image):
-    return np.asarray(image if isinstance(image, Image.Image) else data.read_image(image)).tolist()
+    """What tells one picture from another: a difference of long lists takes pytest minutes to print."""
+    image = image if isinstance(image, Image.Image) else data.read_image(image)
+    return image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def row(system, turns, chosen, rejected, images):
@@ -110,8 +112,8 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
     for i in range(4):
         picture(i).save(f"{i}.png")
-    for path in DATA.iterdir():
-        shutil.copy(path, ".")
+    for name in FILES:
+        shutil.copy(DATA / name, ".")
     return tmp_path
 
 

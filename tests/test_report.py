@@ -1,5 +1,6 @@
 """training/report.py: one page that needs nothing else, whatever the run holds."""
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+from classroom import runs as runs_page
 from evaluation import metrics, page
 from training import report
 
@@ -227,7 +229,7 @@ def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
         line["answer"] = f"a dog , a cat {EVIL}"
     lines(two / "after.jsonl", said)
     monkeypatch.setattr(sys, "argv", ["report.py", str(one), str(two), "--out", str(tmp_path / "page.html")])
-    report.main()
+    runs_page.main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     seen = Page(html)
@@ -238,14 +240,24 @@ def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
     assert len(paths) > 6                                            # both runs' curves
 
 
+def test_the_report_of_several_runs_starts_the_page_of_several(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words) or sys.exit())
+    monkeypatch.setattr(sys, "argv", ["report.py", "a", "b", "--out", "page.html"])
+    with pytest.raises(SystemExit):
+        report.main()
+    (_, program, *words), = started
+    assert program.samefile(runs_page.__file__) and words == ["a", "b", "--out", "page.html"]
+
+
 def test_runs_that_answer_different_questions_are_refused(tmp_path, monkeypatch):
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", images=3)]
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs), "--out", str(tmp_path / "page.html")])
     with pytest.raises(SystemExit, match="different questions"):
-        report.main()
+        runs_page.main()
     monkeypatch.setattr(sys, "argv", ["report.py", str(runs[0]), str(tmp_path / "none")])
-    with pytest.raises(SystemExit, match="report.py: .*none"):
-        report.main()
+    with pytest.raises(SystemExit, match="runs.py: .*none"):
+        runs_page.main()
 
 
 def test_the_card_has_pefts_layout_and_the_runs_numbers(tmp_path):

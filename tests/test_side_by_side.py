@@ -14,7 +14,7 @@ BLANK = dict.fromkeys(("chair_i", "pope_random_acc", "pope_adversarial_acc", *KI
 
 def line(cell, chair, cover=90.0, look=0.2):
     looked = {"kl": [1.0], "margin_true_minus": {"same_theme": [look]}, "logps_chosen_change": [0.5]}
-    after = BLANK | {"chair_s": chair, "cover": cover, "look": looked}
+    after = BLANK | {"chair_s": chair, "cover": cover, "look": looked, "scenes": "5"}
     return cell | {"before": after | {"chair_s": 50.0, "cover": 95.0}, "after": after, "seconds": 20.0}
 
 

@@ -395,7 +395,7 @@ def test_without_their_echo_the_faulty_four_are_not_rejected_but_left_out(pds10)
     """With the echo taken off beforehand the empty, foreign and cut-off responses go, a third one stays."""
     out, published = pds10
     asked = {r["id"]: r["question"] for r in lines(out, "instructions")}
-    rows = [r | {"response": pairing.unecho(asked[r["id"]], r["response"])[0].strip()}
+    rows = [r | {"response": pairing.unecho(asked[r["id"]], r["response"]).strip()}
             for r in lines(out, "responses")]
     synth.Run(None, out).write("responses", rows)
     synth.main(["pairs", "--out", str(out), "--scorer", "given", "--margin", "0"])

@@ -136,15 +136,15 @@ def log(run, line):
 def warning(lines, o):
     """A line with advice, of some steps' lines of the log: the margin stays flat (past the warm-up), or the
     chosen responses are less likely than at the start; else ""."""
-    flat = max(abs(line.get("rewards/margins", 1)) for line in lines) < 1e-3
-    chosen = fmean(line.get("rewards/chosen", 0) for line in lines)
+    flat = all(abs(line.get("rewards/margins", 1)) < 1e-3 for line in lines)
     if flat and fmean(line["lr"] for line in lines) > o.lr / 4:
         return f"rewards/margins is 0 for {WINDOW} steps: nothing is learned; raise --lr ({o.lr:g})\n"
-    if chosen < -0.1:
-        anchored = any(name in o.loss for name in ("ancpo", "mdpo", "symmpo"))
-        more = "" if anchored else f" or add an anchor: --loss {o.loss}+ancpo"
-        return f"rewards/chosen falls: the chosen responses become less likely; lower --lr ({o.lr:g}){more}\n"
-    return ""
+    if fmean(line.get("rewards/chosen", 0) for line in lines) > -0.1:
+        return ""
+    more = f" or add an anchor: --loss {o.loss}+ancpo"
+    if any(name in o.loss for name in ("ancpo", "mdpo", "symmpo")):
+        more = ""
+    return f"rewards/chosen falls: the chosen responses become less likely; lower --lr ({o.lr:g}){more}\n"
 
 
 class Stop:

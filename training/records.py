@@ -214,6 +214,7 @@ IS_PAIR = {"vlfeedback": _by_rating, "ha-dpo": lambda raw: not raw.get("correct"
 class Records:
     """A file's pairs, normalised when asked for; `keep` has their numbers among all raw records.
     rejected: whether a record's rejected response is read. follow_links: as data.inside has it."""
+    __iter__ = None                                     # a record may be several pairs: ask by number
 
     def __init__(self, path, image_root=None, rejected=True, follow_links=False):
         path = lora.fetched(str(path), "dataset")

@@ -1,15 +1,15 @@
-"""A run as one HTML file, or several runs side by side; and the model card of what a run made.
+"""A run as one HTML file, and the model card of what it made.
 
     python -m training.report runs/NAME
             writes runs/NAME/report.html
     python -m training.report runs/A runs/B ...
-            writes runs.html: curves on each other, a table with paired
-            differences from the first, answers next to each other
+            writes runs.html, by classroom/runs.py
 
 train_dpo.py does the first by itself. It shows what the folder holds: the table before and after
 (summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
 answers (before.jsonl, after.jsonl).
 """
+import os
 import sys
 from html import escape
 from pathlib import Path
@@ -189,38 +189,6 @@ def answers(run, sides):
     return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
 
 
-# ---- runs side by side ----
-def beside(runs):
-    """The page of the folders of runs, whose first is the one that the others are compared with."""
-    logs, after, changes, said = {}, {}, {}, {}
-    first, *others = dict.fromkeys(runs)
-    for run in (first, *others):
-        logs[run] = [line for line in data.read_jsonl(run / "log.jsonl", torn_ok=True) if "step" in line]
-        after[run] = values(data.read_json(run / "summary.json")["after"])
-        changes[run] = {}
-        if (run / "after.jsonl").exists():
-            said[run] = said_by(run, "after")
-            paired = metrics.difference(said[first], said[run])
-            changes[run] = paired | paired["by_kind"]
-    figures, body, longest = "", [], max(map(len, logs.values()))
-    for title, says, labels in CURVES:
-        for key, label in labels.items():
-            series = {run: means(steps, key) for run, steps in logs.items()}
-            figures += curve(f"{title}: {label}", says, series, longest)
-    for key in after[first]:
-        row = [metrics.CLASSROOM.get(key, key)]
-        row += [page.num(found.get(key), ".1f") for found in after.values()]
-        for run in others:
-            change = changes[run].get(key, {"change": None, "interval": ()})
-            row.append(cell([change["change"], *change["interval"]], "+.1f"))
-        body.append(row)
-    note = "After training. Differences are paired by image, with 95% intervals."
-    head = ["", *after, *(f"{run} − {first}" for run in others)]
-    found = page.section("Measures", note, page.table(head, body))
-    found += page.section("Training", "", f'<div class="grid" style="--w:440px">{figures}</div>')
-    return found + answers(first, said)
-
-
 # ---- the model card ----
 CARD = """---
 base_model: {base}
@@ -296,13 +264,11 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+", help="the folder of a run, or of several")
     parser.add_argument("--out", type=Path, default="runs.html", help="the page of several runs [runs.html]")
     o = parser.parse_args()
+    if len(o.runs) > 1:
+        program = Path(__file__).resolve().parents[1] / "classroom" / "runs.py"
+        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
     try:
-        if len(o.runs) == 1:
-            return print(write(o.runs[0]))
-        with command.explained("a file of a run is missing or damaged", "give folders of finished runs"):
-            body = beside(o.runs)
-        data.atomic_write(o.out, page.page("Runs side by side", body, page.TABLES))
-        print(o.out)
+        print(write(o.runs[0]))
     except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import data
 from classroom.papers import study
-from classroom.papers.evidence import Runs
+from classroom.papers.evidence import Runs, possible
 from classroom.world import KINDS
 
 TUNING, LINES = "results/objectives-tuning.jsonl", "results/objectives.jsonl"
@@ -154,7 +154,7 @@ def table(runs, arms, tuned):
     rows = [["", *COLUMNS.values(), "looks", "CHAIR_s - DPO's", "CHAIR_s - SFT's", "seconds", "lr", "runs"]]
     for arm in order:
         of = there[arm]
-        means = {measure: runs.mean(of, measure) for measure in COLUMNS}
+        means = {measure: possible(runs.values(of, measure), measure) for measure in COLUMNS}
         low = means["look"][1]
         looks = "–" if low is None else "yes" if low > 0 else "no"
         against = [span(runs.difference(of, there[other])) if other in there and other != arm else "–"
@@ -175,10 +175,12 @@ def paragraph(runs, what, arms):
         return f"**{what}** Not run."
     chair = {arm: runs.mean(arm, "chair_s")[0] for arm in arms}
     best = min(chair, key=chair.get)
+    shown = {measure: number(possible(runs.values(best, measure), measure))
+             for measure in ("chair_s", "cover")}
     lower = [arm for arm in arms if arm != "dpo" and "dpo" in runs.by and runs.lower(arm, "dpo")]
     costs = ", ".join(f"{arm} {sequences(arm)}" for arm in arms)
-    return (f"**{what}** CHAIR_s is lowest with {best}: {number(runs.mean(best, 'chair_s'))}, at a Cover of "
-            f"{number(runs.mean(best, 'cover'))}. Lower than DPO's: {', '.join(lower) or 'none'}. It costs, "
+    return (f"**{what}** CHAIR_s is lowest with {best}: {shown['chair_s']}, at a Cover of "
+            f"{shown['cover']}. Lower than DPO's: {', '.join(lower) or 'none'}. It costs, "
             f"in sequences a pair: {costs}.")
 
 
