@@ -1,11 +1,13 @@
 """What every test shares: the repository on the path, one thread, and where the published data lies."""
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import sys
 import tempfile
 import traceback
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -114,11 +116,20 @@ def free_port():
         return str(s.getsockname()[1])
 
 
+@cache
+def warmed():
+    """Import what commands import as they run, and load a model: once, or each fork takes seconds for it."""
+    from model import vlm
+    vlm.load(write_llava(Path(CACHE) / "warm"))
+
+
 def run_forked(main, argv, before=None, ranks=1):
     """A command in a fork of this process, or as some ranks: (exit code of the first, what all printed).
 
     `before` runs there first, to break things.
     """
+    warmed()
+
     def child(rank):
         if ranks > 1:                                     # what torchrun sets, without its start-up time
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
@@ -145,3 +156,20 @@ def run_forked(main, argv, before=None, ranks=1):
         for process in processes:
             process.join(240)
         return processes[0].exitcode, log.read_text().replace("\r", "\n")
+
+
+def run_script(script, *arguments, folder=ROOT, path=(), forget=()):
+    """`python SCRIPT ARGUMENTS` in a folder, but in a fork of this process, as run_forked() does it.
+
+    path: further places of modules, behind the script's own. forget: modules and packages that are to be
+    found there, and not here.
+    """
+    def main():
+        for name in [*sys.modules]:
+            if name.partition(".")[0] in forget:
+                del sys.modules[name]
+        os.chdir(folder)
+        others = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / "tests")]
+        sys.path[:] = [str(Path(script).resolve().parent), *map(str, path), *others]
+        runpy.run_path(str(script), run_name="__main__")
+    return run_forked(main, list(map(str, arguments)))

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 SCRIPTS = ("data", "eval_hallu", "lora", "losses", "synth", "train_dpo")
 FOLDERS = ("model", "evaluation", "training", "synthesis")
@@ -165,8 +165,8 @@ def test_the_folders_win_over_installed_packages_of_their_names(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("raise SystemExit('the wrong one')")
     for script in ("eval_hallu.py", "synth.py", "train_dpo.py", "classroom/papers/reproduce.py"):
-        done = python(ROOT / script, "--help", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-        assert done.returncode == 0, done.stderr
+        code, said = run_script(ROOT / script, "--help", folder=tmp_path, path=[tmp_path], forget=OURS)
+        assert code == 0, said
 
 
 # ---- how much there is -------------------------------------------------------------------------------

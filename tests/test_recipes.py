@@ -1,15 +1,11 @@
 """Five recipes of the README and one of docs/design.md: each diff is applied to a copy, and run."""
 import json
-import os
 import re
-import runpy
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, picture, run_forked, write_llava
+from conftest import ROOT, picture, run_script, write_llava
 
 README = (ROOT / "README.md").read_text()
 RECIPES = dict(re.findall(r"^\*\*([\w ]+)\.\*\*(?:(?!^\*\*).)*?^```diff\n(.*?)^```", README,
@@ -45,15 +41,7 @@ def apply(folder, diff, most, *options):
 def python(folder, *words):
     """Run a script of the folder, in a fork of this process that knows none of our modules yet."""
     script, *arguments = words
-
-    def afresh():
-        for name in [*sys.modules]:
-            if name.partition(".")[0] in OURS:
-                del sys.modules[name]
-        os.chdir(folder)
-        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
-        runpy.run_path(str(folder / script), run_name="__main__")
-    code, said = run_forked(afresh, arguments)
+    code, said = run_script(folder / script, *arguments, folder=folder, forget=OURS)
     assert code == 0, said
     return said
 

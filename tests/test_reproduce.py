@@ -5,16 +5,25 @@ import math
 import random
 import re
 import statistics
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from classroom import pairs, world
 from classroom.papers import evidence, findings, pds, reproduce, rules, study
 
 LINES = reproduce.lines()
+chosen = cache(study.best_settings)
 BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
                        *findings.KINDS), 90.0)
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """They come from the lines of the repository, and take seconds: once for all tests."""
+    monkeypatch.setattr(study, "best_settings", chosen)
 
 
 def line(arm, base, seed, chair, before=50.0, scenes="", **more):
@@ -289,9 +298,27 @@ def test_the_readme_says_what_the_results_say():
 # --- the harness ------------------------------------------------------------------------------------
 
 
+class InTurn(ThreadPoolExecutor):
+    """Works at once in this thread, since a fork of a pool's thread cannot end."""
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
 def test_a_cell_is_a_run_of_the_trainer_and_shares_its_pairs_and_scenes(tmp_path, monkeypatch, capsys):
+    """The trainer runs in forks of this process, which spares its imports; the page's command does not."""
+    started = reproduce.started
+
+    def forked(command):
+        if command[0] != "train_dpo.py":
+            return started(command)
+        code, said = run_script(ROOT / command[0], *command[1:])
+        assert code == 0, said
+    monkeypatch.setattr(reproduce, "started", forked)
+    monkeypatch.setattr(reproduce, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
-    tiny = "--max_steps 2 --set pairs=16 --set scenes=10 --set questions=20"
+    tiny = "--max_steps 2 --set pairs=16 --set scenes=10 --set questions=20 --set look=6"
     first, second = ({"arm": loss, "base": "base0", "seed": 10, "options": f"--loss {loss} {tiny}"}
                      for loss in ("dpo", "mdpo"))
     reproduce.go([first], tmp_path)

@@ -4,12 +4,13 @@ It starts at ln 2, resumes bit for bit, scales over ranks, and refuses in one se
 """
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def adapter(out):
     ("dpo", 1), ("mdpo", 3), ("copo", 1), ("ancpo", 1), ("dpo+copo", 2), ("sft", None),
     ("svco", 4), ("0.5*hsa+vdpo", 1.5), ("simpo", None)])
 def test_every_loss_and_term_trains_and_starts_at_ln2_a_term(world, tmp_path, loss, start):
-    trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1])))
+    trained(arguments(world, tmp_path / "run", "--loss", loss, "--epochs", "1", "--val_data", str(world[1]),
+                      "--set", "look=2"))
     first, steps = log_of(tmp_path / "run")
     assert first["options"]["loss"] == loss and len(steps) == 3
     assert all(0 <= step["waiting"] <= 1 for step in steps)
@@ -343,7 +345,7 @@ def test_a_signal_saves_and_leaves_and_the_next_call_goes_on(world, tmp_path, un
 
 
 def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_path):
-    argv = arguments(world, tmp_path / "run", "--epochs", "1", "--val_data", str(world[1]))
+    argv = arguments(world, tmp_path / "run", "--epochs", "1", "--val_data", str(world[1]), "--set", "look=0")
     first = trained(argv)
     stamp = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     again = trained(argv)
@@ -351,19 +353,49 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_pat
     assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
 
 
-def torchrun(*argv, agents):
-    """train_dpo.py under several torchruns, each a node of one rank with its own options."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1"]
-    nodes = [subprocess.Popen([*command, *agent.split(), str(ROOT / "train_dpo.py"), *argv],
-                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-             for agent in agents]
+def forked_rank(torchrun):
+    """From now on its rank is a fork of this process, with the environment that it gives to any other."""
+    config_of = torchrun.config_from_args
+
+    def script(_, *words):                                           # without the -u for a new Python
+        sys.argv = [*words]
+        runpy.run_path(words[0], run_name="__main__")
+
+    def config_from_args(args):
+        config, _, words = config_of(args)
+        config.start_method = "fork"
+        return config, script, words
+    torchrun.config_from_args = config_from_args
+
+
+def node(words, fork, log):
+    """A torchrun in a fork of this process, where torch is imported. Its rank is a new Python, or a fork."""
+    from torch.distributed import run as torchrun
+    with open(log, "w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    if fork:
+        forked_rank(torchrun)
+    torchrun.main(words)
+
+
+def two_nodes(argv, folder):
+    """train_dpo.py under two torchruns that meet on the loopback, each a node of one rank."""
+    meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}".split()
+    words = ["--nproc_per_node", "1", *meet, str(ROOT / "train_dpo.py"), *argv]
+    logs = [folder / f"node-{i}.log" for i in range(2)]
+    process = multiprocessing.get_context("fork").Process
+    nodes = [process(target=node, args=(words, fork, log))
+             for fork, log in zip((False, True), logs, strict=True)]
     try:
-        for node in nodes:
-            said = node.communicate(timeout=240)[1]
-            assert node.returncode == 0, said[-3000:]
+        for each in nodes:
+            each.start()
+        for each, log in zip(nodes, logs, strict=True):
+            each.join(240)
+            assert each.exitcode == 0, log.read_text()[-3000:]
     finally:
-        for node in nodes:
-            node.terminate()
+        for each in nodes:
+            each.terminate()
 
 
 def assert_equal_runs(one, two, steps):
@@ -416,7 +448,7 @@ def test_without_lora_naive_and_packed_train_to_the_same_model_that_transformers
     from transformers import LlavaForConditionalGeneration
     for forward in ("naive", "packed"):
         trained(arguments(world, tmp_path / forward, "--no-lora", "--forward", forward, "--dtype", "float64",
-                          "--val_data", str(world[1])))
+                          "--val_data", str(world[1]), "--set", "look=0"))
     assert ((weights(tmp_path / "naive") - weights(tmp_path / "packed")).norm()
             / weights(tmp_path / "naive").norm()).item() < 1e-6
     summary = json.loads((tmp_path / "packed" / "summary.json").read_text())
@@ -447,7 +479,8 @@ def test_without_lora_a_killed_run_called_again_ends_with_the_same_bytes(world, 
 
 def test_without_lora_two_ranks_with_half_the_model_and_of_the_copy_equal_one(world, tmp_path):
     """Three micro-batches a step for two ranks; evaluation, in which rank 0 runs both models alone."""
-    more = ("--no-lora", "--batch", "6", "--val_data", str(world[1]), "--eval_every", "4")
+    more = ("--no-lora", "--batch", "6", "--val_data", str(world[1]), "--eval_every", "4",
+            "--set", "look=6", "--set", "max_new_tokens=4")
     for name, ranks, extra in (("one", 1, ()), ("two", 2, ("--shard",))):
         trained(arguments(world, tmp_path / name, *more, *extra), ranks=ranks)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -470,11 +503,9 @@ def test_two_nodes_with_half_the_base_each_equal_one_process(world, tmp_path):
     """Two torchruns that meet on the loopback, one rank each; every second step has an odd micro-batch."""
     deep = write_llava(tmp_path / "model", layers=6), world[1]
     more = ("--batch", "8", "--epochs", "3", "--val_data", str(world[1]), "--eval_every", "4",
-            "--set", "max_new_tokens=8")
+            "--set", "look=6", "--set", "max_new_tokens=4")
     trained(arguments(deep, tmp_path / "one", *more, "--micro_batch", "4"))
-    meet = f"--nnodes 2 --rdzv_backend c10d --rdzv_id test --rdzv_endpoint localhost:{free_port()}"
-    torchrun(*arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"),
-             agents=(meet, meet))
+    two_nodes(arguments(deep, tmp_path / "two", *more, "--micro_batch", "4", "--shard"), tmp_path)
     assert_equal_runs(tmp_path / "one", tmp_path / "two", 6)
     for name in ("before", "step-4", "after"):
         one, two = (json.loads((tmp_path / r / f"{name}.json").read_text()) for r in ("one", "two"))
@@ -505,8 +536,8 @@ def test_a_sharded_run_that_is_killed_and_called_again_ends_with_the_same_bytes(
 
 def test_rank_0_answers_alone_from_everyones_shards(tmp_path):
     """Generation, whose number of forwards no other rank knows, before and after: the classroom's model."""
-    argv = ["--max_steps", "2", *(x for field in ("pairs=32", "scenes=6", "questions=12", "max_new_tokens=9")
-                                  for x in ("--set", field))]
+    fields = ("pairs=32", "scenes=6", "questions=12", "look=6", "max_new_tokens=9")
+    argv = ["--max_steps", "2", *(x for field in fields for x in ("--set", field))]
     trained([*argv, "--out", str(tmp_path / "one")])
     trained([*argv, "--out", str(tmp_path / "two"), "--shard"], ranks=2)
     for name in ("before.jsonl", "before.json"):
@@ -964,8 +995,15 @@ def test_real_pairs_two_empty_responses_are_named_and_the_rest_trains(tmp_path):
     """
     pairs = need(SHARED / "real" / "pds10" / "step3_sanity.json")
     model = real_model(tmp_path / "model")
-    argv = ["--model", str(model), "--data", str(pairs), "--val_data", str(pairs),
-            "--batch", "4", "--micro_batch", "2", "--epochs", "2", "--lr", "3e-3", "--set", "template=vicuna"]
+    rows = json.loads(pairs.read_text())
+    some = [rows[i] for i in (0, 1, 4)]                                   # to evaluate on; art-2 among them
+    (tmp_path / "some.json").write_text(json.dumps(some))
+    for row in some:
+        (tmp_path / row["image"]).parent.mkdir(exist_ok=True)
+        shutil.copy(pairs.parent / row["image"], tmp_path / row["image"])
+    argv = ["--model", str(model), "--data", str(pairs), "--val_data", str(tmp_path / "some.json"),
+            "--batch", "4", "--micro_batch", "2", "--epochs", "2", "--lr", "3e-3", "--set", "template=vicuna",
+            "--set", "look=0"]
     code, text = run([*argv, "--out", str(tmp_path / "refused")])
     faults = [x for x in text.splitlines() if "step3_sanity.json, line" in x]
     assert code == 1 and len(faults) == 2 and "art-2" in faults[0] and "art-3" in faults[1]
@@ -1115,7 +1153,8 @@ def test_a_llava_1_6_trains_on_pictures_of_many_shapes(tmp_path, rejected):
     for i, size in enumerate(SIZES):
         picture(i, size).save(tmp_path / "images" / f"{i}.png")
     trained(arguments((tmp_path / "model", pairs), tmp_path / "run", "--image_rejected", rejected,
-                      "--epochs", "2", "--set", "checkpointing=true", "--val_data", str(pairs)))
+                      "--epochs", "2", "--set", "checkpointing=true", "--val_data", str(pairs),
+                      "--set", "look=0"))
     first, steps = log_of(tmp_path / "run")
     assert steps[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6) and len(steps) == 4
     assert first["images"].endswith("(LlavaNextImageProcessorPil)")
@@ -1136,5 +1175,5 @@ def test_what_cannot_fit_is_refused_before_the_weights_are_read(world, tmp_path)
 
 
 def test_help_lists_every_option():
-    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--image_rejected" in done.stdout and "max_length=2048" in done.stdout
+    code, text = run(["--help"])
+    assert code == 0 and "--image_rejected" in text and "max_length=2048" in text
