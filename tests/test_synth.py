@@ -262,6 +262,7 @@ def forked(argv, env=(), wait=None):
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
+        gc.freeze()
         os.environ.update(env)
         code = 1
         with open(os.devnull, "w") as nothing:
