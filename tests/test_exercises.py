@@ -25,9 +25,9 @@ PARTS = dict(re.findall(r"^### (.*?)\n(.*?)(?=^##? |^### |\Z)", PAGE, re.DOTALL 
 LAB = [name for name in PARTS if name[0].isdigit()]
 EXERCISES = [name for name in PARTS if name.startswith("Exercise")]
 TINY = {"train_dpo.py": "--max_steps 2 --batch 8 --set pairs=16 --set scenes=8 --set questions=20 "
-                        "--set max_new_tokens=8",
+                        "--set max_new_tokens=8 --set look=4",
         "classroom/pairs.py": "--n 8",
-        "synth.py": "--per_topic 1 --guidance 1,4 --set steps=1 --set max_new_tokens=4"}
+        "synth.py": "--per_topic 1 --guidance 1,4 --threshold -1000 --set steps=1 --set max_new_tokens=4"}
 
 
 def blocks(text, kind=""):
@@ -61,7 +61,7 @@ def execute(words):
     if script == "-c":
         return exec(rest[0], {})
     tiny = [] if "--help" in rest or rest[:1] == ["analyse"] else shlex.split(TINY.get(script, ""))
-    sys.argv = [script, *(word if word != "1000" else "16" for word in rest), *tiny]
+    sys.argv = [script, *("16" if word in ("200", "1000") else word for word in rest), *tiny]
     if script in PROGRAMS:
         Path(script).write_text(PROGRAMS[script])
         return runpy.run_path(script, run_name="__main__")
@@ -84,7 +84,8 @@ def share(rest):
     for file in first.glob("before.json*"):
         shutil.copy(file, out)
     if not any("pair_options" in word for word in rest):
-        shutil.copytree(first / "data", out / "data")
+        for name in ("data", "held_out"):
+            shutil.copytree(first / name, out / name)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,16 @@ def test_look_prints_three_margins_of_each_adapter(lab):
     said = next(text for name, text in lab[2].items() if "look" in name)
     found = re.findall(r"^(own|grey|another's) +[+-]\d\.\d\d, above 0 in \d+%$", said, re.MULTILINE)
     assert found == ["own", "grey", "another's"] * 3
+
+
+def test_the_built_in_models_run_every_stage_of_synthesis(lab):
+    made = {name: list(data.read_jsonl(lab[0] / "runs" / "synth" / f"{name}.jsonl"))
+            for name in ("prompts", "images", "ranked", "scores-armorm")}
+    assert len(made["prompts"]) == 4 and len(made["images"]) == 8
+    for row in made["ranked"]:
+        assert set(row["scores"]) == {"imagereward", "clip"}
+    scored = made["scores-armorm"]
+    assert len({row["model"] for row in scored}) >= 3 and len(scored[0]["rewards"]) == 5
 
 
 # ---------------------------------------------------------------------------------------- the parts

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import math
+import multiprocessing
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 from functools import cache
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, warmed
 
 sys.path.append(str(ROOT / "bench"))
 import gpu  # noqa: E402
@@ -46,17 +47,18 @@ def expected():
 def rehearsal(tmp_path_factory):
     """(folder, section, what was asked of the network) of a run that is killed after each of its parts.
 
-    First really, then by an exception, which spares the imports, and the models, which all calls share.
+    First really, in a fork, then by an exception, which spares the models: all calls share them.
     """
     out, asked = tmp_path_factory.mktemp("gpu"), []
     path, keep = out / "gpu.jsonl", gpu.keep
-    process = subprocess.Popen([sys.executable, gpu.__file__, "--tiny", "--out", str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= 2):
+    warmed()
+    process = multiprocessing.get_context("fork").Process(target=call, args=(out,))
+    process.start()
+    while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= 2):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(gpu.read(path)) >= 2
+    process.kill()
+    process.join()
+    assert len(gpu.read(path)) >= 2 and process.exitcode == -signal.SIGKILL
 
     def keep_and_die(path, line):
         keep(path, line)
