@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -12,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import start
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -126,9 +128,10 @@ def free_port():
 
 @cache
 def warmed():
-    """Import what commands import as they run, and load a model: once, or each fork takes seconds for it."""
+    """Import what commands import as they run, and load models: once, or each fork takes seconds for it."""
     from model import vlm
-    vlm.load(write_llava(Path(CACHE) / "warm"))
+    for folder in (write_llava(Path(CACHE) / "warm"), "classroom"):
+        vlm.load(folder)
 
 
 def run_forked(main, argv, before=None, ranks=1):
@@ -165,6 +168,47 @@ def run_forked(main, argv, before=None, ranks=1):
         for process in processes:
             process.join(240)
         return processes[0].exitcode, log.read_text().replace("\r", "\n")
+
+
+start_program = subprocess.run                            # as the commands do
+CAPTURED = {"capture_output": True, "text": True}
+
+
+def run_here(words, *arguments, **options):
+    """subprocess.run; but a program of classroom/ is a fork of this process, which spares its imports."""
+    ours = isinstance(words, list) and str(words[1]).startswith(f"{ROOT / 'classroom'}/")
+    if not ours or words[0] != sys.executable or arguments or options not in ({}, CAPTURED):
+        return start_program(words, *arguments, **options)
+    pipes = [os.pipe() for _ in options]
+    child = os.fork()
+    if child == 0:
+        for number, (_, end) in enumerate(pipes, 1):
+            os.dup2(end, number)
+        sys.stdout, sys.stderr = [open(number, "w", closefd=False) for number in (1, 2)]
+        code = start.code_of([*map(str, words[1:])])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    told = []
+    for mine, its in pipes:
+        os.close(its)
+        with open(mine) as file:
+            told.append(file.read())
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(words, code, *told)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs():
+    subprocess.run = run_here
+    yield
+    subprocess.run = start_program
+
+
+@pytest.fixture
+def own_programs(monkeypatch):
+    """They are started as a user's command starts them, each with a Python of its own."""
+    monkeypatch.setattr(subprocess, "run", start_program)
 
 
 def run_script(script, *arguments, folder=ROOT, path=(), forget=()):

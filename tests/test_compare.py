@@ -296,7 +296,7 @@ def test_the_page_in_a_browser(tmp_path, page, hooked):
     assert [found[k] for k in ("win", "tie", "loss", "votes")] == [0, .2, .8, 16]
 
 
-def test_score_and_compare_work_together(tmp_path, capsys):
+def test_score_and_compare_work_together(own_programs, tmp_path, capsys):
     """From answers to a table, by the items that `score` wrote; what could not be read does not count."""
     questions, rows = pope_file(tmp_path / "data", n=20)
     for name, said in (("a", "yes"), ("b", "no")):

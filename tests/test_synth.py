@@ -875,7 +875,7 @@ def test_the_papers_analyses_of_a_run(whole, monkeypatch, capsys):
         analyses.main()
 
 
-def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(parts, whole):
+def test_the_gallery_needs_nothing_else_and_escapes_what_it_shows(own_programs, parts, whole):
     run("analyse", parts, whole)
     page = (whole / "gallery.html").read_text()
     assert "http://" not in page and "https://" not in page and "<script" not in page

@@ -187,7 +187,7 @@ def test_naive_and_packed_train_to_the_same_adapter(world, tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-8)
 
 
-def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(tmp_path):
+def test_naive_and_packed_agree_at_the_default_rank_on_the_classrooms_model(own_programs, tmp_path):
     """One batch of mDPO in float64: log-probs to 1e-9 relative, LoRA gradients to 1e-7."""
     import lora
     o = options.Options(pairs=8, dtype="float64")
