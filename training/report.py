@@ -221,7 +221,7 @@ def card(run, summary):
         "library": library,
         "tags": f"{library}, dpo, nanovpo",
         "title": run.resolve().name,
-        "digest": first["data_identity"] or "none, it is made from the options",
+        "digest": first.get("data_identity") or "none, it is made from the options",
         "measures": "\n".join(f"| {' | '.join(row)} |" for row in rows(summary)),
         "options": ", ".join(f"{name} `{value}`" for name, value in o.items() if value not in ("", 0))})
 
