@@ -340,7 +340,8 @@ def finish(run, before, after, weights):
         lora.write_folder(model.model, model.front.folder, folder, weights)
     if model.front.is_classroom:
         summary["difference"] = answers.difference(out / "before.jsonl", out / "after.jsonl")
-    data.atomic_write(folder / "README.md", report.card(out, summary))
+    digest = options.data_identity(run.o, "data")
+    data.atomic_write(folder / "README.md", report.card(out.resolve().name, summary, digest))
     data.atomic_write(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.backends import cuda
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -127,9 +126,6 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         lora.load(model, adapter)
     m = VLM(own, model, words)
     m.language_model.set_attn_implementation("packed")           # once for all calls: see packed_attention
-    with command.explained(f"{own.folder}: its files are not one model's", "copy them again"):
-        with torch.no_grad():
-            own.encode(model, own.prepare([Image.new("RGB", (64, 48))]))
     return m
 
 

@@ -264,12 +264,10 @@ def test_the_card_has_pefts_layout_and_the_runs_numbers(tmp_path):
     run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     summary["options"] |= {"lora_r": 64, "data": "pairs.jsonl"}
-    first, *more = (run / "log.jsonl").read_text().splitlines(True)
-    (run / "log.jsonl").write_text(json.dumps(json.loads(first) | {"data_identity": "abc-def"}) + "\n")
-    text = report.card(run, summary)
+    text = report.card("run", summary, "abc-def")
     _, head, body = text.split("---\n", 2)
     assert "library_name: peft\n" in head and "base_model: x\n" in head and "license:  " in head
     assert "hash abc-def" in body and "`pairs.jsonl`" in body and "lora_r `64`" in body
     assert "| CHAIR_s, lower is better | 100.0 | 0.0 | -100.0 |" in body
     summary["options"]["lora_r"] = 0
-    assert "library_name: transformers\n" in report.card(run, summary)
+    assert "library_name: transformers\n" in report.card("run", summary, "")

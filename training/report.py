@@ -211,17 +211,16 @@ Left open: the licence of the data, the intended use, known limits.
 """
 
 
-def card(run, summary):
-    """README.md of a run's adapter, or of its whole model, in PEFT's layout."""
-    first, *_ = data.read_jsonl(run / "log.jsonl")
+def card(name, summary, digest):
+    """README.md of a run's adapter, or of its whole model, in PEFT's layout. digest: of its data."""
     o = summary["options"]
     library = "peft" if o["lora_r"] else "transformers"
     return CARD.format_map(o | summary | {
         "base": o["model"],
         "library": library,
         "tags": f"{library}, dpo, nanovpo",
-        "title": run.resolve().name,
-        "digest": first["data_identity"] or "none, it is made from the options",
+        "title": name,
+        "digest": digest or "none, it is made from the options",
         "measures": "\n".join(f"| {' | '.join(row)} |" for row in rows(summary)),
         "options": ", ".join(f"{name} `{value}`" for name, value in o.items() if value not in ("", 0))})
 
