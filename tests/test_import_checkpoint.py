@@ -11,10 +11,11 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, SHARED, need, write_llava
+from conftest import GOLDEN, SHARED, need, run_script, write_llava
 from PIL import Image
 from rehearse import TINY, rehearse, write_original
 from safetensors.torch import load_file, save_file
@@ -311,16 +312,23 @@ def test_every_tensor_arrives_bit_for_bit_in_shards_of_the_asked_size(original, 
     assert grown == {"lm_head.weight", "model.language_model.embed_tokens.weight"}
 
 
-@pytest.mark.parametrize("question", ["What color?", "Describe.\nBe brief.", "two  spaces   three", "é 🦤"])
-def test_the_published_tokenizer_gives_the_official_pieces(tmp_path, question):
-    """LLaVA's tokenizer_image_token: split at <image>, SentencePiece on each piece, BOS once."""
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """(an imported folder with the published tokenizer, its SentencePiece)"""
     import sentencepiece
+    folder = tmp_path_factory.mktemp("llama")
     file = need(SHARED / "official" / "llama_tokenizer" / "tokenizer.model")
     size = {**TINY["llava"], "text": TINY["llava"]["text"] | {"vocab_size": 32000}}
-    src, tower = write_original("llava", tmp_path / "src", size, torch.float16)
+    src, tower = write_original("llava", folder / "src", size, torch.float16)
     shutil.copyfile(file, src / "tokenizer.model")
-    import_checkpoint.run(src, tmp_path / "dst", tower, report=lambda line: None)
-    m, pieces = front.open_folder(tmp_path / "dst"), sentencepiece.SentencePieceProcessor(str(file))
+    import_checkpoint.run(src, folder / "dst", tower, report=lambda line: None)
+    return front.open_folder(folder / "dst"), sentencepiece.SentencePieceProcessor(str(file))
+
+
+@pytest.mark.parametrize("question", ["What color?", "Describe.\nBe brief.", "two  spaces   three", "é 🦤"])
+def test_the_published_tokenizer_gives_the_official_pieces(llama, question):
+    """LLaVA's tokenizer_image_token: split at <image>, SentencePiece on each piece, BOS once."""
+    m, pieces = llama
     system = llava.TEMPLATES["vicuna"].partition("{%")[0]
     before, after = pieces.encode(f"{system}USER: "), pieces.encode(f"\n{question} ASSISTANT:")
     assert m.image_token_id == 32000
@@ -366,8 +374,12 @@ def test_transformers_alone_answers_as_vlm_does(original, tmp_path):
 
 @pytest.mark.parametrize("preset, start, colour", [("mdpo-bunny", 3, "(127, 127, 127)"),
                                                    ("pds-llava", 1, "(122, 116, 104)")])
-def test_a_papers_run_goes_from_the_published_form_to_two_steps(tmp_path, preset, start, colour):
+def test_a_papers_run_goes_from_the_published_form_to_two_steps(monkeypatch, tmp_path, preset, start, colour):
     """The rehearsal at tiny sizes: write, import, train; the log says how pictures were prepared."""
+    def forked(words, check):
+        code, said = run_script(*words[1:])
+        assert code == 0, said
+    monkeypatch.setattr("rehearse.subprocess", SimpleNamespace(run=forked))
     first, *steps = rehearse(preset, tmp_path, sizes=TINY[preset.partition("-")[2]])
     assert len(steps) == 2 and steps[0]["loss"] == pytest.approx(start * math.log(2), abs=1e-5)
     assert first["images"].startswith(f"padded to a square with {colour}") and first["template"] == "vicuna"
