@@ -205,6 +205,20 @@ def programs():
     subprocess.run = start_program
 
 
+@pytest.fixture(scope="session")
+def chosen():
+    """What study.best_settings() chooses from the repository's own lines."""
+    from classroom.papers import study
+    return study.best_settings()
+
+
+@pytest.fixture
+def settings(chosen, monkeypatch):
+    """They are chosen once for all tests, not in a second for each."""
+    from classroom.papers import study
+    monkeypatch.setattr(study, "best_settings", lambda: dict(chosen))
+
+
 @pytest.fixture
 def own_programs(monkeypatch):
     """They are started as a user's command starts them, each with a Python of its own."""

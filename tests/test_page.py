@@ -8,6 +8,7 @@ import pytest
 
 from classroom.papers import figures, finding, findings, forest, page, reproduce
 
+pytestmark = pytest.mark.usefixtures("settings")
 NAMES = ["table1", "fig5", "fig4", "pds_fig6", "table4", "table2"]
 EVIL = "<script>alert('1')</script>\"'&|*x*"
 PAPER = "Object HalBench CHAIR_s, Bunny-3B"

@@ -6,7 +6,6 @@ import random
 import re
 import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 
 import pytest
 from conftest import ROOT, run_script
@@ -15,15 +14,9 @@ from classroom import pairs, world
 from classroom.papers import evidence, findings, pds, reproduce, rules, study
 
 LINES = reproduce.lines()
-chosen = cache(study.best_settings)
+pytestmark = pytest.mark.usefixtures("settings")
 BLANK = dict.fromkeys(("chair_i", "cover", "pope_random_acc", "pope_adversarial_acc", "cog", "words",
                        *findings.KINDS), 90.0)
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch):
-    """They come from the lines of the repository, and take seconds: once for all tests."""
-    monkeypatch.setattr(study, "best_settings", chosen)
 
 
 def line(arm, base, seed, chair, before=50.0, scenes="", **more):
