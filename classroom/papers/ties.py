@@ -30,7 +30,8 @@ import data
 from classroom.papers import rules, study
 from classroom.responders import FOUND, TIES
 
-REWARDS = {"": ("", "without a length penalty"), ", length penalty": (" --length_penalty", "with one")}
+REWARDS = {"": ("", "with ArmoRM alone"),
+           ", length penalty": (" --length_penalty", "with a length penalty")}
 ARMS = {f"{tie}{says}": f"--set 'pair_options=--responders={tie}{option}'"
         for says, (option, _) in REWARDS.items() for tie in TIES}
 CORRELATION = {"tied": 1, "untied": 0, "opposed": -1}      # of the grades of language and of sight
