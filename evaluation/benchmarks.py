@@ -169,6 +169,19 @@ def _scenes(paths):
         yield row, row
 
 
+def truths(folder):
+    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none. The truth of
+    whatever else is asked is under None: the caption's."""
+    found = {}
+    if Path(folder, "scenes.jsonl").is_file():
+        for line, question, path in questions("classroom", [folder]):
+            known = found.setdefault(path, {})
+            known[question] = line["truth"]
+            if line["kind"] == "caption":
+                known[None] = line["truth"]
+    return found
+
+
 def _decoded(image):
     with command.explained(f"an image in the question file, {image[:16]}..., is broken base64",
                            "copy the file again"):

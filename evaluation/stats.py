@@ -212,10 +212,11 @@ def ratios(sums, scale=1, added=0):
     return found
 
 
-def remarks(total):
-    """Which measures are 0/0."""
-    return [f"{part}: {measure} is 0/0, given as 0" for (part, measure), share in total.items()
-            if not share.bottom]
+def remarks(total, answers):
+    """Which measures are 0/0, and which Answers say nothing."""
+    undefined = [f"{part}: {measure} is 0/0, given as 0" for (part, measure), share in total.items()
+                 if not share.bottom]
+    return undefined + empty(answers)
 
 
 def empty(answers):
