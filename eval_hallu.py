@@ -138,8 +138,8 @@ def replied(o, who, prompts, read, path, text):
                    accept=lambda row: ask.whole(row) and read(row["reply"]) is not None)
     lost = len(prompts) - len(rows)
     if lost and not (rows and o.partial):
-        raise UserError(f"the {who} did not reply to {lost} of {len(prompts)} prompts (the reason is above); "
-                        "ask again, or score the others, if there are any, with --partial")
+        raise UserError(f"the {who} did not reply to {lost} of {len(prompts)} requests (the reason is "
+                        "above); call again, or score the others, if there are any, with --partial")
     models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
     prompt = str(path or "built-in, in our own words: no match for the published one's scores")
     digest = hashlib.sha256(text.encode()).hexdigest()

@@ -122,10 +122,11 @@ def resolve(name, known=LOSSES, **more):
         weight, _, term = part.rpartition("*")
         if term not in known:
             raise ValueError(f"loss {term!r} is not in losses.py: give a sum (+) of {', '.join(known)}.")
-        taken = [*inspect.signature(known[term]).parameters][4:]
+        parameters = inspect.signature(known[term]).parameters.values()
+        taken = {one.name for one in parameters if one.default is not one.empty} - {"beta", "delta"}
         given = {key: more[key] for key in taken if key in more}
         terms.append((float(weight or 1), partial(known[term], **given)))
-        unread -= {*taken}
+        unread -= taken
     if unread:
         raise ValueError(f"it has no argument {', '.join(unread)} for loss_args.")
 
