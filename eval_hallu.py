@@ -25,7 +25,6 @@ and reports what it cannot read. evaluation/metrics.py defines the measures.
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -35,8 +34,6 @@ from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
 from model import ask, command
-
-CLASSROOM = Path(__file__).resolve().parent / "classroom"        # whose programs make pages
 
 
 def loaded(o, folder, device):
@@ -175,11 +172,7 @@ def run_score(scorer, o):
 
 
 def run_votes(o):
-    program = CLASSROOM / "papers" / "votes.py"
-    done = subprocess.run([sys.executable, program, *o.words], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(done.stderr.strip())
-    print(done.stdout, end="")
+    print(command.classroom("papers/votes.py", *o.words), end="")
 
 
 def run_compare(o):
@@ -189,7 +182,8 @@ def run_compare(o):
 
 def run_ask(o):
     if o.page:
-        os.execv(sys.executable, [sys.executable, CLASSROOM / "ask.py", *o.words])
+        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
+        os.execv(sys.executable, [sys.executable, program, *o.words])
     from evaluation import dialogue  # and with it torch
     m, scenes, path = asked(o)
     dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
@@ -235,9 +229,9 @@ def table(benchmark, scores):
     for key, ends in scores["intervals"].items():
         value, low, high = (shown(benchmark, key, number) for number in (scores[key], *ends))
         if stats.undefined(scores, key):
-            lines.append(f"{named(key):32}undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
+            lines.append(f"{named(key):31} undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
         else:
-            lines.append(f"{named(key):32}{value:>7}   {low:>5} to {high}")
+            lines.append(f"{named(key):31} {value:>7}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for title, part in scores.get(parts, {}).items():
             cells = [f"{named(key).partition(',')[0]} {shown(benchmark, key, part[key])}"

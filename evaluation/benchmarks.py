@@ -67,10 +67,8 @@ def prompt(path, own, places):
 def pope_questions(paths):
     """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
     its file's."""
-    there, found, homes = [], {}, {}
-    for path in map(Path, paths):
-        there += files(path, "*pope*.json*")
-    for file in there:
+    found, homes = {}, {}
+    for file in [file for path in paths for file in files(Path(path), "*pope*.json*")]:
         for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
                            label=str, split=(str, None)):
             split = row.get("split") or _split(file) or file.stem

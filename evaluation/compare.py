@@ -49,8 +49,8 @@ def table(found, o):
              f"{'percent':26}       A       B   B - A   95% interval"]
     for measure, row in found.items():
         low, high = row["interval"]
-        points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
-        lines.append(f"{measure:26}{points}   {low:.1f} to {high:.1f}")
+        points = f"{row['a']:7.1f} {row['b']:7.1f} {row['change']:+7.1f}"
+        lines.append(f"{measure:26} {points}   {low:.1f} to {high:.1f}")
     return lines
 
 

@@ -32,7 +32,7 @@ def token_logps(m, image, question, answer):
     sizes = tuple(one.size for one in images)
     prompt, response = m.front.prompt_ids(question, sizes), m.front.response_ids(answer)
     pair = data.Pair("the question", prompt, prompt, response, response, sizes, sizes)
-    features = vlm.encode_images(m, data.Batch([pair], m.front.prepared(images)))
+    features = vlm.encode_images(m, vlm.Batch([pair], m.front.prepared(images)))
     if m.front.packs:
         row = data.pack([pair], {"chosen"}, m.front.positions)
         return vlm.packed_token_logps(m, row, features.images)

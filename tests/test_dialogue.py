@@ -137,7 +137,7 @@ def test_the_reward_is_the_losses_own(run):
     answer = "this is a kitchen ."
     prompt, response = m.front.prompt_ids(CAPTION, (image.size,)), m.front.response_ids(answer)
     pair = data.Pair("p", prompt, prompt, response, response, (image.size,), (image.size,))
-    features = vlm.encode_images(m, data.Batch([pair], m.front.prepare([image])))
+    features = vlm.encode_images(m, vlm.Batch([pair], m.front.prepare([image])))
     with torch.no_grad():
         policy = vlm.naive(m, [pair], features, {"chosen"}).chosen
         with vlm.base_of(m) as base:

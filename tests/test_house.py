@@ -372,6 +372,16 @@ def test_a_wrong_argument_is_refused_with_a_sentence(command, outcomes):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["train_dpo.py", "lora.py merge", "synth.py", "eval_hallu.py score",
+                                     "-m training.report", "-m model.import_checkpoint",
+                                     *(name for name in SCRIPTS_OF if name in CLASSROOM)])
+def test_outside_the_virtual_environment_one_line_says_what_to_run(command):
+    """-S: without the installed packages."""
+    done = python("-S", *words_of(command), cwd=ROOT)
+    said, = done.stderr.splitlines()
+    assert done.returncode == 1 and "has no numpy, PIL, safetensors, torch, tqdm: run python3 -m venv" in said
+
+
 PARTS = [name for name in [*CODE, *CLASSROOM, *BENCH] if name not in {*RUN, *SCRIPTS_OF}]
 
 

@@ -180,6 +180,10 @@ def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory          at least 0.0 GiB" in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said
+    monkeypatch.setenv("RANK", "1")                             # under torchrun, rank 0 alone prints it
+    train_dpo.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(sys, "argv", [*words[:5], "nothing"])
     with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
         train_dpo.main()
