@@ -231,7 +231,7 @@ def table(benchmark, scores):
         if stats.undefined(scores, key):
             lines.append(f"{named(key):31} undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
         else:
-            lines.append(f"{named(key):31} {value:>7}   {low:>5} to {high}")
+            lines.append(f"{named(key):32} {value:>6}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for title, part in scores.get(parts, {}).items():
             cells = [f"{named(key).partition(',')[0]} {shown(benchmark, key, part[key])}"
