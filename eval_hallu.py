@@ -343,7 +343,7 @@ COMMANDS = {
     "score amber": (partial(run_score, score_amber), "captions, and questions by type", SCORED | MODES | {
         "--data": needed("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
-        "--nouns": text("their finder: builtin, nltk (the official way), a file [builtin]", default="builtin")}),
+        "--nouns": text("who finds them: builtin, nltk (officially), a file [builtin]", default="builtin")}),
     "score mmhal": (partial(run_score, score_mmhal), "96 questions, by a judge", SCORED | MODES | JUDGED | {
         "--template": needed("mmhal-bench_answer_template.json"),
         "--judge": text("saved replies, a server or a folder; without one, its prompts are written"),
