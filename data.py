@@ -22,6 +22,7 @@ import shutil
 import sys
 import textwrap
 import threading
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +74,20 @@ def temporary(path):
         raise UserError(f"{path} can be no file or folder of ours; give another name")
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, PermissionError):       # somebody else's
-            try:
-                os.kill(int(old.name.split(".")[-2]), 0)                            # asks whether it lives
-            except ProcessLookupError:
+            if not _lives(int(old.name.split(".")[-2])):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _lives(pid):
+    """Whether a process runs. A killed one whose parent does not ask for its end, as in many containers, is
+    still listed, without its command line."""
+    line = Path(f"/proc/{pid}/cmdline")
+    try:
+        os.kill(pid, 0)
+        return not line.exists() or line.read_bytes() != b""
+    except ProcessLookupError:
+        return False
 
 
 def atomic_write(path, content):
@@ -381,9 +391,13 @@ class Pair(NamedTuple):
     sizes_rejected: tuple = ()    # and in `prompt_rejected`
     prompt_bare: list = ()        # without images, if the loss reads such answers
     weight: float = 1.0           # the record's meta.weight
+    apart: object = None          # a Pair whose prompts `rejected` follows, if its earlier turns differ
 
-    def shown(self, images):
-        """(prompt, sizes of its images): its own `images`, the `rejected` ones, or `none`."""
+    def shown(self, images, field="chosen"):
+        """(prompt, sizes of its images) that a field's response follows: with the pair's own `images`, the
+        `rejected` ones, or `none`."""
+        if self.apart and field.startswith("rejected"):
+            return self.apart.shown(images)
         return {"images": (self.prompt, self.sizes), "none": (self.prompt_bare, ()),
                 "rejected": (self.prompt_rejected, self.sizes_rejected)}[images]
 
@@ -404,13 +418,12 @@ class Batch(NamedTuple):
 
 
 def truncate(pair, max_length):
-    """Shorten the responses, never the prompts, to max_length tokens a row -> (pair, tokens cut)."""
+    """Shorten the responses, never the prompts, to max_length tokens a row."""
     room = max_length - max(len(pair.prompt), len(pair.prompt_rejected))
     if room < 1:
         raise UserError(f"the prompt of {pair.id} has {max_length - room} tokens, which leaves no room for "
                         f"an answer in max_length {max_length}; raise it or drop the record")
-    lost = sum(max(0, len(response) - room) for response in (pair.chosen, pair.rejected))
-    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]), lost
+    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
 class Segment(NamedTuple):
@@ -429,6 +442,7 @@ class Row(NamedTuple):
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all of a field, field after field
+    shown: list           # features of the images in `ids`, one after another
 
 
 def send(x, device):
@@ -448,33 +462,36 @@ FIELDS = {"images": ("chosen", "rejected"), "rejected": ("image_rejected", "reje
 
 def grouped(needs):
     """{the images in a prompt: the fields of losses.Logps in `needs` that are scored behind it}."""
-    found = {images: [field for field in fields if field in needs] for images, fields in FIELDS.items()}
-    return {images: fields for images, fields in found.items() if fields}
+    return {images: read for images, fields in FIELDS.items() if (read := [f for f in fields if f in needs])}
 
 
-def pack(pairs, needs, positions_of=None):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each; so with their rejected images, then without any.
-    needs: fields of losses.Logps; what is not among them is not packed. positions_of(ids, sizes): a family's,
-    of a prompt (if not 0, 1, ...); both responses continue from its largest."""
+def pack(pairs, needs, positions_of=None, features=None):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each, or `[prompt | chosen] [prompt | rejected]` where
+    earlier turns differ; so with their rejected images, then without any. needs: fields of losses.Logps; what
+    is not among them is not packed. positions_of(ids, sizes): a family's, of a prompt (if not 0, 1, ...); its
+    responses continue from its largest. features: vlm.Features of the pairs, for the Row."""
     import torch
-    ids, positions, segments, scored = [], [], [], {}
+    ids, positions, segments, scored, shown = [], [], [], {}, []
     for images, fields in grouped(needs).items():
+        encoded = iter(getattr(features, images, ()))
         for pair in pairs:
-            prompt, sizes = pair.shown(images)
-            start = len(ids)
-            own = positions_of(prompt, sizes) if positions_of else torch.arange(len(prompt))
-            ids += prompt
-            positions.append(own)
-            last = len(ids) - 1                              # predicts the first token of both responses
-            responses = [pair.response(field) for field in fields]
-            for field, response in zip(fields, responses, strict=True):
-                places = [last, *range(len(ids), len(ids) + len(response) - 1)]
-                scored.setdefault(field, []).append((places, response))
-                ids += response
-                positions.append(positions_after(own, len(response)))
-            segments.append(Segment(start, len(prompt), *map(len, responses)))
-    scored = sum(scored.values(), [])
-    predict = torch.tensor([place for places, _ in scored for place in places])
-    target = torch.tensor([token for _, response in scored for token in response])
-    lengths = [len(response) for _, response in scored]
-    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)
+            of_pair = [*islice(encoded, len(pair.sizes))]
+            for (prompt, sizes), behind in groupby(fields, functools.partial(pair.shown, images)):
+                own = positions_of(prompt, sizes) if positions_of else torch.arange(len(prompt))
+                lengths = [len(ids), len(prompt)]
+                ids += prompt
+                positions.append(own)
+                last = len(ids) - 1                          # predicts the first token of both responses
+                for field in behind:
+                    response = pair.response(field)
+                    places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+                    scored.setdefault(field, []).append((places, response))
+                    ids += response
+                    positions.append(positions_after(own, len(response)))
+                    lengths.append(len(response))
+                segments.append(Segment(*lengths))
+                shown += of_pair
+    places, responses = zip(*sum(scored.values(), []), strict=True)
+    predict, target = torch.tensor(sum(places, [])), torch.tensor(sum(responses, []))
+    lengths = [*map(len, responses)]
+    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths, shown)

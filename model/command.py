@@ -269,9 +269,9 @@ def explained(what, fix):
     """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or "OutOfMemory" in type(error).__name__:
+            raise
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{what} ({why}); {fix}") from error
 

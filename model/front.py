@@ -9,6 +9,8 @@ What a family says, and what all of them share, is in family.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
+import json
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -37,6 +39,8 @@ def read_config(folder):
     """config.json of a checkpoint of one of the families. Raises UserError, naming what it is instead."""
     path = Path(folder) / "config.json"
     config = data.read_json(path, check=data.as_record)
+    if re.search(r'(layers|depth)": \d{4}', json.dumps(config)):     # all would be made first
+        raise data.UserError(f"{path} says that a part has a thousand layers or more: copy it again")
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no vision_config.
     parts = {"model_type": str, "vision_config": dict, "text_config": (dict, None)}

@@ -8,7 +8,8 @@ The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs 
     naive    one padded row per response, full logits, the gather of losses.response_logps. To be read.
     packed   one row for the whole micro-batch and no padding (the default):
              [prompt, image | chosen | rejected] [prompt, image | ...] .. [prompt, image_rejected | chosen] ..
-             (and | rejected, and both without an image, for the losses that read them)
+             (and | rejected, and both without an image, for the losses that read them; a response whose
+             earlier turns are others follows a prompt of its own)
              The prompt is computed once for both responses. Positions of `rejected` restart where the prompt
              ends, and its attention skips `chosen`. Only what predicts a response token meets the lm_head.
 
@@ -28,6 +29,7 @@ import mmap
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +61,11 @@ class VLM:
     @property
     def language_model(self):
         return self.model.get_submodule(self.front.language)
+
+    def seeing(self):
+        """Inside the `with`, what a picture makes the model raise is a UserError: nothing else shows some of
+        what may be wrong in config.json."""
+        return command.explained(f"{self.front.folder} fails on a picture", "copy its config.json again")
 
 
 class Features(NamedTuple):
@@ -177,17 +184,17 @@ def encode_images(m, batch):
     """
     n = len(batch.images)
     images = [*batch.images, *batch.images_rejected]
-    found = m.front.encode(m.model, images) if images else []
-    prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
-    if batch.images_rejected:
-        prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]
+    with m.seeing():
+        found = m.front.encode(m.model, images) if images else []
     shown = iter(found)
-    for id, ids, sizes in prompts:
+    kinds = ("images", "rejected") if batch.images_rejected else ("images",)
+    for images, pair in product(kinds, batch.pairs):
+        ids, sizes = pair.shown(images)
         places = ids.count(m.front.image_token_id)
         filled = sum(len(next(shown, ())) for _ in sizes)
         if places != filled:
-            raise data.UserError(f"{id}: its prompt has {places} places for images, the vision tower gives "
-                                 f"{filled} features: config.json in {m.front.folder} is not this model's")
+            raise data.UserError(f"{pair.id}: its prompt has {places} places for images, the vision tower "
+                                 f"gives {filled} features: config.json in {m.front.folder} is not its own")
     return Features(found[:n], found[n:])
 
 
@@ -211,7 +218,7 @@ def naive(m, pairs, features, needs):
     rows, shown = [], []
     for images, fields in data.grouped(needs).items():
         for field in fields:
-            rows += [(*p.shown(images), p.response(field)) for p in pairs]
+            rows += [(*p.shown(images, field), p.response(field)) for p in pairs]
             shown += getattr(features, images)
 
     # ---- rows of one length: right padding needs no mask, no real token can see the padding behind it ----
@@ -341,11 +348,8 @@ def compile_layers(m):
 
 def packed(m, pairs, features, needs):
     """The fast forward: the numbers of `naive` (same arguments) from one row, no padding, no prompt twice."""
-    row = data.pack(pairs, needs, m.front.positions)
-    shown = []
-    for images in data.grouped(needs):
-        shown += getattr(features, images)
-    logps = packed_token_logps(m, row, shown).split(row.lengths)
+    row = data.pack(pairs, needs, m.front.positions, features)
+    logps = packed_token_logps(m, row, row.shown).split(row.lengths)
     return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 

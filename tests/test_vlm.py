@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def ragged(m, damaged=True):
     return pairs, features_of(m, pairs, images[:4], images[4:] if damaged else ())
 
 
+def with_other_turns(m, pairs):
+    """The pairs, of which two have a rejected response that follows turns of its own."""
+    found, turns = list(pairs), [["what is a dog ?", "red"], ["is it ?", "no , no"]]
+    for k, p in ((1, pairs[1]), (3, pairs[3])):
+        prompts = [m.front.prompt_ids("is this a cat ?", sizes, turns[:k]) for sizes in (p.sizes, ())]
+        own = p._replace(prompt=prompts[0], prompt_rejected=prompts[0], prompt_bare=prompts[1])
+        found[k] = p._replace(apart=own)
+    return found
+
+
 def with_lora(folder, seed=0):
     import lora
     m = vlm.load(folder, dtype=torch.float64)
@@ -76,9 +87,20 @@ def with_lora(folder, seed=0):
                                    {"rejected_image_rejected"}, {"chosen", "rejected_no_image"}])
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
     """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64."""
-    import lora
     m = with_lora(folder)
     pairs, features = ragged(m, "rejected" in data.grouped(needs))
+    packed_equals_naive(m, pairs, features, needs)
+
+
+@pytest.mark.parametrize("needs", [{*SCORED}, {"chosen", "rejected"}, {"rejected"}], ids=len)
+def test_packed_equals_naive_where_each_response_follows_turns_of_its_own(folder, needs):
+    m = with_lora(folder)
+    pairs, features = ragged(m, "rejected" in data.grouped(needs))
+    packed_equals_naive(m, with_other_turns(m, pairs), features, needs)
+
+
+def packed_equals_naive(m, pairs, features, needs):
+    import lora
     results = []
     for forward in (vlm.naive, vlm.packed):
         m.model.zero_grad()
@@ -97,15 +119,17 @@ def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs
 
 def test_each_field_is_its_response_behind_its_prompt(model):
     """By hand, one at a time: the same response behind the own image, the rejected one, and none."""
-    pairs, features = ragged(model)
+    plain, features = ragged(model)
     with torch.no_grad():
-        together = vlm.packed(model, pairs, features, {*SCORED})
-        for field in SCORED:
+        for pairs, field in product((plain, with_other_turns(model, plain)), SCORED):
+            together = vlm.packed(model, pairs, features, {*SCORED})
             images = "rejected" if "image_" in field else "none" if "no_" in field else "images"
             response = field.partition("_")[0].replace("image", "chosen")
             shown = {"images": features.images, "rejected": features.rejected, "none": []}[images]
-            alone = [one_pair(model, *p.shown(images)[:1], getattr(p, response), (), p.shown(images)[1])
-                     for p in pairs]
+            alone = []
+            for p in pairs:
+                prompt, sizes = (p.apart or p if response == "rejected" else p).shown(images)
+                alone.append(one_pair(model, prompt, getattr(p, response), (), sizes))
             expected = vlm.naive(model, alone, vlm.Features(shown, []), {"chosen"}).chosen
             torch.testing.assert_close(getattr(together, field), expected, rtol=1e-9, atol=0)
 

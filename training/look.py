@@ -147,7 +147,7 @@ def case_of(front, record, other, kind, o):
     picture = front.read(other["images"][0])
     if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
-    pair, _ = tokenise(front, record, o, (picture.size,))
+    pair = tokenise(front, record, o, (picture.size,))
     return pair, picture
 
 

@@ -248,7 +248,13 @@ def claim(out, o):
         if first.get("losses_source") != losses_source():
             differ.append("losses.py was edited since")
         for name in ("data", "val_data"):
-            now = data_identity(o, name)
+            try:
+                now = data_identity(o, name)
+            except UserError as error:
+                if not (out / "summary.json").exists():
+                    raise
+                print(f"{error}: what follows is of the run on what was there", file=sys.stderr)
+                continue
             was = first.get(f"{name}_identity", now)
             if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
