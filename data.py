@@ -37,6 +37,18 @@ class UserError(ValueError):
         return re.sub(r"(\S{60})\S{90,}(\S{30})", r"\1...\2", shown)                 # an image as a text
 
 
+@contextlib.contextmanager
+def explained(what, fix):
+    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or "OutOfMemory" in type(error).__name__:
+            raise
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} ({why}); {fix}") from error
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
@@ -74,20 +86,14 @@ def temporary(path):
         raise UserError(f"{path} can be no file or folder of ours; give another name")
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, PermissionError):       # somebody else's
-            if not _lives(int(old.name.split(".")[-2])):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            pid = int(old.name.split(".")[-2])
+            line = Path(f"/proc/{pid}/cmdline")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 0)                                                     # asks whether it lives
+                if not line.exists() or line.read_bytes():          # else it has ended, and nobody asked
+                    continue
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _lives(pid):
-    """Whether a process runs. A killed one whose parent does not ask for its end, as in many containers, is
-    still listed, without its command line."""
-    line = Path(f"/proc/{pid}/cmdline")
-    try:
-        os.kill(pid, 0)
-        return not line.exists() or line.read_bytes() != b""
-    except ProcessLookupError:
-        return False
 
 
 def atomic_write(path, content):
@@ -227,11 +233,8 @@ def from_folder(kind, folder, what, fix, **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):
         raise UserError(f"{folder} holds a pipe or a device: {fix}")
-    try:
+    with explained(f"{folder}: the {what} cannot be read", fix):          # what libraries raise has no end
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:                          # of transformers' and its helpers' there is no end
-        reason, *_ = *str(error).strip().splitlines(), type(error).__name__
-        raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
 # ---- images ----
@@ -248,18 +251,14 @@ def _opened(source):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
     elif not os.path.isfile(source) and not os.path.isdir(source):
         raise UserError(f"image {name} is missing; put it there or give the right --image_root")
-    try:
-        with Image.open(source, formats=FORMATS) as file:
-            if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
-                raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
-            pixels = file.width * file.height
-            if pixels > PIXELS or max(file.size) > SIDE:
-                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}, or over {SIDE:,} "
-                                 "on a side: shrink it")
-            with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
-                yield file
-    except Exception as error:                          # Pillow's plugins raise what they like
-        raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
+    with explained(f"image {name} is unreadable", "replace the file"), Image.open(source, "r", FORMATS) as file:
+        if max(file.size) > NARROW * min(file.size):                 # one side would be scaled to a gigabyte
+            raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
+        pixels = file.width * file.height
+        if pixels > PIXELS or max(file.size) > SIDE:
+            raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,} or {SIDE:,} a side")
+        with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
+            yield file
 
 
 def read_image(source, as_stored=False):
@@ -280,8 +279,7 @@ def image_size(source):
     with _opened(source) as file:
         if file.format == "TIFF":                       # whose size changes with its pixels
             file.load()
-        turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
-        return file.size[::-1] if turned else file.size
+        return file.size[::-1] if file.getexif().get(0x0112, 1) >= 5 else file.size        # those on their side
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
@@ -394,8 +392,7 @@ class Pair(NamedTuple):
     apart: object = None          # a Pair whose prompts `rejected` follows, if its earlier turns differ
 
     def shown(self, images, field="chosen"):
-        """(prompt, sizes of its images) that a field's response follows: with the pair's own `images`, the
-        `rejected` ones, or `none`."""
+        """(prompt, its images' sizes) before a field's response: with `images`, `rejected` ones or `none`."""
         if self.apart and field.startswith("rejected"):
             return self.apart.shown(images)
         return {"images": (self.prompt, self.sizes), "none": (self.prompt_bare, ()),
@@ -417,15 +414,6 @@ class Batch(NamedTuple):
     of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
-def truncate(pair, max_length):
-    """Shorten the responses, never the prompts, to max_length tokens a row."""
-    room = max_length - max(len(pair.prompt), len(pair.prompt_rejected))
-    if room < 1:
-        raise UserError(f"the prompt of {pair.id} has {max_length - room} tokens, which leaves no room for "
-                        f"an answer in max_length {max_length}; raise it or drop the record")
-    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room])
-
-
 class Segment(NamedTuple):
     """Where a prompt and its responses are in a Row: their lengths in tokens."""
     start: int
@@ -445,11 +433,6 @@ class Row(NamedTuple):
     shown: list           # features of the images in `ids`, one after another
 
 
-def send(x, device):
-    """A tensor of the host on the device; the host does not wait until a GPU has it."""
-    return x.to(device, non_blocking=device.type == "cuda")
-
-
 def positions_after(positions, n):
     """Positions of n tokens after a prompt with positions (T,) or (3, T): they continue from the largest."""
     import torch
@@ -467,9 +450,9 @@ def grouped(needs):
 
 def pack(pairs, needs, positions_of=None, features=None):
     """Pairs -> Row: `[prompt | chosen | rejected]` of each, or `[prompt | chosen] [prompt | rejected]` where
-    earlier turns differ; so with their rejected images, then without any. needs: fields of losses.Logps; what
-    is not among them is not packed. positions_of(ids, sizes): a family's, of a prompt (if not 0, 1, ...); its
-    responses continue from its largest. features: vlm.Features of the pairs, for the Row."""
+    earlier turns differ; so with rejected images, then without any. needs: fields of losses.Logps; no others
+    are packed. positions_of(ids, sizes): a family's, of a prompt (if not 0, 1, ...); responses continue from
+    its largest. features: vlm.Features of the pairs, for the Row."""
     import torch
     ids, positions, segments, scored, shown = [], [], [], {}, []
     for images, fields in grouped(needs).items():
@@ -493,5 +476,5 @@ def pack(pairs, needs, positions_of=None, features=None):
                 shown += of_pair
     places, responses = zip(*sum(scored.values(), []), strict=True)
     predict, target = torch.tensor(sum(places, [])), torch.tensor(sum(responses, []))
-    lengths = [*map(len, responses)]
-    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths, shown)
+    positions = torch.cat(positions, -1)
+    return Row(torch.tensor(ids), positions, segments, predict, target, [*map(len, responses)], shown)

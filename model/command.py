@@ -8,7 +8,6 @@
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from data import UserError
+from data import UserError, explained
 
 WIDTH = 80                                           # columns of a help text
 
@@ -213,12 +212,9 @@ def place(device):
     return found
 
 
-def leave(ranks):
-    """Undo join: wait for every rank, then close the group."""
-    ranks.barrier()
-    if ranks.world > 1:
-        import torch.distributed as dist
-        dist.destroy_process_group()
+def send(x, device):
+    """A tensor of the host on the device; the host does not wait until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def free():
@@ -262,18 +258,6 @@ def fields(what, **shapes):
                 raise UserError(f"{place} has {has} {name!r}, so this is no {what}; fix it or give one")
         return record
     return check
-
-
-@contextlib.contextmanager
-def explained(what, fix):
-    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or "OutOfMemory" in type(error).__name__:
-            raise
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what} ({why}); {fix}") from error
 
 
 def read_text(path):

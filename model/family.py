@@ -131,7 +131,7 @@ class Family:
         from transformers import BatchFeature
         there = []                                       # and joined there: so a pinned image goes by itself
         for image in prepared:
-            there.append({name: data.send(x, model.device) for name, x in image.items()})
+            there.append({name: command.send(x, model.device) for name, x in image.items()})
         return BatchFeature(self.inputs(there)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):

@@ -200,10 +200,10 @@ def encode_images(m, batch):
 
 def embed(m, ids, features):
     """ids (..., T), on the CPU, the features [(K, D or more)] of their images in order -> embeddings."""
-    embeddings = m.model.get_input_embeddings()(data.send(ids, m.device))                   # (..., T, D)
+    embeddings = m.model.get_input_embeddings()(command.send(ids, m.device))                   # (..., T, D)
     if features:
         at_image = (ids == m.front.image_token_id).nonzero(as_tuple=True)          # a GPU would be waited for
-        places = [data.send(x, m.device) for x in at_image]
+        places = [command.send(x, m.device) for x in at_image]
         found = torch.cat(features)[:, :embeddings.shape[-1]]
         embeddings = embeddings.index_put(places, found.to(embeddings.dtype))
     return embeddings
@@ -246,7 +246,7 @@ def as_logps(sums, pairs, needs):
     fields = sum(data.grouped(needs).values(), [])
     found = dict(zip(fields, sums.split(len(pairs)), strict=False))                # no field: one empty part
     numbers = [[len(p.chosen), len(p.rejected), p.weight] for p in pairs]
-    chosen, rejected, weights = data.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
+    chosen, rejected, weights = command.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
     return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected, weights=weights)
 
 
@@ -256,7 +256,7 @@ def without_image(policy, pairs):
     bare = [not p.sizes for p in pairs]
     if policy.image_rejected is None or not any(bare):
         return policy
-    bare = data.send(torch.tensor(bare), policy.image_rejected.device)
+    bare = command.send(torch.tensor(bare), policy.image_rejected.device)
     return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
 
 
@@ -281,8 +281,8 @@ class Layout:
             self.masks.append(seen.tril(s.prompt))      # what `rejected` sees of both, for all layers
         self.segments = segments                                               # [data.Segment]
         self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
-        self.keys = data.send(torch.tensor(keys), device)
-        self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
+        self.keys = command.send(torch.tensor(keys), device)
+        self.starts = command.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
@@ -359,7 +359,7 @@ def packed_token_logps(m, row, features):
     features: [(K, D)] of the row's images.
     """
     tensors = row.ids, row.positions, row.predict, row.target
-    ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
+    ids, positions, predict, target = (command.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
     outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)

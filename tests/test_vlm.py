@@ -397,11 +397,11 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
+    with pytest.raises(data.UserError, match="the model cannot be read .*; copy the checkpoint again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*: copy tokenizer.json"):
+    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*; copy tokenizer.json"):
         vlm.load(tmp_path)
 
 
@@ -692,11 +692,46 @@ def test_an_embedding_of_another_size_than_the_config_says_and_missing_weights_a
         vlm.load(tmp_path / "b")
 
 
+def changed(folder, **changes):
+    """config.json with other values; a dict's are those of a part."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("layer", [99, [10 ** 30]])
+@pytest.mark.parametrize("work", ["train", "answer"])
+def test_a_config_that_only_a_picture_proves_wrong_is_refused_when_one_is_seen(tmp_path, folder, layer, work):
+    shutil.copytree(folder, tmp_path / "a")
+    changed(tmp_path / "a", vision_feature_layer=layer)
+    m = vlm.load(tmp_path / "a")
+    pair = one_pair(m, m.front.prompt_ids("what is this ?", ONE), m.front.response_ids("a red cat"))
+    with pytest.raises(data.UserError, match=r"a fails on a picture \(.*\); copy its config.json again"):
+        if work == "train":
+            features_of(m, [pair], [picture(0)])
+        else:
+            generation.generate(m, [[picture(0)]], ["what is this ?"])
+
+
+def test_a_gpu_that_is_out_of_memory_is_not_taken_for_a_wrong_config(model):
+    with pytest.raises(torch.OutOfMemoryError), model.seeing():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_config_of_a_million_layers_is_refused_at_once(tmp_path, folder, part):
+    shutil.copytree(folder, tmp_path / "a")
+    changed(tmp_path / "a", **{part: {"num_hidden_layers": 10 ** 6}})
+    with pytest.raises(data.UserError, match="config.json says that a part has a thousand layers or more"):
+        vlm.load(tmp_path / "a")
+
+
 def test_a_tokenizer_model_alone_is_refused_with_what_to_do(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "a")
     (tmp_path / "a" / "tokenizer.json").unlink()
     (tmp_path / "a" / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*: copy tokenizer.json"):
+    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*; copy tokenizer.json"):
         vlm.load(tmp_path / "a")
 
 
@@ -704,7 +739,7 @@ def test_a_folder_without_a_processor_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "a")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / "a" / name).unlink(missing_ok=True)
-    with pytest.raises(data.UserError, match="image processor cannot be read .*: copy preprocessor_config"):
+    with pytest.raises(data.UserError, match="image processor cannot be read .*; copy preprocessor_config"):
         vlm.load(tmp_path / "a")
 
 

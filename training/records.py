@@ -263,7 +263,7 @@ class Records:
     def where(self, i):
         """FILE, line N (id X): for messages."""
         id, n = brief(self._id(self._raw(i), i)), i // len(self)
-        return f"{self.place(i)} (id {id}#{n + 1})" if n else f"{self.place(i)} (id {id})"
+        return f"{self.place(i)} (id {id}{f'#{n + 1}' if n else ''})"
 
     def _raw(self, i):
         found = self.raw[self.keep[i % len(self)]]
