@@ -239,8 +239,7 @@ def from_folder(kind, folder, what, fix, **options):
 
 # ---- images ----
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
-NARROW = 100                                            # longer side by shorter, at most
-PIXELS, SIDE, ALONE = 1 << 26, 10_000, threading.Lock() # at most; large ones are read one at a time
+NARROW, PIXELS, SIDE, ALONE = 100, 1 << 26, 10_000, threading.Lock()   # at most; large ones one at a time
 
 
 @contextlib.contextmanager
@@ -251,7 +250,8 @@ def _opened(source):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
     elif not os.path.isfile(source) and not os.path.isdir(source):
         raise UserError(f"image {name} is missing; put it there or give the right --image_root")
-    with explained(f"image {name} is unreadable", "replace the file"), Image.open(source, "r", FORMATS) as file:
+    with (explained(f"image {name} is unreadable", "replace the file"),         # Pillow raises what it likes
+          Image.open(source, formats=FORMATS) as file):
         if max(file.size) > NARROW * min(file.size):                 # one side would be scaled to a gigabyte
             raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
         pixels = file.width * file.height
@@ -279,7 +279,7 @@ def image_size(source):
     with _opened(source) as file:
         if file.format == "TIFF":                       # whose size changes with its pixels
             file.load()
-        return file.size[::-1] if file.getexif().get(0x0112, 1) >= 5 else file.size        # those on their side
+        return file.size[::-1] if file.getexif().get(0x0112, 1) >= 5 else file.size    # those on their side
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----

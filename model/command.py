@@ -200,16 +200,21 @@ def dtype(name, device, on_cuda="bfloat16"):
 def place(device):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
-    try:
+    with explained(f"--device {device}: it cannot be used", "give cuda, mps or cpu, if it is there"):
         found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         if found.type == "cuda" and found.index is None:
             rank = int(os.environ.get("LOCAL_RANK", 0))
             found = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
         torch.ones(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:             # of another name, or of what is not there
-        reason, *_ = str(error).splitlines()
-        raise UserError(f"--device {device}: {reason}; give cuda, mps or cpu, if it is there") from None
     return found
+
+
+def leave(ranks):
+    """Undo join: wait for every rank, then close the group."""
+    ranks.barrier()
+    if ranks.world > 1:
+        import torch.distributed as dist
+        dist.destroy_process_group()
 
 
 def send(x, device):

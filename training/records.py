@@ -72,7 +72,7 @@ def mdpo(raw):
 def dialogues(raw, key="conversations"):
     """A dialogue that chosen and rejected answer (LLaMA-Factory), or the chosen one with, to reject, another
     or its last answer."""
-    if raw.get("chosen") is not None:
+    if "chosen" in raw:
         return {"question": raw[key]}
     found = {"chosen": raw[key]}
     for key in ("rejected_conversations", "rejected_response", "rejected_messages"):
