@@ -30,7 +30,7 @@ from data import UserError
 
 STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
-FETCHED = ("*.safetensors *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
+FETCHED = ("*.safetensors ImageReward.pt *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
            "*.png *.jpg *.jpeg").split()                            # nothing that runs
 
 

@@ -389,11 +389,11 @@ class Store:
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
-            if lines and self.head:
-                self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path:                     # the lines are in the items' order
-                lines = [line | item for line, item in zip(lines, items, strict=False)]
             with explained(f"{file} is damaged", "delete it: what it holds is made again"):
+                if lines and self.head:
+                    self.check_head(file, lines.pop(0))
+                if self.shape and file == self.path:                 # the lines are in the items' order
+                    lines = [line | item for line, item in zip(lines, items, strict=False)]
                 for line in lines:
                     for row in line.get("rows", [line]):
                         if wanted.get(row.get("id"), "") == row.get("hash"):
@@ -402,9 +402,7 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings"), self.head["settings"], []
-        if not isinstance(was, dict):
-            was, differ = {}, ["it has no settings"]
+        was, now, differ = begun["settings"], self.head["settings"], []
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:

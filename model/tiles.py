@@ -4,10 +4,7 @@ and one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLa
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import math
 from itertools import islice
-
-import numpy as np
 
 from model.family import IMAGE, Family
 from model.llava import Llava
@@ -29,23 +26,14 @@ class Idefics3(Family):
 
     def grid(self, size):
         """(rows, columns) of a picture's tiles; (0, 0) if it is not cut."""
-        from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
-        processor, (width, height) = self.image_processor, size
-        tile = processor.max_image_size["longest_edge"]
-        if processor.do_resize:
-            blank = np.broadcast_to(0, (height, width))                                   # takes no memory
-            height, width = get_resize_output_image_size(blank, processor.size["longest_edge"])
+        width, height = size
+        _, *found = self.image_processor.get_number_of_image_patches(height, width)
+        return found
 
-        # ---- the longer side in whole tiles first, the other in its proportion to that ----
-        aspect = width / height
-        if width >= height:
-            columns = math.ceil(width / tile)
-            rows = math.ceil(int(columns * tile / aspect) / tile)
-        else:
-            rows = math.ceil(height / tile)
-            columns = math.ceil(int(rows * tile * aspect) / tile)
-        cut = processor.do_image_splitting and max(rows, columns) > 1
-        return (rows, columns) if cut else (0, 0)
+    def fits(self, prepared):
+        made = self.image_processor
+        if made.size["longest_edge"] % made.max_image_size["longest_edge"]:
+            raise ValueError("size.longest_edge is no multiple of max_image_size.longest_edge")
 
     def image_ids(self, size):
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string

@@ -1,10 +1,13 @@
 """training/plan.py as specification: exact sizes, runs that cannot fit, refusals and their advice."""
 import dataclasses
+import re
 import sys
+from types import SimpleNamespace
 
+import families
 import pytest
 import torch
-from conftest import write_llava
+from conftest import picture, write_llava
 from rehearse import sizes, write_original
 
 import data
@@ -166,6 +169,59 @@ def test_out_of_memory_names_what_is_not_set_yet():
     assert plan.advice(slim, 1).startswith("shorten the pairs (--set max_length), shard")
 
 
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "qwen2_5_vl"])
+def test_the_work_of_a_pair_is_what_its_step_computes(tmp_path, name):
+    """By PyTorch's own count, with LoRA: what is left out is attention, the adapter and the output layer."""
+    from torch.utils.flop_counter import FlopCounterMode
+    wide = {"hidden_size": 256, "intermediate_size": 1024}
+    if name == "llava":
+        write_llava(tmp_path, hidden=256, image_size=140)
+    elif name == "smolvlm":
+        families.idefics(tmp_path, "SmolVLM", wide, wide | {"patch_size": 16}, tile=64, longest=192)
+    else:
+        families.qwen(tmp_path, "Qwen2_5_VL", families.QWEN2,
+                      text=wide | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                       "mrope_section": [8, 12, 12]}},
+                      vision=wide | {"num_heads": 4, "out_hidden_size": 256, "window_size": 56,
+                                     "fullatt_block_indexes": [1]})
+    m = vlm.load(tmp_path)
+    lora.add_lora(m.model, r=4, alpha=8)
+    image, ids = picture(0, (90, 60)), m.front.response_ids("a red cat " * 8)
+    prompt = m.front.prompt_ids("what is this ?", [image.size])
+    pair = data.Pair("", prompt, prompt, ids, ids, (image.size,), (image.size,))
+    images = m.front.prepare([image])
+    with FlopCounterMode(display=False) as counted:
+        features = vlm.encode_images(m, data.Batch([pair], images, images))
+        with torch.no_grad():
+            vlm.packed(m, [pair], features, NEEDS)
+        policy = vlm.packed(m, [pair], features, NEEDS)
+        (policy.chosen + policy.rejected + policy.image_rejected).sum().backward()
+    tokens = len(data.pack([pair], NEEDS).ids)
+    planned = plan.work(m.front, options.Options(lora_r=4), tokens, images + images)
+    assert planned == pytest.approx(counted.get_total_flops(), rel=0.2)
+
+
+def test_the_hours_are_the_work_of_all_pairs_over_half_of_the_rate(tmp_path, monkeypatch, capsys):
+    from test_train_dpo import write_pairs
+
+    import train_dpo
+
+    class Timer:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def blocked_autorange(self):
+            return SimpleNamespace(median=2 ** 34 / 5e9)
+    monkeypatch.setattr(plan.benchmark, "Timer", Timer)
+    monkeypatch.setattr(plan, "work", lambda family, o, tokens, images: 1e12)
+    write_llava(tmp_path / "model")
+    model, pairs = str(tmp_path / "model"), str(write_pairs(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--dry_run", "--model", model, "--data", pairs,
+                                      "--batch", "6", "--set", "device=cpu"])
+    train_dpo.main()
+    assert "about 4 on 1 cpu: an estimate, half of the 5 GFLOP/s" in capsys.readouterr().out       # 36 pairs
+
+
 def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     from test_train_dpo import write_pairs
 
@@ -180,6 +236,8 @@ def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory          at least 0.0 GiB" in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said
+    hours = r"^hours           about \S+ on \d \w+: an estimate, half of the [1-9][\d,]* GFLOP/s of a product"
+    assert re.search(hours, said, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", [*words[:5], "nothing"])
     with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
         train_dpo.main()

@@ -1,10 +1,10 @@
-"""What a run needs, before a weight is read: its steps, its tokens, and the GiB per GPU that are certain.
+"""What a run needs, before a weight is read: steps, tokens, hours, and the GiB per GPU that are certain.
 
     python train_dpo.py --dry_run --preset mdpo-llava --model llava-1.5-7b --data pairs.jsonl [its options]
 
 Part of train_dpo.py. Weights, LoRA, gradients and the optimiser's state are counted exactly, on a model
 without storage; of autograd's memory only a lower bound, one hidden state a layer. A refused run cannot fit;
-another may still not, and then `advice` says what to change.
+another may still not, and then `advice` says what to change. The hours are an estimate.
 """
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
@@ -12,6 +12,7 @@ if __name__ == "__main__":
 import os
 
 import torch
+from torch.utils import benchmark
 
 import data
 import lora
@@ -28,11 +29,8 @@ def memory(config, o, tokens, device="cpu", world=1):
     config: of transformers. tokens: of each pair's packed row. device: its kind. world: GPUs. Without LoRA
     the weights are those that train (float32 masters where they are sharded) and their frozen copy.
     """
-    import transformers
     family = front.FAMILIES[config.model_type]
-    with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-    adapt(model, o)
+    model = outline(config, o)
     if not o.lora_r:
         model.get_submodule(family.tower).requires_grad_(False)
 
@@ -72,6 +70,15 @@ def memory(config, o, tokens, device="cpu", world=1):
     graph = 1 if o.adapter or "." in o.lora_targets else text.num_hidden_layers
     found["activations"] = e * row * text.hidden_size * graph
     return found
+
+
+def outline(config, o):
+    """A run's model, with its LoRA, without storage. Raises UserError."""
+    import transformers
+    with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    adapt(model, o)
+    return model
 
 
 def adapt(model, o):
@@ -114,6 +121,16 @@ def refuse(config, o, tokens, ranks):
                              f"{advice(o, ranks.world)}; --set check_memory=false tries all the same")
 
 
+# -------------------------------------------------------------------------------- time
+def work(family, o, tokens, images):
+    """FLOP of a pair's products with weights: its images once through the vision tower, and its packed row of
+    tokens three times through the language model's layers (forward, reference, backward)."""
+    model = outline(family.config, o)
+    tower, language = map(model.get_submodule, (family.tower, family.language))
+    patches = sum(image["pixel_values"].numel() for image in images) / 588        # of 14 x 14 x 3 numbers
+    return 2 * patches * tower.num_parameters() + 6 * tokens * language.num_parameters()
+
+
 # -------------------------------------------------------------------------------- --dry_run
 def show(o):
     """The plan of a run, line by line: for this machine's GPUs, or for a machine without any."""
@@ -139,3 +156,12 @@ def show(o):
            f"{command.dtype(o.dtype, device)}: {listed}")
     if gpus or device.type == "cpu":
         refuse(family.config, o, tokens, command.Ranks(0, world, device))
+
+    # ---- hours, by the first pair's images: half of what the device reaches is assumed ----
+    device, first = command.place(o.device), pairs.read(0)
+    x = torch.ones(2048, 2048, device=device, dtype=command.dtype(o.dtype, device))
+    timer = benchmark.Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    rate = 2 ** 34 / timer.blocked_autorange().median
+    flop = o.batch * steps * work(family, o, mean, first.images + first.images_rejected)
+    yield (f"hours           about {2 * flop / rate / world / 3600:.2g} on {world} {device.type}: an "
+           f"estimate, half of the {rate / 1e9:,.0f} GFLOP/s of a product of matrices, measured here")
