@@ -73,7 +73,7 @@ def ask(source, questions, out=None, *, description="asking", **options):
     """
     asked = {q.id: digest(q) for q in questions}
     source = str(source)
-    if not is_url(source) and (source.endswith((".jsonl", ".json")) or os.path.isfile(source)):
+    if source.endswith((".jsonl", ".json")) or os.path.isfile(source):
         rows, reason = saved(source, asked), f"{source} does not contain it"
     else:
         model = connect(source, **options)
@@ -427,7 +427,6 @@ class Folder:
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
         template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.image_token_id = len(tokenizer)                # none of its tokens
         front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "folder")
         return vlm.VLM(front, model.to(device).eval(), len(tokenizer))

@@ -65,7 +65,6 @@ def open_folder(folder, template=None, preparation=""):
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer, family.image_token)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if preparation:
         if not family.squares:
             raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "

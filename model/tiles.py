@@ -6,44 +6,32 @@ if __name__ == "__main__":
 
 from itertools import islice
 
-from model.family import IMAGE, Family
+from model.family import Family
 from model.llava import Llava
 
 
-class Idefics3(Family):
+class Idefics3(Llava):
     """Idefics3 and SmolVLM, the first and the second: tokens say a tile's row and column."""
-    image_token = IMAGE
     tower = "model.vision_model"
     language = "model.text_model"
     lead = " "                                             # "Assistant:" and its answer
-    inputs = Llava.inputs
-
-    @property
-    def image_tokens(self):
-        """The number of tokens of a tile."""
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor ** 2
-
-    def grid(self, size):
-        """(rows, columns) of a picture's tiles; (0, 0) if it is not cut."""
-        width, height = size
-        _, *found = self.image_processor.get_number_of_image_patches(height, width)
-        return found
+    squares = False
+    usual_template, parts = Family.usual_template, Family.parts
 
     def fits(self, prepared):
+        super().fits(prepared)
         made = self.image_processor
         if made.size["longest_edge"] % made.max_image_size["longest_edge"]:
             raise ValueError("size.longest_edge is no multiple of max_image_size.longest_edge")
 
     def image_ids(self, size):
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-        text = get_image_prompt_string(*self.grid(size), self.image_tokens, "<fake_token_around_image>",
-                                       self.image_token, "<global-img>")
+        width, height = size
+        _, *grid = self.image_processor.get_number_of_image_patches(height, width)    # 0 x 0: it is not cut
+        tokens = self.image_tokens // self.config.scale_factor ** 2
+        text = get_image_prompt_string(*grid, tokens, "<fake_token_around_image>", self.image_token,
+                                       "<global-img>")
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def prepare(self, images):
-        """Without the mask, which is of 1s alone and two thirds of the pixels' size."""
-        return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
 
 
 class InternVL(Family):
