@@ -142,10 +142,11 @@ def show(o):
     pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
+    seen = min(steps * o.batch, o.epochs * len(tokens))
     yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
     yield (f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
-           f"{mean * o.batch * steps:,.0f} in all")
+           f"{mean * seen:,.0f} in all")
 
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
@@ -162,6 +163,6 @@ def show(o):
     x = torch.ones(2048, 2048, device=device, dtype=command.dtype(o.dtype, device))
     timer = benchmark.Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
     rate = 2 ** 34 / timer.blocked_autorange().median
-    flop = o.batch * steps * work(family, o, mean, first.images + first.images_rejected)
+    flop = seen * work(family, o, mean, first.images + first.images_rejected)
     yield (f"hours           about {2 * flop / rate / world / 3600:.2g} on {world} {device.type}: an "
            f"estimate, half of the {rate / 1e9:,.0f} GFLOP/s of a product of matrices, measured here")
