@@ -193,7 +193,7 @@ def test_a_file_begun_with_other_settings_is_refused_and_what_differs_named(tmp_
 def test_a_file_without_settings_is_refused(tmp_path, head):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(head) + "\n")
-    with pytest.raises(data.UserError, match=r"answers.jsonl is damaged \(.*\); delete it"):
+    with pytest.raises(data.UserError, match=r"answers.jsonl is damaged or has no settings \(.*\); del"):
         Store(path, head={"settings": {"model": "m"}}).work(items(2), squares)
 
 
