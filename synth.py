@@ -188,8 +188,7 @@ class Run:
         ranked, found = {row["id"]: row for row in self.rows("ranked", "rank")}, []
         for row in self.rows("instructions", "instruct"):
             if row["id"] not in ranked:
-                raise UserError(f"{self.out} has instructions for {row['id']}, which is not ranked; run "
-                                "`python synth.py instruct` again")
+                raise UserError(f"{self.out}: {row['id']} is not ranked; run `python synth.py instruct`")
             found.append(ranked[row["id"]] | row)
         return found
 
@@ -201,8 +200,7 @@ class Run:
     def needs(self, name):
         """The option's value. Raises UserError if it has none."""
         if not getattr(self.o, name):
-            field = self.o.__dataclass_fields__[name]
-            raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
+            raise UserError(f"--{name} is missing: give it (--help says what it is)")
         return getattr(self.o, name)
 
     def folder(self, name):

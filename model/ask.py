@@ -128,8 +128,7 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     import lora
     source = lora.fetched(source)
     if not os.path.isdir(source):
-        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
-                        "these")
+        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one")
     return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
 
 
@@ -332,8 +331,7 @@ class Server:
             return None, reason, None
         if status in (408, 425, 429) or status >= 500:
             return None, reason, min(float(after), LONGEST_WAIT) if after.isdecimal() else 0
-        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and the key in "
-                        "OPENAI_API_KEY")
+        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and OPENAI_API_KEY")
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""

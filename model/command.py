@@ -410,8 +410,7 @@ class Store:
             if old != new:
                 differ.append(f"{name} ({old[:40]}, now {new[:40]})")
         if differ:
-            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
-                            "--out or delete it")
+            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another --out")
 
     def add(self, rows):
         """Keep rows that are made, all or none of them."""

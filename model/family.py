@@ -187,6 +187,5 @@ class Family:
                 raise data.UserError(f"the response {text[:60]!r} contains {marker}: remove the marker")
         ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
         if not text or not ids:
-            raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
-                                 "--skip_bad")
+            raise data.UserError(f"the response {text[:60]!r} has no token: drop it, or pass --skip_bad")
         return [*ids, self.eos_id]

@@ -19,7 +19,6 @@ class Idefics3(Llava):
     usual_template, parts = Family.usual_template, Family.parts
 
     def fits(self, prepared):
-        super().fits(prepared)
         made = self.image_processor
         if made.size["longest_edge"] % made.max_image_size["longest_edge"]:
             raise ValueError("size.longest_edge is no multiple of max_image_size.longest_edge")

@@ -121,16 +121,6 @@ def refuse(config, o, tokens, ranks):
                              f"{advice(o, ranks.world)}; --set check_memory=false tries all the same")
 
 
-# -------------------------------------------------------------------------------- time
-def work(family, o, tokens, images):
-    """FLOP of a pair's products with weights: its images once through the vision tower, and its packed row of
-    tokens three times through the language model's layers (forward, reference, backward)."""
-    model = outline(family.config, o)
-    tower, language = map(model.get_submodule, (family.tower, family.language))
-    patches = sum(image["pixel_values"].numel() for image in images) / 588        # of 14 x 14 x 3 numbers
-    return 2 * patches * tower.num_parameters() + 6 * tokens * language.num_parameters()
-
-
 # -------------------------------------------------------------------------------- --dry_run
 def show(o):
     """The plan of a run, line by line: for this machine's GPUs, or for a machine without any."""
@@ -145,8 +135,7 @@ def show(o):
     seen = min(steps * o.batch, o.epochs * len(tokens))
     yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
-    yield (f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
-           f"{mean * seen:,.0f} in all")
+    yield f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; {mean * seen:,.0f} in all"
 
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
@@ -158,11 +147,11 @@ def show(o):
     if gpus or device.type == "cpu":
         refuse(family.config, o, tokens, command.Ranks(0, world, device))
 
-    # ---- hours, by the first pair's images: half of what the device reaches is assumed ----
-    device, first = command.place(o.device), pairs.read(0)
-    x = torch.ones(2048, 2048, device=device, dtype=command.dtype(o.dtype, device))
-    timer = benchmark.Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
-    rate = 2 ** 34 / timer.blocked_autorange().median
-    flop = seen * work(family, o, mean, first.images + first.images_rejected)
+    # ---- hours: a token meets each weight in forward, reference and backward, and once for the rest ----
+    device = command.place(o.device)
+    matrix = f"x = torch.ones(2048, 2048, device='{device}', dtype={command.dtype(o.dtype, device)})"
+    timer = benchmark.Timer("x @ x", matrix, num_threads=torch.get_num_threads())
+    rate = 2 ** 34 / timer.blocked_autorange().median                 # of FLOP per second
+    flop = 8 * outline(family.config, o).num_parameters() * mean * seen
     yield (f"hours           about {2 * flop / rate / world / 3600:.2g} on {world} {device.type}: an "
            f"estimate, half of the {rate / 1e9:,.0f} GFLOP/s of a product of matrices, measured here")
