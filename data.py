@@ -200,7 +200,8 @@ def read_records(path, torn_ok=True, check=as_record):
 
 def inside(root, path, what, follow_links=False):
     """A path in `root`, which it may leave by symbolic links alone, with follow_links. Raises UserError."""
-    root, found = os.path.realpath(root), os.path.join(os.path.realpath(root), path.replace("\0", "?"))
+    root = os.path.realpath(root)
+    found = os.path.join(root, path.replace("\0", "?"))
     found = os.path.abspath(found) if follow_links else os.path.realpath(found)
     if "\0" in path or os.path.commonpath([root, found]) != root:
         raise UserError(f"{what}: {path} leaves the folder {root}; move it inside (a copy, not a link), give "

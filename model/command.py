@@ -236,6 +236,8 @@ def fits(value, shape):
     """Whether a value from a file is of a shape: of a type (numbers are finite, texts can be written), of one
     of a tuple of shapes (None: it may be absent), a list of [shape] or of as many as [shape, shape, ...], an
     object of {field: shape}, or of {str: shape} under any names."""
+    if shape is str:
+        return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)      # half of a pair
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, list):
@@ -247,8 +249,6 @@ def fits(value, shape):
         return isinstance(value, dict) and all(fits(value.get(name), each or shape[name]) for name in names)
     if shape in (int, float):
         return type(value) in (int, shape) and abs(value) < 1 << 63
-    if shape is str:
-        return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)      # half of a pair
     return value is None if shape is None else isinstance(value, shape)
 
 

@@ -171,7 +171,8 @@ def logps_of(m, cases, o, fields):
     """Fields of losses.Logps of (data.Pair, its picture)s: (C, len(fields))."""
     cases = iter(cases)
     rows = []
-    while some := [*islice(cases, o.micro_batch)]:
+    size = 32 if m.front.is_classroom else o.micro_batch
+    while some := [*islice(cases, size)]:
         pairs, pictures = zip(*some, strict=True)
         prepared = [m.front.prepared([picture])[0] for picture in pictures]
         batch = data.Batch(pairs, prepared)
