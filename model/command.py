@@ -359,8 +359,9 @@ class Store:
     group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
 
-    head: {"settings": {name: value}}, the first line, which decides every other: a file begun with others is
-    refused. shape: a row -> its line in the finished file, where that has no id and hash.
+    head: {"settings": {name: value}}, the first line, which decides every other (in a part each line has it):
+    a file begun with others is refused. shape: a row -> its line in the finished file, where that has no id
+    and hash.
     """
     path: Path
     ranks: Ranks = ALONE
@@ -378,11 +379,12 @@ class Store:
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
-            if lines and self.head:
-                self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path:                     # the lines are in the items' order
-                lines = [line | item for line, item in zip(lines, items, strict=False)]
-            with explained(f"{file} is damaged", "delete it: what it holds is made again"):
+            with explained(f"{file} is damaged or has no settings", "delete it: what it holds is made again"):
+                if lines and self.head:
+                    self.check_head(file, lines[0])
+                if self.shape and file == self.path:                 # the lines are in the items' order
+                    own = [line for line in lines if "settings" not in line]
+                    lines = [line | item for line, item in zip(own, items, strict=False)]
                 for line in lines:
                     for row in line.get("rows", [line]):
                         if wanted.get(row.get("id"), "") == row.get("hash"):
@@ -391,23 +393,17 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings"), self.head["settings"], []
-        if not isinstance(was, dict):
-            was, differ = {}, ["it has no settings"]
+        was, now, differ = begun["settings"], self.head["settings"], []
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:
                 differ.append(f"{name} ({old[:40]}, now {new[:40]})")
         if differ:
-            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
-                            "--out or delete it")
+            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another --out")
 
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
-        part = self.part(self.ranks.rank)
-        if self.head and not (part.exists() and any(data.read_jsonl(part, torn_ok=True))):
-            data.append_jsonl(part, self.head)
-        data.append_jsonl(part, {"rows": rows})
+        data.append_jsonl(self.part(self.ranks.rank), {**(self.head or {}), "rows": rows})
 
     def work(self, items, make, size=1, description=""):
         """The items' rows in their order, without those that failed; only what is missing is made.

@@ -397,6 +397,14 @@ def test_qwen_refuses_patches_that_are_not_its_towers(tmp_path):
         front.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_tiles_of_which_an_image_is_no_whole_number_are_refused(tmp_path, name):
+    families.FAMILIES[name](tmp_path)
+    edit(tmp_path / "preprocessor_config.json", size={"longest_edge": 40})
+    with pytest.raises(data.UserError, match="size.longest_edge is no multiple of max_image_size.longest"):
+        front.open_folder(tmp_path)
+
+
 def test_patches_are_not_cropped(world):
     """--set crop_pixels=true is for pixels that are one picture."""
     prepared, = world.m.front.prepare(pictures(SIZES[:1]))
