@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,11 +47,13 @@ from tqdm import tqdm
 import data
 import lora
 import losses
-from evaluation import answers
+from evaluation import answers, benchmarks
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
+
+WATCHED = 4                              # questions that every evaluation of --eval_every answers for the page
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Run:
     state: checkpoint.State
     stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
+    send: Any = None                     # f(name, value, step): to wandb or tensorboard
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -236,33 +239,42 @@ def train(run):
     state = run.state
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
-        log_look(run, "before", before)
+        checkpoint.judge(run, before)
+        note(run, "before", before)
+    if run.ranks.rank == 0:
+        run.send = checkpoint.tracker(run)
     recent = []
     began = time.monotonic() - state.seconds
-    bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
-               disable=run.ranks.rank > 0)
-    with run.stop:
-        for t in bar:
-            line = step(run, t)
-            state.step = done = t + 1
+    bar = tqdm(desc="training", initial=state.step, total=run.steps, disable=run.ranks.rank > 0)
+    with run.stop, bar:
+        while not checkpoint.over(run):
+            line = step(run, state.step)
+            state.step += 1
             state.seconds = time.monotonic() - began
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
+            bar.update()
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
             recent.append(line)
-            if done % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
+            if state.step % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
                 tqdm.write(checkpoint.warning(recent, o), sys.stderr, end="")
                 recent = []
-            last = done == run.steps
-            if o.eval_every and done % o.eval_every == 0 and not last:
-                found = evaluate(run, f"step-{done}")
-                log_look(run, f"step-{done}", found, eval=found)
-            due = done % o.save_every == 0 or done % run.batches.per_epoch == 0
-            if due or last or run.stopping:
+            due = o.eval_every and state.step % o.eval_every == 0
+            if o.keep if state.step == run.steps else due:             # `after` may be another step's
+                name = f"step-{state.step}"
+                found = evaluate(run, name)
+                checkpoint.judge(run, found)
+                note(run, name, found)
+            over = checkpoint.over(run)
+            full = state.step % o.save_every == 0 or state.step % run.batches.per_epoch == 0
+            if full or over or run.stopping:
                 checkpoint.save(run)
-            if run.stopping and not last:
+            if run.stopping and not over:
                 raise KeyboardInterrupt
+    if o.keep:
+        weights, _ = checkpoint.read(run.out / checkpoint.BEST)
+        run.optimiser.load(weights)
     after = evaluate(run, "after")
-    log_look(run, "after", after)
+    note(run, "after", after)
     weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
     return run.first(finish, run, before, after, weights)
 
@@ -295,12 +307,29 @@ def scores(run, name):
         found = answers.score_classroom(out / f"{name}.jsonl")
     elif run.val:
         found = validate(run, name)
+    if o.eval_every and not run.model.front.is_classroom:
+        answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
+                                 out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
     if o.look and run.val:
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
                               o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
+    return found
+
+
+def questions(pairs, folder):
+    """The first few that can be asked with one image and no turns before; a folder gets their images."""
+    folder.mkdir(exist_ok=True)
+    records = map(pairs.record, range(len(pairs)))
+    usable = (record for record in records if len(record["images"]) == 1 and not record["history"])
+    found = []
+    for n, record in enumerate(islice(usable, WATCHED)):
+        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png"}
+        path = folder / line["image"]
+        data.read_image(*record["images"]).save(path)
+        found.append(benchmarks.Question(line, record["question"], path))
     return found
 
 
@@ -319,20 +348,32 @@ def validate(run, name):
             "accuracy": 100 * found["rewards/accuracies"], "n": n}
 
 
-def log_look(run, name, found, **more):
-    """An evaluation's line of the log. The scores of before and after are in summary.json."""
+def note(run, name, found):
+    """An evaluation's line of the log, and the page as it is now. The scores of before and after are in
+    summary.json."""
+    line = {}
     if "look" in found:
-        more = {"look": found["look"]} | more
-    if more:
-        checkpoint.log(run, {"evaluation": name, **more})
+        line["look"] = found["look"]
+    if run.o.eval_every and run.ranks.rank == 0:
+        line["answers"] = report.said_by(run.out, name)[:WATCHED]
+    if name not in report.SIDES:
+        line["eval"] = found
+    if line:
+        checkpoint.log(run, {"evaluation": name, **line})
+    if name != "after":                                      # its page waits for summary.json
+        run.ranks.first(report.write, run.out)
 
 
 def finish(run, before, after, weights):
     """adapter/ or model/, and summary.json. weights: see lora.write_folder. Returns the summary."""
     out = run.out
     model = run.model
-    summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-               "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
+    state = run.state
+    summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
+               "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
+    if run.o.keep:
+        summary["remarks"] = [f"{state.step} of {run.steps} steps were taken, and the weights are those of "
+                              f"step {state.best}, the best by {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))
@@ -364,10 +405,7 @@ def launch(o, ranks):
         train(prepare(o, out, ranks))
     if ranks.rank == 0:
         summary = data.read_json(out / "summary.json")
-        page = out / "report.html"
-        if not page.exists():
-            report.write(out)
-        print("\n".join(report.told(summary)) + f": {page}")
+        print("\n".join(report.told(summary)) + f": {report.write(out)}")
     ranks.barrier()
 
 

@@ -5,9 +5,11 @@ Part of train_dpo.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import atexit
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -17,10 +19,12 @@ from statistics import fmean
 import torch
 
 import data
-from training import options
+from training import options, report
 
+BEST = "last/best.safetensors"                               # weights and optimiser of keep=best's step
 FILE = "last/checkpoint.safetensors"                         # in the run's folder
 PREVIOUS = "last/previous.safetensors"                       # the one before
+TRL = {"lr": "learning_rate", "margin": "rewards/margins"}   # what it calls ours
 WINDOW = 40                                                  # steps that `warning` looks at
 
 
@@ -30,6 +34,9 @@ class State:
     step: int = 0                                            # steps that are done
     seconds: float = 0.0                                     # of training
     log_bytes: int = 0
+    best: int = 0                                            # the step of the best evaluation
+    value: float = math.inf                                  # its `measure`; the lower, the better
+    measure: str = ""
 
 
 def kept(path, use):
@@ -128,9 +135,14 @@ def opening(run):
 
 
 def log(run, line):
-    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
+    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint. Its
+    numbers go to --set track, too."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
+    if run.send:
+        where = "eval" if "eval" in line else "train"
+        for name, value in report.values(line.get("eval", line)).items():
+            run.send(f"{where}/{TRL.get(name, name)}", value, run.state.step)
 
 
 def warning(lines, o):
@@ -145,6 +157,46 @@ def warning(lines, o):
     if any(name in o.loss for name in ("ancpo", "mdpo", "symmpo")):
         more = ""
     return f"rewards/chosen falls: the chosen responses become less likely; lower --lr ({o.lr:g}){more}\n"
+
+
+def judge(run, found):
+    """Compare an evaluation with those before it; keep=best keeps the weights of the best. Raises UserError
+    if what it goes by is not among the numbers."""
+    o, state, values = run.o, run.state, report.values(found)
+    if not o.keep:
+        return
+    name = o.keep.partition(":")[2] or next(iter(values), "")
+    if name not in values:
+        raise data.UserError(f"--set keep={o.keep}: an evaluation of this run has the numbers "
+                             f"{', '.join(values) or '(none)'}; give keep=best:NAME with one of them, and "
+                             "--val_data for your own data")
+    value = values[name]
+    if name != "loss" and "chair" not in name:
+        value = -value
+    if value < state.value:
+        state.best, state.value, state.measure = state.step, value, name
+        tensors = run.optimiser.state()                      # all ranks together
+        if run.ranks.rank == 0:
+            write(run.out / BEST, tensors, made_from(run))
+
+
+def over(run):
+    """Whether no step is left, or `patience` evaluations have brought nothing better."""
+    o, state = run.o, run.state
+    return state.step == run.steps or 0 < o.patience * o.eval_every <= state.step - state.best
+
+
+def tracker(run):
+    """f(name, value, step) that sends a number where --set track says; None without."""
+    if run.o.track == "wandb":
+        import wandb
+        there = wandb.init(project="nanovpo", name=run.out.name, dir=run.out, config=options.decisive(run.o))
+        return lambda name, value, step: there.log({name: value}, step)
+    if run.o.track:
+        from torch.utils.tensorboard import SummaryWriter
+        there = SummaryWriter(run.out / "tensorboard", purge_step=run.state.step + 1)
+        atexit.register(there.close)
+        return there.add_scalar
 
 
 class Stop:

@@ -30,6 +30,9 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 COUNTS = ("n", "images", "unparsed")                      # no measures
+VERDICT = {"chair_s": "captions name things that are not in the picture",
+           "cover": "they name what is in it",
+           "margin": "on held-out pairs the model prefers the chosen response"}
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
@@ -78,10 +81,30 @@ def table(summary):
 
 def remarks(summary):
     """What both sides' scores say beside their numbers, a line each."""
-    found = []
+    found = [*summary.get("remarks", ())]
     for side in SIDES:
         found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
     return found
+
+
+def verdict(summary):
+    """What the run changed, in one sentence, where an interval says so."""
+    changes = summary.get("difference", {})
+    look = summary.get("after", {}).get("look")
+    if look:
+        _, *interval = look["margin"]["true"]
+        changes = changes | {"margin": {"interval": interval}}
+    parts = []
+    for name, says in VERDICT.items():
+        if name in changes:
+            low, high = changes[name]["interval"]
+            how = "perhaps no more and no less than before (the 95% interval of the change includes 0)"
+            if high < 0:
+                how = "clearly less than before"
+            elif low > 0:
+                how = "clearly more than before"
+            parts.append(f"{says} {how}")
+    return parts and f"<p><b>After training, {', and '.join(parts)}.</b></p>" or ""
 
 
 def before_and_after(summary):
@@ -103,13 +126,30 @@ def cell(measure, form, positive=False):
 
 
 # ---- curves ----
-def curves(steps):
+def training(steps):
     """steps: the lines of log.jsonl that are about a step."""
     note = "Means over stretches of steps, at most 60; the first and the last of them are below."
+    return page.section("Training", note, curves(CURVES, steps, "steps"))
+
+
+def evaluations(run, lines, summary):
+    """What was measured before, as it trained, and after. lines: those of log.jsonl."""
+    sides = [line["eval"] for line in lines if "eval" in line]
+    if sides:
+        sides = [data.read_json(run / "before.json", {}), *sides, summary.get("after", {})]
+    found = [*filter(None, map(values, sides))]
+    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in found[-1]] if found else ()
+    note = "Before it trained, as it trained, and at the end: the same questions each time."
+    return page.section("Evaluations", note, curves(table, found, "evaluations"))
+
+
+def curves(table, lines, what):
+    """Figures of numbers that lines hold, as CURVES lists them."""
     figures = ""
-    for title, says, labels in CURVES:
-        figures += curve(title, says, {label: means(steps, key) for key, label in labels.items()}, len(steps))
-    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
+    for title, says, labels in table:
+        series = {label: means(lines, key) for key, label in labels.items()}
+        figures += curve(title, says, series, f"{page.num(len(lines))} {what}")
+    return figures and f'<div class="grid" style="--w:440px">{figures}</div>'
 
 
 def means(steps, key):
@@ -120,7 +160,7 @@ def means(steps, key):
 
 
 def curve(title, says, series, steps):
-    """One figure, in a box of 290 by 120. series: {label: means over so many steps}."""
+    """One figure, in a box of 290 by 120. series: {label: means}. steps: what they are over, as a text."""
     series = {label: means for label, means in series.items() if means}
     if not series:
         return ""
@@ -128,7 +168,7 @@ def curve(title, says, series, steps):
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
-<text x="290" y="147" text-anchor="end">{page.num(steps)} steps</text>"""
+<text x="290" y="147" text-anchor="end">{steps}</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
@@ -178,15 +218,15 @@ def answers(run, sides):
         for lines in asked[:3]:
             said += f'<dl><dt class="ask">{escape(lines[0]["question"])}</dt>'
             for side, line in zip(sides, lines, strict=True):
-                invented = metrics.hallucinated(line["answer"], line["truth"])
+                invented = metrics.hallucinated(line["answer"], line["truth"]) if "truth" in line else ()
                 said += f'<dt>{escape(str(side))}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
         (caption, *_), *_ = asked
-        there = ", ".join(caption["truth"].get("present", ()))
+        there = ", ".join(caption.get("truth", {}).get("present", ()))
         body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
-    return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+    return page.section("Answers", note, body and f'<div class="grid" style="--w:440px">{body}</div>')
 
 
 # ---- the model card ----
@@ -232,7 +272,8 @@ def write(run):
     summary = data.read_json(run / "summary.json", {}, data.as_record)
     with command.explained(f"{run}: a file of the run is damaged", "train again, to be sure with --restart"):
         body = content(run, first, more, summary)
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
+    again = "" if summary else '<meta http-equiv="refresh" content="10">'
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES, head=again))
     return run / "report.html"
 
 
@@ -251,11 +292,12 @@ def content(run, first, more, summary):
     said += f", commit {first.get('commit', '–')}"
     if not summary:
         said += ", not finished"
-    body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += held_out([first, *more])
-    if "difference" in summary:
-        body += answers(run, {side: said_by(run, side) for side in SIDES})
-    return body
+    body = f"<p>{escape(said)}.</p>{verdict(summary)}{before_and_after(summary)}"
+    body += evaluations(run, more, summary) + training(steps) + held_out([first, *more])
+    sides = {line["evaluation"]: line["answers"] for line in more if "answers" in line}
+    if "difference" in summary and not sides:
+        sides = {side: said_by(run, side) for side in SIDES}
+    return body + answers(run, sides)
 
 
 def main():
