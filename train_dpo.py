@@ -53,7 +53,7 @@ from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
 
-WATCHED = 4                              # questions that every evaluation of --eval_every answers for the page
+WATCHED = 6                              # answers of each evaluation that the log and the page show
 
 
 @dataclass
@@ -234,7 +234,7 @@ def train(run):
     """Evaluate, take the remaining steps, evaluate again. Returns the summary."""
     o = run.o
     with vlm.base_of(run.model):                             # the adapter changes nothing yet, and costs time
-        before = evaluate(run, "before")                     # first: restore() loads trained weights
+        before = run.first(evaluate, run, "before")          # first: restore() loads trained weights
     checkpoint.restore(run)
     state = run.state
     if state.step == 0:
@@ -261,7 +261,7 @@ def train(run):
             due = o.eval_every and state.step % o.eval_every == 0
             if o.keep if state.step == run.steps else due:             # `after` may be another step's
                 name = f"step-{state.step}"
-                found = evaluate(run, name)
+                found = run.first(evaluate, run, name)
                 checkpoint.judge(run, found)
                 note(run, name, found)
             over = checkpoint.over(run)
@@ -271,9 +271,10 @@ def train(run):
             if run.stopping and not over:
                 raise KeyboardInterrupt
     if o.keep:
-        weights, _ = checkpoint.read(run.out / checkpoint.BEST)
-        run.optimiser.load(weights)
-    after = evaluate(run, "after")
+        tensors, _ = checkpoint.read(run.out / checkpoint.BEST)
+        run.reference.load(tensors)
+        run.optimiser.load(tensors)
+    after = run.first(evaluate, run, "after")
     note(run, "after", after)
     weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
     return run.first(finish, run, before, after, weights)
@@ -281,11 +282,7 @@ def train(run):
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
-    """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    return run.first(kept_scores, run, name)
-
-
-def kept_scores(run, name):
+    """Scores of the model as it is, for rank 0, kept in NAME.json so that a resumed run does not ask again."""
     file = run.out / f"{name}.json"
     found = checkpoint.kept(file, report.values)
     if found is None:
@@ -305,11 +302,12 @@ def scores(run, name):
         answers.answer_scenes(run.model, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
         found = answers.score_classroom(out / f"{name}.jsonl")
-    elif run.val:
-        found = validate(run, name)
-    if o.eval_every and not run.model.front.is_classroom:
-        answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
-                                 out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
+    else:
+        if run.val:
+            found = validate(run, name)
+        if o.eval_every:
+            answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
+                                     out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
     if o.look and run.val:
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
@@ -326,7 +324,8 @@ def questions(pairs, folder):
     usable = (record for record in records if len(record["images"]) == 1 and not record["history"])
     found = []
     for n, record in enumerate(islice(usable, WATCHED)):
-        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png"}
+        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png",
+                "truth": {"present": [], "absent": []}}                          # unknown: nothing is marked
         path = folder / line["image"]
         data.read_image(*record["images"]).save(path)
         found.append(benchmarks.Question(line, record["question"], path))
@@ -372,8 +371,7 @@ def finish(run, before, after, weights):
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
                "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.keep:
-        summary["remarks"] = [f"{state.step} of {run.steps} steps were taken, and the weights are those of "
-                              f"step {state.best}, the best by {state.measure}"]
+        summary["remarks"] = [f"{state.step} of {run.steps} steps; kept: step {state.best}, best {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))

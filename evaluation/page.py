@@ -24,8 +24,8 @@ CSS = """
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:16px/1.55 Charter,"Iowan Old Style",Georgia,serif}p{max-width:72ch;margin:.3em 0 .9em}
 main{max-width:1120px;margin:auto;padding:28px clamp(14px,3vw,36px) 60px}h1{font-size:1.7rem;line-height:1.2}
-h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}h3::first-letter{text-transform:uppercase}table,small,.key,dl,text{
-font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
+h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}h3::first-letter{text-transform:uppercase}
+table,small,.key,dl,text{font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
 small,.key,.soft,th,dt{color:var(--soft)}text{fill:var(--soft);font-size:11px}small,.key{font-size:.8rem}
 table{border-collapse:collapse;width:100%;max-width:760px;font-size:.92rem}th{font-weight:500}
 th,td{text-align:right;padding:.4em 0 .4em .7em;border-bottom:1px solid var(--line);vertical-align:top}
@@ -57,16 +57,15 @@ def num(x, form=None):
     return f"{x:{form}}".replace("-", "−")
 
 
-def page(title, body, style="", script="", head=""):
-    """A whole HTML file. style: CSS after the common one. script: the only one that the page may run. head:
-    more of it."""
+def page(title, body, style="", script=""):
+    """A whole HTML file. style: CSS after the common one. script: the only one that the page may run."""
     policy = "default-src 'none';img-src data:;style-src 'unsafe-inline'"
     if script:
         allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f";script-src 'sha256-{allowed}'"
         script = f"<script>{script}</script>"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1">{head}
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
 content="{policy}"><style>{CSS}{style}</style></head>
 <body><main><h1>{escape(title)}</h1>{body}</main>{script}</body></html>

@@ -5,7 +5,6 @@ Part of train_dpo.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -21,10 +20,9 @@ import torch
 import data
 from training import options, report
 
-BEST = "last/best.safetensors"                               # weights and optimiser of keep=best's step
+BEST = "last/best.safetensors"                               # the one that keep=best keeps
 FILE = "last/checkpoint.safetensors"                         # in the run's folder
 PREVIOUS = "last/previous.safetensors"                       # the one before
-TRL = {"lr": "learning_rate", "margin": "rewards/margins"}   # what it calls ours
 WINDOW = 40                                                  # steps that `warning` looks at
 
 
@@ -50,17 +48,18 @@ def kept(path, use):
         return None
 
 
-def save(run):
-    """last/checkpoint.safetensors in one move: weights, the optimiser's state, the reference's log-probs."""
+def save(run, file=FILE):
+    """A checkpoint in one move: weights, the optimiser's state, the reference's log-probs."""
     run.reference.sync()
     tensors = run.optimiser.state() | run.reference.state()
     if run.ranks.rank == 0:
         run.state.log_bytes = (run.out / "log.jsonl").stat().st_size
         about = {"state": json.dumps(asdict(run.state)), **made_from(run)}
-        with contextlib.suppress(OSError):                   # there is none, or the file system has no links
-            (run.out / PREVIOUS).unlink(missing_ok=True)
-            os.link(run.out / FILE, run.out / PREVIOUS)
-        write(run.out / FILE, tensors, about)
+        if file == FILE:
+            with contextlib.suppress(OSError):               # there is none, or the file system has no links
+                (run.out / PREVIOUS).unlink(missing_ok=True)
+                os.link(run.out / FILE, run.out / PREVIOUS)
+        write(run.out / file, tensors, about)
         run.reference.keep()
 
 
@@ -77,10 +76,9 @@ def made_from(run):
 
 def digest(tensors, about):
     """A hash over all that a checkpoint holds."""
+    from safetensors.torch import save as to_bytes
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, x in sorted(tensors.items()):
-        found.update(f"{name} {x.dtype} {x.shape}".encode())
-        found.update(x.reshape(-1).view(torch.uint8).cpu().numpy())
+    found.update(to_bytes(tensors))
     return found.hexdigest()
 
 
@@ -142,7 +140,7 @@ def log(run, line):
     if run.send:
         where = "eval" if "eval" in line else "train"
         for name, value in report.values(line.get("eval", line)).items():
-            run.send(f"{where}/{TRL.get(name, name)}", value, run.state.step)
+            run.send(f"{where}/{ {'lr': 'learning_rate'}.get(name, name)}", value, run.state.step)
 
 
 def warning(lines, o):
@@ -160,24 +158,23 @@ def warning(lines, o):
 
 
 def judge(run, found):
-    """Compare an evaluation with those before it; keep=best keeps the weights of the best. Raises UserError
-    if what it goes by is not among the numbers."""
+    """Compare an evaluation with those before it; keep=best keeps a checkpoint of the best. Raises UserError
+    if the number that it goes by is not there."""
     o, state, values = run.o, run.state, report.values(found)
     if not o.keep:
         return
-    name = o.keep.partition(":")[2] or next(iter(values), "")
+    name = o.keep.rpartition(":")[2]
+    if name == "best":
+        name = next(iter(values), name)
     if name not in values:
-        raise data.UserError(f"--set keep={o.keep}: an evaluation of this run has the numbers "
-                             f"{', '.join(values) or '(none)'}; give keep=best:NAME with one of them, and "
-                             "--val_data for your own data")
+        raise data.UserError(f"--set keep={o.keep} needs a number of the evaluations ({', '.join(values)}), "
+                             "as best:NAME; your own data has some with --val_data")
     value = values[name]
     if name != "loss" and "chair" not in name:
         value = -value
     if value < state.value:
         state.best, state.value, state.measure = state.step, value, name
-        tensors = run.optimiser.state()                      # all ranks together
-        if run.ranks.rank == 0:
-            write(run.out / BEST, tensors, made_from(run))
+        save(run, BEST)
 
 
 def over(run):
@@ -190,12 +187,11 @@ def tracker(run):
     """f(name, value, step) that sends a number where --set track says; None without."""
     if run.o.track == "wandb":
         import wandb
-        there = wandb.init(project="nanovpo", name=run.out.name, dir=run.out, config=options.decisive(run.o))
+        there = wandb.init(name=run.out.name, dir=run.out, config=options.decisive(run.o))
         return lambda name, value, step: there.log({name: value}, step)
     if run.o.track:
         from torch.utils.tensorboard import SummaryWriter
         there = SummaryWriter(run.out / "tensorboard", purge_step=run.state.step + 1)
-        atexit.register(there.close)
         return there.add_scalar
 
 

@@ -102,8 +102,7 @@ class Options:
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
-    keep: str = behind_set("", "best: end with the weights of the best evaluation, by its first number "
-                           "(chair_s, loss) or best:NAME's (cover); lower is better for loss and CHAIR alone")
+    keep: str = behind_set("", "best or best:NAME (chair_s, loss, cover): end with the best evaluation's weights")
     patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
     track: str = behind_set("", "send the log's numbers there, too", choices=("", "wandb", "tensorboard"))
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
@@ -169,9 +168,8 @@ def check(o):
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
-    if (o.keep or o.patience) and not (o.eval_every and o.keep.partition(":")[0] == "best"):
-        raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N, and keep=best "
-                        "or keep=best:NAME")
+    if (o.keep or o.patience) and not (o.keep and o.eval_every):
+        raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N and keep=best")
     if o.track:
         with command.explained(f"--set track={o.track} needs a package", f"pip install {o.track}"):
             version(o.track)

@@ -11,6 +11,7 @@ answers (before.jsonl, after.jsonl).
 """
 import os
 import sys
+from collections import ChainMap
 from html import escape
 from pathlib import Path
 
@@ -33,6 +34,7 @@ COUNTS = ("n", "images", "unparsed")                      # no measures
 VERDICT = {"chair_s": "captions name things that are not in the picture",
            "cover": "they name what is in it",
            "margin": "on held-out pairs the model prefers the chosen response"}
+UNFINISHED = ', not finished<meta http-equiv="refresh" content="10">'             # loads the page anew
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
@@ -69,7 +71,7 @@ def rows(summary):
 
 def told(summary):
     """What a finished run prints."""
-    counts = "{pairs} pairs, {steps} steps, {seconds:.0f} s".format(**summary)
+    counts = f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s"
     return [*table(summary), counts]
 
 
@@ -88,22 +90,18 @@ def remarks(summary):
 
 
 def verdict(summary):
-    """What the run changed, in one sentence, where an interval says so."""
-    changes = summary.get("difference", {})
+    """What the run changed, in one sentence: of what has an interval."""
+    changes = {name: change["interval"] for name, change in summary.get("difference", {}).items()
+               if name in VERDICT}
     look = summary.get("after", {}).get("look")
     if look:
-        _, *interval = look["margin"]["true"]
-        changes = changes | {"margin": {"interval": interval}}
+        changes["margin"] = look["margin"]["true"][1:]
     parts = []
-    for name, says in VERDICT.items():
-        if name in changes:
-            low, high = changes[name]["interval"]
-            how = "perhaps no more and no less than before (the 95% interval of the change includes 0)"
-            if high < 0:
-                how = "clearly less than before"
-            elif low > 0:
-                how = "clearly more than before"
-            parts.append(f"{says} {how}")
+    for name, (low, high) in changes.items():
+        how = "clearly more than before" if low > 0 else "clearly less than before"
+        if low <= 0 <= high:
+            how = "perhaps as before (the 95% interval of the change includes 0)"
+        parts.append(f"{VERDICT[name]} {how}")
     return parts and f"<p><b>After training, {', and '.join(parts)}.</b></p>" or ""
 
 
@@ -126,19 +124,13 @@ def cell(measure, form, positive=False):
 
 
 # ---- curves ----
-def training(steps):
-    """steps: the lines of log.jsonl that are about a step."""
-    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
-    return page.section("Training", note, curves(CURVES, steps, "steps"))
-
-
 def evaluations(run, lines, summary):
     """What was measured before, as it trained, and after. lines: those of log.jsonl."""
-    sides = [line["eval"] for line in lines if "eval" in line]
-    if sides:
-        sides = [data.read_json(run / "before.json", {}), *sides, summary.get("after", {})]
-    found = [*filter(None, map(values, sides))]
-    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in found[-1]] if found else ()
+    found = [line["eval"] for line in lines if "eval" in line]
+    if found:
+        found = [data.read_json(run / "before.json", {}), *found, summary.get("after", {})]
+    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in ChainMap(*found)
+             if name not in COUNTS]
     note = "Before it trained, as it trained, and at the end: the same questions each time."
     return page.section("Evaluations", note, curves(table, found, "evaluations"))
 
@@ -218,11 +210,11 @@ def answers(run, sides):
         for lines in asked[:3]:
             said += f'<dl><dt class="ask">{escape(lines[0]["question"])}</dt>'
             for side, line in zip(sides, lines, strict=True):
-                invented = metrics.hallucinated(line["answer"], line["truth"]) if "truth" in line else ()
+                invented = metrics.hallucinated(line["answer"], line["truth"])
                 said += f'<dt>{escape(str(side))}</dt><dd>{page.marked(line["answer"], invented)}</dd>'
             said += "</dl>"
         (caption, *_), *_ = asked
-        there = ", ".join(caption.get("truth", {}).get("present", ()))
+        there = ", ".join(caption["truth"].get("present", ()))
         body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
@@ -272,32 +264,29 @@ def write(run):
     summary = data.read_json(run / "summary.json", {}, data.as_record)
     with command.explained(f"{run}: a file of the run is damaged", "train again, to be sure with --restart"):
         body = content(run, first, more, summary)
-    again = "" if summary else '<meta http-equiv="refresh" content="10">'
-    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES, head=again))
+    data.atomic_write(run / "report.html", page.page(run.resolve().name, body, page.TABLES))
     return run / "report.html"
 
 
 def content(run, first, more, summary):
     """The page's HTML, of the lines of the log and the summary."""
     steps = [line for line in more if "step" in line]
-    done = {"options": {}}
-    for line in (first, *steps[-1:], summary):
-        done |= line
-    o = done["options"]
+    done = ChainMap(summary, *steps[-1:], first)
+    o = done.get("options", {})
     pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
     said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
     for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
         if name in o:
             said += f", {name} {o[name]}"
     said += f", commit {first.get('commit', '–')}"
-    if not summary:
-        said += ", not finished"
-    body = f"<p>{escape(said)}.</p>{verdict(summary)}{before_and_after(summary)}"
-    body += evaluations(run, more, summary) + training(steps) + held_out([first, *more])
+    unfinished = "" if summary else UNFINISHED
     sides = {line["evaluation"]: line["answers"] for line in more if "answers" in line}
     if "difference" in summary and not sides:
         sides = {side: said_by(run, side) for side in SIDES}
-    return body + answers(run, sides)
+    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
+    training = page.section("Training", note, curves(CURVES, steps, "steps"))
+    return (f"<p>{escape(said)}{unfinished}.</p>{verdict(summary)}{before_and_after(summary)}"
+            f"{evaluations(run, more, summary)}{training}{held_out([first, *more])}{answers(run, sides)}")
 
 
 def main():
