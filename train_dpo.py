@@ -271,9 +271,7 @@ def train(run):
             if run.stopping and not over:
                 raise KeyboardInterrupt
     if o.keep:
-        tensors, _ = checkpoint.read(run.out / checkpoint.BEST)
-        run.reference.load(tensors)
-        run.optimiser.load(tensors)
+        checkpoint.load(run, run.out / checkpoint.BEST)
     after = run.first(evaluate, run, "after")
     note(run, "after", after)
     weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
@@ -282,7 +280,7 @@ def train(run):
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
-    """Scores of the model as it is, for rank 0, kept in NAME.json so that a resumed run does not ask again."""
+    """Scores of the model as it is, kept in NAME.json so that a resumed run does not ask again."""
     file = run.out / f"{name}.json"
     found = checkpoint.kept(file, report.values)
     if found is None:
@@ -371,7 +369,8 @@ def finish(run, before, after, weights):
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
                "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.keep:
-        summary["remarks"] = [f"{state.step} of {run.steps} steps; kept: step {state.best}, best {state.measure}"]
+        kept = f"kept: step {state.best}, best {state.measure}"
+        summary["remarks"] = [f"{state.step} of {run.steps} steps; {kept}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))

@@ -101,14 +101,7 @@ def restore(run):
     """Continue from the last checkpoint, if there is one. Raises UserError for one that does not fit."""
     file = run.out / FILE
     if file.exists():
-        tensors, about = read(file)
-        state = State(**json.loads(about.pop("state")))
-        if about != made_from(run):
-            raise data.UserError(f"{file} is of a run with another base or other options: give another "
-                                 "--out, or --restart")
-        run.reference.load(tensors)
-        run.optimiser.load(tensors)
-        run.state = state
+        run.state = load(run, file)
     if run.ranks.rank == 0:
         with open(run.out / "log.jsonl", "ab") as log:
             if log.tell() < run.state.log_bytes:
@@ -116,6 +109,18 @@ def restore(run):
                       file=sys.stderr)
             else:
                 log.truncate(run.state.log_bytes)
+
+
+def load(run, file):
+    """Take up a checkpoint; returns its State. Raises UserError."""
+    tensors, about = read(file)
+    state = State(**json.loads(about.pop("state")))
+    if about != made_from(run):
+        raise data.UserError(f"{file} is of a run with another base or other options: give another --out, or "
+                             "--restart")
+    run.reference.load(tensors)
+    run.optimiser.load(tensors)
+    return state
 
 
 def opening(run):
@@ -140,7 +145,8 @@ def log(run, line):
     if run.send:
         where = "eval" if "eval" in line else "train"
         for name, value in report.values(line.get("eval", line)).items():
-            run.send(f"{where}/{ {'lr': 'learning_rate'}.get(name, name)}", value, run.state.step)
+            name = {"lr": "learning_rate"}.get(name, name)                      # TRL's
+            run.send(f"{where}/{name}", value, run.state.step)
 
 
 def warning(lines, o):

@@ -102,7 +102,7 @@ class Options:
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
-    keep: str = behind_set("", "best or best:NAME (chair_s, loss, cover): end with the best evaluation's weights")
+    keep: str = behind_set("", "best, or best:NAME (chair_s, loss): end with the best evaluation's weights")
     patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
     track: str = behind_set("", "send the log's numbers there, too", choices=("", "wandb", "tensorboard"))
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
