@@ -15,8 +15,6 @@ import sys
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
-import torch
-
 import data
 from training import options, report
 
