@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,7 +47,7 @@ from tqdm import tqdm
 import data
 import lora
 import losses
-from evaluation import answers, benchmarks
+from evaluation import answers
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
@@ -76,7 +76,6 @@ class Run:
     state: checkpoint.State
     stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
-    send: Any = None                     # f(name, value, step): to wandb or tensorboard
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -241,8 +240,6 @@ def train(run):
         checkpoint.log(run, checkpoint.opening(run))
         checkpoint.judge(run, before)
         note(run, "before", before)
-    if run.ranks.rank == 0:
-        run.send = checkpoint.tracker(run)
     recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(desc="training", initial=state.step, total=run.steps, disable=run.ranks.rank > 0)
@@ -260,10 +257,9 @@ def train(run):
                 recent = []
             due = o.eval_every and state.step % o.eval_every == 0
             if o.keep if state.step == run.steps else due:             # `after` may be another step's
-                name = f"step-{state.step}"
-                found = run.first(evaluate, run, name)
+                found = run.first(evaluate, run, f"step-{state.step}")
                 checkpoint.judge(run, found)
-                note(run, name, found)
+                note(run, f"step-{state.step}", found, eval=found)
             over = checkpoint.over(run)
             full = state.step % o.save_every == 0 or state.step % run.batches.per_epoch == 0
             if full or over or run.stopping:
@@ -280,53 +276,30 @@ def train(run):
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
-    """Scores of the model as it is, kept in NAME.json so that a resumed run does not ask again."""
-    file = run.out / f"{name}.json"
-    found = checkpoint.kept(file, report.values)
-    if found is None:
-        for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
-            stale.unlink()
-        found = scores(run, name)
-        data.atomic_write(file, json.dumps(found))
-    return found
-
-
-def scores(run, name):
-    """The classroom's metrics or those of held-out pairs; whether the model looks; eval_data's questions."""
+    """Scores of the model as it is: the classroom's metrics or those of held-out pairs; whether the model
+    looks; eval_data's questions. They are kept in NAME.json, so that a resumed run does not ask again."""
     o = run.o
     out = run.out
+    file = out / f"{name}.json"
+    found = checkpoint.kept(file, report.values)
+    if found is not None:
+        return found
+    for stale in out.glob(f"{name}.*jsonl*"):                             # of other weights, if a GPU resumed
+        stale.unlink()
     found = {}
     if run.model.front.is_classroom:
         answers.answer_scenes(run.model, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
         found = answers.score_classroom(out / f"{name}.jsonl")
-    else:
-        if run.val:
-            found = validate(run, name)
-        if o.eval_every:
-            answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
-                                     out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
+    elif run.val:
+        found = validate(run, name)
     if o.look and run.val:
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
                               o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
-    return found
-
-
-def questions(pairs, folder):
-    """The first few that can be asked with one image and no turns before; a folder gets their images."""
-    folder.mkdir(exist_ok=True)
-    records = map(pairs.record, range(len(pairs)))
-    usable = (record for record in records if len(record["images"]) == 1 and not record["history"])
-    found = []
-    for n, record in enumerate(islice(usable, WATCHED)):
-        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png",
-                "truth": {"present": [], "absent": []}}                          # unknown: nothing is marked
-        path = folder / line["image"]
-        data.read_image(*record["images"]).save(path)
-        found.append(benchmarks.Question(line, record["question"], path))
+    data.atomic_write(file, json.dumps(found))
     return found
 
 
@@ -345,18 +318,15 @@ def validate(run, name):
             "accuracy": 100 * found["rewards/accuracies"], "n": n}
 
 
-def note(run, name, found):
+def note(run, name, found, **more):
     """An evaluation's line of the log, and the page as it is now. The scores of before and after are in
     summary.json."""
-    line = {}
     if "look" in found:
-        line["look"] = found["look"]
-    if run.o.eval_every and run.ranks.rank == 0:
-        line["answers"] = report.said_by(run.out, name)[:WATCHED]
-    if name not in report.SIDES:
-        line["eval"] = found
-    if line:
-        checkpoint.log(run, {"evaluation": name, **line})
+        more = {"look": found["look"]} | more
+    if run.o.eval_every and run.model.front.is_classroom and run.ranks.rank == 0:
+        more["answers"] = report.said_by(run.out, name)[:WATCHED]
+    if more:
+        checkpoint.log(run, {"evaluation": name, **more})
     if name != "after":                                      # its page waits for summary.json
         run.ranks.first(report.write, run.out)
 
@@ -369,8 +339,7 @@ def finish(run, before, after, weights):
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
                "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.keep:
-        kept = f"kept: step {state.best}, best {state.measure}"
-        summary["remarks"] = [f"{state.step} of {run.steps} steps; {kept}"]
+        summary["remarks"] = [f"{state.step} of {run.steps} steps; kept: {state.best}, best {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))
@@ -392,16 +361,16 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not checkpoint.kept(out / "summary.json", report.told):
+    summary = checkpoint.kept(out / "summary.json", report.told)
+    if not summary:
         # ---- three settings for the whole process ----
         gc.set_threshold(100_000)                        # what libraries make stays: look through it rarely
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
-        train(prepare(o, out, ranks))
+        summary = train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary = data.read_json(out / "summary.json")
         print("\n".join(report.told(summary)) + f": {report.write(out)}")
     ranks.barrier()
 

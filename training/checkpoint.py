@@ -15,6 +15,9 @@ import sys
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+
 import data
 from training import options, report
 
@@ -63,7 +66,6 @@ def save(run, file=FILE):
 
 def write(file, tensors, about):
     """A checkpoint: tensors, and texts about them, under a hash over all of it."""
-    from safetensors.torch import save as to_bytes
     data.atomic_write(file, to_bytes(tensors, about | {"sha256": digest(tensors, about)}))
 
 
@@ -74,7 +76,6 @@ def made_from(run):
 
 def digest(tensors, about):
     """A hash over all that a checkpoint holds."""
-    from safetensors.torch import save as to_bytes
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     found.update(to_bytes(tensors))
     return found.hexdigest()
@@ -82,7 +83,6 @@ def digest(tensors, about):
 
 def read(file):
     """(tensors, metadata) of a checkpoint. Raises UserError for one that is not as it was written."""
-    from safetensors import safe_open
     try:
         with safe_open(file, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
@@ -136,15 +136,9 @@ def opening(run):
 
 
 def log(run, line):
-    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint. Its
-    numbers go to --set track, too."""
+    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
-    if run.send:
-        where = "eval" if "eval" in line else "train"
-        for name, value in report.values(line.get("eval", line)).items():
-            name = {"lr": "learning_rate"}.get(name, name)                      # TRL's
-            run.send(f"{where}/{name}", value, run.state.step)
 
 
 def warning(lines, o):
@@ -185,18 +179,6 @@ def over(run):
     """Whether no step is left, or `patience` evaluations have brought nothing better."""
     o, state = run.o, run.state
     return state.step == run.steps or 0 < o.patience * o.eval_every <= state.step - state.best
-
-
-def tracker(run):
-    """f(name, value, step) that sends a number where --set track says; None without."""
-    if run.o.track == "wandb":
-        import wandb
-        there = wandb.init(name=run.out.name, dir=run.out, config=options.decisive(run.o))
-        return lambda name, value, step: there.log({name: value}, step)
-    if run.o.track:
-        from torch.utils.tensorboard import SummaryWriter
-        there = SummaryWriter(run.out / "tensorboard", purge_step=run.state.step + 1)
-        return there.add_scalar
 
 
 class Stop:

@@ -31,9 +31,6 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 COUNTS = ("n", "images", "unparsed")                      # no measures
-VERDICT = {"chair_s": "captions name things that are not in the picture",
-           "cover": "they name what is in it",
-           "margin": "on held-out pairs the model prefers the chosen response"}
 UNFINISHED = ', not finished<meta http-equiv="refresh" content="10">'             # loads the page anew
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
@@ -71,8 +68,8 @@ def rows(summary):
 
 def told(summary):
     """What a finished run prints."""
-    counts = f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s"
-    return [*table(summary), counts]
+    return [*table(summary),
+            f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s"]
 
 
 def table(summary):
@@ -87,22 +84,6 @@ def remarks(summary):
     for side in SIDES:
         found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
     return found
-
-
-def verdict(summary):
-    """What the run changed, in one sentence: of what has an interval."""
-    changes = {name: change["interval"] for name, change in summary.get("difference", {}).items()
-               if name in VERDICT}
-    look = summary.get("after", {}).get("look")
-    if look:
-        changes["margin"] = look["margin"]["true"][1:]
-    parts = []
-    for name, (low, high) in changes.items():
-        how = "clearly more than before" if low > 0 else "clearly less than before"
-        if low <= 0 <= high:
-            how = "perhaps as before (the 95% interval of the change includes 0)"
-        parts.append(f"{VERDICT[name]} {how}")
-    return parts and f"<p><b>After training, {', and '.join(parts)}.</b></p>" or ""
 
 
 def before_and_after(summary):
@@ -124,24 +105,13 @@ def cell(measure, form, positive=False):
 
 
 # ---- curves ----
-def evaluations(run, lines, summary):
-    """What was measured before, as it trained, and after. lines: those of log.jsonl."""
-    found = [line["eval"] for line in lines if "eval" in line]
-    if found:
-        found = [data.read_json(run / "before.json", {}), *found, summary.get("after", {})]
-    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in ChainMap(*found)
-             if name not in COUNTS]
-    note = "Before it trained, as it trained, and at the end: the same questions each time."
-    return page.section("Evaluations", note, curves(table, found, "evaluations"))
-
-
-def curves(table, lines, what):
-    """Figures of numbers that lines hold, as CURVES lists them."""
+def curves(steps):
+    """steps: the lines of log.jsonl that are about a step."""
+    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
     figures = ""
-    for title, says, labels in table:
-        series = {label: means(lines, key) for key, label in labels.items()}
-        figures += curve(title, says, series, f"{page.num(len(lines))} {what}")
-    return figures and f'<div class="grid" style="--w:440px">{figures}</div>'
+    for title, says, labels in CURVES:
+        figures += curve(title, says, {label: means(steps, key) for key, label in labels.items()}, len(steps))
+    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
 def means(steps, key):
@@ -152,7 +122,7 @@ def means(steps, key):
 
 
 def curve(title, says, series, steps):
-    """One figure, in a box of 290 by 120. series: {label: means}. steps: what they are over, as a text."""
+    """One figure, in a box of 290 by 120. series: {label: means over so many steps}."""
     series = {label: means for label, means in series.items() if means}
     if not series:
         return ""
@@ -160,7 +130,7 @@ def curve(title, says, series, steps):
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
-<text x="290" y="147" text-anchor="end">{steps}</text>"""
+<text x="290" y="147" text-anchor="end">{page.num(steps)} steps</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
@@ -273,20 +243,18 @@ def content(run, first, more, summary):
     steps = [line for line in more if "step" in line]
     done = ChainMap(summary, *steps[-1:], first)
     o = done.get("options", {})
-    pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
-    said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
+    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, "
+            f"{page.num(done.get('step'))} steps in {page.num(done.get('seconds'))} seconds")
     for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
         if name in o:
             said += f", {name} {o[name]}"
-    said += f", commit {first.get('commit', '–')}"
     unfinished = "" if summary else UNFINISHED
     sides = {line["evaluation"]: line["answers"] for line in more if "answers" in line}
     if "difference" in summary and not sides:
         sides = {side: said_by(run, side) for side in SIDES}
-    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
-    training = page.section("Training", note, curves(CURVES, steps, "steps"))
-    return (f"<p>{escape(said)}{unfinished}.</p>{verdict(summary)}{before_and_after(summary)}"
-            f"{evaluations(run, more, summary)}{training}{held_out([first, *more])}{answers(run, sides)}")
+    said += f", commit {first.get('commit', '–')}"
+    return (f"<p>{escape(said)}{unfinished}.</p>{before_and_after(summary)}{curves(steps)}"
+            f"{held_out([first, *more])}{answers(run, sides)}")
 
 
 def main():
