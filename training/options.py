@@ -102,6 +102,8 @@ class Options:
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
+    keep: str = behind_set("", "best, or best:NAME (chair_s, loss): end with the best evaluation's weights")
+    patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
                              choices=("", "cuda", "mps", "cpu"))
 
@@ -166,6 +168,8 @@ def check(o):
     if o.official and o.preset not in OFFICIAL:
         raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
                              f"of {', '.join(OFFICIAL)}")
+    if (o.keep or o.patience) and not (o.keep and o.eval_every):
+        raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N and keep=best")
     if o.crop_pixels and o.image_rejected not in data.AREAS:
         raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
                              f"{o.image_rejected}")
