@@ -201,8 +201,9 @@ def load(model, folder):
         layer = modules.get(name) or modules.get(new)
         fits = isinstance(layer, torch.nn.Linear) and A.shape == (layer.in_features, r)
         if not fits or B.shape != (r, layer.out_features):
-            raise UserError(f"{folder} has {name}, {tuple(A.shape)} and {tuple(B.shape)}, for {layer}: "
-                            "load it into the model that it was trained on, or let PEFT merge it")
+            raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
+                            f"the model has {layer}: load it into the model that it was trained on, or let "
+                            "PEFT merge it")
         if not (A.isfinite().all() and B.isfinite().all()):
             raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
         found[layer] = r, alpha, A, B

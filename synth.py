@@ -43,7 +43,6 @@ from functools import partial
 from pathlib import Path
 
 import data
-import lora
 from data import UserError
 from model import ask, command
 from model.command import behind_set, option
@@ -205,6 +204,7 @@ class Run:
 
     def folder(self, name):
         """The path of a model, which the hub may have. Raises UserError."""
+        import lora
         return lora.fetched(self.needs(name))
 
     def model(self, name):
@@ -383,6 +383,7 @@ def response(question, row, as_official):
 def named(sources):
     """{short name: source, fetched where the hub has it} of sources with commas; a repeated name gets a
     number."""
+    import lora
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name

@@ -73,7 +73,7 @@ def ask(source, questions, out=None, *, description="asking", **options):
     """
     asked = {q.id: digest(q) for q in questions}
     source = str(source)
-    if source.endswith((".jsonl", ".json")) or os.path.isfile(source):
+    if not is_url(source) and (source.endswith((".jsonl", ".json")) or os.path.isfile(source)):
         rows, reason = saved(source, asked), f"{source} does not contain it"
     else:
         model = connect(source, **options)

@@ -3,7 +3,7 @@
     python tests/rehearse.py mdpo-bunny        14 GB of memory, 13 GB of disk
     python tests/rehearse.py mdpo-llava        7B: a GPU or 64 GB; 40 GB of disk
     python tests/rehearse.py pds-llava         the same
-    python tests/rehearse.py smolvlm-256m      8 GB of memory, 1 GB of disk; minutes on two idle cores
+    python tests/rehearse.py smolvlm-256m      8 GB of memory, 1 GB of disk; two minutes on two idle cores
     python tests/rehearse.py qwen2.5-vl-3b     18 GB of memory, 9 GB of disk; ten minutes on two idle cores
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is

@@ -184,7 +184,7 @@ def test_the_hours_are_near_what_the_steps_compute(tmp_path, monkeypatch, capsys
             return SimpleNamespace(median=2 ** 34 / 1e6)               # a million FLOP per second
     monkeypatch.setattr(plan.benchmark, "Timer", Timer)
     model, pairs = write_llava(tmp_path / "model", hidden=256, image_size=140), write_pairs(tmp_path)
-    words = ["--model", str(model), "--data", str(pairs), "--batch", "8", "--lora_r", "4"]
+    words = ["--model", str(model), "--data", str(pairs), "--batch", "6", "--lora_r", "4"]
     monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--dry_run", *words, "--set", "device=cpu"])
     train_dpo.main()
     said = capsys.readouterr().out

@@ -132,10 +132,9 @@ def show(o):
     pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
-    seen = min(steps * o.batch, o.epochs * len(tokens))
     yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
-    yield f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; {mean * seen:,.0f} in all"
+    yield f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; {mean * o.batch * steps:,.0f} in all"
 
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
@@ -152,6 +151,6 @@ def show(o):
     matrix = f"x = torch.ones(2048, 2048, device='{device}', dtype={command.dtype(o.dtype, device)})"
     timer = benchmark.Timer("x @ x", matrix, num_threads=torch.get_num_threads())
     rate = 2 ** 34 / timer.blocked_autorange().median                 # of FLOP per second
-    flop = 8 * outline(family.config, o).num_parameters() * mean * seen
+    flop = 8 * outline(family.config, o).num_parameters() * mean * o.batch * steps
     yield (f"hours           about {2 * flop / rate / world / 3600:.2g} on {world} {device.type}: an "
            f"estimate, half of the {rate / 1e9:,.0f} GFLOP/s of a product of matrices, measured here")
