@@ -219,8 +219,8 @@ def find_images(root, lines, follow_links=False):
         if isinstance(line, bytes):
             found.append(line)
             continue
-        names = image_names(line, listed)
-        paths = [data.inside(root, name, "the image of a question", follow_links) for name in names]
+        paths = (data.inside(root, name, "the image of a question", follow_links)
+                 for name in image_names(line, listed))
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 

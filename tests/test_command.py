@@ -210,6 +210,14 @@ def test_a_file_begun_with_other_settings_is_refused_and_what_differs_named(tmp_
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("head", [{}, {"settings": "m"}, {"id": "i0"}])
+def test_a_file_without_settings_is_refused(tmp_path, head):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(head) + "\n")
+    with pytest.raises(data.UserError, match=r"answers.jsonl is damaged or has no settings \(.*\); del"):
+        Store(path, head={"settings": {"model": "m"}}).work(items(2), squares)
+
+
 def test_a_line_may_have_a_shape_of_its_own(tmp_path):
     shaped = Store(tmp_path / "short.jsonl", shape=lambda row: {"square": row["square"]})
     shaped.work(items(2), squares)

@@ -88,7 +88,8 @@ class Pairs:
         twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
-        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected), self.needs)
+        sizes = [tuple(image.size for image in some) for some in (images, rejected)]
+        pair = tokenise(self.front, record, o, *sizes, self.needs)
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
@@ -178,17 +179,14 @@ def named(record, n):
     return f"{record['id']}/{n}" if n else record["id"]
 
 
-def sizes_of(images):
-    return tuple(image.size for image in images)
-
-
 def tensors(prepared):
     return [x for image in prepared for x in image.values()]
 
 
 def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
-    """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
-    and of the rejected ones where they are others. needs: fields of losses.Logps. Raises UserError."""
+    """A record -> data.Pair. sizes: (width, height) of the images in its prompt,
+    and of the rejected ones where they are others. needs: fields of losses.Logps. Responses are cut to
+    o.max_length tokens with their prompts, which are not. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
     bare = () if "none" in data.grouped(needs) else sizes
@@ -199,9 +197,16 @@ def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
     weight = record["meta"].get("weight", 1.0) if "weights" in needs else 1.0
     if not command.fits(weight, float):
         raise UserError(f"meta.weight {weight!r} is not a number; correct it or drop the record")
-    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected,
-                     prompt_bare, weight)
-    return data.truncate(pair, o.max_length)
+    room = o.max_length - max(len(prompt), len(prompt_rejected))
+    if room < 1:
+        raise UserError(f"the prompt of {record['id']} has {o.max_length - room} tokens, which leaves no room"
+                        f" for an answer in max_length {o.max_length}; raise it or drop the record")
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen[:room], rejected[:room], sizes,
+                     sizes_rejected, prompt_bare, weight)
+    if "apart" in record:
+        apart = tokenise(front, record["apart"], o, sizes, sizes_rejected, needs)
+        pair = pair._replace(rejected=apart.rejected, apart=apart)
+    return pair
 
 
 @lru_cache(1024)
@@ -239,7 +244,7 @@ def usable(front, records, o, needs):
                 drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
                 rejected = (drawn.size,) * len(images)
         try:
-            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
+            pair = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
             if not images and "rejected_image_rejected" in needs:
                 raise UserError("it has no image, and this loss asks which image an answer is about; add one "
                                 "or drop the record")
@@ -249,7 +254,7 @@ def usable(front, records, o, needs):
         except UserError as e:
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {brief(e, 400)}"))
             continue
-        cut += lost > 0
+        cut += {pair.chosen[-1], pair.rejected[-1]} != {front.eos_id}
         skipped += twice and not images
         tokens.append(len(data.pack([pair], needs).ids))
     good = drop(records, good, faults, o.skip_bad)

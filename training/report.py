@@ -10,6 +10,7 @@ train_dpo.py does the first by itself. It shows what the folder holds: the table
 answers (before.jsonl, after.jsonl).
 """
 import sys
+from collections import ChainMap
 from html import escape
 from pathlib import Path
 
@@ -31,6 +32,7 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 COUNTS = ("n", "images", "unparsed")                      # no measures
+UNFINISHED = ', not finished<meta http-equiv="refresh" content="10">'             # loads the page anew
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
@@ -67,8 +69,8 @@ def rows(summary):
 
 def told(summary):
     """What a finished run prints."""
-    counts = "{pairs} pairs, {steps} steps, {seconds:.0f} s".format(**summary)
-    return [*table(summary), counts]
+    return [*table(summary),
+            f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s"]
 
 
 def table(summary):
@@ -79,7 +81,7 @@ def table(summary):
 
 def remarks(summary):
     """What both sides' scores say beside their numbers, a line each."""
-    found = []
+    found = [*summary.get("remarks", ())]
     for side in SIDES:
         found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
     return found
@@ -187,7 +189,7 @@ def answers(run, sides):
         body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
-    return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+    return page.section("Answers", note, body and f'<div class="grid" style="--w:440px">{body}</div>')
 
 
 # ---- the model card ----
@@ -240,23 +242,20 @@ def write(run):
 def content(run, first, more, summary):
     """The page's HTML, of the lines of the log and the summary."""
     steps = [line for line in more if "step" in line]
-    done = {"options": {}}
-    for line in (first, *steps[-1:], summary):
-        done |= line
-    o = done["options"]
-    pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
-    said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
+    done = ChainMap(summary, *steps[-1:], first)
+    o = done.get("options", {})
+    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, "
+            f"{page.num(done.get('step'))} steps in {page.num(done.get('seconds'))} seconds")
     for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
         if name in o:
             said += f", {name} {o[name]}"
+    unfinished = "" if summary else UNFINISHED
+    sides = {line["evaluation"]: line["answers"] for line in more if "answers" in line}
+    if "difference" in summary and not sides:
+        sides = {side: said_by(run, side) for side in SIDES}
     said += f", commit {first.get('commit', '–')}"
-    if not summary:
-        said += ", not finished"
-    body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += held_out([first, *more])
-    if "difference" in summary:
-        body += answers(run, {side: said_by(run, side) for side in SIDES})
-    return body
+    return (f"<p>{escape(said)}{unfinished}.</p>{before_and_after(summary)}{curves(steps)}"
+            f"{held_out([first, *more])}{answers(run, sides)}")
 
 
 def main():
