@@ -64,14 +64,14 @@ class Parser(argparse.ArgumentParser):
         self.description = "\n\n".join(part if "\n    " in f"\n{part}"              # commands: as they are
                                        else textwrap.fill(" ".join(part.split()), 80) for part in parts)
 
-    def parse_known_args(self, argv=None, namespace=None):
+    def parse_known_args(self, argv=None, *namespace):
         argv, known = sys.argv[1:] if argv is None else argv, self._option_string_actions
         if re.search("[\0\ud800-\udfff]", " ".join(argv)):              # half of a surrogate pair: no UTF-8
             self.error("an argument holds a NUL or bytes that are no UTF-8: leave them out")
         for name in [word.partition("=")[0] for word in argv if word[:2] == "--" != word]:
             if name not in known and not self._subparsers:
                 self.error(f"there is no {name}{like(name, known)}")
-        return super().parse_known_args(argv, namespace)
+        return super().parse_known_args(argv, *namespace)
 
     def _check_value(self, action, value):
         if action.choices and value not in action.choices:

@@ -314,7 +314,7 @@ CHAT_MODEL = {"--chat_model": text("the server's name for the model [the server'
 JUDGED = CHAT_MODEL | {
     "--judge_tokens": number("the longest reply in tokens, thoughts included [1024]", default=1024)}
 
-# name: (what runs it, what it does, {argument: its settings for argparse})
+# name: (what runs it, or scores answers, what it does, {argument: its settings for argparse})
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
@@ -337,18 +337,18 @@ COMMANDS = {
         "--page": text("serve a page on this machine, where you can ask and crop", action="store_true"),
         "--max_new_tokens": number("tokens of the longest answer [64]", default=64),
         **LOADED}),
-    "score classroom": (partial(run_score, score_classroom), "the built-in world", SCORED),
-    "score pope": (partial(run_score, score_pope), "yes and no about objects, by split", SCORED | MODES | {
+    "score classroom": (score_classroom, "the built-in world", SCORED),
+    "score pope": (score_pope, "yes and no about objects, by split", SCORED | MODES | {
         "--questions": needed("coco_pope_SPLIT.json, several, their folder, or hub records", nargs="+")}),
-    "score amber": (partial(run_score, score_amber), "captions, and questions by type", SCORED | MODES | {
+    "score amber": (score_amber, "captions, and questions by type", SCORED | MODES | {
         "--data": needed("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
         "--nouns": text("who finds them: builtin, nltk (officially), a file [builtin]", default="builtin")}),
-    "score mmhal": (partial(run_score, score_mmhal), "96 questions, by a judge", SCORED | MODES | JUDGED | {
+    "score mmhal": (score_mmhal, "96 questions, by a judge", SCORED | MODES | JUDGED | {
         "--template": needed("mmhal-bench_answer_template.json"),
         "--judge": text("saved replies, a server or a folder; without one, its prompts are written"),
         "--judge_prompt": path("a text with four {} to fill in [our own]")}),
-    "score chair": (partial(run_score, score_chair), "COCO captions, also Object HalBench's",
+    "score chair": (score_chair, "COCO captions, also Object HalBench's",
                     SCORED | MODES | JUDGED | {
         "--annotations": needed("COCO's 2014 annotations folder"),
         "--synonyms": needed("the published synonyms, one class per line"),
@@ -383,6 +383,8 @@ def parse(argv=None):
         kind = name.removeprefix("score ")
         home = steps if kind == name else kinds
         command = home.add_parser(kind, help=says, description=says)
+        if "--answers" in arguments:
+            run = partial(run_score, run)
         command.set_defaults(run=run, partial=False)
         for argument, about in arguments.items():
             command.add_argument(argument, **about)

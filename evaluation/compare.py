@@ -62,7 +62,7 @@ def difference(o):
     lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
              "B.items.jsonl for the paired difference."]
     if o.items:
-        old, new = (benchmarks.records(path, "file of what `score` wrote", id=NAME, image=(*NAME, None),
+        old, new = (benchmarks.records(path, "file of what `score` wrote", id=NAME, image=NAME,
                                        sums={str: [float, float]}) for path in o.items)
         lines = table(stats.paired(old, new), o)
     elif all("truth" in line for line in old + new):

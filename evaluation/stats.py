@@ -263,8 +263,7 @@ def paired(a_items, b_items):
     both = []
     for item in a_items:
         if other := others.get(_key(item)):
-            image = {"image": item.get("image") or item["id"]}
-            both += [item | image | {"side": "a"}, other | image | {"side": "b"}]
+            both += [item | {"side": "a"}, other | {"side": "b"}]
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
     total, draws = tally(both, lambda item: item["side"])

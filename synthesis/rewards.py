@@ -176,8 +176,7 @@ def bert_tokenizer(vocab):
         path = path / "vocab.txt"
     if not path.exists():
         raise UserError(f"{path} is missing: ImageReward needs bert-base-uncased's vocab.txt; put it there")
-    words = command.read_text(path).splitlines()
-    return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+    return BertTokenizer(vocab=str(path))
 
 
 # ---- CLIP and BLIP: how alike a picture and a text are ----
