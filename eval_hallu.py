@@ -47,7 +47,7 @@ def loaded(o, folder, device):
 def run_answers(o):
     questions = None
     served = ask.is_url(o.model)
-    for name in ("adapter", "template", "pad", "dtype") if served else ("chat_model",):
+    for name in "adapter template pad dtype".split() if served else ["chat_model"]:
         if getattr(o, name):
             raise UserError(f"--{name} does not go with --model {ask.public(o.model)}: leave it out")
     if o.benchmark != "classroom":          # before torch and the model are loaded
@@ -232,7 +232,7 @@ def table(benchmark, scores):
             lines.append(f"{named(key):31} undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
         else:
             lines.append(f"{named(key):32} {value:>6}   {low:>5} to {high}")
-    for parts in ("by_kind", "by_split", "by_type", "by_category"):
+    for parts in "by_kind by_split by_type by_category".split():
         for title, part in scores.get(parts, {}).items():
             cells = [f"{named(key).partition(',')[0]} {shown(benchmark, key, part[key])}"
                      for key in part.get("intervals", ["acc"])]
@@ -309,7 +309,7 @@ LOADED = {
     "--template": text("the prompt's, as in training's --set template= [the folder's]"),
     "--pad": text("pad images to a square, as --set images=pad does in training", action="store_true"),
     "--dtype": text("the model's type [bfloat16 on a GPU, float32 elsewhere]",
-                    choices=("bfloat16", "float16", "float32", "float64"))}
+                    choices="bfloat16 float16 float32 float64".split())}
 CHAT_MODEL = {"--chat_model": text("the server's name for the model [the server's choice]")}
 JUDGED = CHAT_MODEL | {
     "--judge_tokens": number("the longest reply in tokens, thoughts included [1024]", default=1024)}

@@ -357,7 +357,7 @@ def main():
     parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME on the hub, or classroom")
     parser.add_argument("--adapter", required=True, help="the folder of a LoRA in PEFT's format")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    parser.add_argument("--dtype", default="auto", choices="auto float32 bfloat16 float16".split(),
                         help="type of the merged weights; auto keeps the model's")
     o = parser.parse_args()
     try:

@@ -20,8 +20,8 @@ from evaluation.stats import choice, intervals, join, ratios, read, remarks, sam
 
 PARTS = "generative existence attribute state number action relation all".split()
 TYPES = {part: (part,) for part in PARTS}                                  # of what a part is made
-TYPES |= {"attribute": ("state", "number", "action"),
-          "all": ("existence", "state", "number", "action", "relation")}
+TYPES |= {"attribute": "state number action".split(),
+          "all": "existence state number action relation".split()}
 # The official names of the counters of a measure, and of a part.
 COUNTERS = dict(pair.split(":") for pair in """chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
 accuracy:correct precision:ans_no recall:no""".split())

@@ -287,7 +287,7 @@ def coco_truth(folder, answers, table, lemmatize):
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         return {key: part[key] for key in KEPT if key in part}
 
-    for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
+    for name in "instances_val instances_train captions_val captions_train".split():
         path = Path(folder) / f"{name}2014.json"
         part = data.read_json(path, check=data.as_record, object_hook=slim)
         with command.explained(f"{path} is not COCO's", "copy it again"):

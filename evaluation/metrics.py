@@ -140,7 +140,7 @@ def _asked(answers):
 
 
 # ---- POPE ----
-SPLITS = ("random", "popular", "adversarial")             # as published
+SPLITS = "random popular adversarial".split()             # as published
 
 
 def pope(splits, answers, mode="robust", partial=False):

@@ -181,10 +181,10 @@ plate play plug pot race rack range rest ring ride rock row saddle sail shell sh
 signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
 tap tape telephone tie toast tour track train view walk wall watch water wave""")
 # The second word is the thing, the first says which.
-OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
-               "broccoli": "toppings"}
+OF_ITS_KIND = dict(pair.split(":") for pair in """laptop:computer notebook:computer ski:resort wine:glass
+broccoli:toppings""".split())
 # Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
-LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
+LIKE_ADJECTIVES = _set("light individual forest sheep")
 IN_THE_NEWS = _set("""person people man woman house home building car truck bus train plane road street water
 sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
 coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""")

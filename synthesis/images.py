@@ -26,7 +26,7 @@ import torch
 import data
 from data import UserError
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+ENCODERS = "text_encoder text_encoder_2 text_encoder_3 tokenizer tokenizer_2 tokenizer_3".split()
 MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
 
 

@@ -69,16 +69,20 @@ PUBLISHED = {                           # where it is not BLIP's default in tran
     "vision": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                "intermediate_size": 4096, "image_size": 224, "layer_norm_eps": 1e-6},
     "text": {"num_attention_heads": 12, "bos_token_id": None, "sep_token_id": None}}
-LINEAR = ("0", "2", "4", "6", "7")      # the head's linear maps; dropouts have the numbers between
+LINEAR = "0 2 4 6 7".split()            # the head's linear maps; dropouts have the numbers between
 # Published names to ours; parts of the file that the reward does not use.
-NAMES = (("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
-         ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
-         ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
-         ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
-         ("blip.visual_encoder.norm.", "vision.post_layernorm."),
-         ("blip.text_encoder.", "text."), ("mlp.layers.", "head."),
-         (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
-         (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
+NAMES = [line.split() for line in """\
+blip.visual_encoder.cls_token          vision.embeddings.class_embedding
+blip.visual_encoder.pos_embed          vision.embeddings.position_embedding
+blip.visual_encoder.patch_embed.proj.  vision.embeddings.patch_embedding.
+blip.visual_encoder.blocks.            vision.encoder.layers.
+blip.visual_encoder.norm.              vision.post_layernorm.
+blip.text_encoder.                     text.
+mlp.layers.                            head.
+.attn.qkv.                             .self_attn.qkv.
+.attn.proj.                            .self_attn.projection.
+.norm1.                                .layer_norm1.
+.norm2.                                .layer_norm2.""".splitlines()]
 DROPPED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
 
 

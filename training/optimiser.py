@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data import UserError
 
-WHOLE = ("Muon", "Adafactor", "LBFGS", "SparseAdam")         # need matrices, all weights, sparse gradients
+WHOLE = "Muon Adafactor LBFGS SparseAdam".split()            # need matrices, all weights, sparse gradients
 
 
 class Zero2:

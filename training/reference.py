@@ -16,7 +16,7 @@ from model import command, vlm
 from training import checkpoint
 
 # What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
-SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected")
+SAME = "seed batch micro_batch forward compile image_rejected".split()
 
 
 def cache_file(o, base, needs, pairs, what):
