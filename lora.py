@@ -336,7 +336,7 @@ def write_folder(model, source, out, weights=None):
             model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
             for file in source.iterdir():
                 new = temporary / file.name
-                kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
+                kept = file.suffix in ".json .jinja .model .txt".split() and ".index." not in file.name
                 if kept and not new.exists():
                     shutil.copyfile(file, new)
             new = temporary / "processor_config.json"

@@ -102,8 +102,8 @@ FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
     "finished": (bool, None)}
-MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
-RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
+MODELS = "writer generator imagereward clip blip instruct responders armorm".split()
+RANKERS, SCORERS = "imagereward clip blip".split(), "armorm clip length random".split()
 PRESETS = {
     "classroom": {
         **{name: str(BUILT_IN / name) for name in ("prompts", "imagereward", "clip", "armorm")},
@@ -444,7 +444,7 @@ def make_pairs(run):
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
           "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
-ALONE = ("prompts", "instruct", "pairs", "analyse")     # stages of rank 0 alone
+ALONE = "prompts instruct pairs analyse".split()        # stages of rank 0 alone
 
 
 def options(argv):

@@ -11,6 +11,6 @@ from model import command
 
 
 def analyse(run):
-    words = [f"--{name}={getattr(run.o, name)}" for name in ("judge", "model_name", "seed", "gallery")]
+    words = [f"--{name}={getattr(run.o, name)}" for name in "judge model_name seed gallery".split()]
     print(command.classroom("papers/analyses.py", run.out, *words), end="")
     run.say("analyse", page="gallery.html", tables="analysis.json")

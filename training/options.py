@@ -280,7 +280,7 @@ def data_identity(o, name):
 
 def provenance(o):
     """What a run depends on besides its options, for the first line of its log."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
+    packages = "torch transformers safetensors numpy pillow".split()
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),

@@ -246,7 +246,7 @@ def content(run, first, more, summary):
     o = done.get("options", {})
     said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, "
             f"{page.num(done.get('step'))} steps in {page.num(done.get('seconds'))} seconds")
-    for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
+    for name in "beta image_rejected model lora_r lr seed".split():
         if name in o:
             said += f", {name} {o[name]}"
     unfinished = "" if summary else UNFINISHED
