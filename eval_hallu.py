@@ -12,10 +12,10 @@
         --judge http://localhost:8000/v1 --out scores.json
             the judge is a server, a model folder, or a file of saved replies
     python eval_hallu.py ask --adapter runs/NAME/adapter [--image F] [--page]
-            a question a line, answered before and after training
+            one question per line, answered before and after training
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html
-            the paired difference, and a page for people to choose blindly;
-            `score votes` counts what they chose
+            the paired difference, and a page on which people choose without
+            knowing which model is which; `score votes` counts their choices
 
 Benchmarks: classroom (the built-in world: ten seconds on a CPU), and by the paths of their published files
 pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Object HalBench's among them.
@@ -53,7 +53,7 @@ def run_answers(o):
     if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt, o.follow_links)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
-        raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
+        raise UserError("the classroom's scenes.jsonl says all that; leave out --images, --prompt, --limit "
                         "and further --data")
 
     ranks = command.join()
@@ -231,7 +231,7 @@ def table(benchmark, scores):
         if stats.undefined(scores, key):
             lines.append(f"{named(key):31} undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
         else:
-            lines.append(f"{named(key):31} {value:>7}   {low:>5} to {high}")
+            lines.append(f"{named(key):32} {value:>6}   {low:>5} to {high}")
     for parts in ("by_kind", "by_split", "by_type", "by_category"):
         for title, part in scores.get(parts, {}).items():
             cells = [f"{named(key).partition(',')[0]} {shown(benchmark, key, part[key])}"
@@ -298,21 +298,21 @@ def number(help, **more):
 
 
 SCORED = {
-    "--answers": needed("what `answers` wrote, or a file as the official scripts take it", nargs="+"),
-    "--out": out("scores.json, and per item .items.jsonl")}
+    "--answers": needed("what `answers` wrote, or a file in the official scripts' format", nargs="+"),
+    "--out": out("scores.json; what each item adds goes to its .items.jsonl")}
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
-    "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
+    "--partial": text("score an unfinished file, and say how much of it is answered", action="store_true")}
 LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
 LOADED = {
-    "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
-    "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
-    "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
+    "--template": text("the prompt's, as in training's --set template= [the folder's]"),
+    "--pad": text("pad images to a square, as --set images=pad does in training", action="store_true"),
+    "--dtype": text("the model's type [bfloat16 on a GPU, float32 elsewhere]",
                     choices=("bfloat16", "float16", "float32", "float64"))}
 CHAT_MODEL = {"--chat_model": text("the server's name for the model [the server's choice]")}
 JUDGED = CHAT_MODEL | {
-    "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
+    "--judge_tokens": number("the longest reply in tokens, thoughts included [1024]", default=1024)}
 
 # name: (what runs it, what it does, {argument: its settings for argparse})
 COMMANDS = {
@@ -327,15 +327,15 @@ COMMANDS = {
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
         "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
-        "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
+        "--max_new_tokens": number("tokens of the longest answer [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         **LOADED}),
-    "ask": (run_ask, "ask a model about a picture, a question a line, or on a page", {
+    "ask": (run_ask, "ask a model about a picture: one question per line, or on a page", {
         "--model": text("a model's folder, or classroom [the one that --adapter names]"),
         "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
         "--image": path("the picture [the first scene of the adapter's run]"),
-        "--page": text("serve a page on this machine, to ask and to crop there", action="store_true"),
-        "--max_new_tokens": number("an answer's length at most [64]", default=64),
+        "--page": text("serve a page on this machine, where you can ask and crop", action="store_true"),
+        "--max_new_tokens": number("tokens of the longest answer [64]", default=64),
         **LOADED}),
     "score classroom": (partial(run_score, score_classroom), "the built-in world", SCORED),
     "score pope": (partial(run_score, score_pope), "yes and no about objects, by split", SCORED | MODES | {
@@ -343,34 +343,34 @@ COMMANDS = {
     "score amber": (partial(run_score, score_amber), "captions, and questions by type", SCORED | MODES | {
         "--data": needed("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
-        "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
+        "--nouns": text("who finds them: builtin, nltk (officially), a file [builtin]", default="builtin")}),
     "score mmhal": (partial(run_score, score_mmhal), "96 questions, by a judge", SCORED | MODES | JUDGED | {
         "--template": needed("mmhal-bench_answer_template.json"),
-        "--judge": text("saved replies, a server, or a folder; without one its prompts are written"),
-        "--judge_prompt": path("with four {} to fill in [our own]")}),
+        "--judge": text("saved replies, a server or a folder; without one, its prompts are written"),
+        "--judge_prompt": path("a text with four {} to fill in [our own]")}),
     "score chair": (partial(run_score, score_chair), "COCO captions, also Object HalBench's",
                     SCORED | MODES | JUDGED | {
         "--annotations": needed("COCO's 2014 annotations folder"),
-        "--synonyms": needed("the published list, a class a line"),
-        "--scorer": text("CHAIR's own rules, or Object HalBench's [objhal]",
+        "--synonyms": needed("the published synonyms, one class per line"),
+        "--scorer": text("whose rules: CHAIR's own, or Object HalBench's [objhal]",
                          choices=("original", "objhal"), default="objhal"),
-        "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
+        "--nouns": text("whose singulars: our own, or NLTK's, as in Object HalBench [builtin]",
                         choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
                             default="none"),
-        "--extraction_prompt": path("with {question} and {answer} [our own]")}),
+        "--extraction_prompt": path("a text with {question} and {answer} in it [our own]")}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
-        "votes": path("votes-NAME.json as downloaded, one a rater", nargs="+"),
+        "votes": path("votes-NAME.json as downloaded, one per rater", nargs="+"),
         "--out": out("preference.json")}),
-    "compare": (run_compare, "two answers files: the paired difference, and a page to choose on", {
+    "compare": (run_compare, "compare two answers files: the paired difference, and a page to vote on", {
         "a": path("answers of the one model"),
         "b": path("answers of the other to the same questions"),
         "--out": out("page.html"),
         "--images": path("the folder of the images, to be shown [no images]"),
         "--follow_links": LINKS,
-        "--items": path("what `score` wrote per item, for all answers but the classroom's", nargs=2),
+        "--items": path("the .items.jsonl that `score` wrote for each (the classroom needs none)", nargs=2),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": text("of the pairs and of their sides [0]", type=int, default=0)})}
+        "--seed": text("draws the pairs and their sides [0]", type=int, default=0)})}
 
 
 def parse(argv=None):

@@ -354,11 +354,11 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME, or: classroom")
-    parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
+    parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME on the hub, or classroom")
+    parser.add_argument("--adapter", required=True, help="the folder of a LoRA in PEFT's format")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="of the merged weights; auto is the model's own")
+                        help="type of the merged weights; auto keeps the model's")
     o = parser.parse_args()
     try:
         merge_folder(o.model, o.adapter, o.out, o.dtype)

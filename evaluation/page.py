@@ -42,6 +42,7 @@ rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{str
 img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
+@media print{:root{--bg:#fff}h2,h3{break-after:avoid}figure,tr,.card{break-inside:avoid}}
 """
 TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left:0}"     # no number is broken
 

@@ -94,8 +94,13 @@ streetlamp teddybear televison waterfont air-conditioning biker coworker brindle
 rpo""")
 
 
+def _rules(text):
+    """[(an ending, what becomes of it)] out of a text of ENDING:WHAT, with blanks between."""
+    return [rule.rsplit(":", 1) for rule in text.split()]
+
+
 def _first(rules, word):
-    """A word by the first of the (ending, what becomes of it) that fits."""
+    """A word by the first rule whose ending it has."""
     for ending, to in rules:
         found, fits = re.subn(ending, to, word)
         if fits:
@@ -103,27 +108,24 @@ def _first(rules, word):
     return word
 
 
-AS_IT_IS = r"\g<0>"
-LEMMAS = (
-    (r"((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail|"
-     r"fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy|"
-     r"congress|stunt|lines|trades|repair)m)en$", r"\1an"),
-    # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i
-    (r"^(tie|necktie|pie|magpie|collie|pixie|movie|selfie|brownie|zombie|calorie|genie|prairie|birdie|"
-     r"hippie|rookie|auntie|hoodie|smoothie|veggie|lie|die|shoe|snowshoe|horseshoe|canoe|toe|oboe|hoe|"
-     r"foe|tiptoe|headache|mustache|moustache|avalanche|niche|cache|quiche|ache|toothache|ski|taxi|kiwi|"
-     r"bikini|safari|corgi|broccoli|zucchini|martini|khaki|yeti|panini|rabbi|tsunami|sari|chili|mini)s$",
-     r"\1"),
-    (r"(?:ss|us|is)$", AS_IT_IS),
-    (r"^(kni|wi|li|midwi|housewi|pocketkni|penkni)ves$", r"\1fe"),
-    (r"^(lea|loa|shel|wol|hal|cal|scar|hoo|el|thie|sel|shea|dwar|bookshel|kerchie|handkerchie|behal|whar|tur|"
-     r"bee|ree|ser)ves$", r"\1f"),
-    (r"(..)ies$", r"\1y"),
-    (r"oes$", "o"),
-    # a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes)
-    (r"(ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|bonus|chorus|circus|"
-     r"crocus|mus|status|trellis|rhinoceros|christmas|tennis)es$", r"\1"),
-    (r"s$", ""))
+# In this order: men; -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i; what stays; -ves; and
+# sibilants that take -es, since every other -ses and -zes loses only its -s (horses, sizes).
+LEMMAS = _rules(r"""
+((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail)m)en$:\1an
+((?:fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy)m)en$:\1an
+((?:congress|stunt|lines|trades|repair)m)en$:\1an
+^(tie|necktie|pie|magpie|collie|pixie|movie|selfie|brownie|zombie|calorie|genie|prairie|birdie|hippie)s$:\1
+^(rookie|auntie|hoodie|smoothie|veggie|lie|die|shoe|snowshoe|horseshoe|canoe|toe|oboe|hoe|foe|tiptoe)s$:\1
+^(headache|mustache|moustache|avalanche|niche|cache|quiche|ache|toothache|ski|taxi|kiwi|bikini|safari)s$:\1
+^(corgi|broccoli|zucchini|martini|khaki|yeti|panini|rabbi|tsunami|sari|chili|mini)s$:\1
+(?:ss|us|is)$:\g<0>
+^(kni|wi|li|midwi|housewi|pocketkni|penkni)ves$:\1fe
+^(lea|loa|shel|wol|hal|cal|scar|hoo|el|thie|sel|shea|dwar|bookshel|kerchie|handkerchie|behal)ves$:\1f
+^(whar|tur|bee|ree|ser)ves$:\1f
+(..)ies$:\1y oes$:o
+(ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|bonus|chorus)es$:\1
+(circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)es$:\1
+s$:""")
 
 
 @lru_cache(maxsize=65536)
@@ -138,17 +140,15 @@ def lemma(word):
 
 
 # The plurals of the first CHAIR, which knew no dictionary.
-SINGULARS = (
-    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
-     r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", AS_IT_IS),
-    *(pair.split(":") for pair in """children$:child geese$:goose feet$:foot teeth$:tooth
-    men$:man leaves$:leaf loaves$:loaf people$:person oxen$:ox oxens$:oxs axes$:axe moves$:move kine$:cow
-    brethren$:brother opera$:opus shoes$:shoe oes$:o buses$:bus movies$:movie erves$:erve""".split()),
-    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"),
-    (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"),
-    (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"), (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"),
-    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
-    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))
+SINGULARS = _rules(r"""
+(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$:\g<0>
+^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$:\g<0>
+children$:child geese$:goose feet$:foot teeth$:tooth men$:man leaves$:leaf loaves$:loaf people$:person
+oxen$:ox oxens$:oxs axes$:axe moves$:move kine$:cow brethren$:brother opera$:opus shoes$:shoe oes$:o
+buses$:bus movies$:movie erves$:erve
+(.)ae$:\1a ([octpvir])i$:\1us (cris|test)es$:\1is ([ml])ice$:\1ouse (x|ch|ss|sh)es$:\1 ([^aeiouy]|qu)ies$:\1y
+([aeo]l|[^d]ea|ar)ves$:\1f ([nlw]i)ves$:\1fe ([lr])ves$:\1f ([aeost]|ti|hi|si)ves$:\1ve ([^f])ves$:\1fe
+(ba|analy|the)ses$:\1sis ([hdronbp]|cl)oses$:\1ose oses$:osis ([ti])a$:\1um s$:""")
 
 
 @lru_cache(maxsize=65536)

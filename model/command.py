@@ -286,6 +286,7 @@ def classroom(program, *words):
     done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True)
     if done.returncode:
         raise UserError(done.stderr.strip())
+    print(done.stderr, end="", file=sys.stderr)
     return done.stdout
 
 

@@ -9,7 +9,6 @@ train_dpo.py does the first by itself. It shows what the folder holds: the table
 (summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
 answers (before.jsonl, after.jsonl).
 """
-import os
 import sys
 from collections import ChainMap
 from html import escape
@@ -264,11 +263,11 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+", help="the folder of a run, or of several")
     parser.add_argument("--out", type=Path, default="runs.html", help="the page of several runs [runs.html]")
     o = parser.parse_args()
-    if len(o.runs) > 1:
-        program = Path(__file__).resolve().parents[1] / "classroom" / "runs.py"
-        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
     try:
-        print(write(o.runs[0]))
+        if len(o.runs) > 1:
+            print(command.classroom("runs.py", *sys.argv[1:]), end="")
+        else:
+            print(write(o.runs[0]))
     except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 
