@@ -63,7 +63,8 @@ def test_keep_best_and_patience_end_with_the_weights_of_a_run_stopped_there_howe
     text = trained(argv, scored, ranks)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     said, = summary["remarks"]
-    assert said == "8 of 9 steps were taken; the weights are those of step 4, the best by loss" and said in text
+    assert said == "8 of 9 steps were taken; the weights are those of step 4, the best by loss"
+    assert said in text
     assert summary["steps"] == len(log_of(tmp_path / "run")[1]) == 8
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     wanted = stopped_at(world, tmp_path / "plain", 4, ranks)
