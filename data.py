@@ -1,16 +1,12 @@
 """What every script shares: files that are never half written, images, rejected images, packed token rows.
-
-    image = read_image("dog.jpg")
-    damaged = rejected_image("crop", image, seed=0, id="pair-7")    # the same crop in every run
-    row = pack([pair], {"chosen", "rejected", "image_rejected"})    # a Pair in a row of tokens for vlm.packed
-Ours, where the official codes differ or leave a choice:
- 1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
- 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
+Ours, where official codes differ: 1. A crop that fits in none of ten tries is central and keeps its area
+(torchvision: its aspect). 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
 import argparse
 import contextlib
+import difflib
 import functools
 import glob
 import hashlib
@@ -22,9 +18,14 @@ import shutil
 import sys
 import textwrap
 import threading
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
+
+if missing := [name for name in "numpy PIL safetensors torch tqdm".split() if not find_spec(name)]:
+    sys.exit(f"{sys.executable} has no {', '.join(missing)}: in nanoVPO's folder, run python3 -m venv .venv "
+             "&& . .venv/bin/activate && pip install -r requirements.txt")
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -49,26 +50,36 @@ def explained(what, fix):
         raise UserError(f"{what} ({why}); {fix}") from error
 
 
+def like(word, names):                                  # what a mistyped word was meant to be
+    near = difflib.get_close_matches(word, names, 1, 0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
-        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
-        super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
-        self.description = "\n\n".join(map(_reflowed, (self.description or "").strip().split("\n\n")))
+        super().__init__(*args, allow_abbrev=False, **options,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
+        parts = (self.description or "").strip().split("\n\n")
+        self.description = "\n\n".join(part if "\n    " in f"\n{part}"              # commands: as they are
+                                       else textwrap.fill(" ".join(part.split()), 80) for part in parts)
 
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else argv
+    def parse_known_args(self, argv=None, namespace=None):
+        argv, known = sys.argv[1:] if argv is None else argv, self._option_string_actions
         if re.search("[\0\ud800-\udfff]", " ".join(argv)):              # half of a surrogate pair: no UTF-8
             self.error("an argument holds a NUL or bytes that are no UTF-8: leave them out")
-        return super().parse_args(argv)
+        for name in [word.partition("=")[0] for word in argv if word[:2] == "--" != word]:
+            if name not in known and not self._subparsers:
+                self.error(f"there is no {name}{like(name, known)}")
+        return super().parse_known_args(argv, namespace)
+
+    def _check_value(self, action, value):
+        if action.choices and value not in action.choices:
+            says = f"{value}{like(value, action.choices)}: give one of {', '.join(action.choices)}"
+            raise argparse.ArgumentError(action, says)
 
     def error(self, message):
         sys.exit(f"{self.prog}: {UserError(message)}; see --help")
-
-
-def _reflowed(paragraph):
-    """A docstring's paragraph for a terminal: wrapped anew; indented lines (commands) are kept."""
-    return paragraph if "\n    " in f"\n{paragraph}" else textwrap.fill(" ".join(paragraph.split()), 80)
 
 
 # ---- files: what is already written is never lost ----
@@ -399,20 +410,8 @@ class Pair(NamedTuple):
         return {"images": (self.prompt, self.sizes), "none": (self.prompt_bare, ()),
                 "rejected": (self.prompt_rejected, self.sizes_rejected)}[images]
 
-    def response(self, field):
-        """The one whose log-prob a field of losses.Logps is."""
+    def response(self, field):    # the one whose log-prob a field of losses.Logps is
         return self.rejected if field.startswith("rejected") else self.chosen
-
-
-class Batch(NamedTuple):
-    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
-    pairs: list
-    images: list
-    images_rejected: list = ()    # empty if the loss reads none
-    places: list = ()             # of the pairs among all that are trained on
-    keys: list = ()               # of each pair, a hash over all of it
-    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
-    of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
 class Segment(NamedTuple):

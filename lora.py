@@ -22,11 +22,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 import data
 from data import UserError
+
+# isort: split
+import safetensors.torch
+import torch
 
 STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files

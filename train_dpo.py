@@ -40,11 +40,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import data
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import lora
 import losses
 from evaluation import answers
@@ -147,7 +149,7 @@ def load(family, o, dtype, device):
 
 # ---------------------------------------------------------------------------------------- one step
 def step_loss(run, batch, frozen):
-    """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
+    """The loss of a vlm.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
     policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
@@ -380,7 +382,7 @@ def main():
     try:
         o = options.parse(sys.argv[1:], __doc__)
         if o.dry_run:
-            for line in plan.show(o):
+            for line in [] if rank else plan.show(o):
                 print(line)
         else:
             launch(o, command.join(o.device))

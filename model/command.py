@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,8 +60,9 @@ def parse(kind, argv, prog, description, positional=()):
     given, chosen = vars(parser.parse_args(argv)), {}
     for item in given.pop("set"):
         name, equals, text = item.partition("=")
-        if name not in fields or not equals:             # also an --option's name, though help lists the rest
-            raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
+        if name not in fields or not equals:             # an --option's name is one of them
+            raise UserError(f"--set {item}{data.like(name, fields)}: give KEY=VALUE with KEY one of "
+                            f"{', '.join(rare)}")
         chosen[name] = value(f"--set {item}", text, fields[name])
     for name, field in fields.items():
         found = given.pop(name, None)
@@ -72,7 +75,7 @@ def preset(presets, chosen):
     """The defaults of the preset that was chosen; without a choice, of the first. Raises UserError."""
     name = chosen.get("preset", next(iter(presets)))
     if name not in presets:
-        raise UserError(f"--preset {name}: give one of {', '.join(presets)}")
+        raise UserError(f"--preset {name}{data.like(name, presets)}: give one of {', '.join(presets)}")
     return presets[name]
 
 
@@ -98,8 +101,9 @@ def value(where, text, field):
         found = read(text)
     except (ValueError, KeyError):
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
-    if "choices" in about and found not in about["choices"]:
-        raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
+    choices = about.get("choices", [found])
+    if found not in choices:
+        raise UserError(f"{where}{data.like(text, choices)}: give one of {', '.join(filter(None, choices))}")
     least, most = about.get("at_least", 0), about.get("at_most", MOST)
     for number in {int: [found], float: [found], tuple: found}.get(kind, ()):
         if "above" in about and not number > about["above"]:
@@ -274,6 +278,15 @@ def read_text(path):
 def file_name(text):
     """A text as a file's name, which cannot lead out of its folder."""
     return re.sub(r"[^\w.-]+", "-", text)[:100]
+
+
+def classroom(program, *words):
+    """Run one of the classroom's programs, which no file imports -> what it printed. Raises UserError."""
+    path = Path(__file__).resolve().parents[1] / "classroom" / program
+    done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip())
+    return done.stdout
 
 
 # ---- the folder ----

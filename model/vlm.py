@@ -68,6 +68,17 @@ class VLM:
         return command.explained(f"{self.front.folder} fails on a picture", "copy its config.json again")
 
 
+class Batch(NamedTuple):
+    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
+    pairs: list
+    images: list
+    images_rejected: list = ()    # empty if the loss reads none
+    places: list = ()             # of the pairs among all that are trained on
+    keys: list = ()               # of each pair, a hash over all of it
+    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
+    of: int = 0                   # pairs in the optimiser step, over all ranks
+
+
 class Features(NamedTuple):
     """Of a micro-batch's images, in the pairs' order: lists of (K, D), one an image."""
     images: list
@@ -178,7 +189,7 @@ def keep_memory():
 
 # -------------------------------------------------------------------------------- images in the model
 def encode_images(m, batch):
-    """Features of a data.Batch; no graph unless something in front of the language model trains.
+    """Features of a Batch; no graph unless something in front of the language model trains.
 
     Raises UserError if an image's features are not as many as its places in the prompt.
     """

@@ -91,7 +91,7 @@ def pairs_of(m):
         pairs.append(data.Pair(str(i), *prompts, *responses, sizes, other))
         true += m.front.prepare(pictures(sizes))
         turned += m.front.prepare(pictures(other, seed=5))
-    return pairs, vlm.encode_images(m, data.Batch(pairs, true, turned))
+    return pairs, vlm.encode_images(m, vlm.Batch(pairs, true, turned))
 
 
 def with_adapter(world):

@@ -224,6 +224,10 @@ def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     assert "memory          at least 0.0 GiB" in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said
     hours = r"^hours           about \S+ on \d \w+: an estimate, half of the [1-9][\d,]* GFLOP/s of a product"
     assert re.search(hours, said, re.MULTILINE)
+    monkeypatch.setenv("RANK", "1")                             # under torchrun, rank 0 alone prints it
+    train_dpo.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(sys, "argv", [*words[:5], "nothing"])
     with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
         train_dpo.main()

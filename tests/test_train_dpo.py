@@ -622,7 +622,7 @@ def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(shard):
     tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
     for rank in range(2):
         pairs = batches.Pairs(None, range(10), tokens, None, o, frozenset())
-        pairs.read = lambda place, epoch: data.Batch([place], [], [], [place], [place], 1, 1)
+        pairs.read = lambda place, epoch: vlm.Batch([place], [], [], [place], [place], 1, 1)
         found = list(batches.Batches(pairs, o, command.Ranks(rank, 2), 1)(0))
         assert len(found) == 3 if shard else len(found) in (2, 3)      # five, and a filler
         counting = [batch for batch in found if batch.counts]

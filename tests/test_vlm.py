@@ -42,7 +42,7 @@ def one_pair(m, prompt, chosen, rejected=(), sizes=ONE):
 
 def features_of(m, pairs, images, rejected=()):
     """Features of PIL images."""
-    return vlm.encode_images(m, data.Batch(pairs, m.front.prepare(images), m.front.prepare(rejected)))
+    return vlm.encode_images(m, vlm.Batch(pairs, m.front.prepare(images), m.front.prepare(rejected)))
 
 
 def ragged(m, damaged=True):

@@ -1,7 +1,7 @@
 """Which pairs a step takes, on which rank; a record as tokens and images, read ahead by threads.
 
     pairs = checked(front, "pairs.jsonl", o, needs, ranks)    every record, image and response, or UserError
-    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's data.Batches of step t
+    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's vlm.Batches of step t
 
 Part of train_dpo.py.
 """
@@ -12,15 +12,12 @@ import hashlib
 import math
 import random
 import shlex
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +25,7 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError
-from model import command
+from model import command, vlm
 from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -57,10 +54,7 @@ def classroom_files(o, out):
         if not (out / name).exists():
             words += ["--then", *shlex.split(arguments), "--out", out / name]
     if words:
-        program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-        done = subprocess.run([sys.executable, program, *words], text=True, capture_output=True)
-        if done.returncode:
-            raise UserError(f"{program} failed: {done.stderr.strip()}")
+        command.classroom("pairs.py", *words)
     return path, held_out
 
 
@@ -88,7 +82,7 @@ class Pairs:
         return self.records[self.good[place]]
 
     def read(self, place, epoch=0):
-        """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
+        """A vlm.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "rejected" in data.grouped(self.needs)
@@ -106,7 +100,7 @@ class Pairs:
         for x in tensors(images + rejected):
             digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
-        return data.Batch([pair], images, rejected, [place], [key])
+        return vlm.Batch([pair], images, rejected, [place], [key])
 
     def prepared(self, images):
         """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
@@ -125,8 +119,8 @@ class Pairs:
 
 
 def join(batches):
-    """Several data.Batches as one: lists are joined, counts are added."""
-    return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
+    """Several vlm.Batches as one: lists are joined, counts are added."""
+    return vlm.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
 def other_image(records, seed, id, i, image):
@@ -274,7 +268,7 @@ def usable(front, records, o, needs):
 # ---- steps ----
 @dataclass
 class Batches:
-    """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
+    """batches(t) -> this rank's vlm.Batches of step t, in turn; threads read a step ahead.
 
     The pairs are the same with any number of threads, and a step's are the same on any number of ranks.
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:

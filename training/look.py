@@ -175,7 +175,7 @@ def logps_of(m, cases, o, fields):
     while some := [*islice(cases, size)]:
         pairs, pictures = zip(*some, strict=True)
         prepared = [m.front.prepared([picture])[0] for picture in pictures]
-        batch = data.Batch(pairs, prepared)
+        batch = vlm.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]

@@ -1,7 +1,7 @@
 """Preference pairs in every public format, and their check.
 
     records = Records("pairs.jsonl")    # indexes the file; a record is parsed when it is asked for
-    good = check(records)               # every record and image, once; the faults on stderr, one a line
+    good = check(records)               # every record and image, once; the first faults on stderr, one a line
     pair = records[good[0]]             # id images images_rejected question history chosen rejected meta, and
                                         # apart if rejected follows other turns: the record with those
 
@@ -50,6 +50,7 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError, draw, read_image
+from evaluation.stats import few
 from model import command
 from training import files
 
@@ -383,10 +384,10 @@ def check(records, needs_image=False, skip_bad=False):
 
 
 def drop(records, indices, faults, skip_bad):
-    """The indices without a fault. Faults, (index, kind, sentence), go to stderr, one a line, and end the run
-    unless skip_bad."""
-    for _, _, text in faults:
-        print(text, file=sys.stderr)
+    """The indices without a fault. The first faults, (index, kind, sentence), go to stderr, one a line; any
+    ends the run unless skip_bad."""
+    if faults:
+        print(few([text for *_, text in faults], "\n"), file=sys.stderr)
     bad = {i for i, _, _ in faults}
     share = f"{len(bad)} of {max(len(records), len(indices))} records of {records.path}"
     if bad and not skip_bad:

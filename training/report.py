@@ -15,9 +15,11 @@ from collections import ChainMap
 from html import escape
 from pathlib import Path
 
+import data
+
+# isort: split
 import numpy as np
 
-import data
 from evaluation import metrics, page, stats
 from model import command
 
@@ -74,7 +76,7 @@ def told(summary):
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
-    lines = ["{:30}{:>9}{:>9}{:>9}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
+    lines = ["{:30} {:>8} {:>8} {:>8}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
     return lines + remarks(summary)
 
 
