@@ -143,7 +143,7 @@ def parse(argv, description):
     o = Options(**defaults | chosen)
     for field in ("model", "data"):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
-            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: the classroom's alone is there")
+            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is here")
     for field in ("lora_r", "lora_alpha", "lora_targets"):
         if o.adapter and field in chosen:
             raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
