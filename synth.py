@@ -202,16 +202,11 @@ class Run:
             raise UserError(f"--{name} is missing: give it (--help says what it is)")
         return getattr(self.o, name)
 
-    def folder(self, name):
-        """The path of a model, which the hub may have. Raises UserError."""
-        import lora
-        return lora.fetched(self.needs(name))
-
     def model(self, name):
         """The reward model of a ranker or scorer; None if it is none."""
         if name in MODELS:
             from synthesis import rewards
-            return rewards.load(name, self.folder(name), self.ranks.device, self.o.dtype)
+            return rewards.load(name, fetched(self.needs(name)), self.ranks.device, self.o.dtype)
 
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
@@ -219,7 +214,13 @@ class Run:
             raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [command.identity(self.folder(name)), self.o.dtype]
+        return [command.identity(fetched(self.needs(name))), self.o.dtype]
+
+
+def fetched(source):
+    """A model's path, which the hub may have; anything else as it is. Raises UserError."""
+    import lora
+    return lora.fetched(source)
 
 
 def begin(o):
@@ -252,7 +253,7 @@ def make_prompts(run):
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, jobs, rows = run.o, {}, []
-    generator = run.folder("generator")
+    generator = fetched(run.needs("generator"))
     for row in run.rows("prompts", "prompts"):
         candidates, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
@@ -273,7 +274,7 @@ def paint(run, groups):
     """The images of a prompt are painted in one call. The texts of `chunk` prompts are encoded, then their
     images painted: encoders and transformer are never in memory together."""
     from synthesis import images
-    o, device, generator = run.o, run.ranks.device, run.folder("generator")
+    o, device, generator = run.o, run.ranks.device, fetched(run.o.generator)
     dtype = command.dtype(o.dtype, device, "float16")
     for some in data.chunks(groups, o.chunk):
         jobs = [item["_given"] for (item,) in some]
@@ -342,6 +343,7 @@ def respond(run):
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
     for name, source in named(run.needs("responders")).items():
+        source = fetched(source)
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
             make = partial(answer, source, options)
@@ -381,16 +383,14 @@ def response(question, row, as_official):
 
 
 def named(sources):
-    """{short name: source, fetched where the hub has it} of sources with commas; a repeated name gets a
-    number."""
-    import lora
+    """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name
         short = command.file_name(short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
-        names[short] = lora.fetched(source)
+        names[short] = source
     return names
 
 
@@ -435,6 +435,7 @@ def make_pairs(run):
     del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
+            source = fetched(source)
             if ask.is_url(source) or Path(source).exists():
                 licence = pairing.licence(source)
                 settings[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"

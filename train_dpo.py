@@ -341,7 +341,8 @@ def finish(run, before, after, weights):
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
                "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.keep:
-        summary["remarks"] = [f"{state.step} of {run.steps} steps; kept: {state.best}, best {state.measure}"]
+        summary["remarks"] = [f"{state.step} of {run.steps} steps were taken; the weights are those of step "
+                              f"{state.best}, the best by {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))

@@ -2,6 +2,7 @@
 
     python classroom/pairs.py --seed 0 --n 1000 --out D      pairs
     python classroom/pairs.py --on_policy classroom --out D  the model's words
+    python classroom/pairs.py --responders tied --out D      four responders' words, ranked by ArmoRM
     python classroom/pairs.py scenes --out D                 see scenes --help
 
 D holds pairs.jsonl or scenes.jsonl, and images/*.png. All take a few seconds and are decided by the seed
@@ -286,6 +287,16 @@ def main_scenes(argv):
     print(f"{len(lines)} questions about {len(scenes)} scenes -> {o.out / 'scenes.jsonl'}")
 
 
+def captions_of(o, recipe):
+    """-> n (record, scene) of the source that the options name."""
+    if o.on_policy:
+        return on_policy(o.seed, o.n, recipe, o.on_policy)
+    if o.responders:
+        from classroom import responders
+        return responders.made(o.seed, o.n, recipe, o.responders, responders.PENALTY * o.length_penalty)
+    return made(o.seed, o.n, recipe)
+
+
 def main_pairs(argv):
     parser = data.Parser(prog="pairs.py", description=__doc__)
     add, d = parser.add_argument, Recipe()
@@ -316,6 +327,11 @@ def main_pairs(argv):
     add("--temperature", type=float, default=d.temperature, help="of the samples (%(default)s)")
     add("--scorer_noise", type=float, default=d.scorer_noise,
         help="the standard deviation of the scorer's error (%(default)s)")
+    add("--responders", choices=("tied", "untied", "opposed"),
+        help="both captions are the best and the worst, by the built-in ArmoRM, of four responders', whose "
+             "language is tied to their sight, says nothing about it, or is opposed to it: see "
+             "responders.py; of the options above only --seed and --n apply")
+    add("--length_penalty", action="store_true", help="with --responders: a reward that minds every word")
     add("--split", choices=("train", "tune"), default=d.split, help="whose scenes (%(default)s)")
     add("--weights", action="store_true",
         help="meta.weight of a pair, for --loss hsa: 2 if the rejected answer names something that is hardly "
@@ -325,7 +341,11 @@ def main_pairs(argv):
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
     if not -1 <= o.gap <= 1:
         parser.error(f"--gap {o.gap} is not between -1 and 1")
-    both = on_policy(o.seed, o.n, recipe, o.on_policy) if o.on_policy else made(o.seed, o.n, recipe)
+    if o.on_policy and o.responders:
+        parser.error("--on_policy and --responders are two sources of captions: give one of them")
+    if o.length_penalty and not o.responders:
+        parser.error("--length_penalty is for the reward of --responders: give both")
+    both = captions_of(o, recipe)
     write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both})
     print(table(describe([r for r, _ in both])))
     print(f"{len(both)} pairs -> {o.out / 'pairs.jsonl'}")

@@ -199,9 +199,9 @@ def test_the_built_in_models_run_every_stage_of_synthesis(lab):
 
 
 # ---------------------------------------------------------------------------------------- the parts
-def test_there_are_eight_steps_and_ten_exercises():
+def test_there_are_eight_steps_and_eleven_exercises():
     assert [int(name.split()[0]) for name in LAB] == list(range(1, 9))
-    assert [int(re.search(r"\d+", name)[0]) for name in EXERCISES] == list(range(1, 11))
+    assert [int(re.search(r"\d+", name)[0]) for name in EXERCISES] == list(range(1, 12))
     ends = [int(m) for m in re.findall(r"^\| \d+ - (\d+) \|", PAGE, re.MULTILINE)]
     starts = [int(m) for m in re.findall(r"^\| (\d+) - \d+ \|", PAGE, re.MULTILINE)]
     assert (starts, ends[-1], len(ends)) == ([0, *ends[:-1]], 90, 8)              # the timetable has no gap
@@ -314,3 +314,36 @@ def test_exercise_8_shuffle_keeps_the_cells_and_moves_them():
     once, again = (made["shuffle"]({}, picture, None, data.draw(0, "shuffle", "a")) for _ in range(2))
     assert sorted(cells(once)) == sorted(cells(picture)) and cells(once) != cells(picture)
     assert once.tobytes() == again.tobytes()
+
+
+def test_exercise_11_the_formula_by_hand_is_the_papers_code(lab):
+    """The value worked out in the document, five pairs that the authors' code was run on, and ours."""
+    made = {"__name__": "mine"}
+    exec(PROGRAMS["runs/mine.py"], made)
+    fields = ("chosen", "rejected", "image_rejected", "rejected_image_rejected")
+    gained = losses.Logps(**{f: torch.tensor([x]) for f, x in zip(fields, (-1., -3., 1., -4.), strict=True)})
+    zero = losses.Logps(**{f: torch.zeros(1) for f in fields})
+    by_hand = made["mine"](gained, zero, .1, 0.).item()
+    assert f"{by_hand:.4f}" == "3.0466" and "= 3.0466" in part(11)
+    stored = data.read_json(ROOT / "tests" / "data" / "objectives.json")
+    case = next(c for c in stored["cases"] if c["name"] == "symmpo" and c["how"] == "official")
+    sides = (losses.Logps(**{f: torch.tensor(stored[side][f], dtype=torch.float64) for f in fields})
+             for side in ("policy", "reference"))
+    assert made["mine"](*sides, case["beta"], 0.).tolist() == pytest.approx(case["loss"])
+    said = next(text for name, text in lab[2].items() if name.startswith("Exercise 11"))
+    far, begins = re.search(r"mine and ours differ by (\S+); mine begins at (\S+)", said).groups()
+    assert float(far) < 1e-5 and begins == "2.7726" and "4 ln 2 = 2.7726" in part(11)
+
+
+def test_exercise_11_each_caption_is_true_of_its_own_picture_and_false_of_the_other(lab):
+    from classroom import pairs, world
+    folder = lab[0] / "runs" / "swapped"
+    rows = list(data.read_jsonl(folder / "pairs.jsonl"))
+    assert len(rows) == 16
+    for record, (_, s) in zip(rows, pairs.made(0, 16, pairs.Recipe(questions=0)), strict=True):
+        chosen, rejected = (set(world.mentions(record[role])) for role in ("chosen", "rejected"))
+        assert chosen == set(s.counts) and len(chosen - rejected) == len(rejected - chosen) == 1
+        (gone,), (come,) = chosen - rejected, rejected - chosen
+        things = tuple(world.Thing(come if t.type == gone else t.type, t.colour, t.places) for t in s.things)
+        drawn = data.Image.fromarray(world.draw(world.Scene(s.theme, things)))
+        assert data.read_image(folder / record["image_rejected"]) == drawn

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from classroom import pairs, world
-from classroom.papers import evidence, findings, pds, reproduce, rules, study
+from classroom.papers import evidence, findings, pds, reproduce, rules, study, ties
 
 LINES = reproduce.lines()
 pytestmark = pytest.mark.usefixtures("settings")
@@ -354,6 +354,34 @@ def test_more_synthetic_pairs_must_do_more():
     assert verdict("pds-table3", dict(zip(arms, (40, 35, 30), strict=True))) == "appears"
     found = verdict("pds-table3", dict(zip(arms, (30, 35, 40), strict=True)))
     assert found == "does not appear"
+
+
+def test_the_recipe_helps_where_tied_and_hurts_where_opposed():
+    arms = dict.fromkeys(ties.ARMS, 40)
+    opposed = {arm: 70 for arm in arms if arm.startswith("opposed")}
+    assert verdict("pds-tied", arms | opposed) == "appears"
+    assert verdict("pds-tied", arms) == (
+        "appears where language is tied to sight, with ArmoRM alone and with a length penalty")
+    assert verdict("pds-tied", arms | opposed | {"tied": 49.5, "opposed": 51}) == (
+        "appears where language is tied to sight, with a length penalty; where it is opposed, with a length "
+        "penalty")
+
+
+def test_a_fall_of_cover_is_no_help():
+    for cover, does, word in ((90, "helps", "helps"), (82, "less", "says less")):
+        lines = world_of({arm: {b: [40 + d] for b, d in SPREAD.items()} for arm in ties.ARMS})
+        for one in lines:
+            one["after"]["cover"] = cover
+        assert ties.effect(evidence.Runs(lines), "tied") == does
+        assert f"tied: {word}, CHAIR_s −9.0" in findings.finding("pds-tied", lines)["found"]
+
+
+def test_a_length_penalty_has_to_help_at_every_tie():
+    plain = {arm: 50 for arm in ties.ARMS if "penalty" not in arm}
+    better = {arm: 40 for arm in ties.ARMS if "penalty" in arm}
+    assert verdict("pds-penalty", plain | better) == "appears"
+    assert verdict("pds-penalty", plain | better | {"untied": 40}) == (
+        "appears where sight and language are tied and opposed")
 
 
 ANALYSIS = {"guidance": {"all": {"5.0": .3, "7.0": .3, "9.0": .2, "11.0": .2}, "street": {"5.0": .6}},

@@ -143,8 +143,7 @@ def parse(argv, description):
     o = Options(**defaults | chosen)
     for field in ("model", "data"):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
-            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
-                            "in")
+            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is here")
     for field in ("lora_r", "lora_alpha", "lora_targets"):
         if o.adapter and field in chosen:
             raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
@@ -159,20 +158,17 @@ def check(o):
     except (ValueError, TypeError, ArithmeticError) as e:
         raise UserError(f"--loss {o.loss}: {e}") from None
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
-        raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
-                             "use --loss dpo")
+        raise UserError(f"--image_rejected none: --loss {o.loss} is without the image it compares; use dpo")
     if o.dtype == "nf4" and (o.shard or not o.lora_r):
         raise UserError("--dtype nf4 needs LoRA, and goes without --shard: choose another type")
     if o.redraw and o.reference_cache:
         raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
-        raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
-                             f"of {', '.join(OFFICIAL)}")
+        raise UserError(f"--set official=true goes with --preset {', '.join(OFFICIAL)}, not {o.preset}")
     if (o.keep or o.patience) and not (o.keep and o.eval_every):
         raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N and keep=best")
     if o.crop_pixels and o.image_rejected not in data.AREAS:
-        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
-                             f"{o.image_rejected}")
+        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}")
 
 
 def loss_of(o):

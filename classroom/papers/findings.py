@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from classroom.papers import rules, study
+from classroom.papers import rules, study, ties
 from classroom.papers.evidence import MARGIN, Runs, nested, possible
 from classroom.papers.rules import (
     IMITATORS,
@@ -63,7 +63,8 @@ ARMS = {name: (name, "") for name in (*study.METHODS, *study.ABLATIONS)} | {
          "ArmoRM's pairs": "pairs-armorm", "half of ArmoRM's pairs": "pairs-armorm-2",
          "a quarter of ArmoRM's pairs": "pairs-armorm-4", "CLIP's pairs": "pairs-clip",
          "the longer response": "pairs-length", "random pairs": "pairs-random",
-         "the oracle's pairs": "pairs-oracle"}.items()}
+         "the oracle's pairs": "pairs-oracle"}.items()
+} | {name: ("DPO on synthetic pairs", options) for name, options in ties.ARMS.items()}
 
 
 # ---------------------------------------------------------------------------------------- tables
@@ -282,6 +283,22 @@ TABLES = {
         figure="lines", xlabel="share of the pairs, %",
         x=tuple((arm, "DPO", x) for arm, x in (("a quarter of ArmoRM's pairs", 25),
                                                ("half of ArmoRM's pairs", 50), (SYNTHETIC[0], 100)))),
+    "pds-tied": Table(
+        "PDS-DPO, Table 2, under its condition", "Where the better speaker sees better",
+        "DPO on pairs that a reward ranks by their words makes a model hallucinate less where good language "
+        "comes with good sight, and more where it comes with bad sight.",
+        "Four responders of stated skill (classroom/responders.py). Where language is tied to sight, CHAIR_s "
+        f"falls from the base's and Cover falls by less than {study.COVER} points (95% intervals); where it "
+        "is opposed, CHAIR_s rises; each with a length penalty and without. Nothing is claimed where "
+        "language says nothing about sight.", tuple(ties.ARMS), ties.tied, against="before",
+        figure="lines", xlabel="correlation of language with sight",
+        x=tuple((tie + says, f"DPO {where}", ties.CORRELATION[tie])
+                for says, (_, where) in ties.REWARDS.items() for tie in ties.TIES)),
+    "pds-penalty": Table(
+        "Control, for PDS-DPO's Table 2", "A reward that minds every word",
+        "A length penalty makes the reward's pairs better, whatever language says about sight.",
+        "CHAIR_s is lower with the penalty than without where language is tied to sight, untied and opposed.",
+        tuple(ties.ARMS), ties.penalty),
 }
 
 

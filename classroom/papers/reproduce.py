@@ -213,8 +213,8 @@ def captions(answers, scenes):
 
 
 # ---------------------------------------------------------------------------------------- commands
-def go(wanted, out=HERE, file=LINES):
-    """Run the cells that have no line yet, two at a time, with the time left."""
+def go(wanted, out=HERE, file=LINES, at_once=2):
+    """Run the cells that have no line yet, some at a time, with the time left."""
     there = {key(line) for line in lines(out, file)}
     todo = [cell for cell in wanted if key(cell) not in there]
     if not todo:
@@ -232,7 +232,7 @@ def go(wanted, out=HERE, file=LINES):
             bar.set_postfix_str(f"{cell['arm']}, {cell['base']}, seed {cell['seed']}: CHAIR_s "
                                 f"{line['before']['chair_s']:.1f} -> {line['after']['chair_s']:.1f}")
             bar.update()
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         for future in [pool.submit(one, cell) for cell in todo]:
             future.result()
     bar.close()
@@ -287,6 +287,7 @@ def main():
                         help="folder of the lines, RESULTS.md and results.html; a new one starts from "
                              "nothing (classroom/papers, whose lines come with it; --quick: runs/quick)")
     parser.add_argument("--n", type=int, default=3, help="verify: how many lines to run again (%(default)s)")
+    parser.add_argument("--at_once", type=pairs.count, default=2, help="runs at a time (%(default)s)")
     o = parser.parse_args()
     unknown = set(o.what) - {"all", "objectives", "page", "verify", *findings.TABLES, *pds.TABLES}
     if unknown or len(o.what) > 1 and {"all", "objectives", "verify"} & set(o.what):
@@ -304,21 +305,21 @@ def reproduce(o):
     if names == ["verify"]:
         return verify(o.n, out)
     if names == ["objectives"]:
-        return side_by_side(objectives.QUICK if o.quick else objectives.FULL, out)
+        return side_by_side(objectives.QUICK if o.quick else objectives.FULL, out, o.at_once)
     if names == ["all"]:
         names = [name for name, table in findings.TABLES.items() if table.main or not o.quick]
         names += [] if o.quick else list(pds.TABLES)
-    go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds), out)
+    go(cells([name for name in names if name in findings.TABLES], o.quick, o.seeds), out, at_once=o.at_once)
     if set(names) & set(pds.TABLES) and not pds.ANALYSIS.exists():
         synthetic()
     write_page(lines(out), out)
 
 
-def side_by_side(extent, out=HERE):
+def side_by_side(extent, out=HERE, at_once=2):
     """The objectives: the runs that choose their rates, the printed runs, OBJECTIVES.md."""
-    go(objectives.tuning_cells(extent), out, objectives.TUNING)
+    go(objectives.tuning_cells(extent), out, objectives.TUNING, at_once)
     tuned = lines(out, objectives.TUNING)
-    go(objectives.cells(extent, tuned), out, objectives.LINES)
+    go(objectives.cells(extent, tuned), out, objectives.LINES, at_once)
     page = objectives.write(lines(out, objectives.LINES), out, tuned)
     print(os.path.relpath(page))
 
