@@ -1,7 +1,8 @@
 """PDS-DPO's condition as a knob: four responders of stated skill, whose answers the built-in ArmoRM ranks.
 
     python classroom/pairs.py --responders tied --out D      pairs; see pairs.py --help
-    python classroom/responders.py                           papers/results/ties.json: some minutes
+    python classroom/responders.py                           papers/results/ties.json: a minute
+    python classroom/responders.py D/pairs.jsonl             the same of pairs that synth.py made
 
 ArmoRM reads words and no picture. Its best answer is the truest one only as far as good language comes with
 good sight, which the paper takes for granted of its responders. Here it is stated:
@@ -140,8 +141,30 @@ def conditions():
             for tie in TIES}
 
 
+def of_synthesis(path):
+    """Pairs of synth.py as records whose truth is what the prompt asks for. Raises UserError."""
+    records = []
+    for number, record in enumerate(data.read_jsonl(path), 1):
+        prompt = (record.get("meta") or {}).get("prompt")
+        if not prompt:
+            raise data.UserError(f"{path}: pair {number} has no meta.prompt to be compared with; give the "
+                                 "pairs.jsonl of a run of synth.py")
+        truth = {"kind": "caption", "present": dict.fromkeys(world.mentions(prompt), 1)}
+        records.append(record | {"meta": record["meta"] | truth})
+    if not records:
+        raise data.UserError(f"{path} holds no pairs")
+    return records
+
+
 def main():
-    data.Parser(prog="responders.py", description=__doc__).parse_args()
+    parser = data.Parser(prog="responders.py", description=__doc__)
+    parser.add_argument("pairs", nargs="?", help="pairs.jsonl of a run of synth.py")
+    o = parser.parse_args()
+    try:
+        if o.pairs:
+            return print("\n".join(table({o.pairs: describe(of_synthesis(o.pairs))})))
+    except data.UserError as error:
+        sys.exit(f"responders.py: {error}")
     import json
 
     import torch

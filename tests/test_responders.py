@@ -89,3 +89,18 @@ def test_the_calibration_is_as_it_was_written_down():
 def test_options_that_do_not_go_together_are_refused(options, says, tmp_path):
     code, printed = run_script("classroom/pairs.py", *options.split(), "--out", str(tmp_path / "x"))
     assert code and says in printed and not (tmp_path / "x").exists()
+
+
+def test_pairs_of_synth_are_measured_by_what_their_prompts_ask_for(tmp_path):
+    truth = {"prompt": "street with red car , blue sign"}
+    said = [("a car , a sign , a lamp .", "a car ."), ("a car .", "a whale .")]
+    rows = [{"chosen": chosen, "rejected": rejected, "meta": truth} for chosen, rejected in said]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = responders.describe(responders.of_synthesis(path))
+    assert (found["truer"], found["longer"], found["invented"]) == (50, 75, {"chosen": .5, "rejected": .5})
+    path.write_text(json.dumps({"chosen": "a", "rejected": "b", "meta": {}}) + "\n")
+    for text, says in ((path.read_text(), "pair 1 has no meta.prompt"), ("", "holds no pairs")):
+        path.write_text(text)
+        code, printed = run_script("classroom/responders.py", str(path))
+        assert code and says in printed and "Traceback" not in printed
