@@ -182,7 +182,7 @@ def run_compare(o):
 
 def run_ask(o):
     if o.page:
-        program = Path(__file__).resolve().parent / "classroom" / "ask.py"
+        program = Path(__file__).parent / "classroom/ask.py"
         os.execv(sys.executable, [sys.executable, program, *o.words])
     from evaluation import dialogue  # and with it torch
     m, scenes, path = asked(o)

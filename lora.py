@@ -264,7 +264,7 @@ def setting(config, key, patterns, name):
 def model_folder(name):
     """The folder behind --model: a path, `classroom`, a name in classroom/models/, or the hub's. Raises
     UserError."""
-    own = Path(__file__).resolve().parent / "classroom" / "models"
+    own = Path(__file__).resolve().parent / "classroom/models"
     if str(name) == "classroom":
         name = own / "base0"
     for path in Path(name), own / name, Path(fetched(str(name))):

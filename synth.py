@@ -48,7 +48,7 @@ from model import ask, command
 from model.command import behind_set, option
 from synthesis import analysis, pairing, prompts
 
-BUILT_IN = Path(__file__).resolve().parent / "classroom" / "synthesis"
+BUILT_IN = Path(__file__).resolve().parent / "classroom/synthesis"
 
 
 @dataclass
@@ -211,7 +211,8 @@ class Run:
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
         if name not in known:
-            raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
+            raise UserError(f"{flag} {name}{data.like(name, known)} is not one of {', '.join(known)}; choose "
+                            "one of them")
         if name not in MODELS:
             return [self.o.seed]
         return [command.identity(fetched(self.needs(name))), self.o.dtype]

@@ -290,7 +290,7 @@ def evaluate(run, name):
         stale.unlink()
     found = {}
     if run.model.front.is_classroom:
-        answers.answer_scenes(run.model, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
+        answers.answer_scenes(run.model, out / "scenes/scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
         found = answers.score_classroom(out / f"{name}.jsonl")
     elif run.val:

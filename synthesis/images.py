@@ -62,7 +62,7 @@ def _load(folder, device, dtype, without):
         dtype=dtype, variant=variant, **dict.fromkeys([*without, *absent]))
     pipeline.set_progress_bar_config(disable=True)
     if "transformer" in without and "text_encoder_3" in absent:     # zeros take T5's place, as wide as it
-        config = data.read_json(folder / "transformer" / "config.json")
+        config = data.read_json(folder / "transformer/config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     return pipeline.to(device)
 

@@ -330,7 +330,7 @@ def test_a_merge_that_is_not_finite_is_refused_with_the_weights_name(model, fold
 @pytest.mark.parametrize("arguments, said", [
     ((), "required"), (("merge", "--model", "x"), "--adapter, --out"),
     (("merge", "--model", "x", "--adapter", "y", "--out", "z", "--dtpye", "float32"), "--dtpye"),
-    (("split", "--model", "x", "--adapter", "y", "--out", "z"), "invalid choice")])
+    (("split", "--model", "x", "--adapter", "y", "--out", "z"), "split: give one of merge")])
 def test_a_wrong_command_is_one_sentence_and_exit_1(arguments, said, monkeypatch):
     with pytest.raises(SystemExit, match=re.escape(said)) as error:
         command(monkeypatch, *arguments)

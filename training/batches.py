@@ -44,11 +44,11 @@ def classroom_files(o, out):
                             f"--questions {o.questions}")
     if made:
         wanted["data"] = f"--seed {o.seed} --n {o.pairs} {o.pair_options}"
-        path = out / "data" / "pairs.jsonl"
+        path = out / "data/pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
         wanted["held_out"] = (f"{o.pair_options} --split tune --seed {o.eval_seed} "
                               f"--n {min(o.look, o.pairs)}")
-        held_out = out / "held_out" / "pairs.jsonl"
+        held_out = out / "held_out/pairs.jsonl"
     words = []
     for name, arguments in wanted.items():
         if not (out / name).exists():
