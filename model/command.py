@@ -230,8 +230,7 @@ def free():
 
     import torch
     gc.collect()                                        # modules refer to each other in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                            # nothing without a GPU
 
 
 # ---- what files hold ----

@@ -129,7 +129,7 @@ TRAIN = [["--epochs", "1e30"], ["--epochs", "9" * 30], ["--set", "warmup=5"], ["
          ["--dtype", "banana"], ["--set", "device=banana"], ["--set", "clip=nan"], ["--out", "a\0b"],
          ["--out", "\ud800"], ["--delta", "1e30"], ["--set", "template=\0"], ["--batch", "0.5"]]
 SYNTH = [["--guidance", "nan"], ["--guidance", "5,inf"], ["--guidance", "1e30"], ["--seed", "-1"],
-         ["--size", "99999999"], ["--dtype", "banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
+         ["--size", "99999999"], ["--set", "dtype=banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
          ["--set", "topics=\0"], ["--per_topic", "-3"], ["--threshold", "nan"]]
 
 
