@@ -107,12 +107,29 @@ def test_the_page_is_written_at_every_evaluation_and_refreshes_itself_until_the_
     for n, html in enumerate(pages):
         seen = Page(html)
         assert seen.open == [] and html.endswith("</html>\n") and ("not finished" in seen.text) == (n < 3)
+        assert ("Evaluations" in seen.text) == (n > 0) and seen.text.count("what is this ?") == 6
     said = {line["evaluation"]: line for line in lines_of(out) if "evaluation" in line}
-    assert list(said) == ["step-4", "step-8"]
+    assert list(said) == ["before", "step-4", "step-8", "after"]
     for name, line in said.items():
+        assert [answer["id"] for answer in line["answers"]] == [f"pair-{i}" for i in range(6)]
+        assert all(isinstance(answer["answer"], str) for answer in line["answers"])
         assert ("eval" in line) == name.startswith("step")
+    assert "<dt>step-4</dt>" in pages[-1] and pages[-1].count("<img") == 6
     trained(arguments(world, tmp_path / "alone"))
     assert adapter(out) == adapter(tmp_path / "alone")                 # to be watched moves no bit
+
+
+def test_without_held_out_pairs_those_of_training_are_asked_if_one_image_and_no_turn_before_ask_them(
+        world, tmp_path):
+    rows = [json.loads(line) for line in world[1].read_text().splitlines()]
+    rows[0] |= {"image": None}
+    rows[1] |= {"history": [["what is there ?", "a dog"]]}
+    path = world[1].with_name("odd.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(arguments((world[0], path), tmp_path / "run", "--eval_every", "4", "--max_steps", "5",
+                      "--set", "max_new_tokens=4"))
+    line = next(line for line in lines_of(tmp_path / "run") if line.get("evaluation") == "step-4")
+    assert [answer["id"] for answer in line["answers"]] == [f"pair-{i}" for i in range(2, 8)]
 
 
 def test_the_classroom_shows_its_first_captions_and_marks_what_is_invented(tmp_path):
