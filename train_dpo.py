@@ -76,6 +76,7 @@ class Run:
     state: checkpoint.State
     stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
+    send: Any = None                     # checkpoint.tracker's, of rank 0
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -240,6 +241,8 @@ def train(run):
         checkpoint.log(run, checkpoint.opening(run))
         checkpoint.judge(run, before)
         note(run, "before", before)
+    if run.ranks.rank == 0:
+        run.send = checkpoint.tracker(run)
     recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(desc="training", initial=state.step, total=run.steps, disable=run.ranks.rank > 0)

@@ -3,11 +3,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import write_llava
+from conftest import ROOT, write_llava
 from safetensors.torch import load_file
 from test_report import Page
 from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, trained, write_pairs
@@ -81,7 +83,8 @@ def test_of_another_number_more_is_better_and_the_last_step_counts_too(world, tm
 @pytest.mark.parametrize("more, words", [
     (("--set", "keep=best"), "they need --eval_every N and keep=best"),
     (("--eval_every", "2", "--set", "patience=1"), "they need --eval_every N and keep=best"),
-    (("--eval_every", "2", "--set", "keep=best:chair"), "needs a number of the evaluations (loss, margin")])
+    (("--eval_every", "2", "--set", "keep=best:chair"), "needs a number of the evaluations (loss, margin"),
+    (("--set", "track=mlflow"), "give one of wandb, tensorboard")])
 def test_what_cannot_be_kept_is_refused_in_one_sentence(world, tmp_path, more, words):
     code, text = run(watched(world, tmp_path / "run", *more))
     assert code == 1 and words in text.strip().splitlines()[-1] and "Traceback" not in text
@@ -145,3 +148,43 @@ def test_the_classroom_shows_its_first_captions_and_marks_what_is_invented(tmp_p
     html = (tmp_path / "run" / "report.html").read_text()
     assert Page(html).tags.count("img") == 6
     assert [html.count(f"<dt>{name}</dt>") for name in said] == [6] * 4
+
+
+# ---- wandb, tensorboard ----
+WANTED = {"train/loss", "train/learning_rate", "train/rewards/chosen", "train/rewards/margins", "eval/loss"}
+
+
+def tracked(world, out, kind):
+    """The options of a run that is tracked; its steps are a program's: only those end as they should."""
+    pytest.importorskip(kind, reason=f"{kind} is not installed: --set track={kind} is tested where it is")
+    argv = watched(world, out, "--eval_every", "4", "--max_steps", "5", "--set", f"track={kind}")
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *argv], capture_output=True, text=True,
+                          env={**os.environ, "WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    return log_of(out)[1]
+
+
+def test_tensorboard_gets_trls_names_and_the_logs_numbers(world, tmp_path):
+    steps = tracked(world, tmp_path / "run", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    assert {*found.Tags()["scalars"]} >= WANTED
+    losses = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"])) for line in steps]
+    assert [event.step for event in found.Scalars("eval/loss")] == [4]
+
+
+def test_wandb_gets_them_too_without_a_network(world, tmp_path):
+    tracked(world, tmp_path / "run", "wandb")
+    file, = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert [name for name in WANTED if name.encode() not in content] == []
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_how_to_install_it(world, tmp_path, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(f"no {name}")
+    monkeypatch.setattr("training.options.version", absent)
+    code, text = run(watched(world, tmp_path / "run", "--set", "track=wandb"))
+    assert code == 1 and "needs a package (no wandb); pip install wandb" in text and "Traceback" not in text
