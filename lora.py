@@ -22,15 +22,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 import data
 from data import UserError
 
+# isort: split
+import safetensors.torch
+import torch
+
 STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
-FETCHED = ("*.safetensors *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
+FETCHED = ("*.safetensors ImageReward.pt *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
            "*.png *.jpg *.jpeg").split()                            # nothing that runs
 
 
@@ -331,22 +332,21 @@ def write_folder(model, source, out, weights=None):
             raise UserError(f"{name} is not finite: the adapter or its model is broken, or {weight.dtype} is "
                             "too narrow; give --dtype float32 or another adapter")
     try:
-        model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
-        for file in source.iterdir():
-            new = temporary / file.name
-            kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
-            if kept and not new.exists():
-                shutil.copyfile(file, new)
-        new = temporary / "processor_config.json"
-        if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
-            config, vision = model.config, model.config.vision_config
-            about = {"patch_size": vision.patch_size,
-                     "vision_feature_select_strategy": config.vision_feature_select_strategy,
-                     "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}
-            new.write_text(json.dumps(about, indent=1))
-        os.replace(temporary, out)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{out} cannot hold the model ({e}): make room there") from e
+        with data.explained(f"{out} cannot hold the model", "make room there"):
+            model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
+            for file in source.iterdir():
+                new = temporary / file.name
+                kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
+                if kept and not new.exists():
+                    shutil.copyfile(file, new)
+            new = temporary / "processor_config.json"
+            if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
+                config, vision = model.config, model.config.vision_config
+                about = {"patch_size": vision.patch_size,
+                         "vision_feature_select_strategy": config.vision_feature_select_strategy,
+                         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}
+                new.write_text(json.dumps(about, indent=1))
+            os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

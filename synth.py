@@ -187,8 +187,7 @@ class Run:
         ranked, found = {row["id"]: row for row in self.rows("ranked", "rank")}, []
         for row in self.rows("instructions", "instruct"):
             if row["id"] not in ranked:
-                raise UserError(f"{self.out} has instructions for {row['id']}, which is not ranked; run "
-                                "`python synth.py instruct` again")
+                raise UserError(f"{self.out}: {row['id']} is not ranked; run `python synth.py instruct`")
             found.append(ranked[row["id"]] | row)
         return found
 
@@ -200,15 +199,19 @@ class Run:
     def needs(self, name):
         """The option's value. Raises UserError if it has none."""
         if not getattr(self.o, name):
-            field = self.o.__dataclass_fields__[name]
-            raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
+            raise UserError(f"--{name} is missing: give it (--help says what it is)")
         return getattr(self.o, name)
+
+    def folder(self, name):
+        """The path of a model, which the hub may have. Raises UserError."""
+        import lora
+        return lora.fetched(self.needs(name))
 
     def model(self, name):
         """The reward model of a ranker or scorer; None if it is none."""
         if name in MODELS:
             from synthesis import rewards
-            return rewards.load(name, getattr(self.o, name), self.ranks.device, self.o.dtype)
+            return rewards.load(name, self.folder(name), self.ranks.device, self.o.dtype)
 
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
@@ -216,7 +219,7 @@ class Run:
             raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [command.identity(self.needs(name)), self.o.dtype]
+        return [command.identity(self.folder(name)), self.o.dtype]
 
 
 def begin(o):
@@ -249,7 +252,7 @@ def make_prompts(run):
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, jobs, rows = run.o, {}, []
-    generator = run.needs("generator")
+    generator = run.folder("generator")
     for row in run.rows("prompts", "prompts"):
         candidates, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
@@ -270,13 +273,13 @@ def paint(run, groups):
     """The images of a prompt are painted in one call. The texts of `chunk` prompts are encoded, then their
     images painted: encoders and transformer are never in memory together."""
     from synthesis import images
-    o, device = run.o, run.ranks.device
+    o, device, generator = run.o, run.ranks.device, run.folder("generator")
     dtype = command.dtype(o.dtype, device, "float16")
     for some in data.chunks(groups, o.chunk):
         jobs = [item["_given"] for (item,) in some]
-        encoded = images.encode(o.generator, [prompt for prompt, _ in jobs], device, dtype)
+        encoded = images.encode(generator, [prompt for prompt, _ in jobs], device, dtype)
         command.free()
-        painter = images.Painter(o.generator, device, dtype)
+        painter = images.Painter(generator, device, dtype)
         for prompt, candidates in jobs:
             seeds = [row["seed"] for row in candidates]
             painted = painter(encoded[prompt], encoded[""], o.guidance, seeds, o.steps, o.size)
@@ -378,14 +381,16 @@ def response(question, row, as_official):
 
 
 def named(sources):
-    """{short name: source} of sources with commas; a repeated name gets a number."""
+    """{short name: source, fetched where the hub has it} of sources with commas; a repeated name gets a
+    number."""
+    import lora
     names = {}
     for source in filter(None, sources.split(",")):
         short = ask.public(source).partition("//")[2] or Path(source).name
         short = command.file_name(short)
         if short in names:
             short = f"{short}-{len(names) + 1}"
-        names[short] = source
+        names[short] = lora.fetched(source)
     return names
 
 

@@ -40,11 +40,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import data
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import lora
 import losses
 from evaluation import answers, benchmarks
@@ -148,7 +150,7 @@ def load(family, o, dtype, device):
 
 # ---------------------------------------------------------------------------------------- one step
 def step_loss(run, batch, frozen):
-    """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
+    """The loss of a vlm.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
     policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
@@ -361,7 +363,8 @@ def finish(run, before, after, weights):
     summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
                "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
     if run.o.keep:
-        summary["remarks"] = [f"{state.step} of {run.steps} steps; kept: {state.best}, best {state.measure}"]
+        summary["remarks"] = [f"{state.step} of {run.steps} steps were taken; the weights are those of step "
+                              f"{state.best}, the best by {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))
@@ -402,7 +405,7 @@ def main():
     try:
         o = options.parse(sys.argv[1:], __doc__)
         if o.dry_run:
-            for line in plan.show(o):
+            for line in [] if rank else plan.show(o):
                 print(line)
         else:
             launch(o, command.join(o.device))

@@ -67,10 +67,8 @@ def prompt(path, own, places):
 def pope_questions(paths):
     """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
     its file's."""
-    there, found, homes = [], {}, {}
-    for path in map(Path, paths):
-        there += files(path, "*pope*.json*")
-    for file in there:
+    found, homes = {}, {}
+    for file in [file for path in paths for file in files(Path(path), "*pope*.json*")]:
         for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
                            label=str, split=(str, None)):
             split = row.get("split") or _split(file) or file.stem
@@ -169,6 +167,19 @@ def _scenes(paths):
         yield row, row
 
 
+def truths(folder):
+    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none. The truth of
+    whatever else is asked is under None: the caption's."""
+    found = {}
+    if Path(folder, "scenes.jsonl").is_file():
+        for line, question, path in questions("classroom", [folder]):
+            known = found.setdefault(path, {})
+            known[question] = line["truth"]
+            if line["kind"] == "caption":
+                known[None] = line["truth"]
+    return found
+
+
 def _decoded(image):
     with command.explained(f"an image in the question file, {image[:16]}..., is broken base64",
                            "copy the file again"):
@@ -208,8 +219,8 @@ def find_images(root, lines, follow_links=False):
         if isinstance(line, bytes):
             found.append(line)
             continue
-        names = image_names(line, listed)
-        paths = [data.inside(root, name, "the image of a question", follow_links) for name in names]
+        paths = (data.inside(root, name, "the image of a question", follow_links)
+                 for name in image_names(line, listed))
         found.append(next(filter(os.path.isfile, paths), None))
     return found
 

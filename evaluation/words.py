@@ -34,9 +34,9 @@ def _set(text):
 # ---- tokens ----
 ABBREVIATIONS = _set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                      "jan feb mar apr aug sept oct nov dec")
-CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
+CLITICS = r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$"
 GLUED = _set("cannot gonna gotta wanna gimme lemme")                                        # can|not
-SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
+SPLIT = r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))"""
 
 
 def tokens(text):
@@ -44,7 +44,7 @@ def tokens(text):
     found, chunks = [], text.split()
     for chunk, following in zip(chunks, [*chunks[1:], ""], strict=False):
         listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
-        parts = [part for part in SPLIT.split(chunk) if part]
+        parts = [part for part in re.split(SPLIT, chunk) if part]
         for i, part in enumerate(parts):
             # A stop is cut off where a sentence ends, closing quotes and brackets aside.
             closing = all(mark in ")]}>\"'”’''" for mark in parts[i + 1:])
@@ -64,7 +64,7 @@ def _cut(word, place):
     if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
         found.append("'")                                                       # 'quoted
         word = word[1:]
-    clitic = CLITICS.search(word)
+    clitic = re.search(CLITICS, word)
     if clitic:
         word = word[:clitic.start()]
     if word.lower() in GLUED:
@@ -94,21 +94,17 @@ streetlamp teddybear televison waterfont air-conditioning biker coworker brindle
 rpo""")
 
 
-def _rules(*pairs):
-    """Plurals' endings as patterns, and what becomes of them."""
-    return [(re.compile(pattern), to) for pattern, to in pairs]
-
-
 def _first(rules, word):
-    """A word by the first rule that fits."""
-    for pattern, to in rules:
-        if pattern.search(word):
-            return pattern.sub(to, word)
+    """A word by the first of the (ending, what becomes of it) that fits."""
+    for ending, to in rules:
+        found, fits = re.subn(ending, to, word)
+        if fits:
+            return found
     return word
 
 
 AS_IT_IS = r"\g<0>"
-LEMMAS = _rules(
+LEMMAS = (
     (r"((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail|"
      r"fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy|"
      r"congress|stunt|lines|trades|repair)m)en$", r"\1an"),
@@ -142,7 +138,7 @@ def lemma(word):
 
 
 # The plurals of the first CHAIR, which knew no dictionary.
-SINGULARS = _rules(
+SINGULARS = (
     (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
      r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", AS_IT_IS),
     *(pair.split(":") for pair in """children$:child geese$:goose feet$:foot teeth$:tooth

@@ -128,8 +128,7 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     import lora
     source = lora.fetched(source)
     if not os.path.isdir(source):
-        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
-                        "these")
+        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one")
     return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
 
 
@@ -332,8 +331,7 @@ class Server:
             return None, reason, None
         if status in (408, 425, 429) or status >= 500:
             return None, reason, min(float(after), LONGEST_WAIT) if after.isdecimal() else 0
-        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and the key in "
-                        "OPENAI_API_KEY")
+        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and OPENAI_API_KEY")
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
@@ -427,7 +425,6 @@ class Folder:
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
         template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.image_token_id = len(tokenizer)                # none of its tokens
         front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "folder")
         return vlm.VLM(front, model.to(device).eval(), len(tokenizer))

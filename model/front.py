@@ -9,6 +9,8 @@ What a family says, and what all of them share, is in family.py.
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
+import json
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -37,6 +39,8 @@ def read_config(folder):
     """config.json of a checkpoint of one of the families. Raises UserError, naming what it is instead."""
     path = Path(folder) / "config.json"
     config = data.read_json(path, check=data.as_record)
+    if re.search(r'(layers|depth)": \d{4}', json.dumps(config)):     # all would be made first
+        raise data.UserError(f"{path} says that a part has a thousand layers or more: copy it again")
     kind = config.get("model_type")
     # The original LLaVA's model_type is "llava" as well, but it has no vision_config.
     parts = {"model_type": str, "vision_config": dict, "text_config": (dict, None)}
@@ -65,11 +69,9 @@ def open_folder(folder, template=None, preparation=""):
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")
     check_tokens(folder, config, tokenizer, family.image_token)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if preparation:
         if not family.squares:
-            raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded to a square: leave out "
-                                 "images=pad")
+            raise data.UserError(f"{folder}: only LLaVA-1.5's images can be padded: leave out images=pad")
         processor = LlavaImageProcessorPil.from_dict(processor.to_dict() | {"do_pad": True})
     found = family(folder, config, tokenizer, processor)
     found.template_name, found.template = choose_template(found, template)
@@ -94,8 +96,7 @@ def check_tokens(folder, config, tokenizer, image_token):
     found = tokenizer.convert_tokens_to_ids(image_token)
     if found != config.image_token_id:
         raise data.UserError(f"{folder}: its tokenizer gives {image_token} the id {found}, config.json says "
-                             f"{config.image_token_id}: copy the tokenizer of the published folder, not that "
-                             "of its language model")
+                             f"{config.image_token_id}: copy the tokenizer of the published folder")
     if len(tokenizer) > (rows := config.text_config.vocab_size):
         raise data.UserError(f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model's embedding "
                              f"only {rows} rows: one of the two is not this model's")

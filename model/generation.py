@@ -72,11 +72,12 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
                 inputs |= m.front.on_device(m.model, prepared)
                 if m.front.token_types:
                     inputs[m.front.token_types] = (inputs.input_ids == m.front.image_token_id).long()
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
+            with m.seeing():
+                new = m.model.generate(**inputs,
+                                       **options,
+                                       max_new_tokens=max_new_tokens,
+                                       eos_token_id=[*ends],
+                                       pad_token_id=m.front.eos_id)
             for i, tokens in zip(batch, new[:, width:].tolist(), strict=True):              # (R, new)
                 ended = [n for n, token in enumerate(tokens, 1) if token in ends]
                 found[i] = tokens[:ended[0]] if ended else tokens

@@ -23,8 +23,7 @@ def check(folder, tokenizer, template, messages):
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", str(template))             # transformers' own
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     if why := _fault(json.dumps([plain, tokens | {"messages": messages, "add_generation_prompt": True}])):
-        raise UserError(f"the chat template of {folder} fails, or takes too much: {why}; correct it or name "
-                        "another")
+        raise UserError(f"the chat template of {folder} fails, or takes too much: {why}; correct it")
 
 
 @lru_cache(100)

@@ -4,58 +4,33 @@ and one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLa
 if __name__ == "__main__":
     raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
 
-import math
 from itertools import islice
 
-import numpy as np
-
-from model.family import IMAGE, Family
+from model.family import Family
 from model.llava import Llava
 
 
-class Idefics3(Family):
+class Idefics3(Llava):
     """Idefics3 and SmolVLM, the first and the second: tokens say a tile's row and column."""
-    image_token = IMAGE
     tower = "model.vision_model"
     language = "model.text_model"
     lead = " "                                             # "Assistant:" and its answer
-    inputs = Llava.inputs
+    squares = False
+    usual_template, parts = Family.usual_template, Family.parts
 
-    @property
-    def image_tokens(self):
-        """The number of tokens of a tile."""
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor ** 2
-
-    def grid(self, size):
-        """(rows, columns) of a picture's tiles; (0, 0) if it is not cut."""
-        from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
-        processor, (width, height) = self.image_processor, size
-        tile = processor.max_image_size["longest_edge"]
-        if processor.do_resize:
-            blank = np.broadcast_to(0, (height, width))                                   # takes no memory
-            height, width = get_resize_output_image_size(blank, processor.size["longest_edge"])
-
-        # ---- the longer side in whole tiles first, the other in its proportion to that ----
-        aspect = width / height
-        if width >= height:
-            columns = math.ceil(width / tile)
-            rows = math.ceil(int(columns * tile / aspect) / tile)
-        else:
-            rows = math.ceil(height / tile)
-            columns = math.ceil(int(rows * tile * aspect) / tile)
-        cut = processor.do_image_splitting and max(rows, columns) > 1
-        return (rows, columns) if cut else (0, 0)
+    def fits(self, prepared):
+        made = self.image_processor
+        if made.size["longest_edge"] % made.max_image_size["longest_edge"]:
+            raise ValueError("size.longest_edge is no multiple of max_image_size.longest_edge")
 
     def image_ids(self, size):
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-        text = get_image_prompt_string(*self.grid(size), self.image_tokens, "<fake_token_around_image>",
-                                       self.image_token, "<global-img>")
+        width, height = size
+        _, *grid = self.image_processor.get_number_of_image_patches(height, width)    # 0 x 0: it is not cut
+        tokens = self.image_tokens // self.config.scale_factor ** 2
+        text = get_image_prompt_string(*grid, tokens, "<fake_token_around_image>", self.image_token,
+                                       "<global-img>")
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def prepare(self, images):
-        """Without the mask, which is of 1s alone and two thirds of the pixels' size."""
-        return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
 
 
 class InternVL(Family):

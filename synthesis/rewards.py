@@ -175,8 +175,7 @@ def bert_tokenizer(vocab):
     if path.is_dir():
         path = path / "vocab.txt"
     if not path.exists():
-        raise UserError(f"{path} is missing: ImageReward reads prompts with bert-base-uncased's vocab.txt; "
-                        "pass its path or put it beside the weights")
+        raise UserError(f"{path} is missing: ImageReward needs bert-base-uncased's vocab.txt; put it there")
     words = command.read_text(path).splitlines()
     return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
 

@@ -5,13 +5,15 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import data
+import eval_hallu
 from classroom import runs as runs_page
-from evaluation import metrics, page
+from evaluation import compare, metrics, page
 from training import report
 
 EVIL = "<script>alert('1')</script>\"'&"
@@ -94,6 +96,19 @@ def test_the_table_has_both_sides_the_change_and_intervals(tmp_path):
     assert "existence0.0" in text
 
 
+def test_the_tables_columns_never_touch_whatever_the_users_data_are_called():
+    long = "a_kind_of_question_with_a_longer_name"
+    one, other = ({"by_kind": {long: {"acc": acc}}, "loss": loss}
+                  for acc, loss in ((99.95, -12345678.25), (0.5, 12345678.75)))
+    for line in report.table({"before": one, "after": other})[1:]:
+        assert len(line.split()) == 4, line
+    lines = eval_hallu.table("amber", {long: -1234567890.0, "intervals": {long: (-1e9, 1e9)}})
+    assert lines[1].split() == [*long.split("_"), "-1234567890.0", "-1000000000.0", "to", "1000000000.0"]
+    found = {long: {"a": 1e9, "b": -1e9, "change": -2e9, "interval": (0, 0)}}
+    line = compare.table(found, SimpleNamespace(a="a", b="b"))[-1]
+    assert line.split() == [long, "1000000000.0", "-1000000000.0", "-2000000000.0", "0.0", "to", "0.0"]
+
+
 def test_the_table_as_text(tmp_path):
     run = make_run(tmp_path / "run")
     head, first, *_ = report.table(json.loads((run / "summary.json").read_text()))
@@ -109,7 +124,8 @@ def test_the_table_as_text(tmp_path):
     answers = [json.loads(line) for line in (run / "after.jsonl").read_text().splitlines()]
     answers = [line | {"answer": " "} if "id" in line else line for line in answers]
     silent["after"] = metrics.classroom(answers)
-    said = "after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x): a broken model writes such answers"
+    said = ("after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x, and 23 more): a broken model writes such "
+            "answers")
     assert report.table(silent)[-1] == said
     (run / "summary.json").write_text(json.dumps(silent))
     assert said in Page(read(run)).text

@@ -353,6 +353,19 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_pat
     assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
 
 
+def test_a_finished_run_whose_pairs_are_gone_prints_its_table_and_says_so(world, tmp_path):
+    pairs = write_pairs(tmp_path)
+    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1")
+    *_, last = trained(argv).strip().splitlines()
+    pairs.unlink()
+    code, again = run(argv)
+    assert code == 0 and again.strip().splitlines()[-1] == last
+    assert f"{pairs} could not be read" in again and "what follows is of the run on what was there" in again
+    (tmp_path / "run" / "summary.json").unlink()
+    code, again = run(argv)
+    assert code == 1 and "could not be read" in again and "Traceback" not in again
+
+
 def forked_rank(torchrun):
     """From now on its rank is a fork of this process, with the environment that it gives to any other."""
     config_of = torchrun.config_from_args
@@ -609,7 +622,7 @@ def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(shard):
     tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
     for rank in range(2):
         pairs = batches.Pairs(None, range(10), tokens, None, o, frozenset())
-        pairs.read = lambda place, epoch: data.Batch([place], [], [], [place], [place], 1, 1)
+        pairs.read = lambda place, epoch: vlm.Batch([place], [], [], [place], [place], 1, 1)
         found = list(batches.Batches(pairs, o, command.Ranks(rank, 2), 1)(0))
         assert len(found) == 3 if shard else len(found) in (2, 3)      # five, and a filler
         counting = [batch for batch in found if batch.counts]

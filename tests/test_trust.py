@@ -217,6 +217,21 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
     assert {*os.listdir(tmp_path)} == {"a.json", ".a.json.notes.tmp", f".a.json.{os.getppid()}.tmp"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell that a process has ended")
+def test_what_a_killed_process_left_is_removed_though_nobody_has_asked_for_its_end(tmp_path):
+    """In a container, a killed program's own programs stay listed when they are killed, too."""
+    child = subprocess.Popen(["sleep", "60"])
+    left = tmp_path / f".a.json.{child.pid}.tmp"
+    left.write_text("half")
+    data.temporary(tmp_path / "a.json")
+    assert left.exists()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)                 # ended, and still listed
+    data.temporary(tmp_path / "a.json")
+    assert not left.exists()
+    child.wait()
+
+
 # ---- servers ----
 def test_a_server_that_drips_its_handshake_is_left_after_the_timeout(capsys):
     began = time.monotonic()

@@ -64,7 +64,9 @@ def test_keep_best_and_patience_end_with_the_weights_of_a_run_stopped_there_howe
         assert run(argv, partial(scored, breaks), ranks)[0] == -signal.SIGKILL
     text = trained(argv, scored, ranks)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["remarks"] == ["8 of 9 steps; kept: 4, best loss"] and summary["remarks"][0] in text
+    said, = summary["remarks"]
+    assert said == "8 of 9 steps were taken; the weights are those of step 4, the best by loss"
+    assert said in text
     assert summary["steps"] == len(log_of(tmp_path / "run")[1]) == 8
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     wanted = stopped_at(world, tmp_path / "plain", 4, ranks)
@@ -77,7 +79,8 @@ def test_of_another_number_more_is_better_and_the_last_step_counts_too(world, tm
     trained(watched(world, tmp_path / "run", *KEEP[:-1], "keep=best:margin"), scored)
     assert (tmp_path / "run" / "step-9.json").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["remarks"] == ["9 of 9 steps; kept: 4, best margin"]
+    said, = summary["remarks"]
+    assert said == "9 of 9 steps were taken; the weights are those of step 4, the best by margin"
 
 
 @pytest.mark.parametrize("more, words", [
@@ -140,7 +143,7 @@ def test_the_classroom_shows_its_first_captions_and_marks_what_is_invented(tmp_p
     argv = ["--max_steps", "2", "--batch", "8", "--eval_every", "1", "--out", str(tmp_path / "run"),
             *(x for field in fields for x in ("--set", field))]
     text = trained(argv)
-    assert re.search(r"2 of 2 steps; kept: \d, best cover", text)
+    assert re.search(r"2 of 2 steps were taken; the weights are those of step \d, the best by cover", text)
     said = {line["evaluation"]: line["answers"] for line in lines_of(tmp_path / "run") if "answers" in line}
     assert list(said) == ["before", "step-1", "step-2", "after"]
     for lines in said.values():

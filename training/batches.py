@@ -1,7 +1,7 @@
 """Which pairs a step takes, on which rank; a record as tokens and images, read ahead by threads.
 
     pairs = checked(front, "pairs.jsonl", o, needs, ranks)    every record, image and response, or UserError
-    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's data.Batches of step t
+    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's vlm.Batches of step t
 
 Part of train_dpo.py.
 """
@@ -12,15 +12,12 @@ import hashlib
 import math
 import random
 import shlex
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +25,7 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError
-from model import command
+from model import command, vlm
 from training.records import Records, brief, check, drop
 
 KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
@@ -57,10 +54,7 @@ def classroom_files(o, out):
         if not (out / name).exists():
             words += ["--then", *shlex.split(arguments), "--out", out / name]
     if words:
-        program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-        done = subprocess.run([sys.executable, program, *words], text=True, capture_output=True)
-        if done.returncode:
-            raise UserError(f"{program} failed: {done.stderr.strip()}")
+        command.classroom("pairs.py", *words)
     return path, held_out
 
 
@@ -88,13 +82,14 @@ class Pairs:
         return self.records[self.good[place]]
 
     def read(self, place, epoch=0):
-        """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
+        """A vlm.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
-        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected), self.needs)
+        sizes = [tuple(image.size for image in some) for some in (images, rejected)]
+        pair = tokenise(self.front, record, o, *sizes, self.needs)
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
@@ -105,7 +100,7 @@ class Pairs:
         for x in tensors(images + rejected):
             digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
-        return data.Batch([pair], images, rejected, [place], [key])
+        return vlm.Batch([pair], images, rejected, [place], [key])
 
     def prepared(self, images):
         """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
@@ -124,8 +119,8 @@ class Pairs:
 
 
 def join(batches):
-    """Several data.Batches as one: lists are joined, counts are added."""
-    return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
+    """Several vlm.Batches as one: lists are joined, counts are added."""
+    return vlm.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
 def other_image(records, seed, id, i, image):
@@ -184,17 +179,14 @@ def named(record, n):
     return f"{record['id']}/{n}" if n else record["id"]
 
 
-def sizes_of(images):
-    return tuple(image.size for image in images)
-
-
 def tensors(prepared):
     return [x for image in prepared for x in image.values()]
 
 
 def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
-    """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
-    and of the rejected ones where they are others. needs: fields of losses.Logps. Raises UserError."""
+    """A record -> data.Pair. sizes: (width, height) of the images in its prompt,
+    and of the rejected ones where they are others. needs: fields of losses.Logps. Responses are cut to
+    o.max_length tokens with their prompts, which are not. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
     bare = () if "none" in data.grouped(needs) else sizes
@@ -205,9 +197,16 @@ def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
     weight = record["meta"].get("weight", 1.0) if "weights" in needs else 1.0
     if not command.fits(weight, float):
         raise UserError(f"meta.weight {weight!r} is not a number; correct it or drop the record")
-    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected,
-                     prompt_bare, weight)
-    return data.truncate(pair, o.max_length)
+    room = o.max_length - max(len(prompt), len(prompt_rejected))
+    if room < 1:
+        raise UserError(f"the prompt of {record['id']} has {o.max_length - room} tokens, which leaves no room"
+                        f" for an answer in max_length {o.max_length}; raise it or drop the record")
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen[:room], rejected[:room], sizes,
+                     sizes_rejected, prompt_bare, weight)
+    if "apart" in record:
+        apart = tokenise(front, record["apart"], o, sizes, sizes_rejected, needs)
+        pair = pair._replace(rejected=apart.rejected, apart=apart)
+    return pair
 
 
 @lru_cache(1024)
@@ -245,7 +244,7 @@ def usable(front, records, o, needs):
                 drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
                 rejected = (drawn.size,) * len(images)
         try:
-            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
+            pair = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
             if not images and "rejected_image_rejected" in needs:
                 raise UserError("it has no image, and this loss asks which image an answer is about; add one "
                                 "or drop the record")
@@ -255,7 +254,7 @@ def usable(front, records, o, needs):
         except UserError as e:
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {brief(e, 400)}"))
             continue
-        cut += lost > 0
+        cut += {pair.chosen[-1], pair.rejected[-1]} != {front.eos_id}
         skipped += twice and not images
         tokens.append(len(data.pack([pair], needs).ids))
     good = drop(records, good, faults, o.skip_bad)
@@ -269,7 +268,7 @@ def usable(front, records, o, needs):
 # ---- steps ----
 @dataclass
 class Batches:
-    """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
+    """batches(t) -> this rank's vlm.Batches of step t, in turn; threads read a step ahead.
 
     The pairs are the same with any number of threads, and a step's are the same on any number of ranks.
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:

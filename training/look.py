@@ -147,7 +147,7 @@ def case_of(front, record, other, kind, o):
     picture = front.read(other["images"][0])
     if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
-    pair, _ = tokenise(front, record, o, (picture.size,))
+    pair = tokenise(front, record, o, (picture.size,))
     return pair, picture
 
 
@@ -171,10 +171,11 @@ def logps_of(m, cases, o, fields):
     """Fields of losses.Logps of (data.Pair, its picture)s: (C, len(fields))."""
     cases = iter(cases)
     rows = []
-    while some := [*islice(cases, o.micro_batch)]:
+    size = 32 if m.front.is_classroom else o.micro_batch
+    while some := [*islice(cases, size)]:
         pairs, pictures = zip(*some, strict=True)
         prepared = [m.front.prepared([picture])[0] for picture in pictures]
-        batch = data.Batch(pairs, prepared)
+        batch = vlm.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]

@@ -54,7 +54,7 @@ class Reference:
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
-        places = data.send(torch.tensor(batch.places), self.logps.device)
+        places = command.send(torch.tensor(batch.places), self.logps.device)
         stale = self.fields and not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))

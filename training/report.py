@@ -15,9 +15,11 @@ from collections import ChainMap
 from html import escape
 from pathlib import Path
 
+import data
+
+# isort: split
 import numpy as np
 
-import data
 from evaluation import metrics, page, stats
 from model import command
 
@@ -77,7 +79,7 @@ def told(summary):
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
-    lines = ["{:30}{:>9}{:>9}{:>9}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
+    lines = ["{:30} {:>8} {:>8} {:>8}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
     return lines + remarks(summary)
 
 
@@ -132,7 +134,7 @@ def evaluations(run, lines, summary):
         found = [data.read_json(run / "before.json", {}), *found, summary.get("after", {})]
     table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in ChainMap(*found)
              if name not in COUNTS]
-    note = "Before it trained, as it trained, and at the end: the same questions each time."
+    note = "Before it trained, as it trained, and at the end: the same questions. The axis counts them."
     return curves("Evaluations", note, found, table)
 
 
@@ -283,7 +285,7 @@ def content(run, first, more, summary):
     if "difference" in summary and not sides:
         sides = {side: said_by(run, side) for side in SIDES}
     said += f", commit {first.get('commit', '–')}"
-    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
+    note = "The axis counts steps. Means over stretches of them, at most 60; the first and last are below."
     return (f"<p>{escape(said)}{unfinished}.</p>{verdict(summary)}{before_and_after(summary)}"
             f"{evaluations(run, more, summary)}{curves('Training', note, steps)}"
             f"{held_out([first, *more])}{answers(run, sides)}")
