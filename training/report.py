@@ -104,7 +104,7 @@ def verdict(summary):
             if low <= 0 <= high:
                 how = "perhaps neither more nor less (the 95% interval of the change includes 0)"
             parts.append(f"{says} {how}")
-    return parts and f"<p><b>Compared with before training, {', and '.join(parts)}.</b></p>" or ""
+    return f"<p><b>Compared with before training, {', and '.join(parts)}.</b></p>" if parts else ""
 
 
 def before_and_after(summary):
