@@ -111,8 +111,12 @@ def before_and_after(summary):
     images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
-        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
-                "it is clear where its interval does not include 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair. CHAIR_s: captions that name an "
+                "object which is not in the picture. CHAIR_i: such objects among all that captions name. "
+                "Cover: objects in the picture that its caption names. POPE: right answers to whether there "
+                "is an object; the absent ones are drawn at random, or (adversarial) often come with those "
+                "in the picture. The last rows are right answers to other kinds of questions. The change is "
+                "paired by image; it is clear where its interval does not include 0.")
     note = " ".join([note, *map(escape, remarks(summary))])
     return page.section("Before and after", note, page.table(HEAD, rows(summary)))
 
@@ -189,7 +193,9 @@ def held_out(lines):
         body.append((name, *(cell(look[key], "z.2f", key == "kl") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
-            "training taught the model to look; at 0 it changed words alone.")
+            "training taught the model to look; at 0 it changed words alone. The blank image can score "
+            "highest, before training too: it shows nothing that a response names, so a longer response "
+            "loses more by it, and rejected ones are often longer.")
     return page.section("Does the model look?", note, page.table(head, body))
 
 
