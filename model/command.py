@@ -122,11 +122,9 @@ KINDS = {bool: ("BOOL", "true or false", lambda text: {"true": True, "false": Fa
 
 
 def _shown(default):
-    if isinstance(default, bool):
-        return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(f"{x:g}" for x in default)
-    return "none" if default == "" else default
+    return str(default).lower() or "none"
 
 
 def _described(fields):
@@ -344,13 +342,10 @@ def identity(source):
         return fingerprint(source.partition("?")[0].encode())
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    there, parts = [path, *islice(path.rglob("*"), FILES)], []
+    there = [path, *islice(path.rglob("*"), FILES)]
     if len(there) > FILES:
         raise UserError(f"{source} holds over {FILES:,} files: give the folder of the model alone")
-    for file in sorted(there):
-        if file.is_file() and file.suffix != ".md":
-            parts += [str(file.relative_to(path)).encode(), digest(file)]
-    return fingerprint(b"".join(parts))
+    return identity_of(file for file in sorted(there) if file.is_file() and file.suffix != ".md")
 
 
 def identity_of(paths, blocks=BLOCKS):

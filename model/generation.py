@@ -53,7 +53,8 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
     from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
     at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
     """
-    ends = ends_of(m)
+    with m.seeing():
+        ends = ends_of(m)
     options = {"do_sample": False, "output_hidden_states": False}
     if sample_seed is not None:
         rows = len(m.model.lm_head.weight)

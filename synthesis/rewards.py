@@ -37,7 +37,7 @@ def read_published(weights, config, default=None):
     """-> (folder, config, {name: tensor}) of a .pt or .safetensors file, or of a folder's safetensors.
 
     config: a dict, a JSON file, or None for config.json beside the weights. Pickled code is never run. Raises
-    UserError for a file that is missing or torn, or that holds code.
+    UserError for a file that is missing or torn, or that holds code; a folder may have none.
     """
     from safetensors.torch import load_file
     folder, state = Path(weights), {}
@@ -56,8 +56,6 @@ def read_published(weights, config, default=None):
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not state:
-        raise UserError(f"{weights}: no weights there; give the published file or folder")
     return folder, config, state
 
 
@@ -310,12 +308,10 @@ class ArmoRM(nn.Module):
     @torch.no_grad()
     def judge(self, question, answers, max_length=4096):
         """[{"rewards", "gating", "score"}] of a question's answers, in the folder's chat template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UserError("ArmoRM's folder has no tokenizer with a chat template; copy tokenizer.json and "
-                            "tokenizer_config.json as published")
         found, asked = [], ask.messages(question)
         chats = [[*asked, {"role": "assistant", "content": answer}] for answer in answers]
-        with command.explained("ArmoRM's chat template fails", "copy it again"):
+        with command.explained("ArmoRM's folder has no tokenizer with a chat template that works",
+                               "copy tokenizer.json and tokenizer_config.json as published"):
             tokens = self.tokenizer.apply_chat_template(
                 chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
                 return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(self.llama.device)

@@ -357,6 +357,16 @@ def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(
     assert generation.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
 
 
+@pytest.mark.parametrize("name, token", [("bos_token_id", "x"), ("eos_token_id", "x"),
+                                         ("eos_token_id", {"a": 1}), ("eos_token_id", [1, "x"])])
+def test_a_token_of_generation_config_that_is_no_number_is_said_in_a_sentence(folder, tmp_path, name, token):
+    shutil.copytree(folder, tmp_path / "a")
+    about = tmp_path / "a" / "generation_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {name: token}))
+    with pytest.raises(data.UserError, match="a .*generation_config.json"):
+        generation.generate(vlm.load(tmp_path / "a"), [[picture(0)]], ["what is this ?"])
+
+
 def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
     """The tokens with their end; a sum of probabilities over all first tokens that can be drawn is 1."""
     m = vlm.load(folder)
@@ -707,7 +717,7 @@ def test_a_config_that_only_a_picture_proves_wrong_is_refused_when_one_is_seen(t
     changed(tmp_path / "a", vision_feature_layer=layer)
     m = vlm.load(tmp_path / "a")
     pair = one_pair(m, m.front.prompt_ids("what is this ?", ONE), m.front.response_ids("a red cat"))
-    with pytest.raises(data.UserError, match=r"a fails on a picture \(.*\); copy its config.json again"):
+    with pytest.raises(data.UserError, match=r"a fails on a picture \(.*\); copy its config.json and gen"):
         if work == "train":
             features_of(m, [pair], [picture(0)])
         else:

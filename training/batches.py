@@ -28,7 +28,7 @@ from data import UserError
 from model import command, vlm
 from training.records import Records, brief, check, drop
 
-KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
+KEEP = 1 << 13                                     # the classroom's pairs: 150 MB of pixels
 
 
 # ---- pairs ----
@@ -283,7 +283,8 @@ class Batches:
         self.per_epoch = math.ceil(len(self.pairs) / self.o.batch)
         self.pool = ThreadPoolExecutor(self.o.workers)
         self.begun = {}
-        self.kept = {}
+        # the classroom's are few and small: read once for all epochs, unless each draws them anew
+        self.read = lru_cache(KEEP if built_in(self.o) else 0)(self.pairs.read)
 
     def __call__(self, t):
         self.waited = 0.0
@@ -299,6 +300,7 @@ class Batches:
     def begin(self, t):
         """[(futures of the pairs, how many of them count, pairs in the step)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
+        drawn = epoch if self.o.redraw else 0
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
         micros = data.chunks(places, self.o.micro_batch)
         if self.ranks.world > 1:                  # the longest first: each rank has about as many tokens
@@ -308,18 +310,8 @@ class Batches:
             counted.append((micros[-1], 0))
         found = []
         for some, count in counted[self.ranks.rank::self.ranks.world]:
-            futures = [self.pool.submit(self.read, place, epoch) for place in some]
+            futures = [self.pool.submit(self.read, place, drawn) for place in some]
             found.append((futures, count, len(places)))
-        return found
-
-    def read(self, place, epoch):
-        """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
-        if place in self.kept:
-            return self.kept[place]
-        found = self.pairs.read(place, epoch)
-        size = sum(x.nbytes for x in tensors(found.images + found.images_rejected))
-        if not self.o.redraw and size * len(self.pairs) <= KEEP:
-            self.kept[place] = found
         return found
 
 
