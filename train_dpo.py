@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import lora
 import losses
-from evaluation import answers
+from evaluation import answers, benchmarks
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
@@ -78,6 +78,7 @@ class Run:
     state: checkpoint.State
     stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
+    send: Any = None                     # checkpoint.tracker's, of rank 0
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -242,6 +243,8 @@ def train(run):
         checkpoint.log(run, checkpoint.opening(run))
         checkpoint.judge(run, before)
         note(run, "before", before)
+    if run.ranks.rank == 0:
+        run.send = checkpoint.tracker(run)
     recent = []
     began = time.monotonic() - state.seconds
     bar = tqdm(desc="training", initial=state.step, total=run.steps, disable=run.ranks.rank > 0)
@@ -293,8 +296,12 @@ def evaluate(run, name):
         answers.answer_scenes(run.model, out / "scenes/scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
         found = answers.score_classroom(out / f"{name}.jsonl")
-    elif run.val:
-        found = validate(run, name)
+    else:
+        if run.val:
+            found = validate(run, name)
+        if o.eval_every:
+            answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
+                                     out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
     if o.look and run.val:
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
@@ -302,6 +309,21 @@ def evaluate(run, name):
                               o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
     data.atomic_write(file, json.dumps(found))
+    return found
+
+
+def questions(pairs, folder):
+    """The first few pairs' that one image and no turn before it ask; a folder gets their images."""
+    folder.mkdir(exist_ok=True)
+    records = map(pairs.record, range(len(pairs)))
+    usable = (record for record in records if len(record["images"]) == 1 and not record["history"])
+    found = []
+    for n, record in enumerate(islice(usable, WATCHED)):
+        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png",
+                "truth": {"present": [], "absent": []}}                          # unknown: nothing is marked
+        path = folder / line["image"]
+        data.read_image(*record["images"]).save(path)
+        found.append(benchmarks.Question(line, record["question"], path))
     return found
 
 
@@ -325,7 +347,7 @@ def note(run, name, found, **more):
     summary.json."""
     if "look" in found:
         more = {"look": found["look"]} | more
-    if run.o.eval_every and run.model.front.is_classroom and run.ranks.rank == 0:
+    if run.o.eval_every and run.ranks.rank == 0:
         more["answers"] = report.said_by(run.out, name)[:WATCHED]
     if more:
         checkpoint.log(run, {"evaluation": name, **more})

@@ -287,3 +287,39 @@ def test_the_card_has_pefts_layout_and_the_runs_numbers(tmp_path):
     assert "| CHAIR_s, lower is better | 100.0 | 0.0 | -100.0 |" in body
     summary["options"]["lora_r"] = 0
     assert "library_name: transformers\n" in report.card("run", summary, "")
+
+
+# ---- the verdict, and what was measured as it trained ----
+def changed(run, **intervals):
+    """The page's text, where the change of some measures has other intervals."""
+    summary = json.loads((run / "summary.json").read_text())
+    for name, interval in intervals.items():
+        summary["difference"][name]["interval"] = interval
+    (run / "summary.json").write_text(json.dumps(summary))
+    return Page(read(run)).text
+
+
+def test_the_verdict_is_one_sentence_that_is_sure_only_where_the_interval_leaves_out_0(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert ("Compared with before training, captions name things that are not in the picture clearly less, "
+            "and they name what is in it clearly more.") in changed(run, chair_s=[-9, -1], cover=[1, 2])
+    text = changed(run, chair_s=[-9, 0], cover=[-2, -1])
+    assert "that are not in the picture perhaps neither more nor less (the 95% interval of the change" in text
+    assert "they name what is in it clearly less." in text
+    summary = {"before": {}, "after": {"look": found(4)}}
+    assert "held-out pairs clearly more.</b>" in report.verdict(summary)
+    assert report.verdict({"before": {}, "after": {"loss": 1}}) == report.verdict({}) == ""
+
+
+def test_what_was_measured_as_it_trained_is_drawn_between_before_and_after(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Evaluations" not in Page(read(run)).text
+    (run / "before.json").write_text('{"loss": 3, "n": 9, "look": {}}')
+    (run / "summary.json").write_text('{"after": {"loss": 1}}')
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"evaluation": "step-9", "eval": {"loss": 2, "n": 9}}\n')
+    html = read(run)
+    figure = html[html.index("<h2>Evaluations"):html.index("<h2>Training")]
+    assert figure.count("<figure") == 1 and "3.000 → 1.000" in figure and figure.count("<svg") == 2
+    line, = re.findall(r'<path class="s0" d="(M0.0 [^"]+)"', figure)
+    assert line.split() == ["M0.0", "10.0", "145.0", "70.0", "290.0", "130.0"]

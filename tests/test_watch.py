@@ -3,11 +3,13 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
-from conftest import write_llava
+from conftest import ROOT, write_llava
 from safetensors.torch import load_file
 from test_report import Page
 from test_train_dpo import adapter, arguments, kill_at, lines_of, log_of, run, trained, write_pairs
@@ -84,7 +86,8 @@ def test_of_another_number_more_is_better_and_the_last_step_counts_too(world, tm
 @pytest.mark.parametrize("more, words", [
     (("--set", "keep=best"), "they need --eval_every N and keep=best"),
     (("--eval_every", "2", "--set", "patience=1"), "they need --eval_every N and keep=best"),
-    (("--eval_every", "2", "--set", "keep=best:chair"), "needs a number of the evaluations (loss, margin")])
+    (("--eval_every", "2", "--set", "keep=best:chair"), "needs a number of the evaluations (loss, margin"),
+    (("--set", "track=mlflow"), "give one of wandb, tensorboard")])
 def test_what_cannot_be_kept_is_refused_in_one_sentence(world, tmp_path, more, words):
     code, text = run(watched(world, tmp_path / "run", *more))
     assert code == 1 and words in text.strip().splitlines()[-1] and "Traceback" not in text
@@ -110,12 +113,29 @@ def test_the_page_is_written_at_every_evaluation_and_refreshes_itself_until_the_
     for n, html in enumerate(pages):
         seen = Page(html)
         assert seen.open == [] and html.endswith("</html>\n") and ("not finished" in seen.text) == (n < 3)
+        assert ("Evaluations" in seen.text) == (n > 0) and seen.text.count("what is this ?") == 6
     said = {line["evaluation"]: line for line in lines_of(out) if "evaluation" in line}
-    assert list(said) == ["step-4", "step-8"]
+    assert list(said) == ["before", "step-4", "step-8", "after"]
     for name, line in said.items():
+        assert [answer["id"] for answer in line["answers"]] == [f"pair-{i}" for i in range(6)]
+        assert all(isinstance(answer["answer"], str) for answer in line["answers"])
         assert ("eval" in line) == name.startswith("step")
+    assert "<dt>step-4</dt>" in pages[-1] and pages[-1].count("<img") == 6
     trained(arguments(world, tmp_path / "alone"))
     assert adapter(out) == adapter(tmp_path / "alone")                 # to be watched moves no bit
+
+
+def test_without_held_out_pairs_those_of_training_are_asked_if_one_image_and_no_turn_before_ask_them(
+        world, tmp_path):
+    rows = [json.loads(line) for line in world[1].read_text().splitlines()]
+    rows[0] |= {"image": None}
+    rows[1] |= {"history": [["what is there ?", "a dog"]]}
+    path = world[1].with_name("odd.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(arguments((world[0], path), tmp_path / "run", "--eval_every", "4", "--max_steps", "5",
+                      "--set", "max_new_tokens=4"))
+    line = next(line for line in lines_of(tmp_path / "run") if line.get("evaluation") == "step-4")
+    assert [answer["id"] for answer in line["answers"]] == [f"pair-{i}" for i in range(2, 8)]
 
 
 def test_the_classroom_shows_its_first_captions_and_marks_what_is_invented(tmp_path):
@@ -131,3 +151,43 @@ def test_the_classroom_shows_its_first_captions_and_marks_what_is_invented(tmp_p
     html = (tmp_path / "run" / "report.html").read_text()
     assert Page(html).tags.count("img") == 6
     assert [html.count(f"<dt>{name}</dt>") for name in said] == [6] * 4
+
+
+# ---- wandb, tensorboard ----
+WANTED = {"train/loss", "train/learning_rate", "train/rewards/chosen", "train/rewards/margins", "eval/loss"}
+
+
+def tracked(world, out, kind):
+    """The options of a run that is tracked; its steps are a program's: only those end as they should."""
+    pytest.importorskip(kind, reason=f"{kind} is not installed: --set track={kind} is tested where it is")
+    argv = watched(world, out, "--eval_every", "4", "--max_steps", "5", "--set", f"track={kind}")
+    done = subprocess.run([sys.executable, ROOT / "train_dpo.py", *argv], capture_output=True, text=True,
+                          env={**os.environ, "WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    return log_of(out)[1]
+
+
+def test_tensorboard_gets_trls_names_and_the_logs_numbers(world, tmp_path):
+    steps = tracked(world, tmp_path / "run", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    assert {*found.Tags()["scalars"]} >= WANTED
+    losses = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    assert losses == [(line["step"], pytest.approx(line["loss"])) for line in steps]
+    assert [event.step for event in found.Scalars("eval/loss")] == [4]
+
+
+def test_wandb_gets_them_too_without_a_network(world, tmp_path):
+    tracked(world, tmp_path / "run", "wandb")
+    file, = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    assert [name for name in WANTED if name.encode() not in content] == []
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_how_to_install_it(world, tmp_path, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(f"no {name}")
+    monkeypatch.setattr("training.options.version", absent)
+    code, text = run(watched(world, tmp_path / "run", "--set", "track=wandb"))
+    assert code == 1 and "needs a package (no wandb); pip install wandb" in text and "Traceback" not in text

@@ -136,9 +136,26 @@ def opening(run):
 
 
 def log(run, line):
-    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint."""
+    """A line of log.jsonl, which rank 0 writes; a resumed run first cuts the file to its checkpoint. Its
+    numbers go to --set track, too, under TRL's names."""
     if run.ranks.rank == 0:
         data.append_jsonl(run.out / "log.jsonl", line)
+    if run.send:
+        where = "eval" if "eval" in line else "train"
+        for name, value in report.values(line.get("eval", line)).items():
+            run.send(f"{where}/{'learning_rate' if name == 'lr' else name}", value, run.state.step)
+
+
+def tracker(run):
+    """f(name, value, step) that sends a number where --set track says; None without."""
+    if run.o.track == "wandb":
+        import wandb
+        there = wandb.init(name=run.out.name, dir=run.out, config=options.decisive(run.o))
+        return lambda name, value, step: there.log({name: value}, step)
+    if run.o.track:
+        from torch.utils.tensorboard import SummaryWriter
+        there = SummaryWriter(run.out / "tensorboard", purge_step=run.state.step + 1)
+        return there.add_scalar
 
 
 def warning(lines, o):

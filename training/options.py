@@ -104,6 +104,7 @@ class Options:
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
     keep: str = behind_set("", "best, or best:NAME (chair_s, loss): end with the best evaluation's weights")
     patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
+    track: str = behind_set("", "send the log's numbers there, too", choices=("", "wandb", "tensorboard"))
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
                              choices=("", "cuda", "mps", "cpu"))
 
@@ -167,6 +168,9 @@ def check(o):
         raise UserError(f"--set official=true goes with --preset {', '.join(OFFICIAL)}, not {o.preset}")
     if (o.keep or o.patience) and not (o.keep and o.eval_every):
         raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N and keep=best")
+    if o.track:
+        with command.explained(f"--set track={o.track} needs a package", f"pip install {o.track}"):
+            version(o.track)
     if o.crop_pixels and o.image_rejected not in data.AREAS:
         raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}")
 

@@ -32,6 +32,9 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 COUNTS = ("n", "images", "unparsed")                      # no measures
+VERDICT = {"chair_s": "captions name things that are not in the picture",
+           "cover": "they name what is in it",
+           "margin": "the model prefers the chosen responses of held-out pairs"}
 UNFINISHED = ', not finished<meta http-equiv="refresh" content="10">'             # loads the page anew
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
@@ -87,12 +90,33 @@ def remarks(summary):
     return found
 
 
+def verdict(summary):
+    """What the run changed, in one sentence: of what has an interval."""
+    changes = summary.get("difference", {})
+    look = summary.get("after", {}).get("look")
+    if look:
+        changes = changes | {"margin": {"interval": look["margin"]["true"][1:]}}
+    parts = []
+    for name, says in VERDICT.items():
+        if name in changes:
+            low, high = changes[name]["interval"]
+            how = "clearly more" if low > 0 else "clearly less"
+            if low <= 0 <= high:
+                how = "perhaps neither more nor less (the 95% interval of the change includes 0)"
+            parts.append(f"{says} {how}")
+    return f"<p><b>Compared with before training, {', and '.join(parts)}.</b></p>" if parts else ""
+
+
 def before_and_after(summary):
     images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
-        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
-                "it is clear where its interval does not include 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair. CHAIR_s: captions that name an "
+                "object which is not in the picture. CHAIR_i: such objects among all that captions name. "
+                "Cover: objects in the picture that its caption names. POPE: right answers to whether there "
+                "is an object; the absent ones are drawn at random, or (adversarial) often come with those "
+                "in the picture. The last rows are right answers to other kinds of questions. The change is "
+                "paired by image; it is clear where its interval does not include 0.")
     note = " ".join([note, *map(escape, remarks(summary))])
     return page.section("Before and after", note, page.table(HEAD, rows(summary)))
 
@@ -106,13 +130,23 @@ def cell(measure, form, positive=False):
 
 
 # ---- curves ----
-def curves(steps):
-    """steps: the lines of log.jsonl that are about a step."""
-    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
+def evaluations(run, lines, summary):
+    """What was measured before, as it trained, and after. lines: those of log.jsonl."""
+    found = [line["eval"] for line in lines if "eval" in line]
+    if found:
+        found = [data.read_json(run / "before.json", {}), *found, summary.get("after", {})]
+    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in ChainMap(*found)
+             if name not in COUNTS]
+    note = "Before it trained, as it trained, and at the end: the same questions. The axis counts them."
+    return curves("Evaluations", note, found, table)
+
+
+def curves(title, note, lines, table=CURVES):
+    """Figures of numbers that lines hold, as the table lists them."""
     figures = ""
-    for title, says, labels in CURVES:
-        figures += curve(title, says, {label: means(steps, key) for key, label in labels.items()}, len(steps))
-    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
+    for name, says, labels in table:
+        figures += curve(name, says, {label: means(lines, key) for key, label in labels.items()}, len(lines))
+    return page.section(title, note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
 def means(steps, key):
@@ -131,7 +165,7 @@ def curve(title, says, series, steps):
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
-<text x="290" y="147" text-anchor="end">{page.num(steps)} steps</text>"""
+<text x="290" y="147" text-anchor="end">{page.num(steps)}</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
@@ -159,7 +193,9 @@ def held_out(lines):
         body.append((name, *(cell(look[key], "z.2f", key == "kl") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
-            "training taught the model to look; at 0 it changed words alone.")
+            "training taught the model to look; at 0 it changed words alone. The blank image can score "
+            "highest, before training too: it shows nothing that a response names, so a longer response "
+            "loses more by it, and rejected ones are often longer.")
     return page.section("Does the model look?", note, page.table(head, body))
 
 
@@ -254,7 +290,9 @@ def content(run, first, more, summary):
     if "difference" in summary and not sides:
         sides = {side: said_by(run, side) for side in SIDES}
     said += f", commit {first.get('commit', '–')}"
-    return (f"<p>{escape(said)}{unfinished}.</p>{before_and_after(summary)}{curves(steps)}"
+    note = "The axis counts steps. Means over stretches of them, at most 60; the first and last are below."
+    return (f"<p>{escape(said)}{unfinished}.</p>{verdict(summary)}{before_and_after(summary)}"
+            f"{evaluations(run, more, summary)}{curves('Training', note, steps)}"
             f"{held_out([first, *more])}{answers(run, sides)}")
 
 

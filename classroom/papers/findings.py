@@ -292,7 +292,7 @@ TABLES = {
         "is opposed, CHAIR_s rises; each with a length penalty and without. Nothing is claimed where "
         "language says nothing about sight.", tuple(ties.ARMS), ties.tied, against="before",
         figure="lines", xlabel="correlation of language with sight",
-        x=tuple((tie + says, f"DPO {where}", ties.CORRELATION[tie])
+        x=tuple((tie + says, where.removeprefix("with "), ties.CORRELATION[tie])
                 for says, (_, where) in ties.REWARDS.items() for tie in ties.TIES)),
     "pds-penalty": Table(
         "Control, for PDS-DPO's Table 2", "A reward that minds every word",

@@ -36,7 +36,10 @@ ARMS = {f"{tie}{says}": f"--set 'pair_options=--responders={tie}{option}'"
         for says, (option, _) in REWARDS.items() for tie in TIES}
 CORRELATION = {"tied": 1, "untied": 0, "opposed": -1}      # of the grades of language and of sight
 WHERE = {"tied": "where language is tied to sight, {}", "opposed": "where it is opposed, {}"}
-DOES = {"helps": "helps", "hurts": "hurts", "less": "says less", "": "shows no change"}
+SENTENCES = {"tied": "Where the better speaker sees better",
+             "untied": "Where language says nothing about sight",
+             "opposed": "Where the better speaker sees worse"}
+DOES = {"helps": "helps", "hurts": "hurts", "less": "makes the model say less", "": "shows no change"}
 
 
 def statistics():
@@ -55,9 +58,10 @@ def effect(runs, arm):
 def claimed(runs, tie, says, wanted):
     """The part of the claim that is made of an arm."""
     arm, (_, at) = tie + says, REWARDS[says]
-    bounds = (None, 0) if wanted == "helps" else (0, None)
-    return rules.Part(WHERE[tie], at, effect(runs, arm) == wanted, runs.difference(arm, "before"), bounds,
-                      (arm, "before"))
+    found, bounds = effect(runs, arm), (None, 0) if wanted == "helps" else (0, None)
+    note = f"Cover is not shown to be kept within {study.COVER} points" if found == "less" else ""
+    return rules.Part(WHERE[tie], at, found == wanted, runs.difference(arm, "before"), bounds,
+                      (arm, "before"), note)
 
 
 def tied(runs):
@@ -65,11 +69,16 @@ def tied(runs):
              for says in REWARDS]
     found = statistics()
     told = []
-    for arm in ARMS:
-        truer = f"; the truer answer is chosen in {found[arm]['truer']:.0f}%" if arm in found else ""
-        told.append(f"{arm}: {DOES[effect(runs, arm)]}, CHAIR_s {rules.said(runs, arm, 'before')}, Cover "
-                    f"{rules.said(runs, arm, 'before', 'cover')}{truer}")
-    return parts, "Against the bases. " + ". ".join(told) + "."
+    for tie, words in SENTENCES.items():
+        does = []
+        for says, (_, where) in REWARDS.items():
+            arm = tie + says
+            truer = f"the truer answer is chosen in {found[arm]['truer']:.0f}%; " if arm in found else ""
+            does.append(f"{where} the recipe {DOES[effect(runs, arm)]} ({truer}CHAIR_s changes by "
+                        f"{rules.said(runs, arm, 'before')}, Cover by "
+                        f"{rules.said(runs, arm, 'before', 'cover')})")
+        told.append(f"{words}, {' and '.join(does)}.")
+    return parts, " ".join(told)
 
 
 def penalty(runs):
