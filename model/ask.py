@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import command, family, template
+from model import command, family
 from model.command import is_url
 
 TIMEOUT = 60            # seconds of one attempt, all of it
@@ -416,7 +416,7 @@ class Folder:
         """A VLM. Raises UserError."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from model import vlm
+        from model import front, vlm
         device = command.place(self.device)
         dtype = command.dtype(self.dtype, device)
         try:
@@ -428,10 +428,10 @@ class Folder:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
-        template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
+        front.check_template(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
         model.config.image_token_id = len(tokenizer)                # none of its tokens
-        front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "of a model for text")
-        return vlm.VLM(front, model.to(device).eval(), len(tokenizer))
+        texts = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "of a text model")
+        return vlm.VLM(texts, model.to(device).eval(), len(tokenizer))
 
 
 class Texts(family.Family):

@@ -30,7 +30,7 @@ from torch import nn
 
 import data
 from data import MEAN, STD, UserError
-from model import ask, command, template
+from model import ask, command, front
 
 
 def read_published(weights, config, default=None):
@@ -269,7 +269,7 @@ class ArmoRM(nn.Module):
             model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
             if model.tokenizer.chat_template:
                 said = [*ask.messages("QUESTION"), {"role": "assistant", "content": "ANSWER"}]
-                template.check(folder, model.tokenizer, model.tokenizer.chat_template, said)
+                front.check_template(folder, model.tokenizer, model.tokenizer.chat_template, said)
         return model.requires_grad_(False).to(device)
 
     def prompt_end(self, input_ids, real):

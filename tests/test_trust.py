@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import synth
-from model import command, front, template, vlm
+from model import command, front, vlm
 from training import checkpoint, options, report
 
 STRESS = SHARED / "cases" / "stress"
@@ -47,9 +47,9 @@ def test_a_chat_template_that_fails_or_takes_too_much_is_named_within_seconds(ki
 
 def test_a_template_is_bounded_in_what_it_writes():
     plain = SimpleNamespace(special_tokens_map={"bos_token": "<s>"})
-    template.check("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
+    front.check_template("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
     with pytest.raises(data.UserError, match=r"template of here .*it writes 200,000 characters"):
-        template.check("here", plain, "{{ 'xy' * 100000 }}", [])
+        front.check_template("here", plain, "{{ 'xy' * 100000 }}", [])
 
 
 def test_no_code_of_a_model_folder_runs_and_nobody_is_asked(folder, tmp_path, monkeypatch, capsys):
