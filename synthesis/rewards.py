@@ -193,11 +193,10 @@ class Similarity:
     def load(cls, folder, device="cpu"):
         from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
         kinds = {"clip": CLIPModel, "blip": BlipForImageTextRetrieval}
-        kind = data.read_json(Path(folder) / "config.json").get("model_type")
-        if kind not in kinds:
-            raise UserError(f"{folder}: model_type {kind} is neither clip nor blip; give one of them")
+        with command.explained(f"{folder} is neither clip nor blip", "give one of them"):
+            kind = kinds[data.read_json(Path(folder) / "config.json")["model_type"]]
         processor = data.from_folder(AutoProcessor, folder, "processor", "copy it again")
-        model = data.from_folder(kinds[kind], folder, "model", "copy it again", dtype=torch.float32)
+        model = data.from_folder(kind, folder, "model", "copy it again", dtype=torch.float32)
         return cls(model.to(device), processor)
 
     @torch.no_grad()
