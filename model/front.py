@@ -21,10 +21,9 @@ from PIL import Image
 
 import data
 from model import command
-from model.gemma import Gemma3
 from model.llava import TEMPLATES, Llava, LlavaNext, OneVision
 from model.qwen import Qwen2VL, Qwen3VL
-from model.tiles import Idefics3, InternVL
+from model.tiles import Gemma3, Idefics3, InternVL
 
 FAMILIES = {"llava": Llava,                                        # by transformers' model_type
             "llava_next": LlavaNext,
