@@ -143,6 +143,14 @@ def lora_parameters(model):
     return {f"{n}.{ab}": getattr(m, ab) for n, m in layers(model).items() for ab in ("lora_A", "lora_B")}
 
 
+def check_finite(weights, fix):
+    """Raise UserError for the first of {name: weight} that is not."""
+    for name, weight in weights.items():
+        # the sum, which is fast, may be infinite without any of its terms
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise UserError(f"{name} is not finite: {fix}")
+
+
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
@@ -204,8 +212,6 @@ def load(model, folder):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
                             f"the model has {layer}: load it into the model that it was trained on, or let "
                             "PEFT merge it")
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
         found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
@@ -213,6 +219,7 @@ def load(model, folder):
         LoRALinear.adapt(layer, r, alpha)
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
+    check_finite(lora_parameters(model), f"give another adapter than {folder}")
     return list(layers(model))
 
 
@@ -327,10 +334,8 @@ def write_folder(model, source, out, weights=None):
     state = dict(model.state_dict())
     for name, weight in (weights or {}).items():
         state[name] = weight.to(model.dtype)
-    for name, weight in state.items():
-        if not weight.isfinite().all():
-            raise UserError(f"{name} is not finite: the adapter or its model is broken, or {weight.dtype} is "
-                            "too narrow; give --dtype float32 or another adapter")
+    check_finite(state, "the adapter or its model is broken, or the type too narrow; give --dtype float32 or "
+                        "another adapter")
     try:
         with data.explained(f"{out} cannot hold the model", "make room there"):
             model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)

@@ -45,8 +45,9 @@ from pathlib import Path
 import data
 from data import UserError
 from model import ask, command
+from model.ask import fetched
 from model.command import behind_set, option
-from synthesis import analysis, pairing, prompts
+from synthesis import pairing, prompts
 
 BUILT_IN = Path(__file__).resolve().parent / "classroom/synthesis"
 
@@ -184,12 +185,9 @@ class Run:
 
     def asked(self):
         """The rows of ranked.jsonl that have a question, with it."""
-        ranked, found = {row["id"]: row for row in self.rows("ranked", "rank")}, []
-        for row in self.rows("instructions", "instruct"):
-            if row["id"] not in ranked:
-                raise UserError(f"{self.out}: {row['id']} is not ranked; run `python synth.py instruct`")
-            found.append(ranked[row["id"]] | row)
-        return found
+        ranked = {row["id"]: row for row in self.rows("ranked", "rank")}
+        with command.explained(f"{self.out}: a prompt is not ranked", "run `python synth.py instruct`"):
+            return [ranked[row["id"]] | row for row in self.rows("instructions", "instruct")]
 
     def questions(self):
         """{id: ask.Question} of each question about its image."""
@@ -216,12 +214,6 @@ class Run:
         if name not in MODELS:
             return [self.o.seed]
         return [command.identity(fetched(self.needs(name))), self.o.dtype]
-
-
-def fetched(source):
-    """A model's path, which the hub may have; anything else as it is. Raises UserError."""
-    import lora
-    return lora.fetched(source)
 
 
 def begin(o):
@@ -443,9 +435,17 @@ def make_pairs(run):
     pairing.make(run, settings)
 
 
+# ---- and a page of it ----
+def analyse(run):
+    """classroom/papers/analyses.py writes gallery.html and the paper's tables of this run, analysis.json."""
+    words = [f"--{name}={getattr(run.o, name)}" for name in "judge model_name seed gallery".split()]
+    print(command.classroom("papers/analyses.py", run.out, *words), end="")
+    run.say("analyse", page="gallery.html", tables="analysis.json")
+
+
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
-          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
+          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analyse}
 ALONE = "prompts instruct pairs analyse".split()        # stages of rank 0 alone
 
 

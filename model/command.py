@@ -230,8 +230,7 @@ def free():
 
     import torch
     gc.collect()                                        # modules refer to each other in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                            # nothing without a GPU
 
 
 # ---- what files hold ----
@@ -325,10 +324,7 @@ def digest(path, blocks=BLOCKS):
     with data.reading(path) as file:
         length = file.seek(0, os.SEEK_END)
         found = hashlib.sha256(f"{path.name} {length}".encode())
-        places = range(0, length, BLOCK)
-        if len(places) > blocks:
-            places = [length * k // blocks for k in range(blocks)]
-        for place in places:
+        for place in range(0, length, max(BLOCK, length // blocks)):
             file.seek(place)
             found.update(file.read(BLOCK))
     return found.digest()

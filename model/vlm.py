@@ -121,13 +121,12 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
+    for weight in model.parameters():              # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
-        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
-                                 "--dtype float32 if it was finite there")
+    weights = dict(model.named_parameters())
+    lora.check_finite(weights, f"copy {own.folder} again, or give --dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
 
     # ---- which rows of lm_head are tokens ----

@@ -30,7 +30,7 @@ from torch import nn
 
 import data
 from data import MEAN, STD, UserError
-from model import ask, command, template
+from model import ask, command, front
 
 
 def read_published(weights, config, default=None):
@@ -193,11 +193,10 @@ class Similarity:
     def load(cls, folder, device="cpu"):
         from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
         kinds = {"clip": CLIPModel, "blip": BlipForImageTextRetrieval}
-        kind = data.read_json(Path(folder) / "config.json").get("model_type")
-        if kind not in kinds:
-            raise UserError(f"{folder}: model_type {kind} is neither clip nor blip; give one of them")
+        with command.explained(f"{folder} is neither clip nor blip", "give one of them"):
+            kind = kinds[data.read_json(Path(folder) / "config.json")["model_type"]]
         processor = data.from_folder(AutoProcessor, folder, "processor", "copy it again")
-        model = data.from_folder(kinds[kind], folder, "model", "copy it again", dtype=torch.float32)
+        model = data.from_folder(kind, folder, "model", "copy it again", dtype=torch.float32)
         return cls(model.to(device), processor)
 
     @torch.no_grad()
@@ -269,7 +268,7 @@ class ArmoRM(nn.Module):
             model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
             if model.tokenizer.chat_template:
                 said = [*ask.messages("QUESTION"), {"role": "assistant", "content": "ANSWER"}]
-                template.check(folder, model.tokenizer, model.tokenizer.chat_template, said)
+                front.check_template(folder, model.tokenizer, model.tokenizer.chat_template, said)
         return model.requires_grad_(False).to(device)
 
     def prompt_end(self, input_ids, real):

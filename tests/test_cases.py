@@ -537,8 +537,9 @@ def test_random_never_draws_the_same_picture_under_any_name(tiny, folder):
         assert (own["pixel_values"] != drawn["pixel_values"]).any(), names[place]
 
 
-def test_random_without_another_picture_is_refused(tiny, folder):
-    path = lines(folder / "d.jsonl", [pair(i, image="0.png") for i in range(3)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_random_without_another_picture_is_refused(tiny, folder, n):
+    path = lines(folder / "d.jsonl", [pair(i, image="0.png") for i in range(n)])
     with pytest.raises(UserError, match="all pictures are the same one"):
         checked(tiny["llava"], path, loss="copo", image_rejected="random")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import synth
-from model import command, front, template, vlm
+from model import command, front, vlm
 from training import checkpoint, options, report
 
 STRESS = SHARED / "cases" / "stress"
@@ -47,9 +47,9 @@ def test_a_chat_template_that_fails_or_takes_too_much_is_named_within_seconds(ki
 
 def test_a_template_is_bounded_in_what_it_writes():
     plain = SimpleNamespace(special_tokens_map={"bos_token": "<s>"})
-    template.check("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
+    front.check_template("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
     with pytest.raises(data.UserError, match=r"template of here .*it writes 200,000 characters"):
-        template.check("here", plain, "{{ 'xy' * 100000 }}", [])
+        front.check_template("here", plain, "{{ 'xy' * 100000 }}", [])
 
 
 def test_no_code_of_a_model_folder_runs_and_nobody_is_asked(folder, tmp_path, monkeypatch, capsys):
@@ -129,7 +129,7 @@ TRAIN = [["--epochs", "1e30"], ["--epochs", "9" * 30], ["--set", "warmup=5"], ["
          ["--dtype", "banana"], ["--set", "device=banana"], ["--set", "clip=nan"], ["--out", "a\0b"],
          ["--out", "\ud800"], ["--delta", "1e30"], ["--set", "template=\0"], ["--batch", "0.5"]]
 SYNTH = [["--guidance", "nan"], ["--guidance", "5,inf"], ["--guidance", "1e30"], ["--seed", "-1"],
-         ["--size", "99999999"], ["--dtype", "banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
+         ["--size", "99999999"], ["--set", "dtype=banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
          ["--set", "topics=\0"], ["--per_topic", "-3"], ["--threshold", "nan"]]
 
 

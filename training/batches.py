@@ -152,10 +152,8 @@ def of_other_pictures(records, pixels):
 
 
 def other_index(seed, id, i, n, attempt=0):
-    """The index of another record than i, of n."""
-    if n < 2:
-        raise UserError("--image_rejected random needs two records or more; add some or choose crop")
-    return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(n - 1))) % n
+    """The index of another record than i, of n; i if it is the only one."""
+    return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(max(1, n - 1)))) % n
 
 
 def crop_pixels(pixels, box_of):

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
+from dataclasses import dataclass
 from functools import wraps
 
 from torch.nn.functional import logsigmoid
@@ -32,10 +33,12 @@ from torch.nn.functional import logsigmoid
 import losses
 
 
+@dataclass
 class Rewards:
     """beta * (policy - reference) of the fields that are read, and the margin between the two responses."""
-    def __init__(self, policy, reference, beta):
-        self.policy, self.reference, self.beta = policy, reference, beta
+    policy: losses.Logps
+    reference: losses.Logps
+    beta: float
 
     def __getattr__(self, field):
         return self.beta * (getattr(self.policy, field) - getattr(self.reference, field))

@@ -121,8 +121,6 @@ class Zero2:
         """{kind/name: tensor} of masters and state, whole; {kind: tensor} for single numbers."""
         found = {}
         for kind, value in self.held(self.mine).items():
-            if value is None:                                   # SGD's momentum, where it has none
-                continue
             if value.ndim == 0:
                 found[kind] = value
             else:
