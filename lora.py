@@ -202,6 +202,7 @@ def save(model, folder, base_name):
 def load(model, folder):
     """Make the layers that an adapter (ours or PEFT's) names carry it, and no others; returns their names."""
     config, tensors = read_adapter(folder)
+    check_finite(tensors, f"give another adapter than {folder}")
     modules, found = dict(model.named_modules()), {}
     for name, r, alpha, A, B in matrices(config, tensors):
         # What older transformers, and the original LLaVA and Bunny, call the language model's layers.
@@ -219,7 +220,6 @@ def load(model, folder):
         LoRALinear.adapt(layer, r, alpha)
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
-    check_finite(lora_parameters(model), f"give another adapter than {folder}")
     return list(layers(model))
 
 

@@ -321,7 +321,7 @@ def test_a_merge_that_is_not_finite_is_refused_with_the_weights_name(model, fold
     with torch.no_grad():
         layer.lora_A[0, 0], layer.lora_B[0, 0] = 1, spoilt
     save(model, tmp_path / "adapter", str(folder))
-    part = "weight" if kind == "float16" else "lora_B"
+    part = "weight" if kind == "float16" else "lora_B.weight"
     with pytest.raises(SystemExit, match=f"{name}.{part} is not finite") as caught:
         command(monkeypatch, "merge", "--model", folder, "--adapter", tmp_path / "adapter", "--out",
                 tmp_path / "merged", "--dtype", "float16")
