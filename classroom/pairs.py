@@ -2,7 +2,7 @@
 
     python classroom/pairs.py --seed 0 --n 1000 --out D      pairs
     python classroom/pairs.py --on_policy classroom --out D  the model's words
-    python classroom/pairs.py --responders tied --out D      four responders' words, ranked by ArmoRM
+    python classroom/pairs.py --responders tied --out D      a reward's choice
     python classroom/pairs.py scenes --out D                 see scenes --help
 
 D holds pairs.jsonl or scenes.jsonl, and images/*.png. All take a few seconds and are decided by the seed

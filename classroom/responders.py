@@ -1,20 +1,22 @@
 """PDS-DPO's condition as a knob: four responders of stated skill, whose answers the built-in ArmoRM ranks.
 
-    python classroom/pairs.py --responders tied --out D      pairs; see pairs.py --help
-    python classroom/responders.py                           papers/results/ties.json: a minute
-    python classroom/responders.py D/pairs.jsonl             the same of pairs that synth.py made
+    python classroom/pairs.py --responders tied --out D     makes pairs
+    python classroom/responders.py                papers/results/ties.json
+    python classroom/responders.py D/pairs.jsonl  of pairs that synth.py made
 
 ArmoRM reads words and no picture. Its best answer is the truest one only as far as good language comes with
-good sight, which the paper takes for granted of its responders. Here it is stated:
+good sight, which the paper takes for granted of its responders. Here it is stated.
 
-Sight      four grades. The first sees everything; from grade to grade an absent thing that tempts is added
-           more often (`level` 0, 1/3, 2/3, 1 of world.TEMPTING) and one that is there is left out more often
-           (0, 5, 10, 15%).
-Language   four grades: 0, 1/3, 2/3 or all of the answers break off without a full stop. It says nothing about
-           what was seen, and it is what this ArmoRM marks down most.
-tied       who sees best speaks best: grade for grade.
-untied     the grades of language are dealt anew for each picture.
-opposed    who sees best speaks worst.
+Sight has four grades. The first sees everything; from grade to grade an absent thing that tempts is added
+more often (`level` 0, 1/3, 2/3, 1 of world.TEMPTING) and one that is there is left out more often (0, 5, 10,
+15%).
+
+Language has four grades: 0, 1/3, 2/3 or all of the answers break off without a full stop. It says nothing
+about what was seen, and it is what this ArmoRM marks down most.
+
+    tied      who sees best speaks best, grade for grade
+    untied    the grades of language are dealt anew for each picture
+    opposed   who sees best speaks worst
 
 Everything else is the synthesis' own: a question of its two about a scene's own picture, four answers, the
 rewards of rewards.ArmoRM with the built-in weights, pairing.select with synth.py's margin, 256 pictures at a
