@@ -2,7 +2,7 @@
 Ours, where official codes differ: 1. A crop that fits in none of ten tries is central and keeps its area
 (torchvision: its aspect). 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import argparse
 import contextlib
@@ -58,8 +58,8 @@ def like(word, names):                                  # what a mistyped word w
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
-        super().__init__(*args, allow_abbrev=False, **options,
-                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=80))
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
+        super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
         parts = (self.description or "").strip().split("\n\n")
         self.description = "\n\n".join(part if "\n    " in f"\n{part}"              # commands: as they are
                                        else textwrap.fill(" ".join(part.split()), 80) for part in parts)
@@ -241,7 +241,7 @@ def chunks(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def from_folder(kind, folder, what, fix, **options):
+def from_folder(kind, folder, what, fix="copy it again", **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):
         raise UserError(f"{folder} holds a pipe or a device: {fix}")

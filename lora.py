@@ -315,7 +315,7 @@ def merge_folder(model, adapter, out, dtype="auto"):
     source, out = model_folder(model), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty folder or a new one")
-    merged = data.from_folder(AutoModelForImageTextToText, source, "model", "copy it again", dtype=dtype)
+    merged = data.from_folder(AutoModelForImageTextToText, source, "model", dtype=dtype)
     load(merged, adapter)
     merge(merged)
     write_folder(merged, source, out)

@@ -55,7 +55,8 @@ BUILT_IN = Path(__file__).resolve().parent / "classroom/synthesis"
 @dataclass
 class Options:
     out: str = option("", "folder of the run; none: runs/synth-PRESET-sSEED")
-    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
+    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models",
+                         choices=("classroom", "pds-dpo"))
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
     per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
@@ -453,7 +454,7 @@ def options(argv):
     """-> (stage, Options): the defaults, then the preset's, then the command line's. Raises UserError."""
     stage = ("stage", ("all", *STAGES), "all", "all is the seven from prompts to pairs [all]")
     chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
-    o = Options(**(command.preset(PRESETS, chosen) | chosen))
+    o = Options(**PRESETS[chosen.get("preset", "classroom")] | chosen)
     if o.writer and not o.per_topic:
         o.per_topic = 30
     official = "-official" if o.as_official else ""

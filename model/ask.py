@@ -15,7 +15,7 @@ fails is tried again, a limited number of times, then counted and left out: no r
 cut off (finish reason `length`) is asked for again as well; its row is kept and says so: see `whole`.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import base64
 import contextlib
@@ -422,8 +422,8 @@ class Folder:
         try:
             if "vision_config" in data.read_json(self.source / "config.json", {}):
                 return vlm.load(self.source, dtype=dtype, device=device, template=self.template)
-            tokenizer = data.from_folder(AutoTokenizer, self.source, "tokenizer", "check it")
-            model = data.from_folder(AutoModelForCausalLM, self.source, "chat model", "check it", dtype=dtype)
+            tokenizer = data.from_folder(AutoTokenizer, self.source, "tokenizer")
+            model = data.from_folder(AutoModelForCausalLM, self.source, "chat model", dtype=dtype)
         except UserError as error:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:

@@ -6,7 +6,7 @@
     rows = Store(path, ranks).work(items, make)                  finished work is kept
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import dataclasses
 import hashlib
@@ -69,14 +69,6 @@ def parse(kind, argv, prog, description, positional=()):
         if found is not None:
             chosen[name] = value(f"--{name} {found}", str(found), field)
     return chosen, given
-
-
-def preset(presets, chosen):
-    """The defaults of the preset that was chosen; without a choice, of the first. Raises UserError."""
-    name = chosen.get("preset", next(iter(presets)))
-    if name not in presets:
-        raise UserError(f"--preset {name}{data.like(name, presets)}: give one of {', '.join(presets)}")
-    return presets[name]
 
 
 def _add(parser, name, field):

@@ -7,7 +7,7 @@
 What a family says, and what all of them share, is in family.py.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import inspect
 import json
@@ -66,7 +66,7 @@ def open_folder(folder, template=None, preparation=""):
     import lora
     folder = lora.model_folder(folder)
     family = FAMILIES[read_config(folder)["model_type"]]
-    config = data.from_folder(AutoConfig, folder, "config.json", "copy it again")    # with classes' defaults
+    config = data.from_folder(AutoConfig, folder, "config.json")    # with classes' defaults
     tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy tokenizer.json and its config")
     processor = data.from_folder(AutoImageProcessor, folder, "image processor",
                                  "copy preprocessor_config.json", backend="pil")

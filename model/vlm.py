@@ -20,7 +20,7 @@ Departures from the published code:
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import contextlib
 import copy
@@ -114,7 +114,7 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
 
     # ---- the weights ----
     model, found = data.from_folder(transformers.AutoModelForImageTextToText, own.folder,
-                                    "model", "copy the checkpoint again",
+                                    "model",
                                     dtype="auto",
                                     config=own.config,
                                     output_loading_info=True)
@@ -125,8 +125,8 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
-    weights = dict(model.named_parameters())
-    lora.check_finite(weights, f"copy {own.folder} again, or give --dtype float32 if it was finite there")
+    lora.check_finite(dict(model.named_parameters()),
+                      f"copy {own.folder} again, or give --dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
 
     # ---- which rows of lm_head are tokens ----

@@ -16,7 +16,7 @@ Departures from the official codes:
  2. ArmoRM's heads compute in float32 whatever the tower's type (official: all bfloat16).
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+    exit(print("A part of synth.py; run: python synth.py --help"))
 
 import math
 from dataclasses import dataclass
@@ -195,8 +195,8 @@ class Similarity:
         kinds = {"clip": CLIPModel, "blip": BlipForImageTextRetrieval}
         with command.explained(f"{folder} is neither clip nor blip", "give one of them"):
             kind = kinds[data.read_json(Path(folder) / "config.json")["model_type"]]
-        processor = data.from_folder(AutoProcessor, folder, "processor", "copy it again")
-        model = data.from_folder(kind, folder, "model", "copy it again", dtype=torch.float32)
+        processor = data.from_folder(AutoProcessor, folder, "processor")
+        model = data.from_folder(kind, folder, "model", dtype=torch.float32)
         return cls(model.to(device), processor)
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class ArmoRM(nn.Module):
         pattern = token_pattern or data.read_json(folder / "token_pattern.json", LLAMA3)
         model = cls(llama, head, config.get("gating_temperature", 10), pattern)
         if (folder / "tokenizer_config.json").exists():
-            model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
+            model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer")
             if model.tokenizer.chat_template:
                 said = [*ask.messages("QUESTION"), {"role": "assistant", "content": "ANSWER"}]
                 front.check_template(folder, model.tokenizer, model.tokenizer.chat_template, said)

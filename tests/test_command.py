@@ -104,13 +104,12 @@ def test_help_has_a_text_for_every_field_and_fits_80_columns(capsys):
 
 
 def test_presets_are_defaults_below_the_command_line():
-    presets = {"plain": {}, "quick": {"n": 1, "fast": True}}
-    chosen, _ = parsed("--preset", "quick", "--n", "5")
-    o = Options(**{**command.preset(presets, chosen), **chosen})
-    assert (o.n, o.fast, o.preset) == (5, True, "quick")
-    assert command.preset(presets, {}) == {}                      # the first one
-    with pytest.raises(data.UserError, match="--preset slow: give one of plain, quick"):
-        command.preset(presets, {"preset": "slow"})
+    from training import options
+    o = options.parse(["--preset", "mdpo-llava", "--model", "M", "--data", "D", "--batch", "5"], "")
+    assert (o.batch, o.lr, o.preset) == (5, options.PRESETS["mdpo-llava"]["lr"], "mdpo-llava")
+    assert {*options.NAMES.split()} == options.PRESETS.keys()
+    with pytest.raises(data.UserError, match="--preset slow: give one of classroom, "):
+        options.parse(["--preset", "slow"], "")
 
 
 # ---- the folder ----

@@ -353,19 +353,6 @@ def test_a_finished_run_prints_its_table_again_and_trains_nothing(world, tmp_pat
     assert "margin" in again and again.strip().splitlines()[-1] == first.strip().splitlines()[-1]
 
 
-def test_a_finished_run_whose_pairs_are_gone_prints_its_table_and_says_so(world, tmp_path):
-    pairs = write_pairs(tmp_path)
-    argv = arguments((world[0], pairs), tmp_path / "run", "--epochs", "1")
-    *_, last = trained(argv).strip().splitlines()
-    pairs.unlink()
-    code, again = run(argv)
-    assert code == 0 and again.strip().splitlines()[-1] == last
-    assert f"{pairs} could not be read" in again and "what follows is of the run on what was there" in again
-    (tmp_path / "run" / "summary.json").unlink()
-    code, again = run(argv)
-    assert code == 1 and "could not be read" in again and "Traceback" not in again
-
-
 def forked_rank(torchrun):
     """From now on its rank is a fork of this process, with the environment that it gives to any other."""
     config_of = torchrun.config_from_args

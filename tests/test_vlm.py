@@ -407,7 +407,7 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="the model cannot be read .*; copy the checkpoint again"):
+    with pytest.raises(data.UserError, match="the model cannot be read .*; copy it again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()

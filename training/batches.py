@@ -6,7 +6,7 @@
 Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import hashlib
 import math
@@ -97,8 +97,9 @@ class Pairs:
                 box_of = partial(data.crop_box, rng=rng, area=data.AREAS[o.image_rejected])
                 rejected.append({"pixel_values": crop_pixels(image["pixel_values"], box_of)})
         digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-        for x in tensors(images + rejected):
-            digest.update(x.numpy().tobytes())
+        for image in images + rejected:
+            for x in image.values():
+                digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
         return vlm.Batch([pair], images, rejected, [place], [key])
 
@@ -175,10 +176,6 @@ def shown(record, o):
 def named(record, n):
     """What the draw for a record's n-th image is keyed by."""
     return f"{record['id']}/{n}" if n else record["id"]
-
-
-def tensors(prepared):
-    return [x for image in prepared for x in image.values()]
 
 
 def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):

@@ -4,7 +4,7 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
 import platform
@@ -25,12 +25,13 @@ from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
 
+NAMES = "classroom mdpo-bunny mdpo-llava pds-llava smolvlm-256m smolvlm-500m qwen2.5-vl-3b"    # of PRESETS
+
 
 @dataclass(frozen=True)
 class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
-    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
-                         "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
+    preset: str = option("classroom", f"a set of defaults: {NAMES}", choices=NAMES.split())
     model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
     adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
     data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
@@ -138,7 +139,7 @@ OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE, "pds-llava": {"b
 def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
-    defaults = command.preset(PRESETS, chosen)
+    defaults = PRESETS[chosen.get("preset", "classroom")]
     if chosen.get("official"):
         defaults = defaults | OFFICIAL.get(chosen.get("preset"), {})
     o = Options(**defaults | chosen)
@@ -253,13 +254,7 @@ def claim(out, o):
         if first.get("losses_source") != losses_source():
             differ.append("losses.py was edited since")
         for name in ("data", "val_data"):
-            try:
-                now = data_identity(o, name)
-            except UserError as error:
-                if not (out / "summary.json").exists():
-                    raise
-                print(f"{error}: what follows is of the run on what was there", file=sys.stderr)
-                continue
+            now = data_identity(o, name)
             was = first.get(f"{name}_identity", now)
             if was != now:
                 image = "an image of " if was[:16] == now[:16] else ""
