@@ -1,16 +1,12 @@
 """What every script shares: files that are never half written, images, rejected images, packed token rows.
-
-    image = read_image("dog.jpg")
-    damaged = rejected_image("crop", image, seed=0, id="pair-7")    # the same crop in every run
-    row = pack([pair], {"chosen", "rejected", "image_rejected"})    # a Pair in a row of tokens for vlm.packed
-Ours, where the official codes differ or leave a choice:
- 1. A crop that fits in none of ten tries is central and keeps its area (torchvision: its aspect).
- 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
+Ours, where official codes differ: 1. A crop that fits in none of ten tries is central and keeps its area
+(torchvision: its aspect). 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import argparse
 import contextlib
+import difflib
 import functools
 import glob
 import hashlib
@@ -22,8 +18,14 @@ import shutil
 import sys
 import textwrap
 import threading
+from importlib.util import find_spec
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
+
+if missing := [name for name in "numpy PIL safetensors torch tqdm".split() if not find_spec(name)]:
+    sys.exit(f"{sys.executable} has no {', '.join(missing)}: in nanoVPO's folder, run python3 -m venv .venv "
+             "&& . .venv/bin/activate && pip install -r requirements.txt")
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -36,26 +38,48 @@ class UserError(ValueError):
         return re.sub(r"(\S{60})\S{90,}(\S{30})", r"\1...\2", shown)                 # an image as a text
 
 
+@contextlib.contextmanager
+def explained(what, fix):
+    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or "OutOfMemory" in type(error).__name__:
+            raise
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} ({why}); {fix}") from error
+
+
+def like(word, names):                                  # what a mistyped word was meant to be
+    near = difflib.get_close_matches(word, names, 1, 0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose refusals are one sentence and exit code 1; help texts of 80 columns."""
     def __init__(self, *args, **options):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(*args, formatter_class=form, allow_abbrev=False, **options)
-        self.description = "\n\n".join(map(_reflowed, (self.description or "").strip().split("\n\n")))
+        parts = (self.description or "").strip().split("\n\n")
+        self.description = "\n\n".join(part if "\n    " in f"\n{part}"              # commands: as they are
+                                       else textwrap.fill(" ".join(part.split()), 80) for part in parts)
 
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else argv
+    def parse_known_args(self, argv=None, *namespace):
+        argv, known = sys.argv[1:] if argv is None else argv, self._option_string_actions
         if re.search("[\0\ud800-\udfff]", " ".join(argv)):              # half of a surrogate pair: no UTF-8
             self.error("an argument holds a NUL or bytes that are no UTF-8: leave them out")
-        return super().parse_args(argv)
+        for name in [word.partition("=")[0] for word in argv if word[:2] == "--" != word]:
+            if name not in known and not self._subparsers:
+                self.error(f"there is no {name}{like(name, known)}")
+        return super().parse_known_args(argv, *namespace)
+
+    def _check_value(self, action, value):
+        if action.choices and value not in action.choices:
+            says = f"{value}{like(value, action.choices)}: give one of {', '.join(action.choices)}"
+            raise argparse.ArgumentError(action, says)
 
     def error(self, message):
         sys.exit(f"{self.prog}: {UserError(message)}; see --help")
-
-
-def _reflowed(paragraph):
-    """A docstring's paragraph for a terminal: wrapped anew; indented lines (commands) are kept."""
-    return paragraph if "\n    " in f"\n{paragraph}" else textwrap.fill(" ".join(paragraph.split()), 80)
 
 
 # ---- files: what is already written is never lost ----
@@ -73,10 +97,13 @@ def temporary(path):
         raise UserError(f"{path} can be no file or folder of ours; give another name")
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, PermissionError):       # somebody else's
-            try:
-                os.kill(int(old.name.split(".")[-2]), 0)                            # asks whether it lives
-            except ProcessLookupError:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+            pid = int(old.name.split(".")[-2])
+            line = Path(f"/proc/{pid}/cmdline")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 0)                                                     # asks whether it lives
+                if not line.exists() or line.read_bytes():          # else it has ended, and nobody asked
+                    continue
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -214,21 +241,17 @@ def chunks(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
-def from_folder(kind, folder, what, fix, **options):
+def from_folder(kind, folder, what, fix="copy it again", **options):
     """kind.from_pretrained(folder), without a network and without the folder's own code. Raises UserError."""
     if any(file.is_fifo() or file.is_char_device() for file in Path(folder).rglob("*")):
         raise UserError(f"{folder} holds a pipe or a device: {fix}")
-    try:
+    with explained(f"{folder}: the {what} cannot be read", fix):          # what libraries raise has no end
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:                          # of transformers' and its helpers' there is no end
-        reason, *_ = *str(error).strip().splitlines(), type(error).__name__
-        raise UserError(f"{folder}: the {what} cannot be read ({reason}): {fix}") from None
 
 
 # ---- images ----
 FORMATS = "PNG JPEG WEBP GIF BMP TIFF PPM AVIF JPEG2000".split()
-NARROW = 100                                            # longer side by shorter, at most
-PIXELS, SIDE, ALONE = 1 << 26, 10_000, threading.Lock() # at most; large ones are read one at a time
+NARROW, PIXELS, SIDE, ALONE = 100, 1 << 26, 10_000, threading.Lock()   # at most; large ones one at a time
 
 
 @contextlib.contextmanager
@@ -239,18 +262,15 @@ def _opened(source):
         name, source = f"of {len(source)} bytes", io.BytesIO(source)
     elif not os.path.isfile(source) and not os.path.isdir(source):
         raise UserError(f"image {name} is missing; put it there or give the right --image_root")
-    try:
-        with Image.open(source, formats=FORMATS) as file:
-            if max(file.size) > NARROW * min(file.size):             # one side would be scaled to a gigabyte
-                raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
-            pixels = file.width * file.height
-            if pixels > PIXELS or max(file.size) > SIDE:
-                raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,}, or over {SIDE:,} "
-                                 "on a side: shrink it")
-            with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
-                yield file
-    except Exception as error:                          # Pillow's plugins raise what they like
-        raise UserError(f"image {name} is unreadable ({error}); replace the file") from error
+    with (explained(f"image {name} is unreadable", "replace the file"),         # Pillow raises what it likes
+          Image.open(source, formats=FORMATS) as file):
+        if max(file.size) > NARROW * min(file.size):                 # one side would be scaled to a gigabyte
+            raise ValueError(f"{file.width} x {file.height} pixels are too narrow: crop it")
+        pixels = file.width * file.height
+        if pixels > PIXELS or max(file.size) > SIDE:
+            raise ValueError(f"{file.width} x {file.height} pixels are over {PIXELS:,} or {SIDE:,} a side")
+        with ALONE if pixels > PIXELS // 4 else contextlib.nullcontext():
+            yield file
 
 
 def read_image(source, as_stored=False):
@@ -271,8 +291,7 @@ def image_size(source):
     with _opened(source) as file:
         if file.format == "TIFF":                       # whose size changes with its pixels
             file.load()
-        turned = file.getexif().get(0x0112, 1) >= 5     # the orientations that lie on their side
-        return file.size[::-1] if turned else file.size
+        return file.size[::-1] if file.getexif().get(0x0112, 1) >= 5 else file.size    # those on their side
 
 
 # ---- rejected images: one function f(record, image, other, rng) each, and a line in REJECTED ----
@@ -382,36 +401,17 @@ class Pair(NamedTuple):
     sizes_rejected: tuple = ()    # and in `prompt_rejected`
     prompt_bare: list = ()        # without images, if the loss reads such answers
     weight: float = 1.0           # the record's meta.weight
+    apart: object = None          # a Pair whose prompts `rejected` follows, if its earlier turns differ
 
-    def shown(self, images):
-        """(prompt, sizes of its images): its own `images`, the `rejected` ones, or `none`."""
+    def shown(self, images, field="chosen"):
+        """(prompt, its images' sizes) before a field's response: with `images`, `rejected` ones or `none`."""
+        if self.apart and field.startswith("rejected"):
+            return self.apart.shown(images)
         return {"images": (self.prompt, self.sizes), "none": (self.prompt_bare, ()),
                 "rejected": (self.prompt_rejected, self.sizes_rejected)}[images]
 
-    def response(self, field):
-        """The one whose log-prob a field of losses.Logps is."""
+    def response(self, field):    # the one whose log-prob a field of losses.Logps is
         return self.rejected if field.startswith("rejected") else self.chosen
-
-
-class Batch(NamedTuple):
-    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
-    pairs: list
-    images: list
-    images_rejected: list = ()    # empty if the loss reads none
-    places: list = ()             # of the pairs among all that are trained on
-    keys: list = ()               # of each pair, a hash over all of it
-    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
-    of: int = 0                   # pairs in the optimiser step, over all ranks
-
-
-def truncate(pair, max_length):
-    """Shorten the responses, never the prompts, to max_length tokens a row -> (pair, tokens cut)."""
-    room = max_length - max(len(pair.prompt), len(pair.prompt_rejected))
-    if room < 1:
-        raise UserError(f"the prompt of {pair.id} has {max_length - room} tokens, which leaves no room for "
-                        f"an answer in max_length {max_length}; raise it or drop the record")
-    lost = sum(max(0, len(response) - room) for response in (pair.chosen, pair.rejected))
-    return pair._replace(chosen=pair.chosen[:room], rejected=pair.rejected[:room]), lost
 
 
 class Segment(NamedTuple):
@@ -430,11 +430,7 @@ class Row(NamedTuple):
     predict: object       # (N,) the place whose hidden state predicts response token n
     target: object        # (N,) that token
     lengths: list         # tokens of each response in `predict`: all of a field, field after field
-
-
-def send(x, device):
-    """A tensor of the host on the device; the host does not wait until a GPU has it."""
-    return x.to(device, non_blocking=device.type == "cuda")
+    shown: list           # features of the images in `ids`, one after another
 
 
 def positions_after(positions, n):
@@ -449,33 +445,36 @@ FIELDS = {"images": ("chosen", "rejected"), "rejected": ("image_rejected", "reje
 
 def grouped(needs):
     """{the images in a prompt: the fields of losses.Logps in `needs` that are scored behind it}."""
-    found = {images: [field for field in fields if field in needs] for images, fields in FIELDS.items()}
-    return {images: fields for images, fields in found.items() if fields}
+    return {images: read for images, fields in FIELDS.items() if (read := [f for f in fields if f in needs])}
 
 
-def pack(pairs, needs, positions_of=None):
-    """Pairs -> Row: `[prompt | chosen | rejected]` of each; so with their rejected images, then without any.
-    needs: fields of losses.Logps; what is not among them is not packed. positions_of(ids, sizes): a family's,
-    of a prompt (if not 0, 1, ...); both responses continue from its largest."""
+def pack(pairs, needs, positions_of=None, features=None):
+    """Pairs -> Row: `[prompt | chosen | rejected]` of each, or `[prompt | chosen] [prompt | rejected]` where
+    earlier turns differ; so with rejected images, then without any. needs: fields of losses.Logps; no others
+    are packed. positions_of(ids, sizes): a family's, of a prompt (if not 0, 1, ...); responses continue from
+    its largest. features: vlm.Features of the pairs, for the Row."""
     import torch
-    ids, positions, segments, scored = [], [], [], {}
+    ids, positions, segments, scored, shown = [], [], [], {}, []
     for images, fields in grouped(needs).items():
+        encoded = iter(getattr(features, images, ()))
         for pair in pairs:
-            prompt, sizes = pair.shown(images)
-            start = len(ids)
-            own = positions_of(prompt, sizes) if positions_of else torch.arange(len(prompt))
-            ids += prompt
-            positions.append(own)
-            last = len(ids) - 1                              # predicts the first token of both responses
-            responses = [pair.response(field) for field in fields]
-            for field, response in zip(fields, responses, strict=True):
-                places = [last, *range(len(ids), len(ids) + len(response) - 1)]
-                scored.setdefault(field, []).append((places, response))
-                ids += response
-                positions.append(positions_after(own, len(response)))
-            segments.append(Segment(start, len(prompt), *map(len, responses)))
-    scored = sum(scored.values(), [])
-    predict = torch.tensor([place for places, _ in scored for place in places])
-    target = torch.tensor([token for _, response in scored for token in response])
-    lengths = [len(response) for _, response in scored]
-    return Row(torch.tensor(ids), torch.cat(positions, -1), segments, predict, target, lengths)
+            of_pair = [*islice(encoded, len(pair.sizes))]
+            for (prompt, sizes), behind in groupby(fields, functools.partial(pair.shown, images)):
+                own = positions_of(prompt, sizes) if positions_of else torch.arange(len(prompt))
+                lengths = [len(ids), len(prompt)]
+                ids += prompt
+                positions.append(own)
+                last = len(ids) - 1                          # predicts the first token of both responses
+                for field in behind:
+                    response = pair.response(field)
+                    places = [last, *range(len(ids), len(ids) + len(response) - 1)]
+                    scored.setdefault(field, []).append((places, response))
+                    ids += response
+                    positions.append(positions_after(own, len(response)))
+                    lengths.append(len(response))
+                segments.append(Segment(*lengths))
+                shown += of_pair
+    places, responses = zip(*sum(scored.values(), []), strict=True)
+    predict, target = torch.tensor(sum(places, [])), torch.tensor(sum(responses, []))
+    positions = torch.cat(positions, -1)
+    return Row(torch.tensor(ids), positions, segments, predict, target, [*map(len, responses)], shown)

@@ -12,10 +12,10 @@
         --judge http://localhost:8000/v1 --out scores.json
             the judge is a server, a model folder, or a file of saved replies
     python eval_hallu.py ask --adapter runs/NAME/adapter [--image F] [--page]
-            a question a line, answered before and after training
+            one question per line, answered before and after training
     python eval_hallu.py compare a.jsonl b.jsonl --out page.html
-            the paired difference, and a page for people to choose blindly;
-            `score votes` counts what they chose
+            the paired difference, and a page on which people choose without
+            knowing which model is which; `score votes` counts their choices
 
 Benchmarks: classroom (the built-in world: ten seconds on a CPU), and by the paths of their published files
 pope, amber, objhal and mmhal; `score chair` scores captions of COCO images, Object HalBench's among them.
@@ -25,8 +25,8 @@ and reports what it cannot read. evaluation/metrics.py defines the measures.
 import hashlib
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import data
@@ -34,8 +34,6 @@ from data import UserError
 from evaluation import amber, answers, benchmarks, compare, metrics, objects, stats, words
 from evaluation.readers import object_list, rating
 from model import ask, command
-
-CLASSROOM = Path(__file__).resolve().parent / "classroom"        # whose programs make pages
 
 
 def loaded(o, folder, device):
@@ -49,13 +47,13 @@ def loaded(o, folder, device):
 def run_answers(o):
     questions = None
     served = ask.is_url(o.model)
-    for name in ("adapter", "template", "pad", "dtype") if served else ("chat_model",):
+    for name in "adapter template pad dtype".split() if served else ["chat_model"]:
         if getattr(o, name):
             raise UserError(f"--{name} does not go with --model {ask.public(o.model)}: leave it out")
     if o.benchmark != "classroom":          # before torch and the model are loaded
         questions = benchmarks.questions(o.benchmark, o.data, o.images, o.prompt, o.follow_links)[:o.limit]
     elif o.images or o.limit or o.prompt != "{question}" or len(o.data) > 1:
-        raise UserError("the classroom's scenes.jsonl says all of it; leave out --images, --prompt, --limit "
+        raise UserError("the classroom's scenes.jsonl says all that; leave out --images, --prompt, --limit "
                         "and further --data")
 
     ranks = command.join()
@@ -131,15 +129,14 @@ def replied(o, who, prompts, read, path, text):
     are not comparable. Replies are kept beside --out. Raises UserError if a reply is missing, unless
     o.partial, and if all are.
     """
-    source, asked = getattr(o, who), {str(i): i for i in prompts}
-    questions = [ask.Question(name, prompts[i]) for name, i in asked.items()]
+    source, questions = getattr(o, who), [ask.Question(str(i), prompt) for i, prompt in prompts.items()]
     rows = ask.ask(source, questions, o.out.with_suffix(f".{who}.jsonl"), model=o.chat_model, description=who,
                    max_tokens=o.judge_tokens,
                    accept=lambda row: ask.whole(row) and read(row["reply"]) is not None)
-    lost = len(asked) - len(rows)
+    lost = len(prompts) - len(rows)
     if lost and not (rows and o.partial):
-        raise UserError(f"the {who} did not reply to {lost} of {len(asked)} requests (the reason is above); "
-                        "call again, or score the others, if there are any, with --partial")
+        raise UserError(f"the {who} did not reply to {lost} of {len(prompts)} requests (the reason is "
+                        "above); call again, or score the others, if there are any, with --partial")
     models = ", ".join(sorted({str(row["model"]) for row in rows.values() if row.get("model")}))
     prompt = str(path or "built-in, in our own words: no match for the published one's scores")
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -148,14 +145,11 @@ def replied(o, who, prompts, read, path, text):
     said = {who: ask.public(str(source)) + (models and f" ({models})"),
             f"{who}_prompt": prompt,
             f"{who}_prompt_sha256": digest}
-    return {asked[name]: row["reply"] if ask.whole(row) else None for name, row in rows.items()}, said
+    replies = {i: rows[str(i)] for i in prompts if str(i) in rows}
+    return {i: row["reply"] if ask.whole(row) else None for i, row in replies.items()}, said
 
 
-SCORERS = {"classroom": score_classroom, "pope": score_pope, "amber": score_amber, "chair": score_chair,
-           "mmhal": score_mmhal}
-
-
-def run_score(o):
+def run_score(scorer, o):
     items_path = o.out.with_suffix(".items.jsonl")
     if {path.resolve() for path in o.answers} & {o.out.resolve(), items_path.resolve()}:
         raise UserError(f"--out {o.out} would write over the answers; give another name")
@@ -166,12 +160,10 @@ def run_score(o):
     if there < wanted and not o.partial:
         raise UserError(f"the file answers {there} of {wanted} questions; run the same `answers` command "
                         "again to continue it")
-    scores, items = SCORERS[o.benchmark](o, lines)
+    scores, items = scorer(o, lines)
     if not scores["n"]:
         raise UserError(f"none of {scores['unparsed']} replies can be read, so there is nothing to score; "
                         "look at them, and ask another judge or extractor")
-    if o.benchmark != "classroom":
-        scores["remarks"] = scores.get("remarks", []) + stats.empty(stats.read(lines))
     if settings:
         scores["settings"] = settings if settings[1:] else settings[0]
     data.write_jsonl(items_path, items)
@@ -180,11 +172,7 @@ def run_score(o):
 
 
 def run_votes(o):
-    program = CLASSROOM / "papers" / "votes.py"
-    done = subprocess.run([sys.executable, program, *o.words], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(done.stderr.strip())
-    print(done.stdout, end="")
+    print(command.classroom("papers/votes.py", *o.words), end="")
 
 
 def run_compare(o):
@@ -194,69 +182,61 @@ def run_compare(o):
 
 def run_ask(o):
     if o.page:
-        os.execv(sys.executable, [sys.executable, CLASSROOM / "ask.py", *o.words])
-    from evaluation import dialogue
+        program = Path(__file__).parent / "classroom/ask.py"
+        os.execv(sys.executable, [sys.executable, program, *o.words])
+    from evaluation import dialogue  # and with it torch
     m, scenes, path = asked(o)
     dialogue.talk(m, sys.stdin, path, scenes.get(path, {}), o.max_new_tokens)
 
 
 def asked(o):
-    """-> (the model to ask, dialogue.scenes_of its run or its picture's folder, the picture's path)"""
+    """-> (the model to ask, benchmarks.truths of its run or its picture's folder, the picture's path)"""
     folder, adapter = o.model, o.adapter
     if adapter and not folder:
         config = data.read_json(Path(adapter, "adapter_config.json"), check=data.as_record)
         folder = config.get("base_model_name_or_path")
     if not isinstance(folder, str):
         raise UserError("there is no model to ask: give --model, or an --adapter that names its own")
-    from evaluation import dialogue
     image = o.image and os.path.realpath(o.image)
     home = Path(image).parent.parent if image else Path(adapter or folder).parent / "scenes"
-    scenes = dialogue.scenes_of(home)
+    scenes = benchmarks.truths(home)
     return loaded(o, folder, command.join().device), scenes, image or next(iter(scenes), None)
 
 
 # ---- tables ----
-NAMES = dict(line.split(": ") for line in """acc: accuracy
-accuracy: accuracy
-precision: precision
-recall: recall
-f1: F1
-yes_ratio: says yes
-chair: CHAIR, lower is better
-cover: Cover
-hal: Hal, lower is better
-cog: Cog, lower is better
-amber_score: AMBER score
-chair_s: CHAIR_s, of all responses
-chair_s_refine: CHAIR_s, of those with an object
-chair_i: CHAIR_i, of mentions
-mean_words: words in a response
-score: score, 0 to 6
-informativeness: informativeness
-hallucination_rate: hallucination rate
-win: A is better
-tie: tie
-loss: B is better""".splitlines())
-FRACTIONS = ("pope", "chair", "mmhal", "votes")   # fractions in scores.json, shown in percent
+NAMES = metrics.CLASSROOM | {
+    "acc": "accuracy",
+    "f1": "F1",
+    "chair": "CHAIR, lower is better",
+    "hal": "Hal, lower is better",
+    "cog": "Cog, lower is better",
+    "amber_score": "AMBER score",
+    "chair_s_refine": "CHAIR_s, of those with an object",
+    "score": "score, 0 to 6",
+    "win": "A is better",
+    "loss": "B is better"}
+PERCENT = ("classroom", "amber")      # in scores.json; the others' fractions are printed in percent, too
+
+
+def named(key):
+    """A measure's name for people."""
+    return NAMES.get(key, key.replace("_", " "))
 
 
 def table(benchmark, scores):
     """The measures with their intervals as lines of text, then a line for each category."""
-    names = metrics.CLASSROOM if benchmark == "classroom" else NAMES
     lines = [f"{'percent':39}   95% interval"]
-    for key, name in names.items():
-        if key in scores["intervals"]:
-            numbers = scores[key], *scores["intervals"][key]
-            value, low, high = (shown(benchmark, key, number) for number in numbers)
-            if stats.undefined(scores, key):
-                lines.append(f"{name:32}undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
-            else:
-                lines.append(f"{name:32}{value:>7}   {low:>5} to {high}")
-    for parts in ("by_kind", "by_split", "by_type", "by_category"):
-        for name, part in scores.get(parts, {}).items():
-            cells = [f"{NAMES[key].partition(',')[0]} {shown(benchmark, key, part[key])}" for key in NAMES
-                     if key in part]
-            lines.append(f"{name} ({part['n']}): {', '.join(cells)}")
+    for key, ends in scores["intervals"].items():
+        value, low, high = (shown(benchmark, key, number) for number in (scores[key], *ends))
+        if stats.undefined(scores, key):
+            lines.append(f"{named(key):31} undefined: {'names no objects' if 'chair' in key else '0 of 0'}")
+        else:
+            lines.append(f"{named(key):32} {value:>6}   {low:>5} to {high}")
+    for parts in "by_kind by_split by_type by_category".split():
+        for title, part in scores.get(parts, {}).items():
+            cells = [f"{named(key).partition(',')[0]} {shown(benchmark, key, part[key])}"
+                     for key in part.get("intervals", ["acc"])]
+            lines.append(f"{title} ({part['n']}): {', '.join(cells)}")
     return lines
 
 
@@ -264,7 +244,7 @@ def shown(benchmark, key, value):
     """A measure's number as it is printed."""
     if key in stats.PLAIN:
         return f"{value:.2f}"
-    return f"{100 * value if benchmark in FRACTIONS else value:.1f}"
+    return f"{value if benchmark in PERCENT else 100 * value:.1f}"
 
 
 def notes(scores):
@@ -280,7 +260,7 @@ def notes(scores):
         if who in scores:
             digest = scores[f"{who}_prompt_sha256"] or "unknown"
             lines.append(f"{who}: {scores[who]}; prompt: {scores[f'{who}_prompt']}, sha256 {digest[:16]}")
-    return [*lines, *scores.get("remarks", ())]
+    return lines + scores["remarks"]
 
 
 # ---- command line ----
@@ -301,8 +281,12 @@ def text(help, **more):
     return {"help": help, **more}
 
 
-def path(help, required=True, **more):
-    return text(help, type=Path, required=required, **more)
+def path(help, **more):
+    return text(help, type=Path, **more)
+
+
+def needed(help, **more):
+    return path(help, required=True, **more)
 
 
 def out(help):
@@ -314,79 +298,79 @@ def number(help, **more):
 
 
 SCORED = {
-    "--answers": path("what `answers` wrote, or a file as the official scripts take it", nargs="+"),
-    "--out": out("scores.json, and per item .items.jsonl")}
+    "--answers": needed("what `answers` wrote, or a file in the official scripts' format", nargs="+"),
+    "--out": out("scores.json; what each item adds goes to its .items.jsonl")}
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
-    "--partial": text("score an unfinished file, and say how much is answered", action="store_true")}
+    "--partial": text("score an unfinished file, and say how much of it is answered", action="store_true")}
 LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
 LOADED = {
-    "--template": text("of the prompt, as in the run's --set template= [the folder's]"),
-    "--pad": text("pad images to a square: as --set images=pad trains", action="store_true"),
-    "--dtype": text("of the model [bfloat16 on a GPU, float32 elsewhere]",
-                    choices=("bfloat16", "float16", "float32", "float64"))}
-CHAT_MODEL = {
-    "--chat_model": text("the server's name for the model [the server's choice]"),
-    "--judge_tokens": number("a reply's length at most, thoughts included [1024]", default=1024)}
+    "--template": text("the prompt's, as in training's --set template= [the folder's]"),
+    "--pad": text("pad images to a square, as --set images=pad does in training", action="store_true"),
+    "--dtype": text("the model's type [bfloat16 on a GPU, float32 elsewhere]",
+                    choices="bfloat16 float16 float32 float64".split())}
+CHAT_MODEL = {"--chat_model": text("the server's name for the model [the server's choice]")}
+JUDGED = CHAT_MODEL | {
+    "--judge_tokens": number("the longest reply in tokens, thoughts included [1024]", default=1024)}
 
-# name: (what runs it, what it does, {argument: its settings for argparse})
+# name: (what runs it, or scores answers, what it does, {argument: its settings for argparse})
 COMMANDS = {
     "answers": (run_answers, "let a model answer a benchmark's questions", {
         "benchmark": text("whose questions", choices=tuple(answers.LENGTHS)),
         "--model": text("a model's folder, classroom, or a server's URL", required=True),
-        "--chat_model": CHAT_MODEL["--chat_model"],
+        **CHAT_MODEL,
         "--adapter": text("a LoRA folder in PEFT's format on top of it"),
-        "--data": path("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
-        "--images": path("the folder of the images [beside --data]", required=False),
+        "--data": needed("the benchmark's question file or its folder (POPE: or several files)", nargs="+"),
+        "--images": path("the folder of the images [beside --data]"),
         "--follow_links": LINKS,
         "--out": out("answers.jsonl; an unfinished one is continued"),
         "--prompt": text("the prompt, with {question} in it [{question}]", default="{question}"),
         "--batch_size": number("questions at once [16; servers: 64; the classroom's models: 512]"),
-        "--max_new_tokens": number("an answer's length at most [classroom, pope: 64; others: 512]"),
+        "--max_new_tokens": number("tokens of the longest answer [classroom, pope: 64; others: 512]"),
         "--limit": number("only the first N questions [all]"),
         **LOADED}),
-    "ask": (run_ask, "ask a model about a picture, a question a line, or on a page", {
+    "ask": (run_ask, "ask a model about a picture: one question per line, or on a page", {
         "--model": text("a model's folder, or classroom [the one that --adapter names]"),
         "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
-        "--image": path("the picture [the first scene of the adapter's run]", required=False),
-        "--page": text("serve a page on this machine, to ask and to crop there", action="store_true"),
-        "--max_new_tokens": number("an answer's length at most [64]", default=64),
+        "--image": path("the picture [the first scene of the adapter's run]"),
+        "--page": text("serve a page on this machine, where you can ask and crop", action="store_true"),
+        "--max_new_tokens": number("tokens of the longest answer [64]", default=64),
         **LOADED}),
-    "score classroom": (run_score, "the built-in world", SCORED),
-    "score pope": (run_score, "yes and no about objects, by split", SCORED | MODES | {
-        "--questions": path("coco_pope_SPLIT.json, several, their folder, or the hub's records", nargs="+")}),
-    "score amber": (run_score, "captions, and questions by type", SCORED | MODES | {
-        "--data": path("AMBER's data folder"),
+    "score classroom": (score_classroom, "the built-in world", SCORED),
+    "score pope": (score_pope, "yes and no about objects, by split", SCORED | MODES | {
+        "--questions": needed("coco_pope_SPLIT.json, several, their folder, or hub records", nargs="+")}),
+    "score amber": (score_amber, "captions, and questions by type", SCORED | MODES | {
+        "--data": needed("AMBER's data folder"),
         "--similarity": text("of words: exact, or a file of similarities [exact]", default="exact"),
-        "--nouns": text("builtin, nltk (the official way), or a file [builtin]", default="builtin")}),
-    "score mmhal": (run_score, "96 questions, by a judge", SCORED | MODES | CHAT_MODEL | {
-        "--template": path("mmhal-bench_answer_template.json"),
-        "--judge": text("saved replies, a server, or a folder; without one its prompts are written"),
-        "--judge_prompt": path("with four {} to fill in [our own]", required=False)}),
-    "score chair": (run_score, "COCO captions, also of Object HalBench", SCORED | MODES | CHAT_MODEL | {
-        "--annotations": path("COCO's 2014 annotations folder"),
-        "--synonyms": path("the published list, a class a line"),
-        "--scorer": text("CHAIR's own rules, or Object HalBench's [objhal]",
+        "--nouns": text("who finds them: builtin, nltk (officially), a file [builtin]", default="builtin")}),
+    "score mmhal": (score_mmhal, "96 questions, by a judge", SCORED | MODES | JUDGED | {
+        "--template": needed("mmhal-bench_answer_template.json"),
+        "--judge": text("saved replies, a server or a folder; without one, its prompts are written"),
+        "--judge_prompt": path("a text with four {} to fill in [our own]")}),
+    "score chair": (score_chair, "COCO captions, also Object HalBench's",
+                    SCORED | MODES | JUDGED | {
+        "--annotations": needed("COCO's 2014 annotations folder"),
+        "--synonyms": needed("the published synonyms, one class per line"),
+        "--scorer": text("whose rules: CHAIR's own, or Object HalBench's [objhal]",
                          choices=("original", "objhal"), default="objhal"),
-        "--nouns": text("whose singulars: our own, or NLTK's, as Object HalBench [builtin]",
+        "--nouns": text("whose singulars: our own, or NLTK's, as in Object HalBench [builtin]",
                         choices=("builtin", "nltk"), default="builtin"),
         "--extractor": text("who lists the objects: nobody, saved replies, a server, a folder [none]",
                             default="none"),
-        "--extraction_prompt": path("with {question} and {answer} [our own]", required=False)}),
+        "--extraction_prompt": path("a text with {question} and {answer} in it [our own]")}),
     "score votes": (run_votes, "what people chose on a page of `compare`", {
-        "votes": text("votes-NAME.json as downloaded, one a rater", type=Path, nargs="+"),
+        "votes": path("votes-NAME.json as downloaded, one per rater", nargs="+"),
         "--out": out("preference.json")}),
-    "compare": (run_compare, "two answers files: the paired difference, and a page to choose on", {
-        "a": text("answers of the one model", type=Path),
-        "b": text("answers of the other to the same questions", type=Path),
+    "compare": (run_compare, "compare two answers files: the paired difference, and a page to vote on", {
+        "a": path("answers of the one model"),
+        "b": path("answers of the other to the same questions"),
         "--out": out("page.html"),
-        "--images": path("the folder of the images, to be shown [no images]", required=False),
+        "--images": path("the folder of the images, to be shown [no images]"),
         "--follow_links": LINKS,
-        "--items": path("what `score` wrote per item, for all answers but the classroom's",
-                        required=False, nargs=2),
+        "--items": path("the .items.jsonl that `score` wrote for each (the classroom needs none)", nargs=2),
         "--n": number("pairs on the page, drawn at random [100]", default=100),
-        "--seed": text("of the pairs and of their sides [0]", type=int, default=0)})}
+        "--seed": text("draws the pairs and their sides [0]", type=int, default=0)})}
 
 
 def parse(argv=None):
@@ -399,6 +383,8 @@ def parse(argv=None):
         kind = name.removeprefix("score ")
         home = steps if kind == name else kinds
         command = home.add_parser(kind, help=says, description=says)
+        if "--answers" in arguments:
+            run = partial(run_score, run)
         command.set_defaults(run=run, partial=False)
         for argument, about in arguments.items():
             command.add_argument(argument, **about)

@@ -22,15 +22,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import safetensors.torch
-import torch
-
 import data
 from data import UserError
 
+# isort: split
+import safetensors.torch
+import torch
+
 STARTS = (True, False, "gaussian", "eva", "orthogonal")         # PEFT's that leave the base as it is
 SHARD = "5GB"                                                   # of a merged folder's files
-FETCHED = ("*.safetensors *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
+FETCHED = ("*.safetensors ImageReward.pt *.json *.txt *.jinja *.model *.jsonl *.gz *.parquet *.arrow "
            "*.png *.jpg *.jpeg").split()                            # nothing that runs
 
 
@@ -142,6 +143,14 @@ def lora_parameters(model):
     return {f"{n}.{ab}": getattr(m, ab) for n, m in layers(model).items() for ab in ("lora_A", "lora_B")}
 
 
+def check_finite(weights, fix):
+    """Raise UserError for the first of {name: weight} that is not."""
+    for name, weight in weights.items():
+        # the sum, which is fast, may be infinite without any of its terms
+        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+            raise UserError(f"{name} is not finite: {fix}")
+
+
 def remove(model):
     """Leave plain linear layers: those of the base, unless merge() calls this."""
     for layer in layers(model).values():
@@ -193,6 +202,7 @@ def save(model, folder, base_name):
 def load(model, folder):
     """Make the layers that an adapter (ours or PEFT's) names carry it, and no others; returns their names."""
     config, tensors = read_adapter(folder)
+    check_finite(tensors, f"give another adapter than {folder}")
     modules, found = dict(model.named_modules()), {}
     for name, r, alpha, A, B in matrices(config, tensors):
         # What older transformers, and the original LLaVA and Bunny, call the language model's layers.
@@ -203,8 +213,6 @@ def load(model, folder):
             raise UserError(f"{folder} has {name} of rank {r}, A {tuple(A.shape)}, B {tuple(B.shape)}, but "
                             f"the model has {layer}: load it into the model that it was trained on, or let "
                             "PEFT merge it")
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise UserError(f"{folder}: its part of {name}.weight is not finite: give another adapter")
         found[layer] = r, alpha, A, B
     remove(model)
     model.requires_grad_(False)
@@ -263,7 +271,7 @@ def setting(config, key, patterns, name):
 def model_folder(name):
     """The folder behind --model: a path, `classroom`, a name in classroom/models/, or the hub's. Raises
     UserError."""
-    own = Path(__file__).resolve().parent / "classroom" / "models"
+    own = Path(__file__).resolve().parent / "classroom/models"
     if str(name) == "classroom":
         name = own / "base0"
     for path in Path(name), own / name, Path(fetched(str(name))):
@@ -307,7 +315,7 @@ def merge_folder(model, adapter, out, dtype="auto"):
     source, out = model_folder(model), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} must be an empty folder or a new one")
-    merged = data.from_folder(AutoModelForImageTextToText, source, "model", "copy it again", dtype=dtype)
+    merged = data.from_folder(AutoModelForImageTextToText, source, "model", dtype=dtype)
     load(merged, adapter)
     merge(merged)
     write_folder(merged, source, out)
@@ -326,27 +334,24 @@ def write_folder(model, source, out, weights=None):
     state = dict(model.state_dict())
     for name, weight in (weights or {}).items():
         state[name] = weight.to(model.dtype)
-    for name, weight in state.items():
-        if not weight.isfinite().all():
-            raise UserError(f"{name} is not finite: the adapter or its model is broken, or {weight.dtype} is "
-                            "too narrow; give --dtype float32 or another adapter")
+    check_finite(state, "the adapter or its model is broken, or the type too narrow; give --dtype float32 or "
+                        "another adapter")
     try:
-        model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
-        for file in source.iterdir():
-            new = temporary / file.name
-            kept = file.suffix in (".json", ".jinja", ".model", ".txt") and ".index." not in file.name
-            if kept and not new.exists():
-                shutil.copyfile(file, new)
-        new = temporary / "processor_config.json"
-        if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
-            config, vision = model.config, model.config.vision_config
-            about = {"patch_size": vision.patch_size,
-                     "vision_feature_select_strategy": config.vision_feature_select_strategy,
-                     "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}
-            new.write_text(json.dumps(about, indent=1))
-        os.replace(temporary, out)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{out} cannot hold the model ({e}): make room there") from e
+        with data.explained(f"{out} cannot hold the model", "make room there"):
+            model.save_pretrained(temporary, max_shard_size=SHARD, state_dict=state)
+            for file in source.iterdir():
+                new = temporary / file.name
+                kept = file.suffix in ".json .jinja .model .txt".split() and ".index." not in file.name
+                if kept and not new.exists():
+                    shutil.copyfile(file, new)
+            new = temporary / "processor_config.json"
+            if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
+                config, vision = model.config, model.config.vision_config
+                about = {"patch_size": vision.patch_size,
+                         "vision_feature_select_strategy": config.vision_feature_select_strategy,
+                         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}
+                new.write_text(json.dumps(about, indent=1))
+            os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -354,11 +359,11 @@ def write_folder(model, source, out, weights=None):
 def main():
     parser = data.Parser(prog="lora.py", description=__doc__)
     parser.add_argument("command", choices=["merge"], help="add an adapter to its model's weights")
-    parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME, or: classroom")
-    parser.add_argument("--adapter", required=True, help="adapter_model.safetensors and adapter_config.json")
+    parser.add_argument("--model", required=True, help="a model's folder, ORG/NAME on the hub, or classroom")
+    parser.add_argument("--adapter", required=True, help="the folder of a LoRA in PEFT's format")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                        help="of the merged weights; auto is the model's own")
+    parser.add_argument("--dtype", default="auto", choices="auto float32 bfloat16 float16".split(),
+                        help="type of the merged weights; auto keeps the model's")
     o = parser.parse_args()
     try:
         merge_folder(o.model, o.adapter, o.out, o.dtype)

@@ -37,6 +37,7 @@ Where this departs from the papers and from the official mDPO code:
 if __name__ == "__main__":
     raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
+import difflib
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -121,11 +122,15 @@ def resolve(name, known=LOSSES, **more):
     for part in name.split("+"):
         weight, _, term = part.rpartition("*")
         if term not in known:
-            raise ValueError(f"loss {term!r} is not in losses.py: give a sum (+) of {', '.join(known)}.")
-        taken = [*inspect.signature(known[term]).parameters][4:]
+            near = difflib.get_close_matches(term, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"loss {term!r} is not in losses.py{hint}: give a sum (+) of "
+                             f"{', '.join(known)}.")
+        parameters = inspect.signature(known[term]).parameters.values()
+        taken = {one.name for one in parameters if one.default is not one.empty} - {"beta", "delta"}
         given = {key: more[key] for key in taken if key in more}
         terms.append((float(weight or 1), partial(known[term], **given)))
-        unread -= {*taken}
+        unread -= taken
     if unread:
         raise ValueError(f"it has no argument {', '.join(unread)} for loss_args.")
 

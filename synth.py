@@ -45,16 +45,18 @@ from pathlib import Path
 import data
 from data import UserError
 from model import ask, command
+from model.ask import fetched
 from model.command import behind_set, option
-from synthesis import analysis, pairing, prompts
+from synthesis import pairing, prompts
 
-BUILT_IN = Path(__file__).resolve().parent / "classroom" / "synthesis"
+BUILT_IN = Path(__file__).resolve().parent / "classroom/synthesis"
 
 
 @dataclass
 class Options:
     out: str = option("", "folder of the run; none: runs/synth-PRESET-sSEED")
-    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models")
+    preset: str = option("classroom", "classroom, or pds-dpo: the paper's settings, with your models",
+                         choices=("classroom", "pds-dpo"))
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
     per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
@@ -102,8 +104,8 @@ FIELDS = {                              # those that are no texts
     "number": int, "seed": int, "guidance": float, "score": float, "rewards": [float], "dropped": (str, None),
     "candidates": (None, [{"image": str}]), "scores": (None, {str: [float]}),       # read by `analyse` alone
     "finished": (bool, None)}
-MODELS = ("writer", "generator", "imagereward", "clip", "blip", "instruct", "responders", "armorm")
-RANKERS, SCORERS = ("imagereward", "clip", "blip"), ("armorm", "clip", "length", "random")
+MODELS = "writer generator imagereward clip blip instruct responders armorm".split()
+RANKERS, SCORERS = "imagereward clip blip".split(), "armorm clip length random".split()
 PRESETS = {
     "classroom": {
         **{name: str(BUILT_IN / name) for name in ("prompts", "imagereward", "clip", "armorm")},
@@ -184,13 +186,9 @@ class Run:
 
     def asked(self):
         """The rows of ranked.jsonl that have a question, with it."""
-        ranked, found = {row["id"]: row for row in self.rows("ranked", "rank")}, []
-        for row in self.rows("instructions", "instruct"):
-            if row["id"] not in ranked:
-                raise UserError(f"{self.out} has instructions for {row['id']}, which is not ranked; run "
-                                "`python synth.py instruct` again")
-            found.append(ranked[row["id"]] | row)
-        return found
+        ranked = {row["id"]: row for row in self.rows("ranked", "rank")}
+        with command.explained(f"{self.out}: a prompt is not ranked", "run `python synth.py instruct`"):
+            return [ranked[row["id"]] | row for row in self.rows("instructions", "instruct")]
 
     def questions(self):
         """{id: ask.Question} of each question about its image."""
@@ -200,23 +198,23 @@ class Run:
     def needs(self, name):
         """The option's value. Raises UserError if it has none."""
         if not getattr(self.o, name):
-            field = self.o.__dataclass_fields__[name]
-            raise UserError(f"--{name} is missing: give it ({field.metadata['help']})")
+            raise UserError(f"--{name} is missing: give it (--help says what it is)")
         return getattr(self.o, name)
 
     def model(self, name):
         """The reward model of a ranker or scorer; None if it is none."""
         if name in MODELS:
             from synthesis import rewards
-            return rewards.load(name, getattr(self.o, name), self.ranks.device, self.o.dtype)
+            return rewards.load(name, fetched(self.needs(name)), self.ranks.device, self.o.dtype)
 
     def reward(self, flag, name, known):
         """What the rows of a ranker or scorer depend on. Raises UserError for an unknown one."""
         if name not in known:
-            raise UserError(f"{flag} {name} is not one of {', '.join(known)}; choose one of them")
+            raise UserError(f"{flag} {name}{data.like(name, known)} is not one of {', '.join(known)}; choose "
+                            "one of them")
         if name not in MODELS:
             return [self.o.seed]
-        return [command.identity(self.needs(name)), self.o.dtype]
+        return [command.identity(fetched(self.needs(name))), self.o.dtype]
 
 
 def begin(o):
@@ -249,7 +247,7 @@ def make_prompts(run):
 def make_images(run):
     """Image k of prompt n has seed 1000 n + k, as official; with --paired_seeds 1000 n for all k."""
     o, jobs, rows = run.o, {}, []
-    generator = run.needs("generator")
+    generator = fetched(run.needs("generator"))
     for row in run.rows("prompts", "prompts"):
         candidates, id = [], row["id"]
         for k, scale in enumerate(o.guidance, 1):
@@ -270,13 +268,13 @@ def paint(run, groups):
     """The images of a prompt are painted in one call. The texts of `chunk` prompts are encoded, then their
     images painted: encoders and transformer are never in memory together."""
     from synthesis import images
-    o, device = run.o, run.ranks.device
+    o, device, generator = run.o, run.ranks.device, fetched(run.o.generator)
     dtype = command.dtype(o.dtype, device, "float16")
     for some in data.chunks(groups, o.chunk):
         jobs = [item["_given"] for (item,) in some]
-        encoded = images.encode(o.generator, [prompt for prompt, _ in jobs], device, dtype)
+        encoded = images.encode(generator, [prompt for prompt, _ in jobs], device, dtype)
         command.free()
-        painter = images.Painter(o.generator, device, dtype)
+        painter = images.Painter(generator, device, dtype)
         for prompt, candidates in jobs:
             seeds = [row["seed"] for row in candidates]
             painted = painter(encoded[prompt], encoded[""], o.guidance, seeds, o.steps, o.size)
@@ -339,6 +337,7 @@ def respond(run):
     options = {"max_tokens": o.max_new_tokens, "template": prompts.RAW if o.as_official else None}
     questions = run.questions()
     for name, source in named(run.needs("responders")).items():
+        source = fetched(source)
         if Path(source).is_dir():
             made_by = [command.identity(source), options, o.dtype]
             make = partial(answer, source, options)
@@ -430,23 +429,32 @@ def make_pairs(run):
     del settings["out"], settings["device"], settings["judge"]
     for role in MODELS:
         for name, source in named(settings.pop(role)).items():
+            source = fetched(source)
             if ask.is_url(source) or Path(source).exists():
                 licence = pairing.licence(source)
                 settings[f"{role} {name}"] = f"files {command.identity(source)}, licence {licence}"
     pairing.make(run, settings)
 
 
+# ---- and a page of it ----
+def analyse(run):
+    """classroom/papers/analyses.py writes gallery.html and the paper's tables of this run, analysis.json."""
+    words = [f"--{name}={getattr(run.o, name)}" for name in "judge model_name seed gallery".split()]
+    print(command.classroom("papers/analyses.py", run.out, *words), end="")
+    run.say("analyse", page="gallery.html", tables="analysis.json")
+
+
 # ---- the command line ----
 STAGES = {"prompts": make_prompts, "images": make_images, "rank": rank, "instruct": instruct,
-          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analysis.analyse}
-ALONE = ("prompts", "instruct", "pairs", "analyse")     # stages of rank 0 alone
+          "respond": respond, "score": score, "pairs": make_pairs, "analyse": analyse}
+ALONE = "prompts instruct pairs analyse".split()        # stages of rank 0 alone
 
 
 def options(argv):
     """-> (stage, Options): the defaults, then the preset's, then the command line's. Raises UserError."""
     stage = ("stage", ("all", *STAGES), "all", "all is the seven from prompts to pairs [all]")
     chosen, rest = command.parse(Options, argv, "synth.py", __doc__, [stage])
-    o = Options(**(command.preset(PRESETS, chosen) | chosen))
+    o = Options(**PRESETS[chosen.get("preset", "classroom")] | chosen)
     if o.writer and not o.per_topic:
         o.per_topic = 30
     official = "-official" if o.as_official else ""

@@ -35,23 +35,27 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import data
+
+# isort: split
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import lora
 import losses
-from evaluation import answers
+from evaluation import answers, benchmarks
 from model import command, front, vlm
 from training import batches, checkpoint, look, options, plan, report
 from training.optimiser import Zero2
 from training.reference import Reference, cache_file
+
+WATCHED = 6                              # answers of each evaluation that the log and the page show
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Run:
     state: checkpoint.State
     stop: checkpoint.Stop
     stopping: bool = False               # any rank was asked to stop
+    send: Any = None                     # checkpoint.tracker's, of rank 0
 
 
 # ---------------------------------------------------------------------------------------- set-up
@@ -145,7 +150,7 @@ def load(family, o, dtype, device):
 
 # ---------------------------------------------------------------------------------------- one step
 def step_loss(run, batch, frozen):
-    """The loss of a data.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
+    """The loss of a vlm.Batch (B,), and the log-probs of policy and reference. frozen: a Reference."""
     features = vlm.encode_images(run.model, batch)                     # once, for policy and reference
     reference = frozen(batch, features)                                # LoRA off; kept from epoch to epoch
     policy = frozen.forward(run.model, batch.pairs, features, frozen.needs | run.pairs.needs)
@@ -231,76 +236,94 @@ def train(run):
     """Evaluate, take the remaining steps, evaluate again. Returns the summary."""
     o = run.o
     with vlm.base_of(run.model):                             # the adapter changes nothing yet, and costs time
-        before = evaluate(run, "before")                     # first: restore() loads trained weights
+        before = run.first(evaluate, run, "before")          # first: restore() loads trained weights
     checkpoint.restore(run)
     state = run.state
     if state.step == 0:
         checkpoint.log(run, checkpoint.opening(run))
-        log_look(run, "before", before)
+        checkpoint.judge(run, before)
+        note(run, "before", before)
+    if run.ranks.rank == 0:
+        run.send = checkpoint.tracker(run)
     recent = []
     began = time.monotonic() - state.seconds
-    bar = tqdm(range(state.step, run.steps), "training", initial=state.step, total=run.steps,
-               disable=run.ranks.rank > 0)
-    with run.stop:
-        for t in bar:
-            line = step(run, t)
-            state.step = done = t + 1
+    bar = tqdm(desc="training", initial=state.step, total=run.steps, disable=run.ranks.rank > 0)
+    with run.stop, bar:
+        while not checkpoint.over(run):
+            line = step(run, state.step)
+            state.step += 1
             state.seconds = time.monotonic() - began
             checkpoint.log(run, line | {"seconds": round(state.seconds, 2)})
+            bar.update()
             bar.set_postfix(loss=f"{line['loss']:.3f}", chosen=f"{line['logps/chosen']:+.2f}")
             recent.append(line)
-            if done % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
+            if state.step % checkpoint.WINDOW == 0 and run.ranks.rank == 0:
                 tqdm.write(checkpoint.warning(recent, o), sys.stderr, end="")
                 recent = []
-            last = done == run.steps
-            if o.eval_every and done % o.eval_every == 0 and not last:
-                found = evaluate(run, f"step-{done}")
-                log_look(run, f"step-{done}", found, eval=found)
-            due = done % o.save_every == 0 or done % run.batches.per_epoch == 0
-            if due or last or run.stopping:
+            due = o.eval_every and state.step % o.eval_every == 0
+            if o.keep if state.step == run.steps else due:             # `after` may be another step's
+                found = run.first(evaluate, run, f"step-{state.step}")
+                checkpoint.judge(run, found)
+                note(run, f"step-{state.step}", found, eval=found)
+            over = checkpoint.over(run)
+            full = state.step % o.save_every == 0 or state.step % run.batches.per_epoch == 0
+            if full or over or run.stopping:
                 checkpoint.save(run)
-            if run.stopping and not last:
+            if run.stopping and not over:
                 raise KeyboardInterrupt
-    after = evaluate(run, "after")
-    log_look(run, "after", after)
+    if o.keep:
+        checkpoint.load(run, run.out / checkpoint.BEST)
+    after = run.first(evaluate, run, "after")
+    note(run, "after", after)
     weights = run.optimiser.whole("weight") if run.optimiser.parts else None    # --shard: from all ranks
     return run.first(finish, run, before, after, weights)
 
 
 # ---------------------------------------------------------------------------------------- before and after
 def evaluate(run, name):
-    """Scores of the model as it is, by rank 0, kept in NAME.json so that a resumed run does not ask again."""
-    return run.first(kept_scores, run, name)
-
-
-def kept_scores(run, name):
-    file = run.out / f"{name}.json"
-    found = checkpoint.kept(file, report.values)
-    if found is None:
-        for stale in run.out.glob(f"{name}.*jsonl*"):                     # of other weights, if a GPU resumed
-            stale.unlink()
-        found = scores(run, name)
-        data.atomic_write(file, json.dumps(found))
-    return found
-
-
-def scores(run, name):
-    """The classroom's metrics or those of held-out pairs; whether the model looks; eval_data's questions."""
+    """Scores of the model as it is: the classroom's metrics or those of held-out pairs; whether the model
+    looks; eval_data's questions. They are kept in NAME.json, so that a resumed run does not ask again."""
     o = run.o
     out = run.out
+    file = out / f"{name}.json"
+    found = checkpoint.kept(file, report.values)
+    if found is not None:
+        return found
+    for stale in out.glob(f"{name}.*jsonl*"):                             # of other weights, if a GPU resumed
+        stale.unlink()
     found = {}
     if run.model.front.is_classroom:
-        answers.answer_scenes(run.model, out / "scenes" / "scenes.jsonl", out / f"{name}.jsonl",
+        answers.answer_scenes(run.model, out / "scenes/scenes.jsonl", out / f"{name}.jsonl",
                               max_new_tokens=o.max_new_tokens, description=f"{name}: answering")
         found = answers.score_classroom(out / f"{name}.jsonl")
-    elif run.val:
-        found = validate(run, name)
+    else:
+        if run.val:
+            found = validate(run, name)
+        if o.eval_every:
+            answers.answer_questions(run.model, "pairs", questions(run.val or run.pairs, out / "scenes"),
+                                     out / f"{name}.jsonl", max_new_tokens=o.max_new_tokens)
     if o.look and run.val:
         found["look"] = look.look(run.model, run.val.records, run.val.good, o, name, out / "before.look.json")
     if o.eval_data:
         asked = answers.quick(run.model, o.eval_data, out / f"{name}.questions.jsonl", o.eval_images,
                               o.eval_annotations, o.eval_synonyms, o.follow_links)
         found |= {f"questions_{key}": value for key, value in asked.items()}
+    data.atomic_write(file, json.dumps(found))
+    return found
+
+
+def questions(pairs, folder):
+    """The first few pairs' that one image and no turn before it ask; a folder gets their images."""
+    folder.mkdir(exist_ok=True)
+    records = map(pairs.record, range(len(pairs)))
+    usable = (record for record in records if len(record["images"]) == 1 and not record["history"])
+    found = []
+    for n, record in enumerate(islice(usable, WATCHED)):
+        line = {"id": record["id"], "question": record["question"], "image": f"{n}.png",
+                "truth": {"present": [], "absent": []}}                          # unknown: nothing is marked
+        path = folder / line["image"]
+        data.read_image(*record["images"]).save(path)
+        found.append(benchmarks.Question(line, record["question"], path))
     return found
 
 
@@ -319,20 +342,29 @@ def validate(run, name):
             "accuracy": 100 * found["rewards/accuracies"], "n": n}
 
 
-def log_look(run, name, found, **more):
-    """An evaluation's line of the log. The scores of before and after are in summary.json."""
+def note(run, name, found, **more):
+    """An evaluation's line of the log, and the page as it is now. The scores of before and after are in
+    summary.json."""
     if "look" in found:
         more = {"look": found["look"]} | more
+    if run.o.eval_every and run.ranks.rank == 0:
+        more["answers"] = report.said_by(run.out, name)[:WATCHED]
     if more:
         checkpoint.log(run, {"evaluation": name, **more})
+    if name != "after":                                      # its page waits for summary.json
+        run.ranks.first(report.write, run.out)
 
 
 def finish(run, before, after, weights):
     """adapter/ or model/, and summary.json. weights: see lora.write_folder. Returns the summary."""
     out = run.out
     model = run.model
-    summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": run.steps,
-               "seconds": round(run.state.seconds, 1), "options": options.decisive(run.o)}
+    state = run.state
+    summary = {"before": before, "after": after, "pairs": len(run.pairs), "steps": state.step,
+               "seconds": round(state.seconds, 1), "options": options.decisive(run.o)}
+    if run.o.keep:
+        summary["remarks"] = [f"{state.step} of {run.steps} steps were taken; the weights are those of step "
+                              f"{state.best}, the best by {state.measure}"]
     folder = out / ("adapter" if run.o.lora_r else "model")
     if run.o.lora_r:
         lora.save(model.model, folder, str(model.front.folder))
@@ -354,20 +386,17 @@ def launch(o, ranks):
     ranks.first(lambda: lock.append(options.claim(out, o)))
     if not (out / ".lock").exists():
         raise data.UserError(f"--out {out} is not the folder that rank 0 sees: give one that all nodes share")
-    if not checkpoint.kept(out / "summary.json", report.told):
+    summary = checkpoint.kept(out / "summary.json", report.told)
+    if not summary:
         # ---- three settings for the whole process ----
         gc.set_threshold(100_000)                        # what libraries make stays: look through it rarely
         if ranks.device.type == "cpu":
             vlm.keep_memory()                            # the next step reuses a step's freed memory
             if batches.built_in(o):
                 torch.set_num_threads(1)                 # its matrices are tiny: a second thread only waits
-        train(prepare(o, out, ranks))
+        summary = train(prepare(o, out, ranks))
     if ranks.rank == 0:
-        summary = data.read_json(out / "summary.json")
-        page = out / "report.html"
-        if not page.exists():
-            report.write(out)
-        print("\n".join(report.told(summary)) + f": {page}")
+        print("\n".join(report.told(summary)) + f": {report.write(out)}")
     ranks.barrier()
 
 
@@ -376,7 +405,7 @@ def main():
     try:
         o = options.parse(sys.argv[1:], __doc__)
         if o.dry_run:
-            for line in plan.show(o):
+            for line in [] if rank else plan.show(o):
                 print(line)
         else:
             launch(o, command.join(o.device))

@@ -3,7 +3,7 @@
 Models are made on the device from a seed; no file of weights is written for them but for the smallest.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of bench/gpu.py; run: python bench/gpu.py --help"))
+    exit(print("A part of bench/gpu.py; run: python bench/gpu.py --help"))
 
 import contextlib
 import io
@@ -490,7 +490,7 @@ def qwen(bench):
         pairs.append(data.Pair(str(i), prompt, prompt, *responses, sizes, sizes))
         images += side.m.front.prepare([record["image"]])
         rejected += side.m.front.prepare([record["image_rejected"]])
-    batch = data.Batch(pairs, images, rejected, [0, 1], [1, 2], 2, 2)
+    batch = vlm.Batch(pairs, images, rejected, [0, 1], [1, 2], 2, 2)
     value, naive = (side.loss(batch, "mdpo", False, forward) for forward in (vlm.packed, vlm.naive))
     side.optimiser.grad.zero_()
     tokens = len(data.pack(pairs, limit.needs_of("mdpo")).ids)

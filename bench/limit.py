@@ -120,7 +120,7 @@ def random_records(shape, n=2, seed=0):
 
 
 def batch_of(m, records, needs, first=0):
-    """The data.Batch of some records, as train_dpo.py's loop takes it."""
+    """The vlm.Batch of some records, as train_dpo.py's loop takes it."""
     pairs, images, images_rejected = [], [], []
     for i, record in enumerate(records, first):
         ids = {part: m.front.tokenizer(record[part], add_special_tokens=False).input_ids
@@ -134,7 +134,7 @@ def batch_of(m, records, needs, first=0):
             images_rejected += m.front.prepare([record["image_rejected"]])
     places = list(range(first, first + len(records)))
     keys = [place + 1 for place in places]
-    return data.Batch(pairs, images, images_rejected, places, keys, len(pairs), len(pairs))
+    return vlm.Batch(pairs, images, images_rejected, places, keys, len(pairs), len(pairs))
 
 
 # ------------------------------------------------------------------------------------------------- the step

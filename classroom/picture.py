@@ -9,11 +9,13 @@ afterwards names exactly what is.
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 ROOT = Path(__file__).resolve().parents[1]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+
+# isort: split
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+
 from classroom import world  # noqa: E402
 
 WIDTH, MARGIN, SCENE = 1080, 28, 320                # pixels; a scene of 80 is shown four times as large

@@ -12,7 +12,7 @@ All in percent, as sums over images. In mode "official" they equal the official 
 adds 0.001 to each sum that it divides by and rounds to one decimal; "robust" does neither.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
@@ -20,11 +20,12 @@ from evaluation.stats import choice, intervals, join, ratios, read, remarks, sam
 
 PARTS = "generative existence attribute state number action relation all".split()
 TYPES = {part: (part,) for part in PARTS}                                  # of what a part is made
-TYPES |= {"attribute": ("state", "number", "action"),
-          "all": ("existence", "state", "number", "action", "relation")}
+TYPES |= {"attribute": "state number action".split(),
+          "all": "existence state number action relation".split()}
 # The official names of the counters of a measure, and of a part.
 COUNTERS = dict(pair.split(":") for pair in """chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
 accuracy:correct precision:ans_no recall:no""".split())
+COUNTS = "hal mentions cover cover_num cog cog_num non_hallu".split()          # and those of a caption
 CODES = dict(pair.split(":") for pair in """generative: all:qa_ state:as_qa_ number:an_qa_ action:aa_qa_
 relation:asso_qa_ existence:ha_qa_""".split())
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
@@ -80,7 +81,7 @@ def measures(queries, answers, annotations, relation, safe_words, nouns, similar
             "by_type": by_type,
             "counts": counters(total, added),
             "coverage": coverage,
-            "remarks": remarks(total)}, items
+            "remarks": remarks(total, found)}, items
 
 
 def kind_of(annotated):
@@ -114,18 +115,12 @@ def credits(nouns, line, relation, safe_words, near):
         _credit({noun}, added, cognised)
         _credit(alike, added, cognised)
         misses += not _credit(alike, present, covered)
-    return {"hal": misses,
-            "mentions": len(nouns),
-            "cover": len(covered),
-            "cover_num": len(truth),
-            "cog": len(cognised),
-            "cog_num": len(hallu),
-            "non_hallu": int(not misses),
-            "nouns": nouns,
-            "sums": {"chair": (misses, len(nouns)),
-                     "cover": (len(covered), len(truth)),
-                     "cog": (len(cognised), len(hallu)),
-                     "clean": (int(not misses), 1)}}
+    sums = {"chair": (misses, len(nouns)),
+            "cover": (len(covered), len(truth)),
+            "cog": (len(cognised), len(hallu)),
+            "clean": (int(not misses), 1)}
+    counts = [count for share in sums.values() for count in share]
+    return dict(zip(COUNTS, counts, strict=False)) | {"nouns": nouns, "sums": sums}
 
 
 def _entries(words, relation):

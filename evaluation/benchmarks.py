@@ -13,7 +13,7 @@ No question, image or prompt of theirs is part of this repository: everything is
     mmhal    mmhal-bench_answer_template.json   list of 96; images by image_id, or by the name in image_src
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import base64
 import os
@@ -67,10 +67,8 @@ def prompt(path, own, places):
 def pope_questions(paths):
     """{split: records} of POPE's question files, or of folders of them. A split's name is its records', or
     its file's."""
-    there, found, homes = [], {}, {}
-    for path in map(Path, paths):
-        there += files(path, "*pope*.json*")
-    for file in there:
+    found, homes = {}, {}
+    for file in [file for path in paths for file in files(Path(path), "*pope*.json*")]:
         for row in records(file, "POPE question file", _popes, question_id=NAME, image=str, text=str,
                            label=str, split=(str, None)):
             split = row.get("split") or _split(file) or file.stem
@@ -167,6 +165,19 @@ def _scenes(paths):
     for number, row in enumerate(records(file, "file of scenes", question=str, image=str), 1):
         objects.check_truth(row, f"{file}, line {number}")
         yield row, row
+
+
+def truths(folder):
+    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none. The truth of
+    whatever else is asked is under None: the caption's."""
+    found = {}
+    if Path(folder, "scenes.jsonl").is_file():
+        for line, question, path in questions("classroom", [folder]):
+            known = found.setdefault(path, {})
+            known[question] = line["truth"]
+            if line["kind"] == "caption":
+                known[None] = line["truth"]
+    return found
 
 
 def _decoded(image):
@@ -276,7 +287,7 @@ def coco_truth(folder, answers, table, lemmatize):
     def slim(part):             # nothing but ids, names and captions: train's outlines would take gigabytes
         return {key: part[key] for key in KEPT if key in part}
 
-    for name in ("instances_val", "instances_train", "captions_val", "captions_train"):
+    for name in "instances_val instances_train captions_val captions_train".split():
         path = Path(folder) / f"{name}2014.json"
         part = data.read_json(path, check=data.as_record, object_hook=slim)
         with command.explained(f"{path} is not COCO's", "copy it again"):

@@ -7,7 +7,7 @@ It prints B - A of each measure. If the answers files hold no truth themselves (
 seeing the same draws. The page for people to vote on is made by classroom/papers/votes.py.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import data
 from data import UserError
@@ -49,8 +49,8 @@ def table(found, o):
              f"{'percent':26}       A       B   B - A   95% interval"]
     for measure, row in found.items():
         low, high = row["interval"]
-        points = f"{row['a']:8.1f}{row['b']:8.1f}{row['change']:+8.1f}"
-        lines.append(f"{measure:26}{points}   {low:.1f} to {high:.1f}")
+        points = f"{row['a']:7.1f} {row['b']:7.1f} {row['change']:+7.1f}"
+        lines.append(f"{measure:26} {points}   {low:.1f} to {high:.1f}")
     return lines
 
 
@@ -58,15 +58,15 @@ def difference(o):
     """The paired difference by the command's options, as lines of text."""
     a, b = by_id(o.a), by_id(o.b)
     both = pairs(a, b)
-    known = [[old.line for _, old, _ in both], [new.line for *_, new in both]]
+    old, new = [answer.line for _, answer, _ in both], [answer.line for *_, answer in both]
     lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
              "B.items.jsonl for the paired difference."]
     if o.items:
-        known = [benchmarks.records(path, "file of what `score` wrote", id=NAME, image=(*NAME, None),
-                                    sums={str: [float, float]}) for path in o.items]
-        lines = table(stats.paired(*known), o)
-    elif all("truth" in line for line in known[0] + known[1]):
-        lines = table(stats.paired(*map(metrics.classroom_items, known)), o)
+        old, new = (benchmarks.records(path, "file of what `score` wrote", id=NAME, image=NAME,
+                                       sums={str: [float, float]}) for path in o.items)
+        lines = table(stats.paired(old, new), o)
+    elif all("truth" in line for line in old + new):
+        lines = table(stats.paired(*map(metrics.classroom_items, (old, new))), o)
     for side, found in (("A", a), ("B", b)):
         lines += [f"{side}: {says}" for says in stats.empty(found.values())]
     if {len(a), len(b)} != {len(both)}:

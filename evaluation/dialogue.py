@@ -7,19 +7,18 @@ blank one of its size, in nats. 0: the word would have come without looking. A w
 contradicts is marked where the truth is known: for scenes of the built-in world.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import contextlib
 import shutil
 import textwrap
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 
 import data
 import lora
-from evaluation import benchmarks, objects
+from evaluation import objects
 from model import generation, vlm
 
 BETA = 0.1                                          # of the reward: both papers'
@@ -33,7 +32,7 @@ def token_logps(m, image, question, answer):
     sizes = tuple(one.size for one in images)
     prompt, response = m.front.prompt_ids(question, sizes), m.front.response_ids(answer)
     pair = data.Pair("the question", prompt, prompt, response, response, sizes, sizes)
-    features = vlm.encode_images(m, data.Batch([pair], m.front.prepared(images)))
+    features = vlm.encode_images(m, vlm.Batch([pair], m.front.prepared(images)))
     if m.front.packs:
         row = data.pack([pair], {"chosen"}, m.front.positions)
         return vlm.packed_token_logps(m, row, features.images)
@@ -63,27 +62,13 @@ def owed(m, image, question, answer):
 
 def answers(m, image, question, known, length=64):
     """{"before" and "after" training, or "answer": {"text", "words": see owed, "invented": words that the
-    picture contradicts}}. known: the picture's, see scenes_of."""
+    picture contradicts}}. known: the picture's, see benchmarks.truths."""
     found, truth = {}, known.get(question, known.get(None))
     for name in ("before", "after") if lora.layers(m.model) else ("answer",):
         with lora.lora_disabled(m.model) if name == "before" else contextlib.nullcontext():
             text, = generation.generate(m, [[image] if image else []], [question], max_new_tokens=length)
             invented = objects.hallucinated(text, truth) if truth else []
             found[name] = {"text": text, "words": owed(m, image, question, text), "invented": invented}
-    return found
-
-
-# ---- pictures whose truth is known ----
-def scenes_of(folder):
-    """{a picture's path: {question: truth}} of a folder of scenes; {} where there is none. The truth of
-    whatever else is asked is under None: the caption's."""
-    found = {}
-    if Path(folder, "scenes.jsonl").is_file():
-        for line, question, path in benchmarks.questions("classroom", [folder]):
-            known = found.setdefault(path, {})
-            known[question] = line["truth"]
-            if line["kind"] == "caption":
-                known[None] = line["truth"]
     return found
 
 

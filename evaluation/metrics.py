@@ -26,7 +26,7 @@ And in both modes:
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 from collections import Counter, defaultdict
 
@@ -37,7 +37,6 @@ from evaluation.objects import check_truth, coco_objects, hallucinated, joined, 
 from evaluation.readers import object_list, official_yes_no, rating, yes_no
 from evaluation.stats import (
     choice,
-    empty,
     few,
     first,
     image_name,
@@ -113,8 +112,8 @@ def classroom(answers, resamples=None):
     items, by_kind = classroom_items(answers), {}
     total, draws = tally(items, resamples=resamples)
     found = scored(total, draws, scale=100)
-    spread = found.pop("intervals")
-    for kind in sorted(found.keys() - CLASSROOM):
+    spread = found["intervals"]
+    for kind in sorted(spread.keys() - CLASSROOM):
         n = total["all", kind].bottom
         by_kind[kind] = {"acc": found.pop(kind), "n": n, "interval": spread.pop(kind)}
     return dict.fromkeys(CLASSROOM) | found | {
@@ -122,8 +121,7 @@ def classroom(answers, resamples=None):
         "n": len(items),
         "images": len({item["image"] for item in items}),
         "unparsed": total["all", "items"].top,
-        "intervals": spread,
-        "remarks": remarks(total) + empty(read(answers))}
+        "remarks": remarks(total, read(answers))}
 
 
 def difference(before, after):
@@ -142,7 +140,7 @@ def _asked(answers):
 
 
 # ---- POPE ----
-SPLITS = ("random", "popular", "adversarial")             # as published
+SPLITS = "random popular adversarial".split()             # as published
 
 
 def pope(splits, answers, mode="robust", partial=False):
@@ -179,7 +177,7 @@ def pope(splits, answers, mode="robust", partial=False):
             "version": "; ".join(part["version"] for part in by_split.values()),
             "by_split": by_split,
             "coverage": coverage,
-            "remarks": remarks(total)}, items
+            "remarks": remarks(total, found)}, items
 
 
 def _pope_questions(splits):
@@ -308,7 +306,7 @@ def chair(answers, truth, table, lemmatize, replies=None, mode="robust"):
                        "covered": sums["recall"].top,
                        "present": sums["recall"].bottom},
             "coverage": {"answered": len(items), "of": len(images)},
-            "remarks": remarks(total)}, items
+            "remarks": remarks(total, found)}, items
 
 
 def _extracted(reply, table, mode):
@@ -400,4 +398,5 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
             "by_category": by_category,
             "unparsed": total["all", "items"].top,
             "n": total["all", "score"].bottom,
-            "coverage": coverage | {"answered": len(items)}}, items
+            "coverage": coverage | {"answered": len(items)},
+            "remarks": remarks(total, read(answers))}, items

@@ -16,7 +16,7 @@ kind:
 The words are that world's own: only a plural -s or -es is understood.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
 from functools import lru_cache

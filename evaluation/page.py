@@ -6,7 +6,7 @@ A page is one HTML file that needs nothing else, bright or dark, wide or narrow.
 re-encoded, and its policy lets it load nothing and run no script but the one it is given.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import base64
 import hashlib
@@ -24,8 +24,8 @@ CSS = """
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);overflow-wrap:anywhere;
 font:16px/1.55 Charter,"Iowan Old Style",Georgia,serif}p{max-width:72ch;margin:.3em 0 .9em}
 main{max-width:1120px;margin:auto;padding:28px clamp(14px,3vw,36px) 60px}h1{font-size:1.7rem;line-height:1.2}
-h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}table,small,.key,dl,text{
-font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
+h2{font-size:1.22rem;margin:2.4em 0 .3em}h3{font-size:1rem;margin:0}h3::first-letter{text-transform:uppercase}
+table,small,.key,dl,text{font-family:system-ui,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
 small,.key,.soft,th,dt{color:var(--soft)}text{fill:var(--soft);font-size:11px}small,.key{font-size:.8rem}
 table{border-collapse:collapse;width:100%;max-width:760px;font-size:.92rem}th{font-weight:500}
 th,td{text-align:right;padding:.4em 0 .4em .7em;border-bottom:1px solid var(--line);vertical-align:top}
@@ -42,6 +42,7 @@ rect{stroke-width:1.5;stroke:var(--c0);fill:none}.after{fill:var(--c0)}.ends{str
 img{display:block;width:100%;border-radius:5px}.pixel{image-rendering:pixelated}dd{margin:0}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1em .7em;margin:0 0 .7em;font-size:.88rem}
 mark{background:0;color:var(--bad);font-weight:600;text-decoration:underline wavy 1.5px}.ask{grid-column:1/3}
+@media print{:root{--bg:#fff}h2,h3{break-after:avoid}figure,tr,.card{break-inside:avoid}}
 """
 TABLES = "td,th{overflow-wrap:normal}th:first-child{text-align:left;padding-left:0}"     # no number is broken
 

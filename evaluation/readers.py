@@ -9,7 +9,7 @@ faults. Ours read a text without its thoughts, markdown, code fences and tags, a
 things.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import html
 import json
@@ -21,8 +21,8 @@ OPEN, CLOSE = rf"[<\[◁]{MIND}[>\]▷]", rf"[<\[◁]/{MIND}[>\]▷]"
 THOUGHT = re.compile(rf"(?is)^.*<\|channel\|>final<\|message\|>|"
                      rf"{OPEN}(?:(?!{CLOSE}).)*{CLOSE}(?:(?:(?!{OPEN}).)*{CLOSE})?|"
                      rf"^.*{CLOSE}|{OPEN}.*")                                         # these lack one end
-FINAL = re.compile(r"(?is)<(answer|conclusion)>(.*?)</\1>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-DRESS = re.compile(r"(?i)(?:```|~~~)[`~]*\w*(?:[ \t]+\w+=[^\n]*)?|</?[a-z][^<>]*>|<\|[^<>]*\|>|\*\*|"
+FINAL = r"(?is)<(answer|conclusion)>(.*?)</\1>|\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+DRESS = (r"(?i)(?:```|~~~)[`~]*\w*(?:[ \t]+\w+=[^\n]*)?|</?[a-z][^<>]*>|<\|[^<>]*\|>|\*\*|"
                    r"\\(?:boxed|text\w*|math\w+)\b\s*\{?|(?<![a-z0-9])_+|_+(?![a-z0-9])|[\u200b-\u200f\ufeff]")
 QUOTES = str.maketrans("“”„‘’", "\"\"\"''")
 
@@ -31,8 +31,8 @@ def plain(text):
     """A reply without thoughts and dress; of one that marks its final answer, that alone."""
     text = unicodedata.normalize("NFKC", html.unescape(text)).translate(QUOTES)
     text = THOUGHT.sub("", text)
-    finals = [tagged or boxed for _, tagged, boxed in FINAL.findall(text)]
-    return DRESS.sub("", "\n".join(finals) or text)
+    finals = [tagged or boxed for _, tagged, boxed in re.findall(FINAL, text)]
+    return re.sub(DRESS, "", "\n".join(finals) or text)
 
 
 # ---- yes or no ----
@@ -46,13 +46,13 @@ KINDS = {"yes": "yes yeah yep yup yea y affirmative",
                   "visible present shown you see seen contain contains show shows feature features include "
                   "includes depict depicts here really answer final response assistant"}
 KIND = {word: kind for kind, words in KINDS.items() for word in words.split()}
-UNSURE = re.compile(
+UNSURE = (
     r"\b(?:(?:can(?:no|')t|can not|could(?:n't| not)|(?:not |un)able to|hard to|difficult to|impossible to)"
     r"(?: \w+)? (?:tell|say|answer|determined?|know|identify|assist|help|describe)|(?:don't|do not) know|n/a|"
     r"maybe|perhaps|possibly|not (?:\w+ )?(?:sure|certain|clear)|unclear|unsure|unknown)\b")
-POINTS = re.compile(r"(?:i (?:can )?see|i think so|i do|(?:it|they|there)(?:'s| is| are| does| do))\b")
-ASKS = re.compile(r"(?<![^.!?\n])[^.!?\n]*\?|^\W*[a-h][).:]|[*_`#~>]")   # a question, an option, markdown
-STOPS = re.compile(r"[,;:.!\n\"(){}\[\]]| but | however | although | while ")
+POINTS = r"(?:i (?:can )?see|i think so|i do|(?:it|they|there)(?:'s| is| are| does| do))\b"
+ASKS = r"(?<![^.!?\n])[^.!?\n]*\?|^\W*[a-h][).:]|[*_`#~>]"   # a question, an option, markdown
+STOPS = r"[,;:.!\n\"(){}\[\]]| but | however | although | while "
 
 
 def official_yes_no(text):
@@ -69,7 +69,7 @@ def yes_no(text, question=""):
     """"yes" or "no": what its clauses say, if they agree; a polite word counts where no clause says more."""
     asked = {root for root, _ in _words(question.lower())}
     said = set()
-    for clause in STOPS.split(ASKS.sub("", plain(text).lower())):
+    for clause in re.split(STOPS, re.sub(ASKS, "", plain(text).lower())):
         said |= _said(clause.strip(" -"), asked)
     if said == {"sure"}:
         return "yes"
@@ -92,12 +92,12 @@ def _said(clause, asked):
     denial then counts before them, or as the last word: a dog without a collar is a dog."""
     words = _words(clause)
     roots, kinds = [root for root, _ in words], [kind for _, kind in words]
-    if UNSURE.search(clause):
+    if re.search(UNSURE, clause):
         return set()
     if asked and asked.issubset(roots):
         last = max(map(roots.index, asked))
         return {"no" if "no" in [*kinds[:last], kinds[-1]] else "yes"}
-    points = POINTS.match(clause)
+    points = re.match(POINTS, clause)
     if "other" in kinds and (asked or not points):
         return set()
     said = {"yes", "no", "sure"}.intersection(kinds)
@@ -105,11 +105,11 @@ def _said(clause, asked):
 
 
 # ---- ratings ----
-SCALE = re.compile(r"\(?\b0\s*(?:-|–|to)\s*6\b\)?|(?:/|out of)\s*6\b")
+SCALE = r"\(?\b0\s*(?:-|–|to)\s*6\b\)?|(?:/|out of)\s*6\b"
 NUMBER = r"(-?\d++(?:\.\d++)?+)(?:\s*(?:or|to|and|[-–~/])\s*(\d+))?(?!\s*:)"                 # 4, or 3 or 4
-LABELLED = re.compile(rf"\b(?:rating|score|评分)s?\b[\W_]{{0,20}}?(?:[:=]|-\s)[\W_]{{0,20}}?{NUMBER}")
-GIVEN = re.compile(rf"\b(?:rating|score|rate|give)s?\b(?: (?:it|this|is|of|as|an?))*[\W_]{{0,20}}?{NUMBER}")
-BARE = re.compile(rf"\A[^\w-]*{NUMBER}\W*\Z")
+LABELLED = rf"\b(?:rating|score|评分)s?\b[\W_]{{0,20}}?(?:[:=]|-\s)[\W_]{{0,20}}?{NUMBER}"
+GIVEN = rf"\b(?:rating|score|rate|give)s?\b(?: (?:it|this|is|of|as|an?))*[\W_]{{0,20}}?{NUMBER}"
+BARE = rf"\A[^\w-]*{NUMBER}\W*\Z"
 NAMES = {name: str(n) for n, name in enumerate("zero one two three four five six".split())}
 
 
@@ -119,9 +119,9 @@ def rating(reply, mode="robust"):
     if mode == "official":
         found = {score for score in range(7) if f"rating: {score}" in reply.lower()}
     else:
-        text = SCALE.sub("", plain(reply).lower())
+        text = re.sub(SCALE, "", plain(reply).lower())
         text = re.sub("[a-z]+", lambda word: NAMES.get(word[0], word[0]), text)
-        pairs = LABELLED.findall(text) or GIVEN.findall(text) or BARE.findall(text)
+        pairs = re.findall(LABELLED, text) or re.findall(GIVEN, text) or re.findall(BARE, text)
         found = {float(number) for pair in pairs for number in pair if number}
     score = found.pop() if len(found) == 1 else None
     return int(score) if score in range(7) else None
@@ -132,9 +132,9 @@ STRING = r'"(?!\[)(?:[^"\\\n]|\\.)*"'
 ITEM = rf"(?:{STRING}|-?\d+(?:\.\d+)?|null)"
 LIST = rf"\[\s*(?:{ITEM}\s*,?\s*)*+\]"
 LISTS = re.compile(rf"(?i)(objects?\W*)?({LIST}(?:[\s,\[\]]*{LIST})*)")  # a list of lists, of lines, is one
-BULLET = re.compile(r'(?m)^[ \t>#]*(?:(?:[-*•]|\d+[.)])[ \t>]+)+"?(.+?)[^\w)\]\n]*$')
-QUOTED = re.compile(rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[^\w"]*')       # names under a head
-NOTHING = re.compile(r"(?i)[\W\d]*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*")
+BULLET = r'(?m)^[ \t>#]*(?:(?:[-*•]|\d+[.)])[ \t>]+)+"?(.+?)[^\w)\]\n]*$'
+QUOTED = rf'(?:[^"\[]*:)?[\s>#]*({STRING}(?:\s*,\s*{STRING})*)[^\w"]*'       # names under a head
+NOTHING = r"(?i)[\W\d]*(?:there are )?no (?:\w+ )?(?:objects|things)\W*|\(\)\s*"
 
 
 def object_list(reply, mode="robust"):
@@ -143,14 +143,14 @@ def object_list(reply, mode="robust"):
     if mode == "official":
         return _official_list(reply)
     text = plain(reply)
-    if NOTHING.fullmatch(text):
+    if re.fullmatch(NOTHING, text):
         return []
     if '"' not in text:
         text = re.sub(r"(?<![a-zA-Z])'|'(?![a-zA-Z])", '"', text)
     found = LISTS.findall(text)
     if not found:
-        text = BULLET.sub(r'"\1",', text)
-        if quoted := QUOTED.fullmatch(text):
+        text = re.sub(BULLET, r'"\1",', text)
+        if quoted := re.fullmatch(QUOTED, text):
             found = LISTS.findall(f"[{quoted[1]}]")
     found = [row for row in found if row[0]] or found
     lists = []

@@ -12,7 +12,7 @@ Intervals are bootstrap intervals over images: images are drawn with replacement
 again. Pure functions; errors are UserError.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
 from collections import Counter, defaultdict
@@ -36,18 +36,20 @@ class Answer(NamedTuple):
         return str(first(self.line, "prompt", "question", "query") or "")
 
 
+FEW = 5                                                                   # of what is listed in a message
 RESAMPLES = 1000                                                          # draws behind an interval
 TEXTS = "response model_answer answer text caption".split()               # the first; `answer` may be a label
+
+
+def few(found, between=", "):
+    """The first five of a list as a text, and how many more there are."""
+    text = between.join(map(str, found[:FEW]))
+    return f"{text}{between}and {len(found) - FEW} more" if found[FEW:] else text
 
 
 def first(record, *keys):
     """The value of the first of these keys that a record has, else None."""
     return next((record[key] for key in keys if key in record), None)
-
-
-def few(ids):
-    """The first five ids, for a message."""
-    return ", ".join(map(str, ids[:5]))
 
 
 def image_number(image):
@@ -212,10 +214,11 @@ def ratios(sums, scale=1, added=0):
     return found
 
 
-def remarks(total):
-    """Which measures are 0/0."""
-    return [f"{part}: {measure} is 0/0, given as 0" for (part, measure), share in total.items()
-            if not share.bottom]
+def remarks(total, answers):
+    """Which measures are 0/0, and which Answers say nothing."""
+    undefined = [f"{part}: {measure} is 0/0, given as 0" for (part, measure), share in total.items()
+                 if not share.bottom]
+    return undefined + empty(answers)
 
 
 def empty(answers):
@@ -260,8 +263,7 @@ def paired(a_items, b_items):
     both = []
     for item in a_items:
         if other := others.get(_key(item)):
-            image = {"image": item.get("image") or item["id"]}
-            both += [item | image | {"side": "a"}, other | image | {"side": "b"}]
+            both += [item | {"side": "a"}, other | {"side": "b"}]
     if not both:
         raise UserError("the two files of items have no id in common; give items of the same benchmark")
     total, draws = tally(both, lambda item: item["side"])

@@ -19,7 +19,7 @@ right. The departures:
 bench/nouns.py prints how far the scores, and these lemmas, are from the official ones.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
 
 import re
 from functools import lru_cache
@@ -34,9 +34,9 @@ def _set(text):
 # ---- tokens ----
 ABBREVIATIONS = _set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                      "jan feb mar apr aug sept oct nov dec")
-CLITICS = re.compile(r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$")
+CLITICS = r"(?i)(?<=[^' ])('ll|'re|'ve|n't|'s|'m|'d|')$"
 GLUED = _set("cannot gonna gotta wanna gimme lemme")                                        # can|not
-SPLIT = re.compile(r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))""")
+SPLIT = r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[:,](?!\d))"""
 
 
 def tokens(text):
@@ -44,7 +44,7 @@ def tokens(text):
     found, chunks = [], text.split()
     for chunk, following in zip(chunks, [*chunks[1:], ""], strict=False):
         listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
-        parts = [part for part in SPLIT.split(chunk) if part]
+        parts = [part for part in re.split(SPLIT, chunk) if part]
         for i, part in enumerate(parts):
             # A stop is cut off where a sentence ends, closing quotes and brackets aside.
             closing = all(mark in ")]}>\"'”’''" for mark in parts[i + 1:])
@@ -64,7 +64,7 @@ def _cut(word, place):
     if word[:1] == "'" and len(word) > 2 and word[1:].lower() not in ("re", "ve", "ll"):
         found.append("'")                                                       # 'quoted
         word = word[1:]
-    clitic = CLITICS.search(word)
+    clitic = re.search(CLITICS, word)
     if clitic:
         word = word[:clitic.start()]
     if word.lower() in GLUED:
@@ -94,40 +94,38 @@ streetlamp teddybear televison waterfont air-conditioning biker coworker brindle
 rpo""")
 
 
-def _rules(*pairs):
-    """Plurals' endings as patterns, and what becomes of them."""
-    return [(re.compile(pattern), to) for pattern, to in pairs]
+def _rules(text):
+    """[(an ending, what becomes of it)] out of a text of ENDING:WHAT, with blanks between."""
+    return [rule.rsplit(":", 1) for rule in text.split()]
 
 
 def _first(rules, word):
-    """A word by the first rule that fits."""
-    for pattern, to in rules:
-        if pattern.search(word):
-            return pattern.sub(to, word)
+    """A word by the first rule whose ending it has."""
+    for ending, to in rules:
+        found, fits = re.subn(ending, to, word)
+        if fits:
+            return found
     return word
 
 
-AS_IT_IS = r"\g<0>"
-LEMMAS = _rules(
-    (r"((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail|"
-     r"fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy|"
-     r"congress|stunt|lines|trades|repair)m)en$", r"\1an"),
-    # -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i
-    (r"^(tie|necktie|pie|magpie|collie|pixie|movie|selfie|brownie|zombie|calorie|genie|prairie|birdie|"
-     r"hippie|rookie|auntie|hoodie|smoothie|veggie|lie|die|shoe|snowshoe|horseshoe|canoe|toe|oboe|hoe|"
-     r"foe|tiptoe|headache|mustache|moustache|avalanche|niche|cache|quiche|ache|toothache|ski|taxi|kiwi|"
-     r"bikini|safari|corgi|broccoli|zucchini|martini|khaki|yeti|panini|rabbi|tsunami|sari|chili|mini)s$",
-     r"\1"),
-    (r"(?:ss|us|is)$", AS_IT_IS),
-    (r"^(kni|wi|li|midwi|housewi|pocketkni|penkni)ves$", r"\1fe"),
-    (r"^(lea|loa|shel|wol|hal|cal|scar|hoo|el|thie|sel|shea|dwar|bookshel|kerchie|handkerchie|behal|whar|tur|"
-     r"bee|ree|ser)ves$", r"\1f"),
-    (r"(..)ies$", r"\1y"),
-    (r"oes$", "o"),
-    # a sibilant that takes -es; every other -ses and -zes loses only its -s (horses, sizes)
-    (r"(ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|bonus|chorus|circus|"
-     r"crocus|mus|status|trellis|rhinoceros|christmas|tennis)es$", r"\1"),
-    (r"s$", ""))
+# In this order: men; -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i; what stays; -ves; and
+# sibilants that take -es, since every other -ses and -zes loses only its -s (horses, sizes).
+LEMMAS = _rules(r"""
+((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail)m)en$:\1an
+((?:fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy)m)en$:\1an
+((?:congress|stunt|lines|trades|repair)m)en$:\1an
+^(tie|necktie|pie|magpie|collie|pixie|movie|selfie|brownie|zombie|calorie|genie|prairie|birdie|hippie)s$:\1
+^(rookie|auntie|hoodie|smoothie|veggie|lie|die|shoe|snowshoe|horseshoe|canoe|toe|oboe|hoe|foe|tiptoe)s$:\1
+^(headache|mustache|moustache|avalanche|niche|cache|quiche|ache|toothache|ski|taxi|kiwi|bikini|safari)s$:\1
+^(corgi|broccoli|zucchini|martini|khaki|yeti|panini|rabbi|tsunami|sari|chili|mini)s$:\1
+(?:ss|us|is)$:\g<0>
+^(kni|wi|li|midwi|housewi|pocketkni|penkni)ves$:\1fe
+^(lea|loa|shel|wol|hal|cal|scar|hoo|el|thie|sel|shea|dwar|bookshel|kerchie|handkerchie|behal)ves$:\1f
+^(whar|tur|bee|ree|ser)ves$:\1f
+(..)ies$:\1y oes$:o
+(ss|x|sh|ch|zz|tz|bus|lens|gas|canvas|atlas|iris|virus|octopus|cactus|walrus|campus|bonus|chorus)es$:\1
+(circus|crocus|mus|status|trellis|rhinoceros|christmas|tennis)es$:\1
+s$:""")
 
 
 @lru_cache(maxsize=65536)
@@ -142,17 +140,15 @@ def lemma(word):
 
 
 # The plurals of the first CHAIR, which knew no dictionary.
-SINGULARS = _rules(
-    (r"(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$|"
-     r"^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$", AS_IT_IS),
-    *(pair.split(":") for pair in """children$:child geese$:goose feet$:foot teeth$:tooth
-    men$:man leaves$:leaf loaves$:loaf people$:person oxen$:ox oxens$:oxs axes$:axe moves$:move kine$:cow
-    brethren$:brother opera$:opus shoes$:shoe oes$:o buses$:bus movies$:movie erves$:erve""".split()),
-    (r"(.)ae$", r"\1a"), (r"([octpvir])i$", r"\1us"), (r"(cris|test)es$", r"\1is"),
-    (r"([ml])ice$", r"\1ouse"), (r"(x|ch|ss|sh)es$", r"\1"), (r"([^aeiouy]|qu)ies$", r"\1y"),
-    (r"([aeo]l|[^d]ea|ar)ves$", r"\1f"), (r"([nlw]i)ves$", r"\1fe"), (r"([lr])ves$", r"\1f"),
-    (r"([aeost]|ti|hi|si)ves$", r"\1ve"), (r"([^f])ves$", r"\1fe"), (r"(ba|analy|the)ses$", r"\1sis"),
-    (r"([hdronbp]|cl)oses$", r"\1ose"), (r"oses$", "osis"), (r"([ti])a$", r"\1um"), (r"s$", ""))
+SINGULARS = _rules(r"""
+(?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$:\g<0>
+^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$:\g<0>
+children$:child geese$:goose feet$:foot teeth$:tooth men$:man leaves$:leaf loaves$:loaf people$:person
+oxen$:ox oxens$:oxs axes$:axe moves$:move kine$:cow brethren$:brother opera$:opus shoes$:shoe oes$:o
+buses$:bus movies$:movie erves$:erve
+(.)ae$:\1a ([octpvir])i$:\1us (cris|test)es$:\1is ([ml])ice$:\1ouse (x|ch|ss|sh)es$:\1 ([^aeiouy]|qu)ies$:\1y
+([aeo]l|[^d]ea|ar)ves$:\1f ([nlw]i)ves$:\1fe ([lr])ves$:\1f ([aeost]|ti|hi|si)ves$:\1ve ([^f])ves$:\1fe
+(ba|analy|the)ses$:\1sis ([hdronbp]|cl)oses$:\1ose oses$:osis ([ti])a$:\1um s$:""")
 
 
 @lru_cache(maxsize=65536)
@@ -185,10 +181,10 @@ plate play plug pot race rack range rest ring ride rock row saddle sail shell sh
 signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
 tap tape telephone tie toast tour track train view walk wall watch water wave""")
 # The second word is the thing, the first says which.
-OF_ITS_KIND = {"laptop": "computer", "notebook": "computer", "ski": "resort", "wine": "glass",
-               "broccoli": "toppings"}
+OF_ITS_KIND = dict(pair.split(":") for pair in """laptop:computer notebook:computer ski:resort wine:glass
+broccoli:toppings""".split())
 # Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
-LIKE_ADJECTIVES = {"light", "individual", "forest", "sheep"}
+LIKE_ADJECTIVES = _set("light individual forest sheep")
 IN_THE_NEWS = _set("""person people man woman house home building car truck bus train plane road street water
 sea island mountain beach board line ground floor door wall sign phone telephone computer television camera
 coffee horse dog court stage glass desk ball football range path apple chair drug bank bill""")

@@ -15,7 +15,7 @@ fails is tried again, a limited number of times, then counted and left out: no r
 cut off (finish reason `length`) is asked for again as well; its row is kept and says so: see `whole`.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import base64
 import contextlib
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from model import command, family, template
+from model import command, family
 from model.command import is_url
 
 TIMEOUT = 60            # seconds of one attempt, all of it
@@ -125,12 +125,16 @@ def connect(source, *, model=None, max_tokens=512, temperature=0.0, seed=None, a
     settings = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if is_url(source):
         return Server(source, settings, accept, workers)
-    import lora
-    source = lora.fetched(source)
+    source = fetched(source)
     if not os.path.isdir(source):
-        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one of "
-                        "these")
+        raise UserError(f"{public(source)} is not a URL, a file of replies or a model folder; give one")
     return Folder(Path(source), settings | {"model": command.identity(source)}, **loading)
+
+
+def fetched(source):
+    """A model's path, which the hub may have; anything else as it is. Raises UserError."""
+    import lora
+    return lora.fetched(source)
 
 
 def public(source):
@@ -179,7 +183,7 @@ def reply_of(answer):
         if isinstance(text, list):
             text = "".join(part["text"] for part in text if part["type"] == "text")
         if text and not text.isspace():
-            return text, finish
+            return text.encode("utf-8", "replace").decode(), finish         # no half of a surrogate pair
         if choice["message"].get("refusal"):
             return None, "a refusal"
         return "", f"an empty reply ({finish})"
@@ -319,8 +323,7 @@ class Server:
             return None, said, 0
         if status < 300:
             with contextlib.suppress(ValueError, RecursionError):
-                answer = json.dumps(json.loads(text), ensure_ascii=False)
-                answer = json.loads(answer.encode("utf-8", "replace"))      # no half of a surrogate pair
+                answer = json.loads(text)
             reply, kind = reply_of(answer)
             if reply:
                 return {"reply": reply, "model": answer.get("model"), "finish": kind}, "", 0
@@ -332,8 +335,7 @@ class Server:
             return None, reason, None
         if status in (408, 425, 429) or status >= 500:
             return None, reason, min(float(after), LONGEST_WAIT) if after.isdecimal() else 0
-        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and the key in "
-                        "OPENAI_API_KEY")
+        raise UserError(f"{self.host}: {reason}; check the URL, the model's name and OPENAI_API_KEY")
 
     def exchange(self, body):
         """-> (status, Retry-After, text), or (0, "", why), within the timeout, whatever the server does."""
@@ -414,28 +416,25 @@ class Folder:
         """A VLM. Raises UserError."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from model import vlm
+        from model import front, vlm
         device = command.place(self.device)
         dtype = command.dtype(self.dtype, device)
         try:
             if "vision_config" in data.read_json(self.source / "config.json", {}):
                 return vlm.load(self.source, dtype=dtype, device=device, template=self.template)
-            tokenizer = data.from_folder(AutoTokenizer, self.source, "tokenizer", "check it")
-            model = data.from_folder(AutoModelForCausalLM, self.source, "chat model", "check it", dtype=dtype)
+            tokenizer = data.from_folder(AutoTokenizer, self.source, "tokenizer")
+            model = data.from_folder(AutoModelForCausalLM, self.source, "chat model", dtype=dtype)
         except UserError as error:
             raise UserError(f"{error}; or serve it, with vLLM for example, and give its URL") from None
         if not tokenizer.chat_template:
             raise UserError(f"{self.source} has no chat template; give a model that was trained to chat")
-        template.check(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        front.check_template(self.source, tokenizer, tokenizer.chat_template, messages("QUESTION"))
         model.config.image_token_id = len(tokenizer)                # none of its tokens
-        front = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "folder")
-        return vlm.VLM(front, model.to(device).eval(), len(tokenizer))
+        texts = Texts(self.source, model.config, tokenizer, None, tokenizer.chat_template, "of a text model")
+        return vlm.VLM(texts, model.to(device).eval(), len(tokenizer))
 
 
 class Texts(family.Family):
     """What is in front of a language model that is asked about texts alone."""
     def messages(self, question, n_images, history=()):
-        if n_images > 0:
-            raise UserError("a model for text was asked about an image; give one that sees, or a server")
-        return messages(question)
+        return messages(question)                       # no place for an image: see prompt_ids

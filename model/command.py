@@ -6,13 +6,14 @@
     rows = Store(path, ranks).work(items, make)                  finished work is kept
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from data import UserError
+from data import UserError, explained
 
 WIDTH = 80                                           # columns of a help text
 
@@ -59,22 +60,15 @@ def parse(kind, argv, prog, description, positional=()):
     given, chosen = vars(parser.parse_args(argv)), {}
     for item in given.pop("set"):
         name, equals, text = item.partition("=")
-        if name not in fields or not equals:             # also an --option's name, though help lists the rest
-            raise UserError(f"--set {item}: give KEY=VALUE with KEY one of {', '.join(rare)}")
+        if name not in fields or not equals:             # an --option's name is one of them
+            raise UserError(f"--set {item}{data.like(name, fields)}: give KEY=VALUE with KEY one of "
+                            f"{', '.join(rare)}")
         chosen[name] = value(f"--set {item}", text, fields[name])
     for name, field in fields.items():
         found = given.pop(name, None)
         if found is not None:
             chosen[name] = value(f"--{name} {found}", str(found), field)
     return chosen, given
-
-
-def preset(presets, chosen):
-    """The defaults of the preset that was chosen; without a choice, of the first. Raises UserError."""
-    name = chosen.get("preset", next(iter(presets)))
-    if name not in presets:
-        raise UserError(f"--preset {name}: give one of {', '.join(presets)}")
-    return presets[name]
 
 
 def _add(parser, name, field):
@@ -99,8 +93,9 @@ def value(where, text, field):
         found = read(text)
     except (ValueError, KeyError):
         raise UserError(f"{where}: {text!r} is not {spelt}") from None
-    if "choices" in about and found not in about["choices"]:
-        raise UserError(f"{where}: give one of {', '.join(filter(None, about['choices']))}")
+    choices = about.get("choices", [found])
+    if found not in choices:
+        raise UserError(f"{where}{data.like(text, choices)}: give one of {', '.join(filter(None, choices))}")
     least, most = about.get("at_least", 0), about.get("at_most", MOST)
     for number in {int: [found], float: [found], tuple: found}.get(kind, ()):
         if "above" in about and not number > about["above"]:
@@ -119,11 +114,9 @@ KINDS = {bool: ("BOOL", "true or false", lambda text: {"true": True, "false": Fa
 
 
 def _shown(default):
-    if isinstance(default, bool):
-        return str(default).lower()
     if isinstance(default, tuple):
         return ",".join(f"{x:g}" for x in default)
-    return "none" if default == "" else default
+    return str(default).lower() or "none"
 
 
 def _described(fields):
@@ -201,15 +194,12 @@ def dtype(name, device, on_cuda="bfloat16"):
 def place(device):
     """The torch.device of this process; `device` is "" for CUDA, else MPS, else the CPU."""
     import torch
-    try:
+    with explained(f"--device {device}: it cannot be used", "give cuda, mps or cpu, if it is there"):
         found = torch.device(device or torch.accelerator.current_accelerator(True) or "cpu")
         if found.type == "cuda" and found.index is None:
             rank = int(os.environ.get("LOCAL_RANK", 0))
             found = torch.device("cuda", rank % max(1, torch.cuda.device_count()))
         torch.ones(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:             # of another name, or of what is not there
-        reason, *_ = str(error).splitlines()
-        raise UserError(f"--device {device}: {reason}; give cuda, mps or cpu, if it is there") from None
     return found
 
 
@@ -221,14 +211,18 @@ def leave(ranks):
         dist.destroy_process_group()
 
 
+def send(x, device):
+    """A tensor of the host on the device; the host does not wait until a GPU has it."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def free():
     """Free the memory of objects that nothing refers to any more, for the next model."""
     import gc
 
     import torch
     gc.collect()                                        # modules refer to each other in circles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                            # nothing without a GPU
 
 
 # ---- what files hold ----
@@ -264,18 +258,6 @@ def fields(what, **shapes):
     return check
 
 
-@contextlib.contextmanager
-def explained(what, fix):
-    """Whatever a file's contents make its reader raise is a UserError: what failed, why, how to fix it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what} ({why}); {fix}") from error
-
-
 def read_text(path):
     """A text file as it is, its line ends included. Raises UserError."""
     with explained(f"{path} is no text in UTF-8", "give the right file"):
@@ -285,6 +267,16 @@ def read_text(path):
 def file_name(text):
     """A text as a file's name, which cannot lead out of its folder."""
     return re.sub(r"[^\w.-]+", "-", text)[:100]
+
+
+def classroom(program, *words):
+    """Run one of the classroom's programs, which no file imports -> what it printed. Raises UserError."""
+    path = Path(__file__).resolve().parents[1] / "classroom" / program
+    done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip())
+    print(done.stderr, end="", file=sys.stderr)
+    return done.stdout
 
 
 # ---- the folder ----
@@ -324,10 +316,7 @@ def digest(path, blocks=BLOCKS):
     with data.reading(path) as file:
         length = file.seek(0, os.SEEK_END)
         found = hashlib.sha256(f"{path.name} {length}".encode())
-        places = range(0, length, BLOCK)
-        if len(places) > blocks:
-            places = [length * k // blocks for k in range(blocks)]
-        for place in places:
+        for place in range(0, length, max(BLOCK, length // blocks)):
             file.seek(place)
             found.update(file.read(BLOCK))
     return found.digest()
@@ -341,13 +330,10 @@ def identity(source):
         return fingerprint(source.partition("?")[0].encode())
     if not path.exists():
         raise UserError(f"{source}: no such file or folder, and no URL; check the path")
-    there, parts = [path, *islice(path.rglob("*"), FILES)], []
+    there = [path, *islice(path.rglob("*"), FILES)]
     if len(there) > FILES:
         raise UserError(f"{source} holds over {FILES:,} files: give the folder of the model alone")
-    for file in sorted(there):
-        if file.is_file() and file.suffix != ".md":
-            parts += [str(file.relative_to(path)).encode(), digest(file)]
-    return fingerprint(b"".join(parts))
+    return identity_of(file for file in sorted(there) if file.is_file() and file.suffix != ".md")
 
 
 def identity_of(paths, blocks=BLOCKS):
@@ -370,8 +356,9 @@ class Store:
     group of items, so that a kill loses whole groups only; at the end rank 0 writes the parts' lines in
     order.
 
-    head: {"settings": {name: value}}, the first line, which decides every other: a file begun with others is
-    refused. shape: a row -> its line in the finished file, where that has no id and hash.
+    head: {"settings": {name: value}}, the first line, which decides every other (in a part each line has it):
+    a file begun with others is refused. shape: a row -> its line in the finished file, where that has no id
+    and hash.
     """
     path: Path
     ranks: Ranks = ALONE
@@ -389,11 +376,12 @@ class Store:
         wanted, found = {item["id"]: item["hash"] for item in items}, {}
         for file in (self.path, *self.parts()):
             lines = list(data.read_jsonl(file, torn_ok=True)) if file.exists() else []
-            if lines and self.head:
-                self.check_head(file, lines.pop(0))
-            if self.shape and file == self.path:                     # the lines are in the items' order
-                lines = [line | item for line, item in zip(lines, items, strict=False)]
-            with explained(f"{file} is damaged", "delete it: what it holds is made again"):
+            with explained(f"{file} is damaged or has no settings", "delete it: what it holds is made again"):
+                if lines and self.head:
+                    self.check_head(file, lines[0])
+                if self.shape and file == self.path:                 # the lines are in the items' order
+                    own = [line for line in lines if "settings" not in line]
+                    lines = [line | item for line, item in zip(own, items, strict=False)]
                 for line in lines:
                     for row in line.get("rows", [line]):
                         if wanted.get(row.get("id"), "") == row.get("hash"):
@@ -402,23 +390,17 @@ class Store:
 
     def check_head(self, file, begun):
         """Raise UserError where a file was begun with other settings: what differs is named."""
-        was, now, differ = begun.get("settings"), self.head["settings"], []
-        if not isinstance(was, dict):
-            was, differ = {}, ["it has no settings"]
+        was, now, differ = begun["settings"], self.head["settings"], []
         for name in was | now:
             old, new = str(was.get(name)), str(now.get(name))
             if old != new:
                 differ.append(f"{name} ({old[:40]}, now {new[:40]})")
         if differ:
-            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another "
-                            "--out or delete it")
+            raise UserError(f"{file} was begun with other settings: {', '.join(differ)}; give another --out")
 
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
-        part = self.part(self.ranks.rank)
-        if self.head and not (part.exists() and any(data.read_jsonl(part, torn_ok=True))):
-            data.append_jsonl(part, self.head)
-        data.append_jsonl(part, {"rows": rows})
+        data.append_jsonl(self.part(self.ranks.rank), {**(self.head or {}), "rows": rows})
 
     def work(self, items, make, size=1, description=""):
         """The items' rows in their order, without those that failed; only what is missing is made.

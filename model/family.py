@@ -22,7 +22,7 @@ Everything that is needed of an image before it is read is a function of its siz
 planning a run need no pixels.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,6 +62,7 @@ class Family:
     def __post_init__(self):
         self.image_token_id = self.config.image_token_id
         self.eos_id = self.tokenizer.eos_token_id
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.is_classroom = (self.folder / "classroom.json").exists()    # before/after are classroom metrics
         # The classroom's are few and small, and each evaluation shows them several times.
         self.read = lru_cache(2048 if self.is_classroom else 2)(self.picture)
@@ -88,7 +89,8 @@ class Family:
         found = []
         for image in images:
             made = self.image_processor(images=[image], return_tensors="pt")
-            found.append({name: x for name, x in made.items() if not name.startswith("num_")})    # no model's
+            # without numbers that are no model's, and a mask of 1s alone, two thirds of the pixels' size
+            found.append({name: x for name, x in made.items() if name.startswith(("pixel_values", "image_"))})
         return found
 
     def inputs(self, prepared):
@@ -131,7 +133,7 @@ class Family:
         from transformers import BatchFeature
         there = []                                       # and joined there: so a pinned image goes by itself
         for image in prepared:
-            there.append({name: data.send(x, model.device) for name, x in image.items()})
+            there.append({name: command.send(x, model.device) for name, x in image.items()})
         return BatchFeature(self.inputs(there)).to(model.device, model.dtype)
 
     def encode(self, model, prepared):
@@ -185,6 +187,5 @@ class Family:
                 raise data.UserError(f"the response {text[:60]!r} contains {marker}: remove the marker")
         ids = self.tokenizer(self.lead + text, add_special_tokens=False).input_ids
         if not text or not ids:
-            raise data.UserError(f"the response {text[:60]!r} has no token: drop the record or pass "
-                                 "--skip_bad")
+            raise data.UserError(f"the response {text[:60]!r} has no token: drop it, or pass --skip_bad")
         return [*ids, self.eos_id]

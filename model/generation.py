@@ -5,7 +5,7 @@
     continued(m, prompts, [[image]], 64)           token ids, of prompts in token ids
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 from functools import cache
 from itertools import groupby
@@ -53,7 +53,8 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
     from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
     at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
     """
-    ends = ends_of(m)
+    with m.seeing():
+        ends = ends_of(m)
     options = {"do_sample": False, "output_hidden_states": False}
     if sample_seed is not None:
         rows = len(m.model.lm_head.weight)
@@ -72,11 +73,12 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
                 inputs |= m.front.on_device(m.model, prepared)
                 if m.front.token_types:
                     inputs[m.front.token_types] = (inputs.input_ids == m.front.image_token_id).long()
-            new = m.model.generate(**inputs,
-                                   **options,
-                                   max_new_tokens=max_new_tokens,
-                                   eos_token_id=[*ends],
-                                   pad_token_id=m.front.eos_id)
+            with m.seeing():
+                new = m.model.generate(**inputs,
+                                       **options,
+                                       max_new_tokens=max_new_tokens,
+                                       eos_token_id=[*ends],
+                                       pad_token_id=m.front.eos_id)
             for i, tokens in zip(batch, new[:, width:].tolist(), strict=True):              # (R, new)
                 ended = [n for n, token in enumerate(tokens, 1) if token in ends]
                 found[i] = tokens[:ended[0]] if ended else tokens

@@ -1,61 +1,38 @@
 """Idefics3, SmolVLM and InternVL3: a picture becomes tiles of one size, as many as its shape asks for,
-and one more of the whole. InternVL3 is meant in transformers' form, as OpenGVLab/InternVL3-1B-hf.
+and one more of the whole, which is all that Gemma 3 takes. InternVL3 is meant in transformers' form, as
+OpenGVLab/InternVL3-1B-hf.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
-import math
 from itertools import islice
 
-import numpy as np
-
-from model.family import IMAGE, Family
+import data
+from model.family import Family
 from model.llava import Llava
 
 
-class Idefics3(Family):
+class Idefics3(Llava):
     """Idefics3 and SmolVLM, the first and the second: tokens say a tile's row and column."""
-    image_token = IMAGE
     tower = "model.vision_model"
     language = "model.text_model"
     lead = " "                                             # "Assistant:" and its answer
-    inputs = Llava.inputs
+    squares = False
+    usual_template, parts = Family.usual_template, Family.parts
 
-    @property
-    def image_tokens(self):
-        """The number of tokens of a tile."""
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor ** 2
-
-    def grid(self, size):
-        """(rows, columns) of a picture's tiles; (0, 0) if it is not cut."""
-        from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
-        processor, (width, height) = self.image_processor, size
-        tile = processor.max_image_size["longest_edge"]
-        if processor.do_resize:
-            blank = np.broadcast_to(0, (height, width))                                   # takes no memory
-            height, width = get_resize_output_image_size(blank, processor.size["longest_edge"])
-
-        # ---- the longer side in whole tiles first, the other in its proportion to that ----
-        aspect = width / height
-        if width >= height:
-            columns = math.ceil(width / tile)
-            rows = math.ceil(int(columns * tile / aspect) / tile)
-        else:
-            rows = math.ceil(height / tile)
-            columns = math.ceil(int(rows * tile * aspect) / tile)
-        cut = processor.do_image_splitting and max(rows, columns) > 1
-        return (rows, columns) if cut else (0, 0)
+    def fits(self, prepared):
+        made = self.image_processor
+        if made.size["longest_edge"] % made.max_image_size["longest_edge"]:
+            raise ValueError("size.longest_edge is no multiple of max_image_size.longest_edge")
 
     def image_ids(self, size):
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-        text = get_image_prompt_string(*self.grid(size), self.image_tokens, "<fake_token_around_image>",
-                                       self.image_token, "<global-img>")
+        width, height = size
+        _, *grid = self.image_processor.get_number_of_image_patches(height, width)    # 0 x 0: it is not cut
+        tokens = self.image_tokens // self.config.scale_factor ** 2
+        text = get_image_prompt_string(*grid, tokens, "<fake_token_around_image>", self.image_token,
+                                       "<global-img>")
         return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def prepare(self, images):
-        """Without the mask, which is of 1s alone and two thirds of the pixels' size."""
-        return [{"pixel_values": image["pixel_values"][0]} for image in super().prepare(images)]
 
 
 class InternVL(Family):
@@ -76,3 +53,36 @@ class InternVL(Family):
         import torch
         tiles = iter(super().encode(model, prepared))
         return [torch.cat([*islice(tiles, len(image["pixel_values"]))]) for image in prepared]
+
+
+class Gemma3(Family):
+    """A picture is one tile, whose tokens see each other in both directions: with --forward naive alone,
+    because a packed row's attention is causal. Pan and scan, which cuts out further tiles, is refused."""
+    image_token = "<image_soft_token>"
+    token_types = "token_type_ids"
+    packs = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.config.text_config._attn_implementation = "sdpa"      # for its masks
+        self.eos_id = self.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+        if self.image_processor.do_pan_and_scan:
+            raise data.UserError(f"{self.folder} crops images by pan and scan, which this trainer does not: "
+                                 "set do_pan_and_scan to false in its preprocessor_config.json")
+
+    def render(self, messages, **options):
+        """With an image's newlines as text, because the tokenizer joins them with those around."""
+        text = super().render(messages, **options)
+        start, end = "<start_of_image>", "<end_of_image>"
+        return text.replace(start, f"\n\n{start}{self.image_token}{end}\n\n")
+
+    def image_ids(self, size):
+        return [self.image_token_id] * self.config.mm_tokens_per_image
+
+    def language_inputs(self, ids, features):
+        """The masks of both kinds of layers: causal, but an image's tokens see all of it."""
+        from transformers.models.gemma3 import modeling_gemma3
+        images = modeling_gemma3.get_block_sequence_ids_for_mask(ids == self.image_token_id)       # (R, T)
+        masks = modeling_gemma3.create_masks_for_vision_model(self.config.text_config, ids[..., None],
+                                                              None, None, None, images)
+        return {"attention_mask": masks}

@@ -8,7 +8,8 @@ The two forwards return the same numbers (tests/test_vlm.py, float64: log-probs 
     naive    one padded row per response, full logits, the gather of losses.response_logps. To be read.
     packed   one row for the whole micro-batch and no padding (the default):
              [prompt, image | chosen | rejected] [prompt, image | ...] .. [prompt, image_rejected | chosen] ..
-             (and | rejected, and both without an image, for the losses that read them)
+             (and | rejected, and both without an image, for the losses that read them; a response whose
+             earlier turns are others follows a prompt of its own)
              The prompt is computed once for both responses. Positions of `rejected` restart where the prompt
              ends, and its attention skips `chosen`. Only what predicts a response token meets the lm_head.
 
@@ -19,7 +20,7 @@ Departures from the published code:
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of every command; run: python train_dpo.py --help"))
+    exit(print("A part of every command; run: python train_dpo.py --help"))
 
 import contextlib
 import copy
@@ -28,6 +29,7 @@ import mmap
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +61,23 @@ class VLM:
     @property
     def language_model(self):
         return self.model.get_submodule(self.front.language)
+
+    def seeing(self):
+        """Inside the `with`, what a picture makes the model raise is a UserError: nothing else shows some of
+        what may be wrong in these two files."""
+        return command.explained(f"{self.front.folder} fails on a picture",
+                                 "copy its config.json and generation_config.json again")
+
+
+class Batch(NamedTuple):
+    """A micro-batch: B pairs and their images as the model's family prepared them, in the pairs' order."""
+    pairs: list
+    images: list
+    images_rejected: list = ()    # empty if the loss reads none
+    places: list = ()             # of the pairs among all that are trained on
+    keys: list = ()               # of each pair, a hash over all of it
+    counts: int = 0               # how many of the pairs count: B, or 0 in a filler batch
+    of: int = 0                   # pairs in the optimiser step, over all ranks
 
 
 class Features(NamedTuple):
@@ -95,27 +114,20 @@ def load(folder, adapter=None, dtype=torch.float32, device="cpu", template=None,
 
     # ---- the weights ----
     model, found = data.from_folder(transformers.AutoModelForImageTextToText, own.folder,
-                                    "model", "copy the checkpoint again",
+                                    "model",
                                     dtype="auto",
                                     config=own.config,
                                     output_loading_info=True)
     if lack := sorted(found["missing_keys"]):                      # transformers would draw them at random
         raise data.UserError(f"{own.folder}: {len(lack)} weights are missing, {lack[0]} first: copy the "
                              "checkpoint again")
-    for name, weight in model.named_parameters():  # mapped until here; unaligned, products would be slower
+    for weight in model.parameters():              # mapped until here; unaligned, products would be slower
         mapped = weight.data
         weight.data = mapped.to(device, dtype, copy=True)
         forget(mapped)
-        if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
-            raise data.UserError(f"{own.folder}: {name} is not finite: copy the checkpoint again, or give "
-                                 "--dtype float32 if it was finite there")
+    lora.check_finite(dict(model.named_parameters()),
+                      f"copy {own.folder} again, or give --dtype float32 if it was finite there")
     model.requires_grad_(False).eval().to(device)
-
-    saved = vars(model.generation_config)
-    tokens = {name: (int, [int], None) for name in saved if name.endswith("_token_id")}
-    if not command.fits(saved, tokens):
-        raise data.UserError(f"{own.folder}: generation_config.json has a token that is no number: copy it "
-                             "again")
 
     # ---- which rows of lm_head are tokens ----
     # The importer adds a row of zeros for <image> behind the vocabulary: no logit of the published model.
@@ -171,32 +183,32 @@ def keep_memory():
 
 # -------------------------------------------------------------------------------- images in the model
 def encode_images(m, batch):
-    """Features of a data.Batch; no graph unless something in front of the language model trains.
+    """Features of a Batch; no graph unless something in front of the language model trains.
 
     Raises UserError if an image's features are not as many as its places in the prompt.
     """
     n = len(batch.images)
     images = [*batch.images, *batch.images_rejected]
-    found = m.front.encode(m.model, images) if images else []
-    prompts = [(p.id, p.prompt, p.sizes) for p in batch.pairs]
-    if batch.images_rejected:
-        prompts += [(p.id, p.prompt_rejected, p.sizes_rejected) for p in batch.pairs]
+    with m.seeing():
+        found = m.front.encode(m.model, images) if images else []
     shown = iter(found)
-    for id, ids, sizes in prompts:
+    kinds = ("images", "rejected") if batch.images_rejected else ("images",)
+    for images, pair in product(kinds, batch.pairs):
+        ids, sizes = pair.shown(images)
         places = ids.count(m.front.image_token_id)
         filled = sum(len(next(shown, ())) for _ in sizes)
         if places != filled:
-            raise data.UserError(f"{id}: its prompt has {places} places for images, the vision tower gives "
-                                 f"{filled} features: config.json in {m.front.folder} is not this model's")
+            raise data.UserError(f"{pair.id}: its prompt has {places} places for images, the vision tower "
+                                 f"gives {filled} features: config.json in {m.front.folder} is not its own")
     return Features(found[:n], found[n:])
 
 
 def embed(m, ids, features):
     """ids (..., T), on the CPU, the features [(K, D or more)] of their images in order -> embeddings."""
-    embeddings = m.model.get_input_embeddings()(data.send(ids, m.device))                   # (..., T, D)
+    embeddings = m.model.get_input_embeddings()(command.send(ids, m.device))                   # (..., T, D)
     if features:
         at_image = (ids == m.front.image_token_id).nonzero(as_tuple=True)          # a GPU would be waited for
-        places = [data.send(x, m.device) for x in at_image]
+        places = [command.send(x, m.device) for x in at_image]
         found = torch.cat(features)[:, :embeddings.shape[-1]]
         embeddings = embeddings.index_put(places, found.to(embeddings.dtype))
     return embeddings
@@ -211,7 +223,7 @@ def naive(m, pairs, features, needs):
     rows, shown = [], []
     for images, fields in data.grouped(needs).items():
         for field in fields:
-            rows += [(*p.shown(images), p.response(field)) for p in pairs]
+            rows += [(*p.shown(images, field), p.response(field)) for p in pairs]
             shown += getattr(features, images)
 
     # ---- rows of one length: right padding needs no mask, no real token can see the padding behind it ----
@@ -239,7 +251,7 @@ def as_logps(sums, pairs, needs):
     fields = sum(data.grouped(needs).values(), [])
     found = dict(zip(fields, sums.split(len(pairs)), strict=False))                # no field: one empty part
     numbers = [[len(p.chosen), len(p.rejected), p.weight] for p in pairs]
-    chosen, rejected, weights = data.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
+    chosen, rejected, weights = command.send(torch.tensor(numbers, dtype=sums.dtype), sums.device).T
     return losses.Logps(**found, chosen_tokens=chosen, rejected_tokens=rejected, weights=weights)
 
 
@@ -249,7 +261,7 @@ def without_image(policy, pairs):
     bare = [not p.sizes for p in pairs]
     if policy.image_rejected is None or not any(bare):
         return policy
-    bare = data.send(torch.tensor(bare), policy.image_rejected.device)
+    bare = command.send(torch.tensor(bare), policy.image_rejected.device)
     return replace(policy, image_rejected=policy.image_rejected.masked_fill(bare, -torch.inf))
 
 
@@ -274,8 +286,8 @@ class Layout:
             self.masks.append(seen.tril(s.prompt))      # what `rejected` sees of both, for all layers
         self.segments = segments                                               # [data.Segment]
         self.longest = max(s.prompt + max(s.chosen, s.rejected) for s in segments)
-        self.keys = data.send(torch.tensor(keys), device)
-        self.starts = data.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
+        self.keys = command.send(torch.tensor(keys), device)
+        self.starts = command.send(torch.tensor(starts, dtype=torch.int32).T.contiguous(), device)
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):
@@ -341,11 +353,8 @@ def compile_layers(m):
 
 def packed(m, pairs, features, needs):
     """The fast forward: the numbers of `naive` (same arguments) from one row, no padding, no prompt twice."""
-    row = data.pack(pairs, needs, m.front.positions)
-    shown = []
-    for images in data.grouped(needs):
-        shown += getattr(features, images)
-    logps = packed_token_logps(m, row, shown).split(row.lengths)
+    row = data.pack(pairs, needs, m.front.positions, features)
+    logps = packed_token_logps(m, row, row.shown).split(row.lengths)
     return as_logps(torch.stack([response.sum() for response in logps]), pairs, needs)
 
 
@@ -355,7 +364,7 @@ def packed_token_logps(m, row, features):
     features: [(K, D)] of the row's images.
     """
     tensors = row.ids, row.positions, row.predict, row.target
-    ids, positions, predict, target = (data.send(x, m.device) for x in tensors)
+    ids, positions, predict, target = (command.send(x, m.device) for x in tensors)
     # The 4D tensor is not a mask and nobody reads it. Without it, transformers would guess packed sequences
     # from the restarted positions, and cut `rejected` off from its prompt.
     outputs = m.language_model(inputs_embeds=embed(m, row.ids, features)[None],    # (1, T, D)

@@ -4,6 +4,5 @@
     images.py    candidate images of a prompt, all guidance scales in one call
     rewards.py   ImageReward, ArmoRM, CLIP and BLIP as rewards
     pairing.py   from scored responses to pairs
-    analysis.py  a page and tables of a run
     topics/      the shipped prompts, a file a topic
 """

@@ -16,7 +16,7 @@ Departures from the published pipeline:
  4. Seeds are a CPU generator's, so that every device starts from the same noise.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+    exit(print("A part of synth.py; run: python synth.py --help"))
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ import torch
 import data
 from data import UserError
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+ENCODERS = "text_encoder text_encoder_2 text_encoder_3 tokenizer tokenizer_2 tokenizer_3".split()
 MOST = 256                              # tokens of a prompt for T5, diffusers' own limit
 
 
@@ -62,7 +62,7 @@ def _load(folder, device, dtype, without):
         dtype=dtype, variant=variant, **dict.fromkeys([*without, *absent]))
     pipeline.set_progress_bar_config(disable=True)
     if "transformer" in without and "text_encoder_3" in absent:     # zeros take T5's place, as wide as it
-        config = data.read_json(folder / "transformer" / "config.json")
+        config = data.read_json(folder / "transformer/config.json")
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
     return pipeline.to(device)
 

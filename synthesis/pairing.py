@@ -12,7 +12,7 @@ the same text, or if their scores lie within `margin` standard deviations of the
 minimum rejected, whatever they are; the echo is taken off after it was scored, and newlines become blanks.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+    exit(print("A part of synth.py; run: python synth.py --help"))
 
 import json
 import re
@@ -161,9 +161,8 @@ def length_report(pairs):
             f"chosen one is longer in {100 * longer:.0f}% of the pairs")
     for share, more in ((longer, "longer"), (1 - longer, "shorter")):
         if share >= TELLING:
-            text += (f".\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of the "
-                     f"pairs: DPO will learn to write {more} answers. Compare with --scorer length, or "
-                     "balance the pairs")
+            text += (f".\nWARNING: length alone tells the chosen response in {100 * share:.0f}% of pairs: "
+                     f"DPO will learn to write {more} answers. Balance them, or compare with --scorer length")
     return text
 
 

@@ -1,9 +1,10 @@
 """Prompts and questions for synth.py: from files, a template or a chat model, without near-duplicates."""
 if __name__ == "__main__":
-    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+    exit(print("A part of synth.py; run: python synth.py --help"))
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import data
@@ -33,7 +34,7 @@ RAW = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] 
 def grams(text):
     """The word pairs of a text (of a single word: the word; without words: its characters)."""
     words = re.findall(r"\w+", text.lower())
-    return set(zip(words, words[1:], strict=False)) or set(words) or set(text)
+    return set(pairwise(words)) or set(words) or set(text)
 
 
 def distinct(texts, similar):

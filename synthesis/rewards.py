@@ -16,7 +16,7 @@ Departures from the official codes:
  2. ArmoRM's heads compute in float32 whatever the tower's type (official: all bfloat16).
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of synth.py; run: python synth.py --help"))
+    exit(print("A part of synth.py; run: python synth.py --help"))
 
 import math
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from torch import nn
 
 import data
 from data import MEAN, STD, UserError
-from model import ask, command, template
+from model import ask, command, front
 
 
 def read_published(weights, config, default=None):
     """-> (folder, config, {name: tensor}) of a .pt or .safetensors file, or of a folder's safetensors.
 
     config: a dict, a JSON file, or None for config.json beside the weights. Pickled code is never run. Raises
-    UserError for a file that is missing or torn, or that holds code.
+    UserError for a file that is missing or torn, or that holds code; a folder may have none.
     """
     from safetensors.torch import load_file
     folder, state = Path(weights), {}
@@ -56,8 +56,6 @@ def read_published(weights, config, default=None):
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if not state:
-        raise UserError(f"{weights}: no weights there; give the published file or folder")
     return folder, config, state
 
 
@@ -69,16 +67,20 @@ PUBLISHED = {                           # where it is not BLIP's default in tran
     "vision": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
                "intermediate_size": 4096, "image_size": 224, "layer_norm_eps": 1e-6},
     "text": {"num_attention_heads": 12, "bos_token_id": None, "sep_token_id": None}}
-LINEAR = ("0", "2", "4", "6", "7")      # the head's linear maps; dropouts have the numbers between
+LINEAR = "0 2 4 6 7".split()            # the head's linear maps; dropouts have the numbers between
 # Published names to ours; parts of the file that the reward does not use.
-NAMES = (("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
-         ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
-         ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
-         ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
-         ("blip.visual_encoder.norm.", "vision.post_layernorm."),
-         ("blip.text_encoder.", "text."), ("mlp.layers.", "head."),
-         (".attn.qkv.", ".self_attn.qkv."), (".attn.proj.", ".self_attn.projection."),
-         (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."))
+NAMES = [line.split() for line in """\
+blip.visual_encoder.cls_token          vision.embeddings.class_embedding
+blip.visual_encoder.pos_embed          vision.embeddings.position_embedding
+blip.visual_encoder.patch_embed.proj.  vision.embeddings.patch_embedding.
+blip.visual_encoder.blocks.            vision.encoder.layers.
+blip.visual_encoder.norm.              vision.post_layernorm.
+blip.text_encoder.                     text.
+mlp.layers.                            head.
+.attn.qkv.                             .self_attn.qkv.
+.attn.proj.                            .self_attn.projection.
+.norm1.                                .layer_norm1.
+.norm2.                                .layer_norm2.""".splitlines()]
 DROPPED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
 
 
@@ -175,10 +177,8 @@ def bert_tokenizer(vocab):
     if path.is_dir():
         path = path / "vocab.txt"
     if not path.exists():
-        raise UserError(f"{path} is missing: ImageReward reads prompts with bert-base-uncased's vocab.txt; "
-                        "pass its path or put it beside the weights")
-    words = command.read_text(path).splitlines()
-    return BertTokenizer(vocab={word: k for k, word in enumerate(words)})
+        raise UserError(f"{path} is missing: ImageReward needs bert-base-uncased's vocab.txt; put it there")
+    return BertTokenizer(vocab=str(path))
 
 
 # ---- CLIP and BLIP: how alike a picture and a text are ----
@@ -193,11 +193,10 @@ class Similarity:
     def load(cls, folder, device="cpu"):
         from transformers import AutoProcessor, BlipForImageTextRetrieval, CLIPModel
         kinds = {"clip": CLIPModel, "blip": BlipForImageTextRetrieval}
-        kind = data.read_json(Path(folder) / "config.json").get("model_type")
-        if kind not in kinds:
-            raise UserError(f"{folder}: model_type {kind} is neither clip nor blip; give one of them")
-        processor = data.from_folder(AutoProcessor, folder, "processor", "copy it again")
-        model = data.from_folder(kinds[kind], folder, "model", "copy it again", dtype=torch.float32)
+        with command.explained(f"{folder} is neither clip nor blip", "give one of them"):
+            kind = kinds[data.read_json(Path(folder) / "config.json")["model_type"]]
+        processor = data.from_folder(AutoProcessor, folder, "processor")
+        model = data.from_folder(kind, folder, "model", dtype=torch.float32)
         return cls(model.to(device), processor)
 
     @torch.no_grad()
@@ -266,10 +265,10 @@ class ArmoRM(nn.Module):
         pattern = token_pattern or data.read_json(folder / "token_pattern.json", LLAMA3)
         model = cls(llama, head, config.get("gating_temperature", 10), pattern)
         if (folder / "tokenizer_config.json").exists():
-            model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer", "copy it again")
+            model.tokenizer = data.from_folder(AutoTokenizer, folder, "tokenizer")
             if model.tokenizer.chat_template:
                 said = [*ask.messages("QUESTION"), {"role": "assistant", "content": "ANSWER"}]
-                template.check(folder, model.tokenizer, model.tokenizer.chat_template, said)
+                front.check_template(folder, model.tokenizer, model.tokenizer.chat_template, said)
         return model.requires_grad_(False).to(device)
 
     def prompt_end(self, input_ids, real):
@@ -308,12 +307,10 @@ class ArmoRM(nn.Module):
     @torch.no_grad()
     def judge(self, question, answers, max_length=4096):
         """[{"rewards", "gating", "score"}] of a question's answers, in the folder's chat template."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UserError("ArmoRM's folder has no tokenizer with a chat template; copy tokenizer.json and "
-                            "tokenizer_config.json as published")
         found, asked = [], ask.messages(question)
         chats = [[*asked, {"role": "assistant", "content": answer}] for answer in answers]
-        with command.explained("ArmoRM's chat template fails", "copy it again"):
+        with command.explained("ArmoRM's folder has no tokenizer with a chat template that works",
+                               "copy tokenizer.json and tokenizer_config.json as published"):
             tokens = self.tokenizer.apply_chat_template(
                 chats, padding=True, truncation=True, max_length=max_length, return_dict=True,
                 return_tensors="pt", tokenizer_kwargs={"padding_side": "right"}).to(self.llama.device)

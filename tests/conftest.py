@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from functools import cache
 from pathlib import Path
 
 import pytest
 import start
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,6 +24,8 @@ SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
 GOLDEN = Path(os.environ.get("GOLDEN", SHARED / "golden"))
 os.environ["OMP_NUM_THREADS"] = "1"              # a fork of a process whose sums have threads waits for ever
 os.environ["HF_HUB_OFFLINE"] = "1"               # nothing here may reach for a hub
+# Forks share tqdm's lock: one that is killed while it holds it would let the next wait for ever.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 CACHE = tempfile.mkdtemp(prefix="nanovpo-tests-")
 os.environ.setdefault("XDG_CACHE_HOME", CACHE)   # nothing here may write into the user's ~/.cache
 

@@ -109,31 +109,31 @@ def processor(folder):
 
 
 # ---- the families ----
-def qwen(folder, kind, template, patch=14, text=None, vision=None):
-    """kind: what transformers' classes are called, Qwen2VL. text, vision: of its configurations."""
+def qwen(folder, kind, template, patch=14, text=None, vision=None, blocks=9, std=0.3, merges=(),
+         dtype=torch.float32):
+    """kind: what transformers' classes are called, Qwen2VL. text, vision: of its configurations. blocks: of
+    pixels, an image's most tokens."""
     import transformers
-    tokenizer = byte_tokenizer(transformers.Qwen2Tokenizer, SPECIAL_QWEN, eos_token="<|im_end|>",
+    tokenizer = byte_tokenizer(transformers.Qwen2Tokenizer, SPECIAL_QWEN, merges, eos_token="<|im_end|>",
                                pad_token="<|endoftext|>")
     start, end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_QWEN[2:4] + SPECIAL_QWEN[5:])
+    text = dict(vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4},
+                ) | (text or {})
     config = getattr(transformers, f"{kind}Config")(
-        text_config=dict(vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=48,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id, rope_parameters={
-                             "mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4},
-                         **text or {}),
-        vision_config=dict(depth=2, patch_size=patch, spatial_merge_size=2, **vision),
+        text_config=text,
+        vision_config=dict(depth=2, patch_size=patch, spatial_merge_size=2) | vision,
         image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
         tie_word_embeddings=kind != "Qwen2VL")
-    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")._from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     block = (2 * patch) ** 2
-    pixels = transformers.Qwen2VLImageProcessorPil(min_pixels=4 * block, max_pixels=9 * block,
+    pixels = transformers.Qwen2VLImageProcessorPil(min_pixels=4 * block, max_pixels=blocks * block,
                                                    patch_size=patch)
-    save(folder, model, tokenizer, pixels)
+    save(folder, model, tokenizer, pixels, std)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    if kind != "Qwen3VL":
-        as_published(folder)
 
 
 def as_published(folder):
@@ -156,12 +156,14 @@ def as_published(folder):
 
 def qwen2_vl(folder):
     qwen(folder, "Qwen2VL", QWEN2, vision=dict(embed_dim=32, num_heads=2, hidden_size=32, mlp_ratio=2))
+    as_published(folder)
 
 
 def qwen2_5_vl(folder):
     qwen(folder, "Qwen2_5_VL", QWEN2,
          vision=dict(hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, window_size=56,
                      fullatt_block_indexes=[1]))
+    as_published(folder)
 
 
 def qwen3_vl(folder):

@@ -90,7 +90,10 @@ def records():
         picture(0, (36, 24)).save(f"images/{name}")
     two = ["a.png", "a.png"]
     more = {"history": [["what ?", "a dog"]], "image": two, "image_rejected": two, "meta": {"of": 1}}
-    for name, record in {**PUBLISHED, "history": PUBLISHED["native"] | more}.items():
+    turns = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(
+        ("<image> what ?", "a dog", "sure ?", "A dog.", "<image> is it red ?", "no", "why ?", "A cat."))]
+    apart = {"id": "t", "messages": turns[:4], "rejected_messages": turns[4:], "images": ["a.png"]}
+    for name, record in {**PUBLISHED, "history": PUBLISHED["native"] | more, "turns": apart}.items():
         text = json.dumps(record).replace("A dog.", "a dog .").replace("A cat.", "a cat .")      # tokens
         rows = [json.loads(text) for _ in range(3)]
         for k, row in enumerate(rows):

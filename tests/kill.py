@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pathlib import Path
 import fuzz
 from fuzz_case import command
 from fuzz_world import OUT, SYNTH, TRAIN
+from tqdm import tqdm
 
 VOLATILE = {"seconds", "tokens_per_second", "waiting", "memory_gib", "versions", "commit"}
 APART = (".lock", "report.html", "gallery.html", "last/", "checked/")    # pages show times
@@ -80,6 +82,7 @@ def fork(argv, rank, ranks, port, log):
     if child:
         return child
     code = 1
+    tqdm.set_lock(threading.RLock())                 # not the one that all share: who is killed would keep it
     try:
         os.setpgid(0, 0)
         if ranks > 1:

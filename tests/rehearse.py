@@ -3,7 +3,8 @@
     python tests/rehearse.py mdpo-bunny        14 GB of memory, 13 GB of disk
     python tests/rehearse.py mdpo-llava        7B: a GPU or 64 GB; 40 GB of disk
     python tests/rehearse.py pds-llava         the same
-    python tests/rehearse.py smolvlm-256m      8 GB of memory, 1 GB of disk; minutes on two idle cores
+    python tests/rehearse.py smolvlm-256m      8 GB of memory, 1 GB of disk; two minutes on two idle cores
+    python tests/rehearse.py qwen2.5-vl-3b     18 GB of memory, 9 GB of disk; ten minutes on two idle cores
 
 Writes a random checkpoint with the published shapes, key names, types and shards, as the original is
 published; takes it through model/import_checkpoint.py and train_dpo.py for 2 steps on two of the ten real
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
 import data  # noqa: E402
 
 SHARED = Path(os.environ.get("NANOVPO_SHARED", ROOT.parent / "shared"))
@@ -77,6 +78,18 @@ def write_smolvlm(folder, text, tiny=False):
               "num_attention_heads": 12, "patch_size": 16}
     families.idefics(folder, "Idefics3", sizes, vision, tile=512, longest=2048, scale=4, std=0.02,
                      merges=merges)
+
+
+def write_qwen(folder, text, tiny=False):
+    """Qwen2.5-VL-3B-Instruct as published, in bfloat16; the tokenizer as in write_smolvlm."""
+    import families
+    import qwen3b
+    folder.mkdir(parents=True)
+    if tiny:
+        families.qwen2_5_vl(folder)
+        return
+    families.qwen(folder, "Qwen2_5_VL", families.QWEN2, text=qwen3b.TEXT, vision=qwen3b.TOWER, blocks=16384,
+                  std=0.02, merges=learnt_merges(text), dtype=torch.bfloat16)
 
 
 def learnt_merges(text):
@@ -230,7 +243,7 @@ def rehearse(preset, folder, steps=2, sizes=None, options=()):
     return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
 
 
-WRITTEN = {"smolvlm-256m": write_smolvlm}              # by transformers itself
+WRITTEN = {"smolvlm-256m": write_smolvlm, "qwen2.5-vl-3b": write_qwen}     # by transformers itself
 
 
 def main():
@@ -247,6 +260,7 @@ def main():
         if args.preset not in WRITTEN:
             # The random tokenizer knows letters alone: 1300 tokens are about what a real one makes of them.
             options = ["--set", "max_length=1300"]
+        if args.preset != "smolvlm-256m":
             options += ["--dtype", "bfloat16", "--set", "checkpointing=true"] * cpu
         options = [] if args.tiny else options
         sizes = TINY.get(kind, True) if args.tiny else None

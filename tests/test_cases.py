@@ -91,6 +91,7 @@ def refused(capsys, model, path, **changes):
 # ---- a record is read completely: one faulty record among good ones ----
 USER = {"from": "human", "value": "<image>\nWhat is it?"}
 SURE = {"from": "human", "value": "Sure?"}
+AND = {"from": "human", "value": "And <image>?"}
 
 
 def gpt(text):
@@ -128,10 +129,19 @@ FAULTY = {
     "an image in a message": (TRL | {"images": None}, "1 <image> for 0 images"),
     "a completion of several turns": (TRL | {"chosen": say("A", "B"), "rejected": say("A", "C")},
                                       "not one turn after the same turns"),
-    "other turns before the last": (
+    "the same last turn after other turns": (
         LLAVA | {"conversations": [USER, gpt("A"), SURE, gpt("Yes")],
-                 "rejected_conversations": [USER, gpt("B"), SURE, gpt("No")]},
-        "not one turn after the same turns"),
+                 "rejected_conversations": [USER, gpt("B"), SURE, gpt("Yes")]},
+        "identical, though turns before may differ"),
+    "an image that rejected's own turns leave out": (
+        LLAVA | {"image": ["0.png", "1.png"], "conversations": [USER, gpt("A"), AND, gpt("Yes")],
+                 "rejected_conversations": [USER, gpt("B"), SURE, gpt("No")]}, "1 <image> for 2 images"),
+    "rejected's own turns in no order": (
+        LLAVA | {"rejected_conversations": [USER, USER, gpt("No")]}, "the turns are not"),
+    "another prompt than the record's": (
+        TRL | {"rejected": [*say("A dog."), *ask(), *say("A cat.")]}, "not one turn after the same turns"),
+    "messages that end with an answer to chosen and rejected": (
+        TRL | {"messages": [*ask({"type": "image"}), *say("A dog.")], "prompt": None}, "the turns are not"),
     "a tool's turn": (TRL | {"prompt": [{"role": "tool", "content": "x"}, *TRL["prompt"]]},
                       "the turns are not"),
     "half a surrogate pair": (pair(1, chosen="Two cups \ud83d"), "surrogates not allowed"),
@@ -174,6 +184,8 @@ USED = {
     "a prompt again in the completions": TRL | {"chosen": [*TRL["prompt"], *say("A dog.")]},
     "LLaMA-Factory": {"conversations": [USER], "chosen": gpt("A dog."), "rejected": gpt("A cat."),
                       "images": ["0.png"]},
+    "LLaMA-Factory's openai tags": {"messages": ask({"type": "image"}), "chosen": say("A dog.")[0],
+                                    "rejected": say("A cat.")[0], "images": ["0.png"]},
     "ms-swift": {"messages": [{"role": "user", "content": "<image>What is it?"}, *say("A dog.")],
                  "rejected_response": "A cat.", "images": ["0.png"]},
     "mDPO": {"img_path": "0.png", "prompt": "USER: <image>\nWhat is it? ASSISTANT:", "chosen": "A dog.",
@@ -193,6 +205,77 @@ def test_every_layout_reads_as_the_same_pair(tiny, folder, name):
                                                                     rejected=record["rejected"])]))
     same, = pairs.read(0).pairs
     assert same._replace(id="p0") == native.read(0).pairs[0]
+
+
+# ---- two conversations, each with turns of its own ----
+OWN = (["<image>\nWhat is it?", "A dog.", "And <image>?", "A cat."],
+       ["<image> Or <image>?", "No.", "Sure?", "Yes."])
+
+
+def turns(texts):
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def llava_turns(texts):
+    return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+TWO = {"images": ["0.png", "1.png"], "rejected_images": ["2.png", "3.png"]}
+APART = {"LLaVA": dict(zip(("conversations", "rejected_conversations"), map(llava_turns, OWN), strict=True)),
+         "ms-swift": dict(zip(("messages", "rejected_messages"), map(turns, OWN), strict=True)),
+         "TRL": dict(zip(("chosen", "rejected"), map(turns, OWN), strict=True))}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_each_response_follows_its_own_turns(tiny, folder, name):
+    """As if it were alone: with the images, the rejected ones, and where its own prompt has them."""
+    pairs = checked(tiny["llava"], lines(folder / "d.jsonl", [APART[name] | TWO]), loss="symmpo")
+    both, = pairs.read(0).pairs
+    for field, (*history, question, response) in zip(("chosen", "rejected"), OWN, strict=True):
+        row = pair(0, history=[history], question=question, image=TWO["images"], chosen=response,
+                   image_rejected=TWO["rejected_images"])
+        alone, = checked(tiny["llava"], lines(folder / "n.jsonl", [row]), loss="symmpo").read(0).pairs
+        assert getattr(both, field) == alone.chosen
+        for images in ("images", "rejected"):
+            assert both.shown(images, field) == alone.shown(images)
+    assert both.prompt != both.apart.prompt and pairs.tokens == [len(data.pack([both], pairs.needs).ids)]
+
+
+def test_a_response_is_cut_behind_its_own_turns(tiny, folder):
+    """Only where they are long; and turns that leave no room are a fault."""
+    long, short = [["What is it?" * n, "A dog.", "Sure?", f"I see {n} of it."] for n in (9, 1)]
+    row = {"messages": turns(short), "rejected_messages": turns(long), "images": ["0.png"]}
+    path = lines(folder / "d.jsonl", [row])
+    whole, = checked(tiny["llava"], path).read(0).pairs
+    room = len(whole.apart.prompt) + 4
+    cut, = checked(tiny["llava"], path, max_length=room).read(0).pairs
+    assert (cut.chosen, cut.rejected) == (whole.chosen, whole.rejected[:4])
+    with pytest.raises(UserError, match="1 of 1 records"):
+        checked(tiny["llava"], path, max_length=room - 4)
+
+
+def test_a_run_on_conversations_that_differ_earlier_looks_at_its_pictures(tiny, folder, tmp_path):
+    """Both forwards, held-out pairs with other images, the KL: the command's numbers are the same."""
+    rows = []
+    for n in range(5):
+        own = turns([OWN[n > 0][0].replace("<image>", ""), "No.", "Sure?", "Yes."])
+        rows.append({"id": str(n), "images": [f"{n % 4}.png"], "rejected_messages": own,
+                     "messages": turns([OWN[0][0], "No.", "Sure?", f"A cat {n}."])})
+    path, found = lines(folder / "d.jsonl", rows), []
+    for forward in ("packed", "naive"):
+        out = tmp_path / forward
+        words = ["--model", tiny["llava"], "--data", path, "--val_data", path, "--out", out, "--loss", "mdpo",
+                 "--epochs", 1, "--batch", 2, "--lora_r", 4, "--forward", forward, "--set", "look=4",
+                 "--set", "max_new_tokens=4", "--set", "warmup=0"]
+        code, said = run(list(map(str, words)))
+        assert code == 0, said
+        found.append(json.loads((out / "summary.json").read_text()))
+    packed, naive = found
+    for side in ("before", "after"):
+        assert packed[side]["margin"] == pytest.approx(naive[side]["margin"], abs=1e-3)
+        for measure, mean in packed[side]["look"]["preference"].items():
+            assert mean == pytest.approx(naive[side]["look"]["preference"][measure], abs=1e-3)
+    assert packed["after"]["look"]["kl"][0] != 0
 
 
 @pytest.mark.parametrize("meta", ["a text", ["a", "list"], {"theme": ["kitchen", 1]}, 7])
@@ -454,8 +537,9 @@ def test_random_never_draws_the_same_picture_under_any_name(tiny, folder):
         assert (own["pixel_values"] != drawn["pixel_values"]).any(), names[place]
 
 
-def test_random_without_another_picture_is_refused(tiny, folder):
-    path = lines(folder / "d.jsonl", [pair(i, image="0.png") for i in range(3)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_random_without_another_picture_is_refused(tiny, folder, n):
+    path = lines(folder / "d.jsonl", [pair(i, image="0.png") for i in range(n)])
     with pytest.raises(UserError, match="all pictures are the same one"):
         checked(tiny["llava"], path, loss="copo", image_rejected="random")
 
@@ -634,7 +718,7 @@ FOUND = {
     "parquet-hf/plural.parquet": 4,
     "parquet-hf/trl.parquet": 4,
     "plural-images-key/pairs.jsonl": 4,
-    "povid-multiturn/pairs.jsonl": "not one turn after the same turns",
+    "povid-multiturn/pairs.jsonl": "identical, though turns before may differ",
     "random-longer-image/later.jsonl": "leaves no room",
     "random-longer-image/own.jsonl": "leaves no room",
     "random-longer-image/pairs.jsonl": "leaves no room",
@@ -703,7 +787,8 @@ def test_shared_case_with_skip_bad(tiny, tmp_path, name):
     assert "Traceback" not in said
     if name in GOOD:
         lines = {int(n) for n in re.findall(rf"^{re.escape(str(path))}, line (\d+)", said, re.MULTILINE)}
-        assert f"--skip_bad left out {len(lines)} of {len(lines | GOOD[name])} records" in said
+        more = sum(map(int, re.findall(r"and (\d+) more", said)))        # faults without a line
+        assert f"--skip_bad left out {len(lines) + more} of {len(lines | GOOD[name]) + more} records" in said
         assert (code, lines & GOOD[name]) == (0, set())
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == len(GOOD[name])
     else:

@@ -528,7 +528,7 @@ def test_what_is_no_source_is_refused(talker, tmp_path):
     with pytest.raises(data.UserError, match="gpt-4o is not a URL, a file of replies or a model folder"):
         replies("gpt-4o", requests(1))
     picture(0).save(tmp_path / "dog.png")
-    with pytest.raises(data.UserError, match="was asked about an image"):
+    with pytest.raises(data.UserError, match="the template 'of a text model' makes 0 image places for 1"):
         replies(talker, local_requests(1, tmp_path / "dog.png"))
     for config in ("{}", '{"model_type": "qwen2_vl", "vision_config": {}}'):
         (tmp_path / "config.json").write_text(config)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import data
 from model import command
@@ -58,10 +58,31 @@ def test_only_what_was_given_is_returned_with_its_type():
     (["--set", "deep=maybe"], "--set deep=maybe: 'maybe' is not true or false"),
     (["--set", "shares=1,x"], "is not numbers with commas"),
     (["--set", "deep"], "give KEY=VALUE with KEY one of shares, deep"),
-    (["--set", "absent=3"], "--set absent=3: give KEY=VALUE")])
+    (["--set", "absent=3"], "--set absent=3: give KEY=VALUE"),
+    (["--set", "share=3,4"], r"--set share=3,4 \(did you mean shares\?\): give KEY=VALUE")])
 def test_a_bad_value_is_refused_with_what_was_written_and_what_it_should_be(argv, words):
     with pytest.raises(data.UserError, match=words):
         parsed(*argv)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("train_dpo.py --los dpo", "train_dpo.py: there is no --los (did you mean --loss?); see --help"),
+    ("train_dpo.py --los=dpo", "train_dpo.py: there is no --los (did you mean --loss?); see --help"),
+    ("train_dpo.py --loss dpo+mdop", "loss 'mdop' is not in losses.py (did you mean mdpo?): give a sum"),
+    ("train_dpo.py --preset clasroom", "--preset clasroom (did you mean classroom?): give one of"),
+    ("train_dpo.py --set scene=3", "--set scene=3 (did you mean scenes?): give KEY=VALUE "),
+    ("train_dpo.py --image_rejected croop", "--image_rejected croop (did you mean crop?): give one of"),
+    ("eval_hallu.py answer pope", "step: answer (did you mean answers?): give one of score, answers"),
+    ("eval_hallu.py score amberr", "amberr (did you mean amber?): give one of classroom, pope, amber"),
+    ("eval_hallu.py score pope --answer a", "score pope: there is no --answer (did you mean --answers?)"),
+    ("eval_hallu.py score chair --scorer x", "argument --scorer: x: give one of original, objhal"),
+    ("synth.py imges", "argument stage: imges (did you mean images?): give one of all, prompts, images"),
+    ("lora.py merg", "lora.py: argument command: merg (did you mean merge?): give one of merge"),
+    ("lora.py merge --adaptor A", "there is no --adaptor (did you mean --adapter?)")])
+def test_a_mistyped_word_is_refused_with_the_likely_one(words, says):
+    script, *arguments = words.split()
+    code, said = run_script(ROOT / script, *arguments)
+    assert code == 1 and says in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("argv", [["--lose", "x"], ["--fas"], ["--n"]])
@@ -83,13 +104,12 @@ def test_help_has_a_text_for_every_field_and_fits_80_columns(capsys):
 
 
 def test_presets_are_defaults_below_the_command_line():
-    presets = {"plain": {}, "quick": {"n": 1, "fast": True}}
-    chosen, _ = parsed("--preset", "quick", "--n", "5")
-    o = Options(**{**command.preset(presets, chosen), **chosen})
-    assert (o.n, o.fast, o.preset) == (5, True, "quick")
-    assert command.preset(presets, {}) == {}                      # the first one
-    with pytest.raises(data.UserError, match="--preset slow: give one of plain, quick"):
-        command.preset(presets, {"preset": "slow"})
+    from training import options
+    o = options.parse(["--preset", "mdpo-llava", "--model", "M", "--data", "D", "--batch", "5"], "")
+    assert (o.batch, o.lr, o.preset) == (5, options.PRESETS["mdpo-llava"]["lr"], "mdpo-llava")
+    assert {*options.NAMES.split()} == options.PRESETS.keys()
+    with pytest.raises(data.UserError, match="--preset slow: give one of classroom, "):
+        options.parse(["--preset", "slow"], "")
 
 
 # ---- the folder ----
@@ -187,6 +207,14 @@ def test_a_file_begun_with_other_settings_is_refused_and_what_differs_named(tmp_
     with pytest.raises(data.UserError, match=r"other settings: model \(a, now b\); give another --out"):
         Store(path, head={"settings": {"model": "b", "seed": 1}}).work(items(2), squares)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("head", [{}, {"settings": "m"}, {"id": "i0"}])
+def test_a_file_without_settings_is_refused(tmp_path, head):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(head) + "\n")
+    with pytest.raises(data.UserError, match=r"answers.jsonl is damaged or has no settings \(.*\); del"):
+        Store(path, head={"settings": {"model": "m"}}).work(items(2), squares)
 
 
 def test_a_line_may_have_a_shape_of_its_own(tmp_path):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image, ImageOps
 
 import data
-from data import Pair, UserError, read_image, rejected_image
+from data import UserError, read_image, rejected_image
 from training import batches
 
 
@@ -263,8 +263,7 @@ def test_random_is_another_record_by_seed_and_id():
     assert all(0 <= j < 5 and j != i % 5 for i, j in enumerate(draws)) and min(np.bincount(draws)) > 60
     assert draws == [batches.other_index(0, f"p{i}", i % 5, 5) for i in range(500)]
     assert {batches.other_index(seed, "a", 0, 5) for seed in range(30)} == {1, 2, 3, 4}
-    with pytest.raises(UserError, match="needs two records or more"):
-        batches.other_index(0, "a", 0, 1)
+    assert batches.other_index(0, "a", 0, 1) == 0                       # its own picture, which is refused
 
 
 def test_a_rejected_image_of_your_own_is_a_function_and_a_line(monkeypatch):
@@ -290,22 +289,32 @@ def test_draws_are_keyed_as_they_always_were():
 
 # ---- token ids ----
 
-def test_truncation_shortens_responses_only_and_counts():
-    pair = Pair("a", [1] * 10, [1] * 8, [2] * 5, [3] * 9)
-    cut, n = data.truncate(pair, 16)
-    assert (cut.prompt, cut.prompt_rejected, cut.chosen, cut.rejected, n) == (
-        [1] * 10,
-        [1] * 8,
-        [2] * 5,
-        [3] * 6,
-        3,
-    )
-    assert pair.rejected == [3] * 9 and data.truncate(pair, 19) == (pair, 0)
+def tokenised(max_length):
+    """A record whose prompt has 10 tokens, 8 with its rejected image, and responses of 5 and of 9."""
+    record = {"id": "a", "question": "?", "history": [], "chosen": "1" * 5, "rejected": "1" * 9, "meta": {}}
+    o = SimpleNamespace(max_length=max_length)
+    return batches.tokenise(Counted(), record, o, ((10, 10),), ((8, 8),), {"image_rejected"})
+
+
+class Counted:
+    """A family whose prompts are as long as their image is wide, and responses as their text."""
+    def prompt_ids(self, question, sizes, history):
+        return [1] * sizes[0][0]
+
+    def response_ids(self, text):
+        return [len(text)] * len(text)
+
+
+def test_truncation_shortens_responses_only():
+    pair, cut = tokenised(19), tokenised(16)
+    assert (pair.prompt, pair.prompt_rejected) == ([1] * 10, [1] * 8)
+    assert (pair.chosen, pair.rejected) == ([5] * 5, [9] * 9)
+    assert cut == pair._replace(rejected=[9] * 6)
 
 
 def test_a_prompt_that_leaves_no_room_is_a_sentence():
     with pytest.raises(UserError, match="the prompt of a has 10 tokens.*max_length 10; raise it or drop"):
-        data.truncate(Pair("a", [1] * 10, [], [2], [3]), 10)
+        tokenised(10)
 
 
 def test_a_sliver_of_a_picture_is_refused_in_a_sentence(tmp_path):

@@ -14,7 +14,7 @@ import data
 import eval_hallu
 import lora
 from classroom import ask as page
-from evaluation import dialogue
+from evaluation import benchmarks, dialogue
 from model import ask, vlm
 
 CAPTION = "describe the picture ."
@@ -54,7 +54,7 @@ def test_each_line_is_echoed_and_answered_before_and_after(run, monkeypatch, cap
 
 def test_one_answer_without_an_adapter_about_a_picture_of_ones_own(run, monkeypatch, capsys, tmp_path):
     folder, m = run
-    scene = next(iter(dialogue.scenes_of(folder / "scenes")))
+    scene = next(iter(benchmarks.truths(folder / "scenes")))
     data.read_image(scene).save(tmp_path / "own.png")
     out = talk(monkeypatch, capsys, ["--model", "classroom", "--image", tmp_path / "own.png"], CAPTION)
     assert "before" not in out and "answer:" in out and "*" not in out
@@ -80,7 +80,7 @@ def test_invented_words_are_in_stars_and_columns_are_side_by_side():
 
 def test_words_owe_together_what_the_answer_owes(run):
     _, m = run
-    image = data.read_image(next(iter(dialogue.scenes_of(run[0] / "scenes"))))
+    image = data.read_image(next(iter(benchmarks.truths(run[0] / "scenes"))))
     words = dialogue.owed(m, image, CAPTION, "this is a kitchen . you can see a cup .")
     blank = data.rejected_image("blank", image, 0, "")
     gains = [dialogue.token_logps(m, one, CAPTION, "this is a kitchen . you can see a cup .")[:-1].sum()
@@ -93,7 +93,7 @@ def test_words_owe_together_what_the_answer_owes(run):
 @pytest.fixture(scope="module")
 def site(run):
     folder, m = run
-    with page.Site(m, dialogue.scenes_of(folder / "scenes"), 64) as found:
+    with page.Site(m, benchmarks.truths(folder / "scenes"), 64) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found, found.server_port
         found.shutdown()
@@ -133,11 +133,11 @@ def test_the_page_answers_and_weighs_two_crops_as_python_does(run, site):
 def test_the_reward_is_the_losses_own(run):
     """BETA times the difference of Logps.chosen that the naive forward computes."""
     _, m = run
-    image = data.read_image(next(iter(dialogue.scenes_of(run[0] / "scenes"))))
+    image = data.read_image(next(iter(benchmarks.truths(run[0] / "scenes"))))
     answer = "this is a kitchen ."
     prompt, response = m.front.prompt_ids(CAPTION, (image.size,)), m.front.response_ids(answer)
     pair = data.Pair("p", prompt, prompt, response, response, (image.size,), (image.size,))
-    features = vlm.encode_images(m, data.Batch([pair], m.front.prepare([image])))
+    features = vlm.encode_images(m, vlm.Batch([pair], m.front.prepare([image])))
     with torch.no_grad():
         policy = vlm.naive(m, [pair], features, {"chosen"}).chosen
         with vlm.base_of(m) as base:

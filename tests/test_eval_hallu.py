@@ -685,7 +685,7 @@ def test_empty_answers_are_counted_and_named(tmp_path, capsys):
     questions, rows = pope_file(tmp_path / "pope")
     answers = write_json(tmp_path / "b.jsonl", pope_answers(rows, ""))
     score(tmp_path, "pope", answers, "--questions", questions)
-    assert "6 answers are empty (ids 1, 2, 3, 4, 5)" in capsys.readouterr().out
+    assert "6 answers are empty (ids 1, 2, 3, 4, 5, and 1 more)" in capsys.readouterr().out
 
 
 def test_empty_answers_are_named_by_every_scorer_and_by_compare(tmp_path, coco, capsys):

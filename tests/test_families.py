@@ -16,8 +16,8 @@ import data
 import lora
 import losses
 import train_dpo
-from model import front, generation, vlm
-from training import batches
+from model import command, front, generation, vlm
+from training import batches, options
 
 SIZES = ((90, 60), (60, 120), (33, 45))                # (width, height)
 NEEDS = {"chosen", "rejected", "image_rejected"}
@@ -91,7 +91,7 @@ def pairs_of(m):
         pairs.append(data.Pair(str(i), *prompts, *responses, sizes, other))
         true += m.front.prepare(pictures(sizes))
         turned += m.front.prepare(pictures(other, seed=5))
-    return pairs, vlm.encode_images(m, data.Batch(pairs, true, turned))
+    return pairs, vlm.encode_images(m, vlm.Batch(pairs, true, turned))
 
 
 def with_adapter(world):
@@ -167,6 +167,52 @@ def test_naive_equals_transformers_own_forward(world):
             expected[name].append(losses.response_logps(logits, labels)[0])
     for name, values in expected.items():
         torch.testing.assert_close(getattr(got, name), torch.stack(values), rtol=1e-9, atol=0)
+
+
+RECORD = {"id": "two", "images": ["0.png", "1.png"], "rejected_images": ["2.png", "3.png"],
+          "messages": [("user", "What is <image>?"), ("assistant", "A dog."),
+                       ("user", "And <image>? Say it."), ("assistant", "A red cat.")],
+          "rejected_messages": [("user", "What differs in <image> and <image>?"), ("assistant", "It is red."),
+                                ("user", "Is it a dog?"), ("assistant", "Two dogs, no cat")]}
+TURNS = ("messages", "rejected_messages")
+
+
+def test_a_response_after_turns_of_its_own_is_scored_as_transformers_does(world, tmp_path):
+    """A record as ms-swift has it: naive to 1e-9, packed as naive, log-probs and gradients."""
+    record, shapes = dict(RECORD), [SIZES[0], SIZES[1], SIZES[1], SIZES[2]]
+    for name in TURNS:
+        record[name] = [{"role": role, "content": text} for role, text in RECORD[name]]
+    for i, image in enumerate(pictures(shapes)):
+        image.save(tmp_path / f"{i}.png")
+    data.write_jsonl(tmp_path / "d.jsonl", [record])
+    needs, m = NEEDS | {"rejected_image_rejected"}, with_adapter(world)
+    o = options.Options(data=str(tmp_path / "d.jsonl"), forward="packed" if m.front.packs else "naive")
+    batch = batches.checked(m.front, o.data, o, needs, command.Ranks()).read(0)
+    expected, images = {}, pictures(shapes)
+    for name, response, shown in (("chosen", batch.pairs[0].chosen, images[:2]),
+                                  ("rejected", batch.pairs[0].rejected, images[:2]),
+                                  ("image_rejected", batch.pairs[0].chosen, images[2:]),
+                                  ("rejected_image_rejected", batch.pairs[0].rejected, images[2:])):
+        *history, (_, question), _ = RECORD[TURNS[name.startswith("rejected")]]
+        history = data.chunks([text for _, text in history], 2)
+        inputs = inputs_of(world.processor, question, history, shown, response)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[0, -len(response):] = torch.tensor(response)
+        with torch.no_grad():
+            logits = world.theirs(**inputs).logits[..., :m.words]
+        expected[name] = losses.response_logps(logits, labels)
+    found = []
+    for forward in [vlm.FORWARDS[name] for name in ("naive", "packed")[:1 + m.front.packs]]:
+        with torch.no_grad(), vlm.base_of(m) as base:
+            logps = forward(base, batch.pairs, vlm.encode_images(base, batch), needs)
+        for name, value in expected.items():
+            torch.testing.assert_close(getattr(logps, name), value, rtol=1e-9, atol=0)
+        m.model.zero_grad()
+        logps = forward(m, batch.pairs, vlm.encode_images(m, batch), needs)
+        sum((k + 1) * getattr(logps, name).sum() for k, name in enumerate(sorted(needs))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in lora.lora_parameters(m.model).values()]))
+    naive, packed = found[0], found[-1]
+    assert (packed - naive).norm() / naive.norm() < 1e-7
 
 
 def test_packed_equals_naive(world):
@@ -348,6 +394,14 @@ def test_qwen_refuses_patches_that_are_not_its_towers(tmp_path):
     families.qwen2_5_vl(tmp_path)
     edit(tmp_path / "preprocessor_config.json", patch_size=16)
     with pytest.raises(data.UserError, match=r"patches are \(16, 2, 2\) .* takes \(14, 2, 2\)"):
+        front.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_tiles_of_which_an_image_is_no_whole_number_are_refused(tmp_path, name):
+    families.FAMILIES[name](tmp_path)
+    edit(tmp_path / "preprocessor_config.json", size={"longest_edge": 40})
+    with pytest.raises(data.UserError, match="size.longest_edge is no multiple of max_image_size.longest"):
         front.open_folder(tmp_path)
 
 

@@ -141,7 +141,7 @@ WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"
 class Waiting(TorchDispatchMode):
     """Notes in `found` where the host would wait for a device that has some tensors and all made of them.
 
-    A copy to the device counts as well, unless it is data.send's.
+    A copy to the device counts as well, unless it is command.send's.
     """
     def __init__(self, patch, tensors):
         super().__init__()
@@ -149,7 +149,7 @@ class Waiting(TorchDispatchMode):
         self.mark(tensors)
         for name in ("cpu", "tolist", "numpy", "new_tensor", "to"):
             patch.setattr(torch.Tensor, name, self.noting(name, getattr(torch.Tensor, name)))
-        patch.setattr(data, "send", lambda x, device: self.mark(x.clone()))
+        patch.setattr(command, "send", lambda x, device: self.mark(x.clone()))
 
     def mark(self, found):
         for x in tree_leaves(found):

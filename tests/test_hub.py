@@ -8,7 +8,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import run_forked, write_llava
+from conftest import ROOT, run_forked, write_llava
 from test_train_dpo import write_pairs
 
 import eval_hallu
@@ -77,6 +77,7 @@ def hub(tmp_path_factory):
     table_of(write_pairs(folder / "pairs"), folder / "set" / "data")
     Hub.repositories = {"org/tiny": model, "org/gated": model, "datasets/org/pairs": folder / "set",
                         "datasets/org/gated": folder / "set"}
+    Hub.repositories |= {f"made/{name}": ROOT / "classroom" / "synthesis" / name for name in MODELS}
     Hub.gated = {"org/gated", "datasets/org/gated"}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -107,6 +108,7 @@ def table_of(pairs, folder):
     parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
 
 
+MODELS = ("sd3", "imagereward", "armorm", "llava0", "llava1")
 SMALL = ["--batch", "4", "--micro_batch", "2", "--max_steps", "2", "--lora_r", "4", "--set", "look=0"]
 
 
@@ -148,6 +150,29 @@ def test_a_folder_of_that_name_comes_first(hub):
     assert code == 0 and "folder          org/missing" in said and Hub.asked == []
 
 
+def test_synthesis_takes_each_of_its_models_of_the_hub(hub):
+    """Generator, reward models and responders; each is fetched once, and called by its own name."""
+    start, folder = hub
+    (folder / "art.txt").write_text("a red ball on a blue box\na green cup\n")
+    words = ["all", "--preset", "pds-dpo", "--prompts", "art.txt", "--out", "synth",
+             "--generator", "made/sd3", "--imagereward", "made/imagereward", "--armorm", "made/armorm",
+             "--responders", "made/llava0,made/llava1", "--size", "0", "--steps", "2", "--guidance", "1,4",
+             "--threshold=-99", "--set", "max_new_tokens=8"]
+    code, said = start(synth.main, words)
+    assert code == 0, said
+    names = [line.split(":")[0] for line in said.splitlines() if line.startswith("fetching ")]
+    assert sorted(names) == sorted(f"fetching made/{name}" for name in MODELS)
+    rows = [json.loads(line) for line in (folder / "synth" / "responses.jsonl").read_text().splitlines()]
+    assert {row["model"] for row in rows} == {"llava0", "llava1"}
+    card = (folder / "synth" / "card.md").read_text()
+    for role in ("generator sd3", "imagereward imagereward", "armorm armorm", "responders llava0"):
+        assert f"- {role}: files " in card
+
+    del Hub.asked[:]
+    code, said = start(synth.main, ["pairs", *words[1:]], HF_HUB_OFFLINE="1")
+    assert code == 0 and Hub.asked == [], said
+
+
 OWN = ["--data", "pairs/pairs.jsonl", *SMALL, "--out", "none"]
 
 
@@ -158,12 +183,16 @@ OWN = ["--data", "pairs/pairs.jsonl", *SMALL, "--out", "none"]
     (train_dpo.main, ["--model", "model", *OWN, "--data", "org/gated"], "Cannot access gated repo"),
     (lora.main, ["merge", "--adapter", "a", "--out", "m", "--model", "org/absent"], "Repository Not Found"),
     (synth.main, ["instruct", "--out", "made", "--instruct", "org/absent"], "Repository Not Found"),
+    (synth.main, ["images", "--out", "made", "--generator", "org/gated"], "Cannot access gated repo"),
+    (synth.main, ["rank", "--out", "made", "--imagereward", "org/absent"], "Repository Not Found"),
+    (synth.main, ["score", "--out", "made", "--armorm", "org/absent"], "Repository Not Found"),
     (train_dpo.main, ["--model", "org/absent", *OWN], "offline"),
     (train_dpo.main, ["--model", "org/absent", *OWN], "refused")])
 def test_what_the_hub_does_not_give_is_one_sentence_with_the_command_to_fetch_it(hub, main, words, reason):
     start, folder = hub
     (folder / "made").mkdir(exist_ok=True)
-    (folder / "made" / "ranked.jsonl").write_text("")
+    for file in ("prompts", "images", "ranked", "responses"):
+        (folder / "made" / f"{file}.jsonl").write_text("")
     name = next(word for word in words if word.startswith("org/")).partition("@")[0]
     kind = "dataset" if "model" in words else "model"
     there = {"offline": {"HF_HUB_OFFLINE": "1"}, "refused": {"HF_ENDPOINT": "http://127.0.0.1:9"}}

@@ -101,7 +101,7 @@ ONE = ((1, 1),)                               # of a picture: its size decides n
 
 
 def features_of(m, pairs, images, rejected=()):
-    return vlm.encode_images(m, data.Batch(pairs, images, rejected))
+    return vlm.encode_images(m, vlm.Batch(pairs, images, rejected))
 
 
 def pixels_of(tensors, file):

@@ -187,7 +187,7 @@ def test_further_arguments():
     ("robust", "epsilon=0.5,", "division by zero|not finite"),
     ("dpo", "anchors=w", "could not convert .* 'w'"), ("ancpo", "anchors=1", "multiple values .* 'anchors'"),
     ("much*dpo", "", "could not convert string to float: 'much'"), ("0.8*", "", "is not in losses.py"),
-    ("dpo+sympo", "", "'sympo' is not in losses.py: give a sum .* symmpo")])
+    ("dpo+sympo", "", r"'sympo' is not in losses.py \(did you mean symmpo\?\): give a sum .* svco")])
 def test_what_is_no_loss_is_refused_in_a_sentence(loss, given, said):
     with pytest.raises(data.UserError, match=said):
         parse("--loss", loss, "--set", f"loss_args={given}")

@@ -1,6 +1,8 @@
 """training/plan.py as specification: exact sizes, runs that cannot fit, refusals and their advice."""
 import dataclasses
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +168,46 @@ def test_out_of_memory_names_what_is_not_set_yet():
     assert plan.advice(slim, 1).startswith("shorten the pairs (--set max_length), shard")
 
 
+def test_the_hours_are_near_what_the_steps_compute(tmp_path, monkeypatch, capsys):
+    """By PyTorch's own count, over half of the rate; with LoRA, and each of 12 pairs is seen three times."""
+    from test_train_dpo import write_pairs
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import train_dpo
+    from training import batches
+
+    class Timer:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def blocked_autorange(self):
+            return SimpleNamespace(median=2 ** 34 / 1e6)               # a million FLOP per second
+    monkeypatch.setattr(plan.benchmark, "Timer", Timer)
+    model, pairs = write_llava(tmp_path / "model", hidden=256, image_size=140), write_pairs(tmp_path)
+    words = ["--model", str(model), "--data", str(pairs), "--batch", "6", "--lora_r", "4"]
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py", "--dry_run", *words, "--set", "device=cpu"])
+    train_dpo.main()
+    said = capsys.readouterr().out
+    hours = float(re.search(r"^hours           about (\S+) on 1 cpu: an estimate, half", said, re.M)[1])
+
+    m = vlm.load(model)
+    lora.add_lora(m.model, r=4, alpha=8)
+    o = options.Options(data=str(pairs), device="cpu")
+    read = batches.checked(m.front, str(pairs), o, NEEDS, command.Ranks())
+    with FlopCounterMode(display=False) as counted:
+        for place in range(len(read)):
+            batch = read.read(place)
+            features = vlm.encode_images(m, batch)
+            with torch.no_grad():
+                vlm.packed(m, batch.pairs, features, NEEDS)
+            policy = vlm.packed(m, batch.pairs, features, NEEDS)
+            (policy.chosen + policy.rejected + policy.image_rejected).sum().backward()
+    measured = 3 * counted.get_total_flops() / (1e6 / 2) / 3600
+    assert 0.4 < hours / measured < 2.5
+    tokens, numbers = 3 * sum(read.tokens), sum(p.numel() for p in m.model.parameters())
+    assert hours == pytest.approx(8 * numbers * tokens / (1e6 / 2) / 3600, rel=0.05)
+
+
 def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     from test_train_dpo import write_pairs
 
@@ -180,6 +222,12 @@ def test_dry_run_prints_the_plan(tmp_path, monkeypatch, capsys):
     assert "pairs           12 of 12" in said
     assert "steps           3 of 32 pairs (4 a forward), 3 epochs" in said
     assert "memory          at least 0.0 GiB" in said and "weights 0.0, LoRA 0.0, optimiser 0.0" in said
+    hours = r"^hours           about \S+ on \d \w+: an estimate, half of the [1-9][\d,]* GFLOP/s of a product"
+    assert re.search(hours, said, re.MULTILINE)
+    monkeypatch.setenv("RANK", "1")                             # under torchrun, rank 0 alone prints it
+    train_dpo.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(sys, "argv", [*words[:5], "nothing"])
     with pytest.raises(SystemExit, match="train_dpo.py: --preset nothing: give one of"):
         train_dpo.main()

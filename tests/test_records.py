@@ -345,7 +345,7 @@ def test_an_array_of_other_things_is_a_sentence(folder):
         Records(folder / "d.json")
 
 
-def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys):
+def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys, monkeypatch):
     (folder / "bad.jpg").write_bytes(b"\xff\xd8\xff garbage")
     rows = [
         pair(0),
@@ -366,7 +366,10 @@ def test_faults_come_one_a_line_with_file_line_and_id(folder, capsys):
         pair(15),
     ]
     path = lines(folder / "d.jsonl", rows)
+    few, _ = faults(Records(path), capsys)
+    monkeypatch.setattr("evaluation.stats.FEW", 99)
     out, end = faults(Records(path), capsys)
+    assert few == [*out[:5], "and 9 more"]
     expected = [
         "line 2 (id p1): the chosen response is empty",
         "line 3 (id p2): the rejected response is empty",
@@ -449,6 +452,7 @@ def test_threads_find_every_fault_in_order_and_decode_every_image_once(folder, m
     decoded = []
     monkeypatch.setattr("training.records.read_image",
                         lambda image: decoded.append(image) or read_image(image))
+    monkeypatch.setattr("evaluation.stats.FEW", 99)
     out, _ = faults(records, capsys)
     places = [int(re.search(r"line (\d+)", line)[1]) for line in out]
     assert len(out) == 7 + 6 + 10 and places == sorted(places)

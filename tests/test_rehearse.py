@@ -3,6 +3,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import pytest
 import rehearse
 from conftest import run_forked
 
@@ -17,8 +18,9 @@ def in_process():
     rehearse.subprocess = SimpleNamespace(run=run)
 
 
-def test_smolvlm_is_written_and_trains_two_steps(tmp_path):
-    code, said = run_forked(rehearse.main, ["smolvlm-256m", "--tiny", "--keep", str(tmp_path)], in_process)
+@pytest.mark.parametrize("preset", rehearse.WRITTEN)
+def test_it_is_written_and_trains_two_steps(tmp_path, preset):
+    code, said = run_forked(rehearse.main, [preset, "--tiny", "--keep", str(tmp_path)], in_process)
     assert code == 0, said
     losses = re.findall(r"^step (\d): loss (\d\.\d+), \d+ tokens/s, \d+ s$", said, re.MULTILINE)
     assert [step for step, _ in losses] == ["1", "2"] and losses[0][1] == "2.0794"               # 3 ln 2

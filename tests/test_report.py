@@ -1,17 +1,18 @@
 """training/report.py: one page that needs nothing else, whatever the run holds."""
 import json
-import os
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import data
+import eval_hallu
 from classroom import runs as runs_page
-from evaluation import metrics, page
+from evaluation import compare, metrics, page
 from training import report
 
 EVIL = "<script>alert('1')</script>\"'&"
@@ -94,6 +95,19 @@ def test_the_table_has_both_sides_the_change_and_intervals(tmp_path):
     assert "existence0.0" in text
 
 
+def test_the_tables_columns_never_touch_whatever_the_users_data_are_called():
+    long = "a_kind_of_question_with_a_longer_name"
+    one, other = ({"by_kind": {long: {"acc": acc}}, "loss": loss}
+                  for acc, loss in ((99.95, -12345678.25), (0.5, 12345678.75)))
+    for line in report.table({"before": one, "after": other})[1:]:
+        assert len(line.split()) == 4, line
+    lines = eval_hallu.table("amber", {long: -1234567890.0, "intervals": {long: (-1e9, 1e9)}})
+    assert lines[1].split() == [*long.split("_"), "-1234567890.0", "-1000000000.0", "to", "1000000000.0"]
+    found = {long: {"a": 1e9, "b": -1e9, "change": -2e9, "interval": (0, 0)}}
+    line = compare.table(found, SimpleNamespace(a="a", b="b"))[-1]
+    assert line.split() == [long, "1000000000.0", "-1000000000.0", "-2000000000.0", "0.0", "to", "0.0"]
+
+
 def test_the_table_as_text(tmp_path):
     run = make_run(tmp_path / "run")
     head, first, *_ = report.table(json.loads((run / "summary.json").read_text()))
@@ -109,7 +123,8 @@ def test_the_table_as_text(tmp_path):
     answers = [json.loads(line) for line in (run / "after.jsonl").read_text().splitlines()]
     answers = [line | {"answer": " "} if "id" in line else line for line in answers]
     silent["after"] = metrics.classroom(answers)
-    said = "after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x): a broken model writes such answers"
+    said = ("after: 28 answers are empty (ids 0x, 0qx, 1x, 1qx, 2x, and 23 more): a broken model writes such "
+            "answers")
     assert report.table(silent)[-1] == said
     (run / "summary.json").write_text(json.dumps(silent))
     assert said in Page(read(run)).text
@@ -240,14 +255,15 @@ def test_runs_side_by_side_on_one_page(tmp_path, monkeypatch, capsys):
     assert len(paths) > 6                                            # both runs' curves
 
 
-def test_the_report_of_several_runs_starts_the_page_of_several(monkeypatch):
-    started = []
-    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words) or sys.exit())
-    monkeypatch.setattr(sys, "argv", ["report.py", "a", "b", "--out", "page.html"])
-    with pytest.raises(SystemExit):
+def test_the_report_of_several_runs_starts_the_page_of_several(tmp_path, monkeypatch, capsys):
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two")]
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, runs), "--out", str(page)])
+    report.main()
+    assert str(page) in capsys.readouterr().out and page.read_text().startswith("<!doctype html>")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(runs[0]), str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="report.py: runs.py: .*none"):
         report.main()
-    (_, program, *words), = started
-    assert program.samefile(runs_page.__file__) and words == ["a", "b", "--out", "page.html"]
 
 
 def test_runs_that_answer_different_questions_are_refused(tmp_path, monkeypatch):
@@ -271,3 +287,39 @@ def test_the_card_has_pefts_layout_and_the_runs_numbers(tmp_path):
     assert "| CHAIR_s, lower is better | 100.0 | 0.0 | -100.0 |" in body
     summary["options"]["lora_r"] = 0
     assert "library_name: transformers\n" in report.card("run", summary, "")
+
+
+# ---- the verdict, and what was measured as it trained ----
+def changed(run, **intervals):
+    """The page's text, where the change of some measures has other intervals."""
+    summary = json.loads((run / "summary.json").read_text())
+    for name, interval in intervals.items():
+        summary["difference"][name]["interval"] = interval
+    (run / "summary.json").write_text(json.dumps(summary))
+    return Page(read(run)).text
+
+
+def test_the_verdict_is_one_sentence_that_is_sure_only_where_the_interval_leaves_out_0(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert ("Compared with before training, captions name things that are not in the picture clearly less, "
+            "and they name what is in it clearly more.") in changed(run, chair_s=[-9, -1], cover=[1, 2])
+    text = changed(run, chair_s=[-9, 0], cover=[-2, -1])
+    assert "that are not in the picture perhaps neither more nor less (the 95% interval of the change" in text
+    assert "they name what is in it clearly less." in text
+    summary = {"before": {}, "after": {"look": found(4)}}
+    assert "held-out pairs clearly more.</b>" in report.verdict(summary)
+    assert report.verdict({"before": {}, "after": {"loss": 1}}) == report.verdict({}) == ""
+
+
+def test_what_was_measured_as_it_trained_is_drawn_between_before_and_after(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Evaluations" not in Page(read(run)).text
+    (run / "before.json").write_text('{"loss": 3, "n": 9, "look": {}}')
+    (run / "summary.json").write_text('{"after": {"loss": 1}}')
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"evaluation": "step-9", "eval": {"loss": 2, "n": 9}}\n')
+    html = read(run)
+    figure = html[html.index("<h2>Evaluations"):html.index("<h2>Training")]
+    assert figure.count("<figure") == 1 and "3.000 → 1.000" in figure and figure.count("<svg") == 2
+    line, = re.findall(r'<path class="s0" d="(M0.0 [^"]+)"', figure)
+    assert line.split() == ["M0.0", "10.0", "145.0", "70.0", "290.0", "130.0"]

@@ -85,7 +85,7 @@ def test_the_calibration_is_as_it_was_written_down():
 @pytest.mark.parametrize("options, says", [
     ("--length_penalty", "--length_penalty is for the reward of --responders: give both"),
     ("--responders tied --on_policy classroom", "two sources of captions: give one of them"),
-    ("--responders tide", "invalid choice: 'tide'")])
+    ("--responders tide", "tide (did you mean tied?): give one of")])
 def test_options_that_do_not_go_together_are_refused(options, says, tmp_path):
     code, printed = run_script("classroom/pairs.py", *options.split(), "--out", str(tmp_path / "x"))
     assert code and says in printed and not (tmp_path / "x").exists()

@@ -128,7 +128,7 @@ def test_a_config_is_a_path_or_a_dict_and_need_not_tell_a_pictures_size(tmp_path
 @pytest.mark.parametrize("spoil, says", [
     (lambda f: (f / "vocab.txt").unlink(), "vocab.txt is missing"),
     (lambda f: (f / "ImageReward.pt").write_bytes(b"torn"), "cannot be read as weights"),
-    (lambda f: (f / "ImageReward.pt").unlink(), "no weights there"),
+    (lambda f: (f / "ImageReward.pt").unlink(), "not ImageReward's state dict"),
     (lambda f: (f / "config.json").write_text("{"), "broken JSON"),
     (lambda f: torch.save({"a": torch.ones(1)}, f / "ImageReward.pt"), "not ImageReward's state dict"),
     (lambda f: torch.save({"a": subprocess.run}, f / "ImageReward.pt"), "cannot be read as weights"),

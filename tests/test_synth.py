@@ -960,7 +960,7 @@ def test_the_oracle_and_its_judge_go_by_the_prompt(tmp_path):
     (["all", "--set", "dtype=int8", "--out", "OUT"], "give one of auto"),
     (["all", "--set", "nothing=1", "--out", "OUT"], "with KEY one of attributes, "),
     (["all", "--prompts", "/nowhere", "--out", "OUT"], "could not be read"),
-    (["paint", "--out", "OUT"], "invalid choice"),
+    (["paint", "--out", "OUT"], "stage: paint: give one of all, prompts, images"),
     (["prompts", "--out", "/proc/nothing"], "cannot be written")])
 def test_a_users_mistake_is_one_sentence(tmp_path, argv, says):
     with pytest.raises(SystemExit, match=says):

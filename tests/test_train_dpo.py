@@ -586,19 +586,18 @@ def test_pairs_are_read_ahead_and_are_the_same_with_any_number_of_threads(world)
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("keep, redraw, reads", [(2 ** 28, False, 12), (2 ** 28, True, 24), (9, False, 24)])
-def test_small_pictures_are_read_once_for_all_epochs(world, monkeypatch, keep, redraw, reads):
-    """And are what is read anew; not kept is what is drawn anew, or too much."""
-    seen, read = [], batches.Pairs.read
-    monkeypatch.setattr(batches, "KEEP", keep)
-    pairs = read_pairs(vlm.load(world[0]).front, world[1], batch=4, micro_batch=2, redraw=redraw, workers=1)
+@pytest.mark.parametrize("built_in, redraw, reads", [(True, False, 12), (True, True, 24), (False, False, 24)])
+def test_the_classrooms_pictures_are_read_once_for_all_epochs(world, built_in, redraw, reads):
+    """And are what is read anew; not kept is what is drawn anew, or of another model."""
+    seen, model = [], "classroom" if built_in else world[0]
+    pairs = read_pairs(vlm.load(world[0]).front, world[1], model=model, batch=4, micro_batch=2, redraw=redraw,
+                       workers=1)
+    read = pairs.read
+    pairs.read = lambda *args: seen.append(1) or read(*args)
     feed = batches.Batches(pairs, pairs.o, command.Ranks(), 6)
+    pairs.read = read
     for step in range(6):
-        with monkeypatch.context() as patch:
-            patch.setattr(batches.Pairs, "read", lambda *args: seen.append(1) or read(*args))
-            found = list(feed(step))
-            [future.result() for micro in feed.begun.get(step + 1, ()) for future in micro[0]]
-        for batch in found:
+        for batch in feed(step):
             assert_same(batch, batch_of(pairs, batch.places, step // 3))
     assert len(seen) == reads
 
@@ -609,7 +608,7 @@ def test_ranks_take_all_micro_batches_and_much_the_same_number_of_tokens(shard):
     tokens = [100, 900, 300, 500, 700, 200, 400, 600, 800, 50]
     for rank in range(2):
         pairs = batches.Pairs(None, range(10), tokens, None, o, frozenset())
-        pairs.read = lambda place, epoch: data.Batch([place], [], [], [place], [place], 1, 1)
+        pairs.read = lambda place, epoch: vlm.Batch([place], [], [], [place], [place], 1, 1)
         found = list(batches.Batches(pairs, o, command.Ranks(rank, 2), 1)(0))
         assert len(found) == 3 if shard else len(found) in (2, 3)      # five, and a filler
         counting = [batch for batch in found if batch.counts]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import synth
-from model import command, front, template, vlm
+from model import command, front, vlm
 from training import checkpoint, options, report
 
 STRESS = SHARED / "cases" / "stress"
@@ -47,9 +47,9 @@ def test_a_chat_template_that_fails_or_takes_too_much_is_named_within_seconds(ki
 
 def test_a_template_is_bounded_in_what_it_writes():
     plain = SimpleNamespace(special_tokens_map={"bos_token": "<s>"})
-    template.check("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
+    front.check_template("here", plain, "{{ bos_token }}{{ messages | tojson }}", [])
     with pytest.raises(data.UserError, match=r"template of here .*it writes 200,000 characters"):
-        template.check("here", plain, "{{ 'xy' * 100000 }}", [])
+        front.check_template("here", plain, "{{ 'xy' * 100000 }}", [])
 
 
 def test_no_code_of_a_model_folder_runs_and_nobody_is_asked(folder, tmp_path, monkeypatch, capsys):
@@ -129,7 +129,7 @@ TRAIN = [["--epochs", "1e30"], ["--epochs", "9" * 30], ["--set", "warmup=5"], ["
          ["--dtype", "banana"], ["--set", "device=banana"], ["--set", "clip=nan"], ["--out", "a\0b"],
          ["--out", "\ud800"], ["--delta", "1e30"], ["--set", "template=\0"], ["--batch", "0.5"]]
 SYNTH = [["--guidance", "nan"], ["--guidance", "5,inf"], ["--guidance", "1e30"], ["--seed", "-1"],
-         ["--size", "99999999"], ["--dtype", "banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
+         ["--size", "99999999"], ["--set", "dtype=banana"], ["--set", "similar=2"], ["--set", "chunk=0"],
          ["--set", "topics=\0"], ["--per_topic", "-3"], ["--threshold", "nan"]]
 
 
@@ -137,14 +137,14 @@ SYNTH = [["--guidance", "nan"], ["--guidance", "5,inf"], ["--guidance", "1e30"],
 def test_options_of_training_are_finite_in_range_and_of_their_type(argv):
     with pytest.raises((data.UserError, SystemExit)) as caught:
         options.parse(argv, "")
-    assert re.search("must|not a|one of|holds a NUL|give|choose from", str(caught.value))
+    assert re.search("must|not a|one of|holds a NUL|give|there is no", str(caught.value))
 
 
 @pytest.mark.parametrize("argv", SYNTH, ids=lambda argv: repr(" ".join(argv)[:30]))
 def test_options_of_synthesis_are_finite_in_range_and_of_their_type(argv):
     with pytest.raises((data.UserError, SystemExit)) as caught:
         synth.options(argv)
-    assert re.search("must|not a|one of|holds a NUL|give|choose from", str(caught.value))
+    assert re.search("must|not a|one of|holds a NUL|give|there is no", str(caught.value))
 
 
 @pytest.mark.parametrize("device", ["banana", "cuda:99", "meta", "cpu:-3"])
@@ -215,6 +215,21 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
     data.atomic_write(tmp_path / "a.json", "{}")
     data.temporary(tmp_path / "out")
     assert {*os.listdir(tmp_path)} == {"a.json", ".a.json.notes.tmp", f".a.json.{os.getppid()}.tmp"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not tell that a process has ended")
+def test_what_a_killed_process_left_is_removed_though_nobody_has_asked_for_its_end(tmp_path):
+    """In a container, a killed program's own programs stay listed when they are killed, too."""
+    child = subprocess.Popen(["sleep", "60"])
+    left = tmp_path / f".a.json.{child.pid}.tmp"
+    left.write_text("half")
+    data.temporary(tmp_path / "a.json")
+    assert left.exists()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)                 # ended, and still listed
+    data.temporary(tmp_path / "a.json")
+    assert not left.exists()
+    child.wait()
 
 
 # ---- servers ----

@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def one_pair(m, prompt, chosen, rejected=(), sizes=ONE):
 
 def features_of(m, pairs, images, rejected=()):
     """Features of PIL images."""
-    return vlm.encode_images(m, data.Batch(pairs, m.front.prepare(images), m.front.prepare(rejected)))
+    return vlm.encode_images(m, vlm.Batch(pairs, m.front.prepare(images), m.front.prepare(rejected)))
 
 
 def ragged(m, damaged=True):
@@ -60,6 +61,16 @@ def ragged(m, damaged=True):
     return pairs, features_of(m, pairs, images[:4], images[4:] if damaged else ())
 
 
+def with_other_turns(m, pairs):
+    """The pairs, of which two have a rejected response that follows turns of its own."""
+    found, turns = list(pairs), [["what is a dog ?", "red"], ["is it ?", "no , no"]]
+    for k, p in ((1, pairs[1]), (3, pairs[3])):
+        prompts = [m.front.prompt_ids("is this a cat ?", sizes, turns[:k]) for sizes in (p.sizes, ())]
+        own = p._replace(prompt=prompts[0], prompt_rejected=prompts[0], prompt_bare=prompts[1])
+        found[k] = p._replace(apart=own)
+    return found
+
+
 def with_lora(folder, seed=0):
     import lora
     m = vlm.load(folder, dtype=torch.float64)
@@ -76,9 +87,20 @@ def with_lora(folder, seed=0):
                                    {"rejected_image_rejected"}, {"chosen", "rejected_no_image"}])
 def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs):
     """The product's promise: log-probs to 1e-9 relative, LoRA gradients to 1e-7, in float64."""
-    import lora
     m = with_lora(folder)
     pairs, features = ragged(m, "rejected" in data.grouped(needs))
+    packed_equals_naive(m, pairs, features, needs)
+
+
+@pytest.mark.parametrize("needs", [{*SCORED}, {"chosen", "rejected"}, {"rejected"}], ids=len)
+def test_packed_equals_naive_where_each_response_follows_turns_of_its_own(folder, needs):
+    m = with_lora(folder)
+    pairs, features = ragged(m, "rejected" in data.grouped(needs))
+    packed_equals_naive(m, with_other_turns(m, pairs), features, needs)
+
+
+def packed_equals_naive(m, pairs, features, needs):
+    import lora
     results = []
     for forward in (vlm.naive, vlm.packed):
         m.model.zero_grad()
@@ -97,15 +119,17 @@ def test_packed_equals_naive_on_ragged_batches_with_several_images(folder, needs
 
 def test_each_field_is_its_response_behind_its_prompt(model):
     """By hand, one at a time: the same response behind the own image, the rejected one, and none."""
-    pairs, features = ragged(model)
+    plain, features = ragged(model)
     with torch.no_grad():
-        together = vlm.packed(model, pairs, features, {*SCORED})
-        for field in SCORED:
+        for pairs, field in product((plain, with_other_turns(model, plain)), SCORED):
+            together = vlm.packed(model, pairs, features, {*SCORED})
             images = "rejected" if "image_" in field else "none" if "no_" in field else "images"
             response = field.partition("_")[0].replace("image", "chosen")
             shown = {"images": features.images, "rejected": features.rejected, "none": []}[images]
-            alone = [one_pair(model, *p.shown(images)[:1], getattr(p, response), (), p.shown(images)[1])
-                     for p in pairs]
+            alone = []
+            for p in pairs:
+                prompt, sizes = (p.apart or p if response == "rejected" else p).shown(images)
+                alone.append(one_pair(model, prompt, getattr(p, response), (), sizes))
             expected = vlm.naive(model, alone, vlm.Features(shown, []), {"chosen"}).chosen
             torch.testing.assert_close(getattr(together, field), expected, rtol=1e-9, atol=0)
 
@@ -333,6 +357,16 @@ def test_an_answer_ends_at_any_end_of_generation_config_and_says_whether_it_did(
     assert generation.generate(m, *asked, max_new_tokens=6) == [c.text for c in whole]
 
 
+@pytest.mark.parametrize("name, token", [("bos_token_id", "x"), ("eos_token_id", "x"),
+                                         ("eos_token_id", {"a": 1}), ("eos_token_id", [1, "x"])])
+def test_a_token_of_generation_config_that_is_no_number_is_said_in_a_sentence(folder, tmp_path, name, token):
+    shutil.copytree(folder, tmp_path / "a")
+    about = tmp_path / "a" / "generation_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {name: token}))
+    with pytest.raises(data.UserError, match="a .*generation_config.json"):
+        generation.generate(vlm.load(tmp_path / "a"), [[picture(0)]], ["what is this ?"])
+
+
 def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
     """The tokens with their end; a sum of probabilities over all first tokens that can be drawn is 1."""
     m = vlm.load(folder)
@@ -373,11 +407,11 @@ def test_what_is_not_a_llava_hf_folder_is_said_in_a_sentence(tmp_path, folder):
 def test_torn_weights_and_an_absent_tokenizer_are_said_in_a_sentence(tmp_path):
     weights = write_llava(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(data.UserError, match="the model cannot be read .*: copy the checkpoint again"):
+    with pytest.raises(data.UserError, match="the model cannot be read .*; copy it again"):
         vlm.load(tmp_path)
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*: copy tokenizer.json"):
+    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*; copy tokenizer.json"):
         vlm.load(tmp_path)
 
 
@@ -668,11 +702,46 @@ def test_an_embedding_of_another_size_than_the_config_says_and_missing_weights_a
         vlm.load(tmp_path / "b")
 
 
+def changed(folder, **changes):
+    """config.json with other values; a dict's are those of a part."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("layer", [99, [10 ** 30]])
+@pytest.mark.parametrize("work", ["train", "answer"])
+def test_a_config_that_only_a_picture_proves_wrong_is_refused_when_one_is_seen(tmp_path, folder, layer, work):
+    shutil.copytree(folder, tmp_path / "a")
+    changed(tmp_path / "a", vision_feature_layer=layer)
+    m = vlm.load(tmp_path / "a")
+    pair = one_pair(m, m.front.prompt_ids("what is this ?", ONE), m.front.response_ids("a red cat"))
+    with pytest.raises(data.UserError, match=r"a fails on a picture \(.*\); copy its config.json and gen"):
+        if work == "train":
+            features_of(m, [pair], [picture(0)])
+        else:
+            generation.generate(m, [[picture(0)]], ["what is this ?"])
+
+
+def test_a_gpu_that_is_out_of_memory_is_not_taken_for_a_wrong_config(model):
+    with pytest.raises(torch.OutOfMemoryError), model.seeing():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_config_of_a_million_layers_is_refused_at_once(tmp_path, folder, part):
+    shutil.copytree(folder, tmp_path / "a")
+    changed(tmp_path / "a", **{part: {"num_hidden_layers": 10 ** 6}})
+    with pytest.raises(data.UserError, match="config.json says that a part has a thousand layers or more"):
+        vlm.load(tmp_path / "a")
+
+
 def test_a_tokenizer_model_alone_is_refused_with_what_to_do(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "a")
     (tmp_path / "a" / "tokenizer.json").unlink()
     (tmp_path / "a" / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*: copy tokenizer.json"):
+    with pytest.raises(data.UserError, match="the tokenizer cannot be read .*; copy tokenizer.json"):
         vlm.load(tmp_path / "a")
 
 
@@ -680,7 +749,7 @@ def test_a_folder_without_a_processor_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "a")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (tmp_path / "a" / name).unlink(missing_ok=True)
-    with pytest.raises(data.UserError, match="image processor cannot be read .*: copy preprocessor_config"):
+    with pytest.raises(data.UserError, match="image processor cannot be read .*; copy preprocessor_config"):
         vlm.load(tmp_path / "a")
 
 

@@ -1,26 +1,23 @@
 """Which pairs a step takes, on which rank; a record as tokens and images, read ahead by threads.
 
     pairs = checked(front, "pairs.jsonl", o, needs, ranks)    every record, image and response, or UserError
-    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's data.Batches of step t
+    for batch in Batches(pairs, o, ranks, steps)(t): ...      this rank's vlm.Batches of step t
 
 Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import hashlib
 import math
 import random
 import shlex
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -28,10 +25,10 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError
-from model import command
+from model import command, vlm
 from training.records import Records, brief, check, drop
 
-KEEP = 2 ** 28                                     # bytes of pixels: the classroom's pairs, no others
+KEEP = 1 << 13                                     # the classroom's pairs: 150 MB of pixels
 
 
 # ---- pairs ----
@@ -47,20 +44,17 @@ def classroom_files(o, out):
                             f"--questions {o.questions}")
     if made:
         wanted["data"] = f"--seed {o.seed} --n {o.pairs} {o.pair_options}"
-        path = out / "data" / "pairs.jsonl"
+        path = out / "data/pairs.jsonl"
     if (own or made) and o.look and not o.val_data:
         wanted["held_out"] = (f"{o.pair_options} --split tune --seed {o.eval_seed} "
                               f"--n {min(o.look, o.pairs)}")
-        held_out = out / "held_out" / "pairs.jsonl"
+        held_out = out / "held_out/pairs.jsonl"
     words = []
     for name, arguments in wanted.items():
         if not (out / name).exists():
             words += ["--then", *shlex.split(arguments), "--out", out / name]
     if words:
-        program = Path(__file__).resolve().parents[1] / "classroom" / "pairs.py"
-        done = subprocess.run([sys.executable, program, *words], text=True, capture_output=True)
-        if done.returncode:
-            raise UserError(f"{program} failed: {done.stderr.strip()}")
+        command.classroom("pairs.py", *words)
     return path, held_out
 
 
@@ -88,13 +82,14 @@ class Pairs:
         return self.records[self.good[place]]
 
     def read(self, place, epoch=0):
-        """A data.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
+        """A vlm.Batch of one pair; with `--set redraw=true` its rejected image is another in each epoch."""
         o, record = self.o, self.record(place)
         seed = f"{o.seed}/{epoch}" if o.redraw else o.seed
         twice = "rejected" in data.grouped(self.needs)
         images = [data.read_image(x) for x in shown(record, o)]
         rejected = self.rejected_images(place, record, images, seed) if twice else []
-        pair, _ = tokenise(self.front, record, o, sizes_of(images), sizes_of(rejected), self.needs)
+        sizes = [tuple(image.size for image in some) for some in (images, rejected)]
+        pair = tokenise(self.front, record, o, *sizes, self.needs)
         images, rejected = map(self.prepared, (images, rejected))
         if twice and not rejected:                        # crop_pixels, as the official code of mDPO crops
             for n, image in enumerate(images):
@@ -102,10 +97,11 @@ class Pairs:
                 box_of = partial(data.crop_box, rng=rng, area=data.AREAS[o.image_rejected])
                 rejected.append({"pixel_values": crop_pixels(image["pixel_values"], box_of)})
         digest = hashlib.blake2b(repr(pair).encode(), digest_size=8)
-        for x in tensors(images + rejected):
-            digest.update(x.numpy().tobytes())
+        for image in images + rejected:
+            for x in image.values():
+                digest.update(x.numpy().tobytes())
         key = int.from_bytes(digest.digest(), "little", signed=True)
-        return data.Batch([pair], images, rejected, [place], [key])
+        return vlm.Batch([pair], images, rejected, [place], [key])
 
     def prepared(self, images):
         """What the family makes of a prompt's images; pinned, a GPU copies it while it computes."""
@@ -124,8 +120,8 @@ class Pairs:
 
 
 def join(batches):
-    """Several data.Batches as one: lists are joined, counts are added."""
-    return data.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
+    """Several vlm.Batches as one: lists are joined, counts are added."""
+    return vlm.Batch(*(reduce(add, field) for field in zip(*batches, strict=True)))
 
 
 def other_image(records, seed, id, i, image):
@@ -157,10 +153,8 @@ def of_other_pictures(records, pixels):
 
 
 def other_index(seed, id, i, n, attempt=0):
-    """The index of another record than i, of n."""
-    if n < 2:
-        raise UserError("--image_rejected random needs two records or more; add some or choose crop")
-    return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(n - 1))) % n
+    """The index of another record than i, of n; i if it is the only one."""
+    return (i + 1 + int(data.draw(seed, "other", id, attempt).integers(max(1, n - 1)))) % n
 
 
 def crop_pixels(pixels, box_of):
@@ -184,17 +178,10 @@ def named(record, n):
     return f"{record['id']}/{n}" if n else record["id"]
 
 
-def sizes_of(images):
-    return tuple(image.size for image in images)
-
-
-def tensors(prepared):
-    return [x for image in prepared for x in image.values()]
-
-
 def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
-    """A record -> (data.Pair, response tokens cut off). sizes: (width, height) of the images in its prompt,
-    and of the rejected ones where they are others. needs: fields of losses.Logps. Raises UserError."""
+    """A record -> data.Pair. sizes: (width, height) of the images in its prompt,
+    and of the rejected ones where they are others. needs: fields of losses.Logps. Responses are cut to
+    o.max_length tokens with their prompts, which are not. Raises UserError."""
     sizes_rejected = sizes_rejected or sizes
     history = tuple(map(tuple, record["history"]))
     bare = () if "none" in data.grouped(needs) else sizes
@@ -205,9 +192,16 @@ def tokenise(front, record, o, sizes, sizes_rejected=(), needs=()):
     weight = record["meta"].get("weight", 1.0) if "weights" in needs else 1.0
     if not command.fits(weight, float):
         raise UserError(f"meta.weight {weight!r} is not a number; correct it or drop the record")
-    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen, rejected, sizes, sizes_rejected,
-                     prompt_bare, weight)
-    return data.truncate(pair, o.max_length)
+    room = o.max_length - max(len(prompt), len(prompt_rejected))
+    if room < 1:
+        raise UserError(f"the prompt of {record['id']} has {o.max_length - room} tokens, which leaves no room"
+                        f" for an answer in max_length {o.max_length}; raise it or drop the record")
+    pair = data.Pair(record["id"], prompt, prompt_rejected, chosen[:room], rejected[:room], sizes,
+                     sizes_rejected, prompt_bare, weight)
+    if "apart" in record:
+        apart = tokenise(front, record["apart"], o, sizes, sizes_rejected, needs)
+        pair = pair._replace(rejected=apart.rejected, apart=apart)
+    return pair
 
 
 @lru_cache(1024)
@@ -245,7 +239,7 @@ def usable(front, records, o, needs):
                 drawn = other_image(records, o.seed, record["id"], i, data.read_image(images[0]))
                 rejected = (drawn.size,) * len(images)
         try:
-            pair, lost = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
+            pair = tokenise(front, record, o, tuple(map(data.image_size, images)), rejected, needs)
             if not images and "rejected_image_rejected" in needs:
                 raise UserError("it has no image, and this loss asks which image an answer is about; add one "
                                 "or drop the record")
@@ -255,7 +249,7 @@ def usable(front, records, o, needs):
         except UserError as e:
             faults.append((i, "unusable as tokens", f"{records.where(i)}: {brief(e, 400)}"))
             continue
-        cut += lost > 0
+        cut += {pair.chosen[-1], pair.rejected[-1]} != {front.eos_id}
         skipped += twice and not images
         tokens.append(len(data.pack([pair], needs).ids))
     good = drop(records, good, faults, o.skip_bad)
@@ -269,7 +263,7 @@ def usable(front, records, o, needs):
 # ---- steps ----
 @dataclass
 class Batches:
-    """batches(t) -> this rank's data.Batches of step t, in turn; threads read a step ahead.
+    """batches(t) -> this rank's vlm.Batches of step t, in turn; threads read a step ahead.
 
     The pairs are the same with any number of threads, and a step's are the same on any number of ranks.
     With --shard all ranks run equally many forwards: a filler repeats another and counts for nothing. waited:
@@ -284,7 +278,8 @@ class Batches:
         self.per_epoch = math.ceil(len(self.pairs) / self.o.batch)
         self.pool = ThreadPoolExecutor(self.o.workers)
         self.begun = {}
-        self.kept = {}
+        # the classroom's are few and small: read once for all epochs, unless each draws them anew
+        self.read = lru_cache(KEEP if built_in(self.o) else 0)(self.pairs.read)
 
     def __call__(self, t):
         self.waited = 0.0
@@ -300,6 +295,7 @@ class Batches:
     def begin(self, t):
         """[(futures of the pairs, how many of them count, pairs in the step)] of step t, on this rank."""
         epoch, step = divmod(t, self.per_epoch)
+        drawn = epoch if self.o.redraw else 0
         places = data.chunks(order(len(self.pairs), self.o.seed, epoch), self.o.batch)[step]
         micros = data.chunks(places, self.o.micro_batch)
         if self.ranks.world > 1:                  # the longest first: each rank has about as many tokens
@@ -309,18 +305,8 @@ class Batches:
             counted.append((micros[-1], 0))
         found = []
         for some, count in counted[self.ranks.rank::self.ranks.world]:
-            futures = [self.pool.submit(self.read, place, epoch) for place in some]
+            futures = [self.pool.submit(self.read, place, drawn) for place in some]
             found.append((futures, count, len(places)))
-        return found
-
-    def read(self, place, epoch):
-        """Pairs.read, once for all epochs where KEEP has room for as many pairs of this one's size."""
-        if place in self.kept:
-            return self.kept[place]
-        found = self.pairs.read(place, epoch)
-        size = sum(x.nbytes for x in tensors(found.images + found.images_rejected))
-        if not self.o.redraw and size * len(self.pairs) <= KEEP:
-            self.kept[place] = found
         return found
 
 

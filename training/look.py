@@ -29,7 +29,7 @@ reward, beta * (policy - reference), 0 for all before training.
 images are seen as under `true`, by other pairs.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import json
 import random
@@ -147,7 +147,7 @@ def case_of(front, record, other, kind, o):
     picture = front.read(other["images"][0])
     if kind == "blank":
         picture = data.rejected_image("blank", picture, 0, "")
-    pair, _ = tokenise(front, record, o, (picture.size,))
+    pair = tokenise(front, record, o, (picture.size,))
     return pair, picture
 
 
@@ -175,7 +175,7 @@ def logps_of(m, cases, o, fields):
     while some := [*islice(cases, size)]:
         pairs, pictures = zip(*some, strict=True)
         prepared = [m.front.prepared([picture])[0] for picture in pictures]
-        batch = data.Batch(pairs, prepared)
+        batch = vlm.Batch(pairs, prepared)
         features = vlm.encode_images(m, batch)
         found = vlm.FORWARDS[o.forward](m, pairs, features, set(fields))
         columns = [getattr(found, field) for field in fields]

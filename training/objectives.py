@@ -22,9 +22,10 @@ Where these depart from papers and official codes:
 10. hsa weighs the rejected response by meta.weight, which is 1 where a record has none, as in its code.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
+from dataclasses import dataclass
 from functools import wraps
 
 from torch.nn.functional import logsigmoid
@@ -32,14 +33,15 @@ from torch.nn.functional import logsigmoid
 import losses
 
 
+@dataclass
 class Rewards:
     """beta * (policy - reference) of the fields that are read, and the margin between the two responses."""
-    def __init__(self, policy, reference, beta):
-        self.of = policy, reference, beta
+    policy: losses.Logps
+    reference: losses.Logps
+    beta: float
 
     def __getattr__(self, field):
-        policy, reference, beta = self.of
-        return beta * (getattr(policy, field) - getattr(reference, field))
+        return self.beta * (getattr(self.policy, field) - getattr(self.reference, field))
 
     @property
     def margin(self):
@@ -55,115 +57,114 @@ OBJECTIVES = {
 
 
 def objective(formula):
-    """Put a formula of rewards, f(r, policy, beta, delta), among the objectives, as a loss of policy and
-    reference."""
+    """Put a formula of Rewards, f(r), among the objectives, as a loss of policy and reference."""
     @wraps(formula)
     def loss(policy, reference, beta, delta, **more):
-        return formula(Rewards(policy, reference, beta), policy, beta, delta, **more)
+        return formula(Rewards(policy, reference, beta), **more)
     OBJECTIVES[formula.__name__] = loss
     return formula
 
 
 # ---- the margin between two responses ----
 @objective
-def hinge(r, policy, beta, delta):                                          # arXiv 2305.10425, 2309.06657
+def hinge(r):                                                               # arXiv 2305.10425, 2309.06657
     return (1 - r.margin).relu()
 
 
 @objective
-def ipo(r, policy, beta, delta):                                            # arXiv 2310.12036, Eq. 17
-    means = r.chosen / policy.chosen_tokens - r.rejected / policy.rejected_tokens
-    return ((means - 0.5) / beta) ** 2
+def ipo(r):                                                                 # arXiv 2310.12036, Eq. 17
+    means = r.chosen / r.policy.chosen_tokens - r.rejected / r.policy.rejected_tokens
+    return ((means - 0.5) / r.beta) ** 2
 
 
 @objective
-def cdpo(r, policy, beta, delta, epsilon=0.1):                              # ericmitchell.ai/cdpo.pdf; o
+def cdpo(r, epsilon=0.1):                                                   # ericmitchell.ai/cdpo.pdf; o
     return -(1 - epsilon) * logsigmoid(r.margin) - epsilon * logsigmoid(-r.margin)
 
 
 @objective
-def robust(r, policy, beta, delta, epsilon=0.1):                            # arXiv 2403.00409; o
-    return cdpo(r, policy, beta, delta, -epsilon / (1 - 2 * epsilon))     # 9/8 for it, -1/8 against
+def robust(r, epsilon=0.1):                                                 # arXiv 2403.00409; o
+    return cdpo(r, -epsilon / (1 - 2 * epsilon))     # 9/8 for it, -1/8 against
 
 
 @objective
-def exo(r, policy, beta, delta, epsilon=1e-3):                              # arXiv 2402.00856, Eq. 16; o
+def exo(r, epsilon=1e-3):                                                   # arXiv 2402.00856, Eq. 16; o
     m = r.margin
     return (m.sigmoid() * (logsigmoid(m) - math.log1p(-epsilon))
             + (-m).sigmoid() * (logsigmoid(-m) - math.log(epsilon)))
 
 
 @objective
-def dpop(r, policy, beta, delta, lam=50.0):                                 # arXiv 2402.13228, Eq. 3; p
+def dpop(r, lam=50.0):                                                      # arXiv 2402.13228, Eq. 3; p
     return -logsigmoid(r.margin - lam * (-r.chosen).relu())
 
 
 @objective
-def r_dpo(r, policy, beta, delta, alpha=0.01):                              # arXiv 2403.19159; o
-    longer = policy.chosen_tokens - policy.rejected_tokens
+def r_dpo(r, alpha=0.01):                                                   # arXiv 2403.19159; o
+    longer = r.policy.chosen_tokens - r.policy.rejected_tokens
     return -logsigmoid(r.margin + alpha * longer)
 
 
 @objective
-def hsa(r, policy, beta, delta):                                            # arXiv 2404.14233
-    return -logsigmoid(r.chosen - policy.weights * r.rejected)
+def hsa(r):                                                                 # arXiv 2404.14233
+    return -logsigmoid(r.chosen - r.policy.weights * r.rejected)
 
 
 # ---- each response by itself ----
 @objective
-def apo_zero(r, policy, beta, delta):                                       # arXiv 2408.06266, Eq. 7
+def apo_zero(r):                                                            # arXiv 2408.06266, Eq. 7
     return (-r.chosen).sigmoid() + r.rejected.sigmoid()
 
 
 @objective
-def apo_down(r, policy, beta, delta):                                       # arXiv 2408.06266, Eq. 8
+def apo_down(r):                                                            # arXiv 2408.06266, Eq. 8
     return r.chosen.sigmoid() + (r.rejected - r.chosen).sigmoid()
 
 
 @objective
-def nca(r, policy, beta, delta):                                            # arXiv 2402.05369
+def nca(r):                                                                 # arXiv 2402.05369
     return -logsigmoid(r.chosen) - 0.5 * (logsigmoid(-r.chosen) + logsigmoid(-r.rejected))
 
 
 @objective
-def sppo(r, policy, beta, delta):                                           # arXiv 2405.00675, Eq. 4.7
-    return ((r.chosen - 0.5) / beta) ** 2 + ((r.rejected + 0.5) / beta) ** 2
+def sppo(r):                                                                # arXiv 2405.00675, Eq. 4.7
+    return ((r.chosen - 0.5) / r.beta) ** 2 + ((r.rejected + 0.5) / r.beta) ** 2
 
 
 # ---- no reference ----
 @objective
-def simpo(r, policy, beta, delta, gamma=0.5):                               # arXiv 2405.14734, Eq. 6; c
-    means = policy.chosen / policy.chosen_tokens - policy.rejected / policy.rejected_tokens
-    return -logsigmoid(beta * means - gamma)
+def simpo(r, gamma=0.5):                                                    # arXiv 2405.14734, Eq. 6; c
+    means = r.policy.chosen / r.policy.chosen_tokens - r.policy.rejected / r.policy.rejected_tokens
+    return -logsigmoid(r.beta * means - gamma)
 
 
 @objective
-def orpo(r, policy, beta, delta, lam=0.1):                                  # arXiv 2403.07691, Eq. 6; p
-    chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+def orpo(r, lam=0.1):                                                       # arXiv 2403.07691, Eq. 6; p
+    chosen, rejected = r.policy.chosen / r.policy.chosen_tokens, r.policy.rejected / r.policy.rejected_tokens
     odds = chosen.exp().logit() - rejected.exp().logit()
     return -chosen - lam * logsigmoid(odds)
 
 
 # ---- two images ----
 @objective
-def chip(r, policy, beta, delta):                                           # arXiv 2501.16629
+def chip(r):                                                                # arXiv 2501.16629
     return -logsigmoid(2 * r.chosen - r.rejected - r.image_rejected)
 
 
 @objective
-def vdpo(r, policy, beta, delta):                                           # arXiv 2411.02712
+def vdpo(r):                                                                # arXiv 2411.02712
     return -logsigmoid(r.chosen - r.image_rejected.detach())
 
 
 @objective
-def symmpo(r, policy, beta, delta, lam=0.5):                                # arXiv 2506.11712; c
+def symmpo(r, lam=0.5):                                                     # arXiv 2506.11712; c
     own, other = r.margin, r.rejected_image_rejected - r.image_rejected
-    return (1e-4 * ((own - other) / beta) ** 2 - (1 + lam) * logsigmoid(own) - lam * logsigmoid(other)
+    return (1e-4 * ((own - other) / r.beta) ** 2 - (1 + lam) * logsigmoid(own) - lam * logsigmoid(other)
             - logsigmoid(r.chosen) - logsigmoid(r.rejected_image_rejected))
 
 
 @objective
-def svco(r, policy, beta, delta):                                           # arXiv 2502.13928
+def svco(r):                                                                # arXiv 2502.13928
     steps = (r.chosen - r.chosen_no_image, r.chosen_no_image - r.image_rejected,
              r.rejected_image_rejected - r.rejected_no_image, r.rejected_no_image - r.rejected)
     return -sum(map(logsigmoid, steps))

@@ -9,7 +9,7 @@ the slice, all-gather the weights. No DDP wrapper: gradients are summed over ran
 Part of train_dpo.py. Tested with two ranks over gloo on a CPU; NCCL has not been run.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
 from functools import partial
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from data import UserError
 
-WHOLE = ("Muon", "Adafactor", "LBFGS", "SparseAdam")         # need matrices, all weights, sparse gradients
+WHOLE = "Muon Adafactor LBFGS SparseAdam".split()            # need matrices, all weights, sparse gradients
 
 
 class Zero2:
@@ -121,8 +121,6 @@ class Zero2:
         """{kind/name: tensor} of masters and state, whole; {kind: tensor} for single numbers."""
         found = {}
         for kind, value in self.held(self.mine).items():
-            if value is None:                                   # SGD's momentum, where it has none
-                continue
             if value.ndim == 0:
                 found[kind] = value
             else:

@@ -4,7 +4,7 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import math
 import platform
@@ -25,12 +25,13 @@ from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
 
+NAMES = "classroom mdpo-bunny mdpo-llava pds-llava smolvlm-256m smolvlm-500m qwen2.5-vl-3b"    # of PRESETS
+
 
 @dataclass(frozen=True)
 class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
-    preset: str = option("classroom", "a set of defaults: classroom, mdpo-bunny, mdpo-llava, pds-llava, "
-                         "smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b")
+    preset: str = option("classroom", f"a set of defaults: {NAMES}", choices=NAMES.split())
     model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
     adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
     data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
@@ -102,14 +103,18 @@ class Options:
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
+    keep: str = behind_set("", "best, or best:NAME (chair_s, loss): end with the best evaluation's weights")
+    patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
+    track: str = behind_set("", "send the log's numbers there, too", choices=("", "wandb", "tensorboard"))
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
                              choices=("", "cuda", "mps", "cpu"))
 
 
+# What is not named is the default above: of mDPO loss, beta, epochs, warmup, lora_r, lora_alpha (p), clip and
+# max_length (c); of PDS-DPO weight_decay and adam_beta2 (c). A test compares all of it with docs/presets.md.
 _MDPO = dict(
-    loss="mdpo", image_rejected="crop", beta=0.1, delta=0.0, epochs=3, batch=32, lr=1e-5, warmup=0.1,      # p
-    lora_r=64, lora_alpha=128,                                                                             # p
-    weight_decay=0.05, adam_beta2=0.98, clip=1.0, max_length=2048, template="vicuna", micro_batch=4,       # c
+    image_rejected="crop", delta=0.0, batch=32, lr=1e-5,                                                   # p
+    weight_decay=0.05, adam_beta2=0.98, template="vicuna", micro_batch=4,                                  # c
 )
 _SMALL = _MDPO | {"template": "", "micro_batch": 1}                # for a laptop; all of these are ours: o
 PRESETS = {
@@ -121,8 +126,8 @@ PRESETS = {
     "mdpo-llava": _MDPO,
     "pds-llava": dict(
         loss="dpo", epochs=2, batch=8, lr=1e-5, micro_batch=1,                                             # p
-        warmup=0.03, beta=0.1, lora_r=128, lora_alpha=256, weight_decay=0.0, adam_beta2=0.999, clip=1.0,   # c
-        max_length=5012, template="vicuna", images="pad",                                                  # c
+        warmup=0.03, beta=0.1, lora_r=128, lora_alpha=256, clip=1.0, max_length=5012,                      # c
+        template="vicuna", images="pad",                                                                   # c
     ),
 }
 # What official=true adds. mDPO's code crops the padded and normalised pixels, anew in every forward (policy
@@ -134,14 +139,13 @@ OFFICIAL = {"mdpo-bunny": _MDPO_CODE, "mdpo-llava": _MDPO_CODE, "pds-llava": {"b
 def parse(argv, description):
     """Options from the command line. Raises UserError for an unknown field, a wrong type or value."""
     chosen, _ = command.parse(Options, argv, "train_dpo.py", description)
-    defaults = command.preset(PRESETS, chosen)
+    defaults = PRESETS[chosen.get("preset", "classroom")]
     if chosen.get("official"):
         defaults = defaults | OFFICIAL.get(chosen.get("preset"), {})
     o = Options(**defaults | chosen)
     for field in ("model", "data"):
         if {o.preset, o.data} != {"classroom"} and field not in chosen:
-            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is built "
-                            "in")
+            raise UserError(f"--preset {o.preset} on {o.data} needs --{field}: only the classroom's is here")
     for field in ("lora_r", "lora_alpha", "lora_targets"):
         if o.adapter and field in chosen:
             raise UserError(f"--adapter {o.adapter} says what {field} is: leave {field} out")
@@ -156,18 +160,20 @@ def check(o):
     except (ValueError, TypeError, ArithmeticError) as e:
         raise UserError(f"--loss {o.loss}: {e}") from None
     if o.image_rejected == "none" and {*data.grouped(needs)} - {"images"}:
-        raise UserError(f"--image_rejected none leaves --loss {o.loss} without the image it compares: "
-                             "use --loss dpo")
+        raise UserError(f"--image_rejected none: --loss {o.loss} is without the image it compares; use dpo")
     if o.dtype == "nf4" and (o.shard or not o.lora_r):
         raise UserError("--dtype nf4 needs LoRA, and goes without --shard: choose another type")
     if o.redraw and o.reference_cache:
         raise UserError("--set redraw=true scores other images in each epoch: leave out reference_cache")
     if o.official and o.preset not in OFFICIAL:
-        raise UserError(f"--set official=true: --preset {o.preset} follows no official code; give one "
-                             f"of {', '.join(OFFICIAL)}")
+        raise UserError(f"--set official=true goes with --preset {', '.join(OFFICIAL)}, not {o.preset}")
+    if (o.keep or o.patience) and not (o.keep and o.eval_every):
+        raise UserError(f"--set keep={o.keep}, patience={o.patience}: they need --eval_every N and keep=best")
+    if o.track:
+        with command.explained(f"--set track={o.track} needs a package", f"pip install {o.track}"):
+            version(o.track)
     if o.crop_pixels and o.image_rejected not in data.AREAS:
-        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}, not "
-                             f"{o.image_rejected}")
+        raise UserError(f"--set crop_pixels=true needs --image_rejected {', '.join(data.AREAS)}")
 
 
 def loss_of(o):
@@ -269,7 +275,7 @@ def data_identity(o, name):
 
 def provenance(o):
     """What a run depends on besides its options, for the first line of its log."""
-    packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
+    packages = "torch transformers safetensors numpy pillow".split()
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     return {"versions": versions, "commit": "unknown" if failed else commit, "losses_source": losses_source(),

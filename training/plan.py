@@ -1,17 +1,18 @@
-"""What a run needs, before a weight is read: its steps, its tokens, and the GiB per GPU that are certain.
+"""What a run needs, before a weight is read: steps, tokens, hours, and the GiB per GPU that are certain.
 
     python train_dpo.py --dry_run --preset mdpo-llava --model llava-1.5-7b --data pairs.jsonl [its options]
 
 Part of train_dpo.py. Weights, LoRA, gradients and the optimiser's state are counted exactly, on a model
 without storage; of autograd's memory only a lower bound, one hidden state a layer. A refused run cannot fit;
-another may still not, and then `advice` says what to change.
+another may still not, and then `advice` says what to change. The hours are an estimate.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import os
 
 import torch
+from torch.utils import benchmark
 
 import data
 import lora
@@ -28,11 +29,8 @@ def memory(config, o, tokens, device="cpu", world=1):
     config: of transformers. tokens: of each pair's packed row. device: its kind. world: GPUs. Without LoRA
     the weights are those that train (float32 masters where they are sharded) and their frozen copy.
     """
-    import transformers
     family = front.FAMILIES[config.model_type]
-    with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-    adapt(model, o)
+    model = outline(config, o)
     if not o.lora_r:
         model.get_submodule(family.tower).requires_grad_(False)
 
@@ -72,6 +70,15 @@ def memory(config, o, tokens, device="cpu", world=1):
     graph = 1 if o.adapter or "." in o.lora_targets else text.num_hidden_layers
     found["activations"] = e * row * text.hidden_size * graph
     return found
+
+
+def outline(config, o):
+    """A run's model, with its LoRA, without storage. Raises UserError."""
+    import transformers
+    with torch.device("meta"), command.explained("config.json describes no model", "copy it again"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    adapt(model, o)
+    return model
 
 
 def adapt(model, o):
@@ -127,8 +134,7 @@ def show(o):
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
     yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
     yield f"steps           {steps:,} of {o.batch} pairs ({o.micro_batch} a forward), {o.epochs} epochs"
-    yield (f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; "
-           f"{mean * o.batch * steps:,.0f} in all")
+    yield f"tokens          {mean:,.0f} a pair, {max(tokens):,} at most; {mean * o.batch * steps:,.0f} in all"
 
     # ---- memory ----
     gpus, device = torch.cuda.device_count(), torch.device(o.device or "cuda")
@@ -139,3 +145,12 @@ def show(o):
            f"{command.dtype(o.dtype, device)}: {listed}")
     if gpus or device.type == "cpu":
         refuse(family.config, o, tokens, command.Ranks(0, world, device))
+
+    # ---- hours: a token meets each weight in forward, reference and backward, and once for the rest ----
+    device = command.place(o.device)
+    matrix = f"x = torch.ones(2048, 2048, device='{device}', dtype={command.dtype(o.dtype, device)})"
+    timer = benchmark.Timer("x @ x", matrix, num_threads=torch.get_num_threads())
+    rate = 2 ** 34 / timer.blocked_autorange().median                 # of FLOP per second
+    flop = 8 * outline(family.config, o).num_parameters() * mean * o.batch * steps
+    yield (f"hours           about {2 * flop / rate / world / 3600:.2g} on {world} {device.type}: an "
+           f"estimate, half of the {rate / 1e9:,.0f} GFLOP/s of a product of matrices, measured here")

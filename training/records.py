@@ -1,8 +1,9 @@
 """Preference pairs in every public format, and their check.
 
     records = Records("pairs.jsonl")    # indexes the file; a record is parsed when it is asked for
-    good = check(records)               # every record and image, once; the faults on stderr, one a line
-    pair = records[good[0]]             # id images images_rejected question history chosen rejected meta
+    good = check(records)               # every record and image, once; the first faults on stderr, one a line
+    pair = records[good[0]]             # id images images_rejected question history chosen rejected meta, and
+                                        # apart if rejected follows other turns: the record with those
 
 Formats, detected by their keys, in any kind of file that files.py reads, and where each is published:
     native      question chosen rejected image (history meta image_rejected)     this project's own
@@ -10,6 +11,7 @@ Formats, detected by their keys, in any kind of file that files.py reads, and wh
     llava       conversations rejected_conversations image                       PDS-DPO; YiyangZhou/POVID
                 conversations chosen rejected images                             LLaMA-Factory's sharegpt
     ms-swift    messages rejected_response|rejected_messages images (rejected_images)                ms-swift
+                messages chosen rejected images                                  LLaMA-Factory's openai tags
     rlhf-v      text (object or string of: question chosen rejected) image       openbmb/RLHF-V-Dataset
     rlaif-v     question chosen rejected ds_name image (path or {bytes path})    openbmb/RLAIF-V-Dataset
     vlfeedback  prompt img_path completions (of: annotations response)           MMInstruction/VLFeedback
@@ -19,7 +21,8 @@ Formats, detected by their keys, in any kind of file that files.py reads, and wh
                 chosen rejected images (messages that begin with the prompt)     TRL's implicit prompt
 In all of them images are under the one key that names an image (a path, bytes, base64 or a data: URI), and
 their places are where <image> stands in the text, or in front of the first question. chosen and rejected are
-one turn after the same turns; several rejected ones, in a list, are a pair each, with the ids ID#1, ID#2, ...
+one turn each, the last, and each follows its own earlier turns, in which the images have places of their own;
+several rejected ones, in a list, are a pair each, with the ids ID#1, ID#2, ...
 Ours, where a format leaves a choice:
  1. vlfeedback: best against worst mean rating, ties left out. mDPO's 10,000 pairs are published as `mdpo`.
  2. ha-dpo: images are VG_100K_2/ID.jpg or VG_100K/ID.jpg in the image root; `correct` answers are left out
@@ -27,7 +30,7 @@ Ours, where a format leaves a choice:
  3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index.
  4. An image stays at its marker; LLaVA's own code moves it in front of the question."""
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 import base64
 import contextlib
@@ -47,6 +50,7 @@ from tqdm import tqdm
 import data
 import lora
 from data import UserError, draw, read_image
+from evaluation.stats import few
 from model import command
 from training import files
 
@@ -66,17 +70,13 @@ def mdpo(raw):
     return {"question": turns or text}
 
 
-def llava(raw):
-    """Two conversations, or (LLaMA-Factory) one that chosen and rejected answer."""
+def dialogues(raw, key="conversations"):
+    """A dialogue that chosen and rejected answer (LLaMA-Factory), or the chosen one with, to reject, another
+    or its last answer."""
     if "chosen" in raw:
-        return {"question": raw["conversations"]}
-    return {"chosen": raw["conversations"], "rejected": raw.get("rejected_conversations")}
-
-
-def ms_swift(raw):
-    """The last answer to reject, or the whole dialogue with it."""
-    found = {"chosen": raw["messages"]}
-    for key in ("rejected_response", "rejected_messages"):
+        return {"question": raw[key]}
+    found = {"chosen": raw[key]}
+    for key in ("rejected_conversations", "rejected_response", "rejected_messages"):
         if raw.get(key):
             found["rejected"] = raw[key]
     return found
@@ -150,12 +150,14 @@ def _turns(dialogue):
     return found
 
 
-def _completed(prompt, response):
-    """(turns, text): a response, which is a text, a turn, or turns that may begin with the prompt."""
+def _completed(prompt, response, other):
+    """(turns, text): a response, which is a text, a turn, or turns that begin with the prompt, if there is
+    one. other: the turns before the other response, which this one follows if it brings none."""
     if isinstance(response, str):
         response = {"role": "assistant", "content": response}
     turns = _turns(response)
     if turns[0][0] == "assistant":
+        prompt = prompt or other
         turns = prompt + turns
     *before, (_, text) = turns
     if prompt and before != prompt:
@@ -164,12 +166,12 @@ def _completed(prompt, response):
 
 
 def _dialogue(turns, images):
-    """(history, question) of a prompt's turns; a system message leads the first question. Markers stay where
-    they are, but those in front, whose images the template places."""
+    """{"history", "question"} of a prompt's turns; a system message leads the first question. Markers stay
+    where they are, but those in front, whose images the template places."""
     system, roles, texts = "", [], []
     for role, text in turns:
         if role == "system":
-            system += text + "\n\n"
+            system += f"{text}\n\n" if text else ""
         else:
             roles.append(role)
             texts.append(text.strip())
@@ -179,7 +181,7 @@ def _dialogue(turns, images):
     if marked not in (0, len(images)):
         raise UserError(f"{marked} {MARKER} for {len(images)} images; give as many, or none")
     texts[0] = system + re.sub(f"^({MARKER}\\s*)+", "", texts[0])
-    return data.chunks(texts[:-1], 2), texts[-1]
+    return {"history": data.chunks(texts[:-1], 2), "question": texts[-1]}
 
 
 def _by_rating(raw):
@@ -199,9 +201,9 @@ def _by_rating(raw):
 FORMATS = {                     # the keys that each is detected by, in this order, and its function above
     "vlfeedback": ("prompt completions", vlfeedback),
     "llava-rlhf": ("output_1 output_2", llava_rlhf),
-    "ms-swift": ("messages", ms_swift),
+    "ms-swift": ("messages", lambda raw: dialogues(raw, "messages")),
     "mdpo": ("img_path prompt", mdpo),
-    "llava": ("conversations", llava),
+    "llava": ("conversations", dialogues),
     "ha-dpo": ("image_id chosen", ha_dpo),
     "rlhf-v": ("text image", openbmb),
     "rlaif-v": ("question ds_name", openbmb),
@@ -262,7 +264,7 @@ class Records:
     def where(self, i):
         """FILE, line N (id X): for messages."""
         id, n = brief(self._id(self._raw(i), i)), i // len(self)
-        return f"{self.place(i)} (id {id}#{n + 1})" if n else f"{self.place(i)} (id {id})"
+        return f"{self.place(i)} (id {id}{f'#{n + 1}' if n else ''})"
 
     def _raw(self, i):
         found = self.raw[self.keep[i % len(self)]]
@@ -281,15 +283,13 @@ class Records:
             found = raw | self.read(raw)
             if found.get("tools"):
                 raise UserError("no prompt here tells of tools; remove them")
-            system = found.get("system") or []
-            if system:
-                system = _turns({"role": "system", "content": system})
+            system = _turns({"role": "system", "content": found.get("system") or ""})
             images, meta = self._images(found, rejected=False), raw.get("meta") or {}
-            prompt, chosen = _completed(_turns(found.get("question") or []), found["chosen"])
-            history, question = _dialogue(system + prompt, images)
+            prompt = _turns(found.get("question") or [])
+            before, chosen = _completed(prompt, found["chosen"], [])
             record = {"id": self._id(raw, i), "images": images,
                       "images_rejected": self._images(found, rejected=True),
-                      "question": question, "history": history, "chosen": chosen,
+                      **_dialogue(system + before, images), "chosen": chosen,
                       "meta": meta if isinstance(meta, dict) else {"meta": meta}, "pairs": 1}
             if self.rejected:
                 rejected = found["rejected"]
@@ -297,7 +297,9 @@ class Records:
                     n = i // len(self)
                     record |= {"id": f"{record['id']}#{n + 1}", "pairs": len(rejected)}
                     rejected = rejected[n] if rejected else ""
-                _, record["rejected"] = _completed(prompt, rejected)
+                own, record["rejected"] = _completed(prompt, rejected, before)
+                if own != before:
+                    record["apart"] = record | _dialogue(system + own, images)
             return record
         except KeyError as error:
             problem = f"key {brief(error)} is missing; add it"
@@ -382,10 +384,10 @@ def check(records, needs_image=False, skip_bad=False):
 
 
 def drop(records, indices, faults, skip_bad):
-    """The indices without a fault. Faults, (index, kind, sentence), go to stderr, one a line, and end the run
-    unless skip_bad."""
-    for _, _, text in faults:
-        print(text, file=sys.stderr)
+    """The indices without a fault. The first faults, (index, kind, sentence), go to stderr, one a line; any
+    ends the run unless skip_bad."""
+    if faults:
+        print(few([text for *_, text in faults], "\n"), file=sys.stderr)
     bad = {i for i, _, _ in faults}
     share = f"{len(bad)} of {max(len(records), len(indices))} records of {records.path}"
     if bad and not skip_bad:
@@ -407,7 +409,7 @@ def _text_faults(record):
         if not text:
             yield "empty response", f"the {name} response is empty; write or delete it"
     if texts["chosen"] == texts.get("rejected") != "":
-        yield "identical responses", "chosen and rejected are identical; fix or delete it"
+        yield "identical responses", "chosen and rejected are identical, though turns before may differ"
     if len(record["images_rejected"] or images) != len(images):
         yield "rejected images", "image and image_rejected differ in number; give as many"
 

@@ -4,7 +4,7 @@ The key covers token ids (so texts and template) and pixels (so images, their pr
 rejected image); which base it was is checked when a run resumes. Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
 
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from model import command, vlm
 from training import checkpoint
 
 # What decides, besides the pairs, which of them are scored together: sums of other rows have other bits.
-SAME = ("seed", "batch", "micro_batch", "forward", "compile", "image_rejected")
+SAME = "seed batch micro_batch forward compile image_rejected".split()
 
 
 def cache_file(o, base, needs, pairs, what):
@@ -54,7 +54,7 @@ class Reference:
 
     def __call__(self, batch, features):
         keys = torch.tensor(batch.keys)
-        places = data.send(torch.tensor(batch.places), self.logps.device)
+        places = command.send(torch.tensor(batch.places), self.logps.device)
         stale = self.fields and not torch.equal(self.key[batch.places], keys)
         if self.together:
             stale = any(self.ranks.gather(stale))

@@ -9,14 +9,16 @@ train_dpo.py does the first by itself. It shows what the folder holds: the table
 (summary.json), curves and held-out pairs with other images (log.jsonl), and the first dozen images with both
 answers (before.jsonl, after.jsonl).
 """
-import os
 import sys
+from collections import ChainMap
 from html import escape
 from pathlib import Path
 
+import data
+
+# isort: split
 import numpy as np
 
-import data
 from evaluation import metrics, page, stats
 from model import command
 
@@ -30,6 +32,10 @@ CURVES = (                                                 # title, what it says
      {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/image_rejected": "other image"}))
 IMAGES = {"true": "true image", "same_theme": "same theme", "other": "other image", "blank": "blank"}
 COUNTS = ("n", "images", "unparsed")                      # no measures
+VERDICT = {"chair_s": "captions name things that are not in the picture",
+           "cover": "they name what is in it",
+           "margin": "the model prefers the chosen responses of held-out pairs"}
+UNFINISHED = ', not finished<meta http-equiv="refresh" content="10">'             # loads the page anew
 SIDES = ("before", "after")
 HEAD = ("", *SIDES, "change", "95% interval of the change")
 ONCE = {"logps_chosen": "log p of the chosen answer", "kl": "KL of an answer from the reference"}
@@ -66,30 +72,51 @@ def rows(summary):
 
 def told(summary):
     """What a finished run prints."""
-    counts = "{pairs} pairs, {steps} steps, {seconds:.0f} s".format(**summary)
-    return [*table(summary), counts]
+    return [*table(summary),
+            f"{summary['pairs']} pairs, {summary['steps']} steps, {summary['seconds']:.0f} s"]
 
 
 def table(summary):
     """Before and after as lines of text, for the terminal."""
-    lines = ["{:30}{:>9}{:>9}{:>9}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
+    lines = ["{:30} {:>8} {:>8} {:>8}   {}".format(*row).rstrip() for row in (HEAD, *rows(summary))]
     return lines + remarks(summary)
 
 
 def remarks(summary):
     """What both sides' scores say beside their numbers, a line each."""
-    found = []
+    found = [*summary.get("remarks", ())]
     for side in SIDES:
         found += [f"{side}: {says}" for says in summary.get(side, {}).get("remarks", ())]
     return found
+
+
+def verdict(summary):
+    """What the run changed, in one sentence: of what has an interval."""
+    changes = summary.get("difference", {})
+    look = summary.get("after", {}).get("look")
+    if look:
+        changes = changes | {"margin": {"interval": look["margin"]["true"][1:]}}
+    parts = []
+    for name, says in VERDICT.items():
+        if name in changes:
+            low, high = changes[name]["interval"]
+            how = "clearly more" if low > 0 else "clearly less"
+            if low <= 0 <= high:
+                how = "perhaps neither more nor less (the 95% interval of the change includes 0)"
+            parts.append(f"{says} {how}")
+    return f"<p><b>Compared with before training, {', and '.join(parts)}.</b></p>" if parts else ""
 
 
 def before_and_after(summary):
     images = summary.get("after", {}).get("images")
     note = "On held-out pairs."
     if images:
-        note = (f"Percent, on {page.num(images)} images that are in no pair. The change is paired by image; "
-                "it is clear where its interval does not include 0.")
+        note = (f"Percent, on {page.num(images)} images that are in no pair. CHAIR_s: captions that name an "
+                "object which is not in the picture. CHAIR_i: such objects among all that captions name. "
+                "Cover: objects in the picture that its caption names. POPE: right answers to whether there "
+                "is an object; the absent ones are drawn at random, or (adversarial) often come with those "
+                "in the picture. The last rows are right answers to other kinds of questions. The change is "
+                "paired by image; it is clear where its interval does not include 0.")
     note = " ".join([note, *map(escape, remarks(summary))])
     return page.section("Before and after", note, page.table(HEAD, rows(summary)))
 
@@ -103,13 +130,23 @@ def cell(measure, form, positive=False):
 
 
 # ---- curves ----
-def curves(steps):
-    """steps: the lines of log.jsonl that are about a step."""
-    note = "Means over stretches of steps, at most 60; the first and the last of them are below."
+def evaluations(run, lines, summary):
+    """What was measured before, as it trained, and after. lines: those of log.jsonl."""
+    found = [line["eval"] for line in lines if "eval" in line]
+    if found:
+        found = [data.read_json(run / "before.json", {}), *found, summary.get("after", {})]
+    table = [(metrics.CLASSROOM.get(name, name), "", {name: ""}) for name in ChainMap(*found)
+             if name not in COUNTS]
+    note = "Before it trained, as it trained, and at the end: the same questions. The axis counts them."
+    return curves("Evaluations", note, found, table)
+
+
+def curves(title, note, lines, table=CURVES):
+    """Figures of numbers that lines hold, as the table lists them."""
     figures = ""
-    for title, says, labels in CURVES:
-        figures += curve(title, says, {label: means(steps, key) for key, label in labels.items()}, len(steps))
-    return page.section("Training", note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
+    for name, says, labels in table:
+        figures += curve(name, says, {label: means(lines, key) for key, label in labels.items()}, len(lines))
+    return page.section(title, note, figures and f'<div class="grid" style="--w:440px">{figures}</div>')
 
 
 def means(steps, key):
@@ -128,7 +165,7 @@ def curve(title, says, series, steps):
     keys, body = "", f"""<path class="rule" d="M0 130H290"/>
 <text x="-6" y="134" text-anchor="end">{page.num(low, "z.2f")}</text>
 <text x="-6" y="14" text-anchor="end">{page.num(high, "z.2f")}</text>
-<text x="290" y="147" text-anchor="end">{page.num(steps)} steps</text>"""
+<text x="290" y="147" text-anchor="end">{page.num(steps)}</text>"""
     for k, (label, means) in enumerate(series.items()):
         line = "M"
         for x, mean in zip(np.linspace(0, 290, len(means)), means, strict=True):
@@ -156,7 +193,9 @@ def held_out(lines):
         body.append((name, *(cell(look[key], "z.2f", key == "kl") for look in (first, last))))
     note = (f"{page.num(first['n'])} held-out pairs with their own and other images, in nats, with 95% "
             "intervals. The margin is what training added, × β. Last column, pair by pair: above 0 where "
-            "training taught the model to look; at 0 it changed words alone.")
+            "training taught the model to look; at 0 it changed words alone. The blank image can score "
+            "highest, before training too: it shows nothing that a response names, so a longer response "
+            "loses more by it, and rejected ones are often longer.")
     return page.section("Does the model look?", note, page.table(head, body))
 
 
@@ -186,7 +225,7 @@ def answers(run, sides):
         body += f'<div class="card row">{page.picture(run / "scenes", image, there)}<div>{said}</div></div>'
     note = ("The first images of the evaluation, in order: none was picked. Below each, the objects in it. "
             "<mark>Underlined in red</mark>: words that the image contradicts.")
-    return page.section("Answers", note, f'<div class="grid" style="--w:440px">{body}</div>')
+    return page.section("Answers", note, body and f'<div class="grid" style="--w:440px">{body}</div>')
 
 
 # ---- the model card ----
@@ -239,23 +278,22 @@ def write(run):
 def content(run, first, more, summary):
     """The page's HTML, of the lines of the log and the summary."""
     steps = [line for line in more if "step" in line]
-    done = {"options": {}}
-    for line in (first, *steps[-1:], summary):
-        done |= line
-    o = done["options"]
-    pairs, taken, seconds = (page.num(done.get(key)) for key in ("pairs", "step", "seconds"))
-    said = f"{o.get('loss', 'a loss')} on {pairs} pairs, {taken} steps in {seconds} seconds"
-    for name in ("beta", "image_rejected", "model", "lora_r", "lr", "seed"):
+    done = ChainMap(summary, *steps[-1:], first)
+    o = done.get("options", {})
+    said = (f"{o.get('loss', 'a loss')} on {page.num(done.get('pairs'))} pairs, "
+            f"{page.num(done.get('step'))} steps in {page.num(done.get('seconds'))} seconds")
+    for name in "beta image_rejected model lora_r lr seed".split():
         if name in o:
             said += f", {name} {o[name]}"
+    unfinished = "" if summary else UNFINISHED
+    sides = {line["evaluation"]: line["answers"] for line in more if "answers" in line}
+    if "difference" in summary and not sides:
+        sides = {side: said_by(run, side) for side in SIDES}
     said += f", commit {first.get('commit', '–')}"
-    if not summary:
-        said += ", not finished"
-    body = f"<p>{escape(said)}.</p>{before_and_after(summary)}{curves(steps)}"
-    body += held_out([first, *more])
-    if "difference" in summary:
-        body += answers(run, {side: said_by(run, side) for side in SIDES})
-    return body
+    note = "The axis counts steps. Means over stretches of them, at most 60; the first and last are below."
+    return (f"<p>{escape(said)}{unfinished}.</p>{verdict(summary)}{before_and_after(summary)}"
+            f"{evaluations(run, more, summary)}{curves('Training', note, steps)}"
+            f"{held_out([first, *more])}{answers(run, sides)}")
 
 
 def main():
@@ -263,11 +301,11 @@ def main():
     parser.add_argument("runs", type=Path, nargs="+", help="the folder of a run, or of several")
     parser.add_argument("--out", type=Path, default="runs.html", help="the page of several runs [runs.html]")
     o = parser.parse_args()
-    if len(o.runs) > 1:
-        program = Path(__file__).resolve().parents[1] / "classroom" / "runs.py"
-        os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
     try:
-        print(write(o.runs[0]))
+        if len(o.runs) > 1:
+            print(command.classroom("runs.py", *sys.argv[1:]), end="")
+        else:
+            print(write(o.runs[0]))
     except (data.UserError, OSError) as error:
         sys.exit(f"report.py: {error}")
 

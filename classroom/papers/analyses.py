@@ -153,6 +153,15 @@ def similarity(run):
 
 
 # ---- the page ----
+STYLE = """.grid figure{margin:0}.grid+table{max-width:none}td,th{text-align:left}
+td:first-child,th:first-child{white-space:nowrap;width:5.5em}
+@media print{.grid{grid-template-columns:repeat(4,1fr)}}"""
+LEGEND = ("Each prompt has its pictures, then its pair. Under a picture are the guidance scale and what each "
+          "ranker scores: the higher, the better the picture shows the prompt. A ranker’s scores compare the "
+          "pictures of one prompt; two rankers have two scales. <b>Picked</b>: the first ranker’s best. "
+          "Choose your own before you read the scores.")
+
+
 def entry(run, row, pair):
     """A prompt on the page: its pictures with their scores, then its pair, if there is one."""
     body = ""
@@ -162,7 +171,7 @@ def entry(run, row, pair):
         if image["image"] == row["image"]:
             says.append("picked")
         body += page.picture(run.out, image["image"], ", ".join(says))
-    body = f'<div class="row">{body}</div>'
+    body = f'<div class="grid" style="--w:320px">{body}</div>'
     if pair:
         sides = [[side, pair[side]] for side in ("chosen", "rejected")]
         body += page.table(["", pair["question"]], sides)
@@ -171,11 +180,11 @@ def entry(run, row, pair):
 
 def gallery(run, ranked, most):
     """The page of so many prompts, evenly spaced through the run, so that none was picked."""
-    body, pairs = "", {row["id"]: row for row in run.rows("pairs")}
+    body, pairs = f'<p class="soft">{LEGEND}</p>', {row["id"]: row for row in run.rows("pairs")}
     apart = max(1, len(ranked) // max(1, most))
     for row in ranked[::apart][:most]:
         body += entry(run, row, pairs.get(row["id"]))
-    return page.page(f"Synthesis: {run.out.name}", body)
+    return page.page(f"Synthesis: {run.out.name}", body, STYLE)
 
 
 # ---- the command ----

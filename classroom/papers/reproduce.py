@@ -29,12 +29,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from tqdm import tqdm
-
 HERE = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parents[2]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+
+# isort: split
+from tqdm import tqdm  # noqa: E402
+
 from classroom import pairs, world  # noqa: E402
 from classroom.papers import findings, objectives, pds, scorers, study  # noqa: E402
 

@@ -28,12 +28,12 @@ STYLE = """
 main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
 font-size:.9rem}.bar{height:6px;background:var(--line);border-radius:3px;overflow:hidden;margin:.5em 0}
 .bar i{display:block;height:100%;width:0;background:var(--c0)}.see{display:grid;gap:8px 20px;margin-top:10px}
-#picture{width:auto;max-width:100%;max-height:32vh;margin:auto;object-fit:contain}
-#picture.pixel{height:32vh}.two{display:grid;gap:14px;align-items:start;
+#picture{width:auto;max-width:100%;max-height:max(320px,32vh);margin:auto}
+#picture.pixel{width:min(100%,max(320px,32vh));max-height:none}.two{display:grid;gap:14px;align-items:start;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}.two p,.ask{white-space:pre-wrap}
 .ask{font-weight:600;margin-top:0}.two p{margin:.3em 0}
 @media(min-width:900px){.see.with{grid-template-columns:minmax(0,36%) 1fr;align-items:start}
-#picture{max-height:64vh;margin:0}}
+#picture{max-height:64vh;margin:0}#picture.pixel{width:min(100%,64vh)}}
 nav{position:sticky;bottom:0;background:var(--bg);padding:10px 0;display:grid;gap:8px;margin-top:14px;
 grid-template-columns:1fr auto 1fr;border-top:1px solid var(--line)}
 button,input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--soft);
@@ -42,6 +42,7 @@ button kbd{font-size:.75rem;color:var(--soft);display:block}
 button[aria-pressed=true]{outline:3px solid var(--c0)}:focus-visible{outline:3px solid var(--c1)}
 .tools{display:flex;gap:10px;flex-wrap:wrap;align-items:center;margin-top:12px}
 input{flex:1 1 150px;min-width:0}[hidden]{display:none!important}
+@media print{nav{position:static}}
 """
 BODY = """
 <p class="soft">Look at the picture, read both answers, and choose the better one: first the one that claims
