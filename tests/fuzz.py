@@ -55,7 +55,7 @@ def remember():
             kept[key] = make()
         return kept[key]
 
-    def from_folder(kind, folder, what, fix, **options):
+    def from_folder(kind, folder, what, fix="copy it again", **options):
         make = functools.partial(read, kind, folder, what, fix, **options)
         found = once(folder, (kind, str(folder), repr(sorted(options))), make)
         return copy.deepcopy(found) if what == "model" else found
