@@ -260,6 +260,14 @@ def shown_table():
     return {name: [*map(float, numbers)] for name, *numbers in row.findall(section("Quick start"))}
 
 
+def test_the_readme_names_the_folder_of_the_default_run(monkeypatch):
+    """An option more, or an edit of a loss, gives it another name: then the second command finds nothing."""
+    from training import options
+    monkeypatch.chdir(ROOT)
+    folder = str(options.run_folder(options.parse([], "")))
+    assert {*re.findall(r"runs/classroom-mdpo-\S+?(?=/)", README)} == {folder}
+
+
 def test_the_table_in_the_readme_adds_up():
     """As many rows as there are measures; change is after - before, to rounding, and inside its interval."""
     from evaluation import metrics
