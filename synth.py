@@ -59,7 +59,7 @@ class Options:
                          choices=("classroom", "pds-dpo"))
     prompts: str = option("", "a text file, one prompt a line, or a folder of them, one a topic")
     writer: str = option("", "a chat model that writes them: a folder, a URL or a file of replies")
-    per_topic: int = option(0, "at most so many prompts a topic; 0: all (with --writer 30)")
+    per_topic: int = option(0, "at most this many prompts a topic; 0: all (with --writer 30)")
     generator: str = option("", "folder of a Stable Diffusion 3 pipeline")
     guidance: tuple = option((5., 7., 9., 11.), "scales: one image of each prompt for each", at_least=-100,
                              at_most=100)

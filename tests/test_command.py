@@ -107,7 +107,7 @@ def test_presets_are_defaults_below_the_command_line():
     from training import options
     o = options.parse(["--preset", "mdpo-llava", "--model", "M", "--data", "D", "--batch", "5"], "")
     assert (o.batch, o.lr, o.preset) == (5, options.PRESETS["mdpo-llava"]["lr"], "mdpo-llava")
-    assert {*options.NAMES.split()} == options.PRESETS.keys()
+    assert {*options.NAMES.split(", ")} == options.PRESETS.keys()
     with pytest.raises(data.UserError, match="--preset slow: give one of classroom, "):
         options.parse(["--preset", "slow"], "")
 

@@ -25,13 +25,14 @@ from training.records import Records
 
 DAMAGED = tuple(data.REJECTED)
 
-NAMES = "classroom mdpo-bunny mdpo-llava pds-llava smolvlm-256m smolvlm-500m qwen2.5-vl-3b"    # of PRESETS
+# of PRESETS
+NAMES = "classroom, mdpo-bunny, mdpo-llava, pds-llava, smolvlm-256m, smolvlm-500m, qwen2.5-vl-3b"
 
 
 @dataclass(frozen=True)
 class Options:
     """The command line of train_dpo.py. The defaults are the preset `classroom`, all ours."""
-    preset: str = option("classroom", f"a set of defaults: {NAMES}", choices=NAMES.split())
+    preset: str = option("classroom", f"a set of defaults: {NAMES}", choices=NAMES.split(", "))
     model: str = option("classroom", "a model's folder, ORG/NAME (families: docs/training.md) or classroom")
     adapter: str = option("", "a LoRA folder to go on from; the reference is the model with it, frozen")
     data: str = option("classroom", "preference pairs, a file, a folder or ORG/NAME; classroom makes its own")
@@ -49,7 +50,7 @@ class Options:
     forward: str = option("packed", "packed (fast) or naive (to be read): the same numbers",
                           choices=("packed", "naive"))
     epochs: int = option(3, "passes over the pairs", above=0)
-    max_steps: int = option(0, "stop after so many steps; 0: all")
+    max_steps: int = option(0, "stop after this many steps; 0: all")
     batch: int = option(16, "pairs per optimiser step, over all ranks", above=0)
     micro_batch: int = option(8, "pairs per forward", above=0)
     lr: float = option(2e-4, "peak learning rate", above=0)
@@ -61,8 +62,8 @@ class Options:
     shard: bool = option(False, "split the base over torchrun's ranks (FSDP2), where one cannot hold it")
     dtype: str = option("auto", "of the base: float32, bfloat16, float64, nf4; auto is bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16", "float64", "nf4"))
-    dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU")
-    restart: bool = option(False, "begin anew; what --out holds is kept as OUT.1, or the next free number")
+    dry_run: bool = option(False, "only print what the run would need: steps, tokens, GiB per GPU, hours")
+    restart: bool = option(False, "start from the beginning; what --out holds is kept as OUT.1, .2, ...")
 
     lora_alpha: int = behind_set(128, "LoRA's scale is lora_alpha / lora_r", above=0)
     lora_targets: str = behind_set("", "which linear layers get LoRA, with commas: q_proj means the language "
@@ -97,15 +98,16 @@ class Options:
     questions: int = behind_set(2000, "questions of the classroom's printed table", above=0)
     split: str = behind_set("print", "the classroom's scenes to report on; tune: to choose settings on",
                             choices=("print", "tune"))
-    look: int = behind_set(200, "held-out pairs for the test whether the model looks at its image; 0: none")
+    look: int = behind_set(200, "held-out pairs that test whether the model looks at its image; 0: none")
     max_new_tokens: int = behind_set(64, "tokens of an answer in an evaluation", above=0)
     eval_data: str = behind_set("", "a small POPE file, or questions about COCO images, evaluated too")
     eval_images: str = behind_set("", "the folder of its images (default: its own)")
     eval_annotations: str = behind_set("", "COCO's annotations, for CHAIR on questions about COCO images")
     eval_synonyms: str = behind_set("", "and CHAIR's synonyms file")
     keep: str = behind_set("", "best, or best:NAME (chair_s, loss): end with the best evaluation's weights")
-    patience: int = behind_set(0, "stop once so many evaluations have been no better for `keep`; 0: never")
-    track: str = behind_set("", "send the log's numbers there, too", choices=("", "wandb", "tensorboard"))
+    patience: int = behind_set(0, "stop after this many evaluations without improvement in `keep`; 0: never")
+    track: str = behind_set("", "wandb or tensorboard: send the log's numbers there, too",
+                             choices=("", "wandb", "tensorboard"))
     device: str = behind_set("", "cuda, mps or cpu (default: the first available)",
                              choices=("", "cuda", "mps", "cpu"))
 
