@@ -171,6 +171,7 @@ def test_an_interval_ends_where_the_measure_does():
     near = {"a": [50.0], "b": [50.2], "c": [50.4]}                     # far from the ends nothing changes
     assert evidence.possible(near, "cover") == pytest.approx(evidence.nested(near), abs=.01)
     assert 0 < evidence.possible({"a": [.1], "b": [9.], "c": [2.]}, "kl")[1]
+    assert math.isnan(evidence.possible({"a": [-.1], "b": [.05]}, "kl")[0])            # by chance: undefined
     assert evidence.possible({"a": [-1.], "b": [2.]}, "look") == evidence.nested({"a": [-1.], "b": [2.]})
     assert evidence.possible({"a": [100.], "b": [100.]}, "cover") == (100, 100, 100)
 

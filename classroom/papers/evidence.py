@@ -39,13 +39,15 @@ POSITIVE, ANY_SIGN = ("kl", "words"), ("look", "chosen")               # all oth
 
 def possible(values, measure):
     """{base: [a run's value]} -> (mean, low, high), of what is possible for the measure. Runs in which it is
-    undefined (nan) are left out; a mean of nan: it is undefined in all."""
+    undefined (nan) are left out; a mean of nan: it is undefined in all, or cannot be right."""
     defined = {base: kept for base, v in values.items() if (kept := [x for x in v if not math.isnan(x)])}
     if not defined:
         return math.nan, None, None
     mean, low, high = nested(defined)
     if low is None or low == high or measure in ANY_SIGN:
         return mean, low, high
+    if measure in POSITIVE and mean <= 0:               # below 0 by chance: draw more answers
+        return math.nan, None, None
     if measure in POSITIVE:
         ratio = math.exp(min(50, (high - mean) / mean))
         return mean, mean / ratio, mean * ratio
