@@ -60,7 +60,7 @@ def run_answers(o):
     length = o.max_new_tokens or answers.LENGTHS[o.benchmark]
     if served:
         m = ask.connect(o.model, model=o.chat_model, max_tokens=length, workers=o.batch_size or 64,
-                        accept=ask.anything)
+                        accept=bool)
     else:
         m = loaded(o, o.model, ranks.device)
     options = {"batch_size": o.batch_size, "max_new_tokens": length, "ranks": ranks}

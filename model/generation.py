@@ -7,7 +7,7 @@
 if __name__ == "__main__":
     exit(print("A part of every command; run: python train_dpo.py --help"))
 
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 import data
 
 NEIGHBOURS = 64                # prompts that are padded to one length: padding may move an answer's last bits
+LATE = 16                      # a batch ends when all answers have, or all but less than one in so many
 
 
 class Completion(NamedTuple):
@@ -49,17 +50,21 @@ def ends_of(m):
 def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
     """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
 
-    Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
+    No image's token is among them, and none that has no name. Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
     from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
-    at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once.
+    at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once. Only the
+    few greedy ones that outlast all others of a batch (see LATE) go on as prompts of a later one, so that no
+    batch waits for them: the cache that they begin with may differ in its last bits.
     """
     with m.seeing():
         ends = ends_of(m)
-    options = {"do_sample": False, "output_hidden_states": False}
+        few = partial(few_left, torch.tensor([*ends], device=m.device))
+    rows = len(m.model.lm_head.weight)
+    options = {"do_sample": False, "output_hidden_states": False, "stopping_criteria": [few],
+               "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
     if sample_seed is not None:
-        rows = len(m.model.lm_head.weight)
         options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
-                    "suppress_tokens": [m.front.image_token_id, *range(m.words, rows)]}
+                    "stopping_criteria": None}
     found = [None] * len(prompts)
     # Eagerly: a compiled part would be compiled again for generate's shapes.
     gpus = [m.device] if m.device.type == "cuda" else []
@@ -82,7 +87,19 @@ def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=
             for i, tokens in zip(batch, new[:, width:].tolist(), strict=True):              # (R, new)
                 ended = [n for n, token in enumerate(tokens, 1) if token in ends]
                 found[i] = tokens[:ended[0]] if ended else tokens
+    late = [i for i, tokens in enumerate(found) if tokens[-1] not in ends and len(tokens) < max_new_tokens]
+    if late:
+        begun = [prompts[i] + found[i] for i in late]
+        more = continued(m, begun, [images[i] for i in late], max_new_tokens, batch_size)
+        for i, tokens in zip(late, more, strict=True):
+            found[i] = (found[i] + tokens)[:max_new_tokens]
     return found
+
+
+def few_left(ends, ids, scores):
+    """A StoppingCriteria: whether few rows of ids (R, T) have not ended; an end is repeated to the last."""
+    going = ~torch.isin(ids[:, -1], ends)
+    return LATE * going.sum() < len(ids)
 
 
 def padded(prompts, batch_size):

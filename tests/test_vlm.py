@@ -2,7 +2,7 @@
 import json
 import shutil
 import sys
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -379,6 +379,32 @@ def test_what_is_drawn_is_what_is_scored_and_no_image_marker(folder):
     said = generation.complete(m, [[]] * 40, ["what is this ?"] * 40, 3, sample_seed=1)
     assert [one.finished for one in said] == [tokens[-1] in ends for tokens in drawn]
     assert said[0].text == m.front.tokenizer.decode(drawn[0], skip_special_tokens=True).strip()
+
+
+def test_a_batch_does_not_wait_for_its_longest_answers_and_they_are_the_same(tmp_path, monkeypatch):
+    """Of 40 the few that have not ended when the others have go on in a batch of their own, or in two."""
+    m = vlm.load(write_llava(tmp_path), dtype=torch.float64)
+    words = ["what", "is", "this", "a", "red", "dog", "cat", "no"]
+    prompts = [m.front.prompt_ids(" ".join([*words[i % 8:], *words[:i // 8]]) + " ?", ()) for i in range(40)]
+    images = [[]] * 40
+    whole = generation.continued(m, prompts, images, 20, 1)
+    for longest in whole:                                      # ends that all have soon, but one or two
+        ends = {*chain(*(tokens[:8] for tokens in whole))} - {*longest}
+        if sum(ends.isdisjoint(tokens[:8]) for tokens in whole) <= 2:
+            break
+    monkeypatch.setattr(generation, "ends_of", lambda m: ends)
+    alone = [*chain(*(generation.continued(m, [prompt], [[]], 20, 1) for prompt in prompts))]
+    assert max(map(len, alone)) == 20 and sum(len(tokens) <= 8 for tokens in alone) >= 38
+    batches, generate = [], m.model.generate
+
+    def counted(**options):
+        new = generate(**options)
+        batches.append(len(new))
+        return new
+
+    monkeypatch.setattr(m.model, "generate", counted)
+    assert generation.continued(m, prompts, images, 20, 64) == alone
+    assert batches[0] == 40 and len(batches) > 1 and batches[-1] <= 2
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone(folder):
