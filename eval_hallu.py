@@ -145,8 +145,11 @@ def replied(o, who, prompts, read, path, text):
     said = {who: ask.public(str(source)) + (models and f" ({models})"),
             f"{who}_prompt": prompt,
             f"{who}_prompt_sha256": digest}
-    replies = {i: rows[str(i)] for i in prompts if str(i) in rows}
-    return {i: row["reply"] if ask.whole(row) else None for i, row in replies.items()}, said
+    replies = {}
+    for i in prompts:
+        if row := rows.get(str(i)):
+            replies[i] = row["reply"] if ask.whole(row) else None
+    return replies, said
 
 
 def run_score(scorer, o):
@@ -281,21 +284,10 @@ def text(help, **more):
     return {"help": help, **more}
 
 
-def path(help, **more):
-    return text(help, type=Path, **more)
-
-
-def needed(help, **more):
-    return path(help, required=True, **more)
-
-
-def out(help):
-    return text(help, type=new_file, required=True)
-
-
-def number(help, **more):
-    return text(help, type=positive, metavar="N", **more)
-
+path = partial(text, type=Path)
+needed = partial(path, required=True)
+out = partial(text, type=new_file, required=True)
+number = partial(text, type=positive, metavar="N")
 
 SCORED = {
     "--answers": needed("what `answers` wrote, or a file in the official scripts' format", nargs="+"),

@@ -190,9 +190,8 @@ def save(model, folder, base_name):
               "target_modules": sorted(adapted),                    # in full: the vision tower has q_proj too
               "rank_pattern": {n: m.r for n, m in adapted.items() if m.r != first.r},
               "alpha_pattern": {n: m.alpha for n, m in adapted.items() if m.alpha != first.alpha}}
-    tensors = {}
-    for name, p in lora_parameters(model).items():
-        tensors[f"base_model.model.{name}.weight"] = p.detach().float().T.contiguous().cpu()
+    tensors = {f"base_model.model.{name}.weight": p.detach().float().T.contiguous().cpu()
+               for name, p in lora_parameters(model).items()}
     data.atomic_write(Path(folder, "adapter_model.safetensors"),
                       safetensors.torch.save(tensors, {"format": "pt"}))
     data.atomic_write(Path(folder, "adapter_config.json"), json.dumps(config, indent=1, sort_keys=True))

@@ -157,10 +157,10 @@ class Run:
         both are hashed. make: (run, groups of `size` items {"id", "_given", ...}) -> their rows, group by
         group. parts/NAME.jsonl keeps them: see command.Store.work.
         """
-        start, items = time.time(), []
+        start = time.time()
         store = command.Store(self.path(name, "parts"), self.ranks)
-        for id, parts in given.items():
-            items.append({"id": id, "_given": parts, "hash": ask.hashed([id, parts, made_by])})
+        items = [{"id": id, "_given": parts, "hash": ask.hashed([id, parts, made_by])}
+                 for id, parts in given.items()]
         rows = store.work(items, partial(make, self), size, name)
         command.free()
         self.say(name,

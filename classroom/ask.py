@@ -22,6 +22,7 @@ from model import ask, command  # noqa: E402
 
 MOST = 20 << 20                                     # bytes of a request: a picture of 15 MB
 SHOWN = 8                                           # scenes on the page to choose from
+BETA = 0.1                                          # of the reward: both papers'
 
 
 class Site(HTTPServer):
@@ -46,19 +47,27 @@ class Site(HTTPServer):
         known = self.scenes.get(self.paths.get(image), {})
         found = dialogue.answers(self.m, picture, question, known, self.length)
         if "after" in found:
-            weighed = dialogue.reward(self.m, picture, question, found["after"]["text"])
+            weighed = reward(self.m, picture, question, found["after"]["text"])
         return {"answers": found, "reward": weighed}
 
     def reward(self, question, answer, image, crop):
         """-> {"reward": of an answer when the picture is cut to crop: left, top, right, bottom, in shares}"""
-        from evaluation import dialogue
         picture = picture_of(image)
         left, top, right, bottom = crop
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise UserError(f"the crop {crop} is not in the picture: give left, top, right, bottom, 0 to 1")
         w, h = picture.size
         box = math.floor(left * w), math.floor(top * h), math.ceil(right * w), math.ceil(bottom * h)
-        return {"reward": dialogue.reward(self.m, picture.crop(box), question, answer)}
+        return {"reward": reward(self.m, picture.crop(box), question, answer)}
+
+
+def reward(m, image, question, answer):
+    """BETA * (log p(answer) - the reference's), the sum over its tokens: what mDPO's losses compare."""
+    from evaluation import dialogue
+    from model import vlm
+    policy = dialogue.token_logps(m, image, question, answer).sum()
+    with vlm.base_of(m) as base:
+        return BETA * float(policy - dialogue.token_logps(base, image, question, answer).sum())
 
 
 def picture_of(url):

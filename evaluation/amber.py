@@ -17,17 +17,18 @@ if __name__ == "__main__":
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no
 from evaluation.stats import choice, intervals, join, ratios, read, remarks, same_id, tally
+from evaluation.words import rules
 
 PARTS = "generative existence attribute state number action relation all".split()
 TYPES = {part: (part,) for part in PARTS}                                  # of what a part is made
 TYPES |= {"attribute": "state number action".split(),
           "all": "existence state number action relation".split()}
 # The official names of the counters of a measure, and of a part.
-COUNTERS = dict(pair.split(":") for pair in """chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
-accuracy:correct precision:ans_no recall:no""".split())
+COUNTERS = dict(rules("""chair:chair cover:safe_cover cog:hallu_cover clean:non_hallu
+accuracy:correct precision:ans_no recall:no"""))
 COUNTS = "hal mentions cover cover_num cog cog_num non_hallu".split()          # and those of a caption
-CODES = dict(pair.split(":") for pair in """generative: all:qa_ state:as_qa_ number:an_qa_ action:aa_qa_
-relation:asso_qa_ existence:ha_qa_""".split())
+CODES = dict(rules("""generative: all:qa_ state:as_qa_ number:an_qa_ action:aa_qa_
+relation:asso_qa_ existence:ha_qa_"""))
 ADDED = 1e-3                                               # to each sum that the official scorer divides by
 
 
@@ -163,10 +164,8 @@ def by_part(sums, added):
     added: ADDED in official mode, else 0.
     """
     asked = {part for part, _ in sums}
-    found = {}
-    for part, types in TYPES.items():
-        if asked.issuperset(types):
-            found[part] = _measured(part, sums.of(part), added)
+    found = {part: _measured(part, sums.of(part), added)
+             for part, types in TYPES.items() if asked.issuperset(types)}
     if "generative" in found and "all" in found:
         kept = 100 - found["generative"]["chair"]
         found["all"]["amber_score"] = (kept + found["all"]["f1"]) / 2         # the paper's, not in the code

@@ -112,9 +112,9 @@ def score_classroom(answers_path):
     return metrics.classroom(benchmarks.read_answers([answers_path]))
 
 
-def difference(before_path, after_path):
-    """-> metrics.difference of two answers files."""
-    return metrics.difference(*(benchmarks.read_answers([path]) for path in (before_path, after_path)))
+def difference(*paths):
+    """-> metrics.difference of two answers files, the one before training and the one after."""
+    return metrics.difference(*(benchmarks.read_answers([path]) for path in paths))
 
 
 def quick(m, path, out_path, images=None, annotations=None, synonyms=None, follow_links=False, **options):

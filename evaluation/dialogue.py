@@ -21,8 +21,6 @@ import lora
 from evaluation import objects
 from model import generation, vlm
 
-BETA = 0.1                                          # of the reward: both papers'
-
 
 # ---- a model, a picture, a question ----
 @torch.no_grad()
@@ -37,13 +35,6 @@ def token_logps(m, image, question, answer):
         row = data.pack([pair], {"chosen"}, m.front.positions)
         return vlm.packed_token_logps(m, row, features.images)
     return vlm.naive(m, [pair], features, {"chosen"}).chosen
-
-
-def reward(m, image, question, answer):
-    """BETA * (log p(answer) - the reference's), the sum over its tokens: what mDPO's losses compare."""
-    policy = token_logps(m, image, question, answer).sum()
-    with vlm.base_of(m) as base:
-        return BETA * float(policy - token_logps(base, image, question, answer).sum())
 
 
 def owed(m, image, question, answer):
@@ -73,10 +64,9 @@ def answers(m, image, question, known, length=64):
 
 
 # ---- in the terminal ----
-def columns(found, width=None):
+def columns(found):
     """The answers as lines of text, next to each other; invented words are in *stars*."""
-    width = width or shutil.get_terminal_size((100, 24)).columns - 1
-    room, parts = (width - 3) // len(found), []
+    room, parts = (shutil.get_terminal_size((100, 24)).columns - 4) // len(found), []
     for name, said in found.items():
         text = said["text"] or "(no answer)"
         for word in said["invented"]:

@@ -31,6 +31,11 @@ def _set(text):
     return set(text.split())
 
 
+def rules(text):
+    """[(an ending, what becomes of it)], or other pairs, out of a text of ENDING:WHAT with blanks between."""
+    return [rule.rsplit(":", 1) for rule in text.split()]
+
+
 # ---- tokens ----
 ABBREVIATIONS = _set("mr mrs ms dr st jr sr vs etc prof gen col inc ltd co corp no dept fig approx ave blvd "
                      "jan feb mar apr aug sept oct nov dec")
@@ -80,10 +85,10 @@ def _abbreviation(word):
 
 
 # ---- lemmas ----
-IRREGULAR = dict(pair.split(":") for pair in """children:child grandchildren:grandchild brethren:brother
+IRREGULAR = dict(rules("""children:child grandchildren:grandchild brethren:brother
 oxen:ox oxens:oxen geese:goose mice:mouse lice:louse dice:die feet:foot teeth:tooth men:men vases:vas axes:ax
 cookies:cooky uses:us doggies:doggy leaves:leaf quizzes:quiz busses:bus taxies:taxi menus:menu emus:emu
-zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas""".split())
+zebus:zebu gnus:gnu less:le has:ha was:wa as:a us:u pass:pas"""))
 KEEP = _set("""scissors clothes christmas lens gas canvas atlas rhinoceros news series perhaps always towards
 iris yes pancreas pajamas tennis this his its is various famous""")
 # Compounds, brands and misspellings that vocabularies hold and WordNet does not: no lemma for their plural.
@@ -94,14 +99,9 @@ streetlamp teddybear televison waterfont air-conditioning biker coworker brindle
 rpo""")
 
 
-def _rules(text):
-    """[(an ending, what becomes of it)] out of a text of ENDING:WHAT, with blanks between."""
-    return [rule.rsplit(":", 1) for rule in text.split()]
-
-
-def _first(rules, word):
-    """A word by the first rule whose ending it has."""
-    for ending, to in rules:
+def _first(endings, word):
+    """A word by the first of such rules whose ending it has."""
+    for ending, to in endings:
         found, fits = re.subn(ending, to, word)
         if fits:
             return found
@@ -110,7 +110,7 @@ def _first(rules, word):
 
 # In this order: men; -ies, -oes, -ches and -is that come from -ie, -oe, -che and -i; what stays; -ves; and
 # sibilants that take -es, since every other -ses and -zes loses only its -s (horses, sizes).
-LEMMAS = _rules(r"""
+LEMMAS = rules(r"""
 ((?:wo|police|fire|sports|gentle|snow|fisher|sales|business|camera|work|service|crafts|door|post|mail)m)en$:\1an
 ((?:fresh|horse|country|chair|weather|spokes|ferry|milk|patrol|gun|bar|noble|boat|states|dober|clergy)m)en$:\1an
 ((?:congress|stunt|lines|trades|repair)m)en$:\1an
@@ -140,7 +140,7 @@ def lemma(word):
 
 
 # The plurals of the first CHAIR, which knew no dictionary.
-SINGULARS = _rules(r"""
+SINGULARS = rules(r"""
 (?:dogg|coll|cook|bird|hoag|roo?k|zomb|pix|aunt|vegg|goon|cut|newb|bean)ies$:\g<0>
 ^(?:scissors|series|species|news|headquarters|pliers|shears|measles|innings|gallows)$:\g<0>
 children$:child geese$:goose feet$:foot teeth$:tooth men$:man leaves$:leaf loaves$:loaf people$:person
@@ -181,8 +181,8 @@ plate play plug pot race rack range rest ring ride rock row saddle sail shell sh
 signal sink skate ski sled snack snow sound spoon spray stage star stone string support surf switch table
 tap tape telephone tie toast tour track train view walk wall watch water wave""")
 # The second word is the thing, the first says which.
-OF_ITS_KIND = dict(pair.split(":") for pair in """laptop:computer notebook:computer ski:resort wine:glass
-broccoli:toppings""".split())
+OF_ITS_KIND = dict(rules("""laptop:computer notebook:computer ski:resort wine:glass
+broccoli:toppings"""))
 # Adjectives too, or ending like them (deep, nearest): before a verb the official tagger sees no noun here.
 LIKE_ADJECTIVES = _set("light individual forest sheep")
 IN_THE_NEWS = _set("""person people man woman house home building car truck bus train plane road street water

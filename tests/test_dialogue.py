@@ -70,10 +70,11 @@ def test_there_must_be_a_model(monkeypatch, capsys):
     assert "give --model" in end.value.code
 
 
-def test_invented_words_are_in_stars_and_columns_are_side_by_side():
+def test_invented_words_are_in_stars_and_columns_are_side_by_side(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "84")
     found = {"before": {"text": "a cup and a lamp .", "words": [], "invented": ["lamp"]},
              "after": {"text": "a cup .", "words": [("a", 0.25), ("cup", 3.0)], "invented": []}}
-    lines = list(dialogue.columns(found, width=83))
+    lines = list(dialogue.columns(found))
     assert lines[1] == "a cup and a *lamp* .".ljust(40) + " | a cup ."
     assert lines[-1].endswith("| a +0.2 cup +3.0")
 
@@ -119,13 +120,13 @@ def test_the_page_answers_and_weighs_two_crops_as_python_does(run, site):
     text = said["answers"]["after"]["text"]
     assert status == 200 and said["answers"] == json.loads(json.dumps(
         dialogue.answers(m, image, CAPTION, found.scenes[found.paths[url]])))
-    assert math.isclose(said["reward"], dialogue.reward(m, image, CAPTION, text), abs_tol=1e-5)
+    assert math.isclose(said["reward"], page.reward(m, image, CAPTION, text), abs_tol=1e-5)
     w, h = image.size
     for crop in [0.25, 0.25, 0.75, 0.75], [0, 0.5, 0.5, 1]:
         status, weighed = request(port, "/reward", {"question": CAPTION, "answer": text, "image": url,
                                                     "crop": crop})
         part = image.crop([round(share * side) for share, side in zip(crop, (w, h, w, h), strict=True)])
-        wanted = dialogue.reward(m, part, CAPTION, text)
+        wanted = page.reward(m, part, CAPTION, text)
         assert status == 200 and math.isclose(json.loads(weighed)["reward"], wanted, abs_tol=1e-5)
         assert not math.isclose(wanted, said["reward"], abs_tol=1e-3)
 
@@ -142,7 +143,7 @@ def test_the_reward_is_the_losses_own(run):
         policy = vlm.naive(m, [pair], features, {"chosen"}).chosen
         with vlm.base_of(m) as base:
             reference = vlm.naive(base, [pair], features, {"chosen"}).chosen
-    assert math.isclose(dialogue.reward(m, image, CAPTION, answer), 0.1 * (policy - reference), abs_tol=1e-5)
+    assert math.isclose(page.reward(m, image, CAPTION, answer), 0.1 * (policy - reference), abs_tol=1e-5)
 
 
 def test_the_page_shows_the_scenes_and_lets_nothing_else_load(site):

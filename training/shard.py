@@ -70,9 +70,8 @@ def first(ranks, m, *work):
 
 def leading(ranks, languages, work, *arguments):
     """work(*arguments) on rank 0, which tells the others before each forward, and at the end."""
-    hooks = []
-    for number, language in enumerate(languages, 1):
-        hooks.append(language.register_forward_pre_hook(partial(tell, ranks, number)))
+    hooks = [language.register_forward_pre_hook(partial(tell, ranks, number))
+             for number, language in enumerate(languages, 1)]
     try:
         return work(*arguments)
     finally:
