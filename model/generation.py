@@ -50,11 +50,12 @@ def ends_of(m):
 def continued(m, prompts, images, max_new_tokens=64, batch_size=64, sample_seed=None, temperature=1.0):
     """The tokens of an answer to each prompt (token ids), its end included if it ended by itself.
 
-    No image's token is among them, and none that has no name. Greedy; with sample_seed drawn at `temperature` (the same seed, inputs and batch size give the same draw)
-    from the softmax that the forwards score. Prompts are left-padded, those of similar length together, and
-    at most NEIGHBOURS of them to one length: an answer does not depend on how many such run at once. Only the
-    few greedy ones that outlast all others of a batch (see LATE) go on as prompts of a later one, so that no
-    batch waits for them: the cache that they begin with may differ in its last bits.
+    An image's token is never among them, nor one without a name. Greedy; with sample_seed drawn at
+    `temperature` (the same seed, inputs and batch size give the same draw) from the softmax that the forwards
+    score. Prompts are left-padded, those of similar length together, and at most NEIGHBOURS of them to one
+    length: an answer does not depend on how many such run at once. Only the few greedy ones that outlast all
+    others of a batch (see LATE) go on as prompts of a later one, so that no batch waits for them: the cache
+    that they begin with may differ in its last bits.
     """
     with m.seeing():
         ends = ends_of(m)
