@@ -344,7 +344,7 @@ def respond(run):
             rows = run.made(f"respond-{name}", questions, make, made_by, o.batch)
             said[name] = {row["id"]: row for row in rows}
         elif run.ranks.rank == 0:
-            said[name] = run.ask(f"respond-{name}", source, [*questions.values()], accept=ask.anything,
+            said[name] = run.ask(f"respond-{name}", source, [*questions.values()], accept=bool,
                                  **options)
     for id, question in questions.items():
         for name, rows in said.items():
