@@ -84,7 +84,7 @@ def add_lora(model, r, alpha, targets=None, seed=0):
     return names
 
 
-def targeted(names, targets=None):
+def targeted(names, targets):
     """Those of the linear layers' names that LoRA goes on; without targets all of the language model.
 
     A target without a dot is the last name of a layer of the language model (CLIP has a q_proj of its own);

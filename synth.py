@@ -122,7 +122,7 @@ class Run:
     """A call's options, its folder, its place among the ranks, and the folder's lock."""
     o: Options
     out: Path
-    ranks: command.Ranks = command.Ranks()
+    ranks: command.Ranks = command.ALONE
     lock: object = None
 
     def path(self, name, folder=""):
@@ -197,9 +197,10 @@ class Run:
 
     def needs(self, name):
         """The option's value. Raises UserError if it has none."""
-        if not getattr(self.o, name):
+        value = getattr(self.o, name)
+        if not value:
             raise UserError(f"--{name} is missing: give it (--help says what it is)")
-        return getattr(self.o, name)
+        return value
 
     def model(self, name):
         """The reward model of a ranker or scorer; None if it is none."""

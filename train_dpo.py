@@ -122,7 +122,7 @@ def prepare(o, out, ranks):
     reference = Reference(len(pairs), model, forward, reads, ranks, o.shard,
                           file_of(reads, pairs, "training"))
     if val:
-        val_reference = Reference(len(val), model, forward, val.needs, command.Ranks(),
+        val_reference = Reference(len(val), model, forward, val.needs, command.ALONE,
                                   file=file_of(val.needs, val, "validation"))
     steps = options.steps_of(o, len(pairs))
     return Run(o, out, ranks, model, first, options.loss_of(o), pairs, reference, val, val_reference,

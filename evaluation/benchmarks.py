@@ -209,7 +209,7 @@ def image_names(line, listed=()):
     return names or ["one without a name"]
 
 
-def find_images(root, lines, follow_links=False):
+def find_images(root, lines, follow_links):
     """The path of each line's image, or None: the first of its names that is a file in the folder. A line
     that is the image itself, as bytes, stays. follow_links: as data.inside has it."""
     if not os.path.isdir(root):

@@ -59,14 +59,14 @@ def difference(o):
     a, b = by_id(o.a), by_id(o.b)
     both = pairs(a, b)
     old, new = [answer.line for _, answer, _ in both], [answer.line for *_, answer in both]
+    items = o.items and [benchmarks.records(path, "file of what `score` wrote", id=NAME, image=NAME,
+                                            sums={str: [float, float]}) for path in o.items]
+    if not items and all("truth" in line for line in old + new):
+        items = map(metrics.classroom_items, (old, new))
     lines = ["The files hold no truth to compare them by: score both, and give --items A.items.jsonl "
              "B.items.jsonl for the paired difference."]
-    if o.items:
-        old, new = (benchmarks.records(path, "file of what `score` wrote", id=NAME, image=NAME,
-                                       sums={str: [float, float]}) for path in o.items)
-        lines = table(stats.paired(old, new), o)
-    elif all("truth" in line for line in old + new):
-        lines = table(stats.paired(*map(metrics.classroom_items, (old, new))), o)
+    if items:
+        lines = table(stats.paired(*items), o)
     for side, found in (("A", a), ("B", b)):
         lines += [f"{side}: {says}" for says in stats.empty(found.values())]
     if {len(a), len(b)} != {len(both)}:

@@ -162,8 +162,8 @@ def pope(splits, answers, mode="robust", partial=False):
     for split in dict.fromkeys(item["split"] for item in items):
         confusion = _confusion(total.of(split))
         counts.update(confusion)
-        by_split[split] = confusion | scored(total, draws, split)
-        by_split[split]["version"] = f"{split}, {len(splits[split]):,} questions"
+        version = {"version": f"{split}, {len(splits[split]):,} questions"}
+        by_split[split] = confusion | scored(total, draws, split) | version
 
     def mean(sums):
         each = [ratios(sums.of(split)) for split in by_split]
@@ -376,18 +376,19 @@ def mmhal(template, answers, replies, mode="robust", partial=False):
     for place, reply in replies.items():
         said = rating(reply or "", mode)
         score = 0 if said is None and mode == "official" and reply is not None else said
+        sums = {}
+        if score is not None:
+            told = score - 3 if score >= 3 else score
+            sums = {"score": (score, 1),
+                    "hallucination_rate": (int(score < 3), 1),
+                    "informativeness": (100 * told, 3)}
         items.append({"id": place,
                       "image": template[place].get("image_id", place),
                       "type": MMHAL[place % 8],
                       "score": score,
                       "unparsed": said is None,
-                      "sums": {},
+                      "sums": sums,
                       "reply": reply})
-        if score is not None:
-            told = score - 3 if score >= 3 else score
-            items[-1]["sums"] = {"score": (score, 1),
-                                 "hallucination_rate": (int(score < 3), 1),
-                                 "informativeness": (100 * told, 3)}
     total, draws = tally(items, lambda item: ["all", item["type"]])
     by_category = {}
     for kind in MMHAL:

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import re
 from functools import lru_cache
+from itertools import pairwise
 
 from data import UserError
 
@@ -47,7 +48,7 @@ SPLIT = r"""(\.{2,}|--|(?<=\.)'|[;@\#$%&?!*()\[\]{}<>"“”«»„`’‘]|''|[
 def tokens(text):
     """Words and punctuation marks in order, as NLTK's word_tokenize cuts them."""
     found, chunks = [], text.split()
-    for chunk, following in zip(chunks, [*chunks[1:], ""], strict=False):
+    for chunk, following in pairwise([*chunks, ""]):
         listed = bool(re.fullmatch(r"\d+\.", chunk)) and following[:1].islower()                # 1. first
         parts = [part for part in re.split(SPLIT, chunk) if part]
         for i, part in enumerate(parts):

@@ -151,7 +151,7 @@ class Ranks:
     def first(self, work, *arguments):
         """work(*arguments) on rank 0, its result on every rank; a UserError there, which rank 0 says, ends
         them all."""
-        result, error = None, None
+        result = error = None
         if self.rank == 0:
             try:
                 result = work(*arguments)

@@ -19,9 +19,9 @@ class Qwen2VL(Family):
     def grid(self, size):
         """(rows, columns) of the tokens of an image of (width, height) pixels."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-        processor, (width, height) = self.image_processor, size
+        processor = self.image_processor
         side = processor.patch_size * processor.merge_size
-        height, width = smart_resize(height, width, side,
+        height, width = smart_resize(*reversed(size), side,
                                      min_pixels=processor.size["shortest_edge"],
                                      max_pixels=processor.size["longest_edge"])
         return height // side, width // side

@@ -27,8 +27,7 @@ class Idefics3(Llava):
 
     def image_ids(self, size):
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-        width, height = size
-        _, *grid = self.image_processor.get_number_of_image_patches(height, width)    # 0 x 0: it is not cut
+        _, *grid = self.image_processor.get_number_of_image_patches(*reversed(size))  # 0 x 0: it is not cut
         tokens = self.image_tokens // self.config.scale_factor ** 2
         text = get_image_prompt_string(*grid, tokens, "<fake_token_around_image>", self.image_token,
                                        "<global-img>")
@@ -44,8 +43,7 @@ class InternVL(Family):
         self.image_processor.crop_to_patches = True        # as transformers' processor does, whatever it says
 
     def image_ids(self, size):
-        width, height = size
-        tiles = self.image_processor.get_number_of_image_patches(height, width)
+        tiles = self.image_processor.get_number_of_image_patches(*reversed(size))
         start, end = self.tokenizer.convert_tokens_to_ids(["<img>", "</img>"])
         return [start, *[self.image_token_id] * (tiles * self.config.image_seq_length), end]
 

@@ -88,7 +88,7 @@ class Painter:
         self.pipeline = _load(folder, device, dtype, ENCODERS)
 
     @torch.no_grad()
-    def __call__(self, prompt, negative, guidance, seeds, steps=28, size=0):
+    def __call__(self, prompt, negative, guidance, seeds, steps, size=0):
         """PIL images. prompt, negative: of `encode`. size: pixels, 0 for the model's own."""
         transformer = self.pipeline.transformer
         scale = torch.tensor(guidance, dtype=transformer.dtype, device=transformer.device)

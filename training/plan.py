@@ -129,7 +129,7 @@ def show(o):
     from model import import_checkpoint
     yield from import_checkpoint.describe(o.model)
     family = front.open_folder(o.model, o.template or None, o.images)
-    pairs = batches.checked(family, o.data, o, options.needs_of(o), command.Ranks())
+    pairs = batches.checked(family, o.data, o, options.needs_of(o), command.ALONE)
     tokens, records = pairs.tokens, pairs.records
     steps, mean = options.steps_of(o, len(tokens)), sum(tokens) / len(tokens)
     yield f"pairs           {len(tokens):,} of {len(records):,} records in {records.path}"
