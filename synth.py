@@ -369,9 +369,8 @@ def response(question, row, as_official):
 
     as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
-    text, finished = row["reply"], row.get("finish") == "stop" or None
-    if not ask.whole(row):
-        finished = False
+    text = row["reply"]
+    finished = ask.whole(row) and (row.get("finish") == "stop" or None)
     if as_official:
         text = f"{question} {text}".replace("\n", " ")
     return {"response": text, "finished": finished}
