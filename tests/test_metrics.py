@@ -169,8 +169,8 @@ def test_scoring_imports_numpy_and_nothing_heavier():
         tree = ast.parse((ROOT / "evaluation" / f"{name}.py").read_text())
         names = {a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names}
         names |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
-        assert names <= {"re", "functools", "itertools", "collections", "typing", "json", "html", "unicodedata",
-                         "numpy", "data", "evaluation", "model"}
+        assert names <= {"re", "functools", "itertools", "collections", "typing", "json", "html",
+                         "unicodedata", "numpy", "data", "evaluation", "model"}
         assert "torch" not in names and (name == "objects" or "model" not in names)
 
 
