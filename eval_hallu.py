@@ -288,6 +288,7 @@ path = partial(text, type=Path)
 needed = partial(path, required=True)
 out = partial(text, type=new_file, required=True)
 number = partial(text, type=positive, metavar="N")
+flag = partial(text, action="store_true")
 
 SCORED = {
     "--answers": needed("what `answers` wrote, or a file in the official scripts' format", nargs="+"),
@@ -295,11 +296,11 @@ SCORED = {
 MODES = {
     "--mode": text("official: the official scorer's numbers, misreadings included [robust]",
                    choices=("robust", "official"), default="robust"),
-    "--partial": text("score an unfinished file, and say how much of it is answered", action="store_true")}
-LINKS = text("symbolic links in the folder of the images may lead out of it", action="store_true")
+    "--partial": flag("score an unfinished file, and say how much of it is answered")}
+LINKS = flag("symbolic links in the folder of the images may lead out of it")
 LOADED = {
     "--template": text("the prompt's, as in training's --set template= [the folder's]"),
-    "--pad": text("pad images to a square, as --set images=pad does in training", action="store_true"),
+    "--pad": flag("pad images to a square, as --set images=pad does in training"),
     "--dtype": text("the model's type [bfloat16 on a GPU, float32 elsewhere]",
                     choices="bfloat16 float16 float32 float64".split())}
 CHAT_MODEL = {"--chat_model": text("the server's name for the model [the server's choice]")}
@@ -326,7 +327,7 @@ COMMANDS = {
         "--model": text("a model's folder, or classroom [the one that --adapter names]"),
         "--adapter": text("a LoRA folder: the answers before and after training, side by side"),
         "--image": path("the picture [the first scene of the adapter's run]"),
-        "--page": text("serve a page on this machine, where you can ask and crop", action="store_true"),
+        "--page": flag("serve a page on this machine, where you can ask and crop"),
         "--max_new_tokens": number("tokens of the longest answer [64]", default=64),
         **LOADED}),
     "score classroom": (score_classroom, "the built-in world", SCORED),

@@ -343,9 +343,9 @@ def write_folder(model, source, out, weights=None):
                 kept = file.suffix in ".json .jinja .model .txt".split() and ".index." not in file.name
                 if kept and not new.exists():
                     shutil.copyfile(file, new)
-            new = temporary / "processor_config.json"
-            if not new.exists() and hasattr(model.config, "vision_feature_select_strategy"):
-                config, vision = model.config, model.config.vision_config
+            new, config = temporary / "processor_config.json", model.config
+            if not new.exists() and hasattr(config, "vision_feature_select_strategy"):
+                vision = config.vision_config
                 about = {"patch_size": vision.patch_size,
                          "vision_feature_select_strategy": config.vision_feature_select_strategy,
                          "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}

@@ -240,8 +240,10 @@ def make_prompts(run):
         raise UserError(f"no prompts: see {run.out}/parts for what --writer said, or check --prompts")
     rows = prompts.numbered(kept, o.per_topic or len(kept))
     run.write("prompts", rows)
-    topics = len({row["topic"] for row in rows})
-    run.say("prompts", prompts=len(rows), topics=topics, near_duplicates=len(lines) - len(kept))
+    run.say("prompts",
+            prompts=len(rows),
+            topics=len({row["topic"] for row in rows}),
+            near_duplicates=len(lines) - len(kept))
 
 
 # ---- 2 images ----
@@ -260,8 +262,7 @@ def make_images(run):
                                "image": f"images/{id}-{k}.png"})
         jobs[id] = row["prompt"], candidates
         rows += candidates
-    made_by = [command.identity(generator), o.steps, o.size, o.dtype]
-    run.made("images", jobs, paint, made_by)
+    run.made("images", jobs, paint, [command.identity(generator), o.steps, o.size, o.dtype])
     run.write("images", rows)
 
 
@@ -369,9 +370,8 @@ def response(question, row, as_official):
 
     as_official: the question before it, line breaks flattened, as the published code keeps it.
     """
-    text, finished = row["reply"], row.get("finish") == "stop" or None
-    if not ask.whole(row):
-        finished = False
+    text = row["reply"]
+    finished = ask.whole(row) and (row.get("finish") == "stop" or None)
     if as_official:
         text = f"{question} {text}".replace("\n", " ")
     return {"response": text, "finished": finished}
@@ -381,8 +381,7 @@ def named(sources):
     """{short name: source} of sources with commas; a repeated name gets a number."""
     names = {}
     for source in filter(None, sources.split(",")):
-        short = ask.public(source).partition("//")[2] or Path(source).name
-        short = command.file_name(short)
+        short = command.file_name(ask.public(source).partition("//")[2] or Path(source).name)
         if short in names:
             short = f"{short}-{len(names) + 1}"
         names[short] = source
@@ -407,7 +406,7 @@ def score(run):
 
 
 def score_by(run, groups):
-    name, seed = run.o.scorer, run.o.seed
+    name = run.o.scorer
     model = run.model(name)
     for (item,) in groups:
         question, texts = item["_given"]
@@ -419,7 +418,7 @@ def score_by(run, groups):
         elif name == "length":
             scores = [float(len(text.split())) for text in texts]
         else:
-            scores = [data.draw(seed, "scorer", question.id, k).random() for k in range(len(texts))]
+            scores = [data.draw(run.o.seed, "scorer", question.id, k).random() for k in range(len(texts))]
         yield [{"scores": [{"score": score} for score in scores]}]
 
 

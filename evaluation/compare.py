@@ -35,8 +35,7 @@ def pairs(a, b):
     both = [(key, a[key], b[key]) for key in a if key in b]
     if not both:
         raise UserError("the two files have no question in common; compare answers to the same file")
-    other = [old.id for _, old, new in both if old.question != new.question]
-    if other:
+    if other := [old.id for _, old, new in both if old.question != new.question]:
         raise UserError(f"the two files ask different questions under {len(other)} ids (first: {other[0]}); "
                         "compare answers to the same file")
     return both

@@ -225,8 +225,7 @@ def _pope_item(answer, line, mode):
     item = {"id": answer.id,
             "split": line["part"],
             "image": line.get("image", answer.id),
-            "label": label}
-    item |= choice(said, label, "yes", (said == label) == (label == "yes"))
+            "label": label} | choice(said, label, "yes", (said == label) == (label == "yes"))
     item["sums"]["yes_ratio"] = (int(said == "yes"), 1)
     return item
 

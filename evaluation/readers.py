@@ -170,4 +170,3 @@ def _official_list(reply):
             continue
         if isinstance(found, list) and all(isinstance(thing, str | int | float) for thing in found):
             return [str(thing) for thing in found]
-    return None

@@ -97,8 +97,7 @@ def read(answers, benchmark=None):
 
 def once(names, what="answers"):
     """Refuse names that appear twice."""
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice:
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise UserError(f"{len(twice)} {what} appear twice (ids {few(twice)}); keep one of each")
 
 
@@ -111,8 +110,7 @@ def join(names, found, asked, partial=False):
     more than the question.
     """
     once(names)
-    strangers = [name for name in names if name not in asked]
-    if strangers:
+    if strangers := [name for name in names if name not in asked]:
         raise UserError(f"{len(strangers)} answers belong to none of the questions (ids {few(strangers)}); "
                         "give the questions that they belong to")
     begun = {asked[name]["part"] for name in names}

@@ -75,11 +75,11 @@ def _add(parser, name, field):
     """One --NAME; its value stays text until `value` reads it, so that a bad one is refused in one place."""
     import argparse
     text = f"{field.metadata['help']} [{_shown(field.default)}]".replace("%", "%%")
+    short, *_ = KINDS[field.type]
+    form = {"metavar": short}
     if field.type is bool:
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-    else:
-        short, *_ = KINDS[field.type]
-        parser.add_argument(f"--{name}", metavar=short, help=text)
+        form = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument(f"--{name}", help=text, **form)
     if "off" in field.metadata:
         off = field.metadata["off"]
         parser.add_argument(off, dest=name, action="store_const", const=0, help=f"--{name} 0")
@@ -174,12 +174,13 @@ def join(device="", backend=""):
     found = place(device)
     if "RANK" not in os.environ:
         return Ranks(device=found)
-    alone = False
+    own = "gloo"
     if found.type == "cuda":
         torch.cuda.set_device(found)
-        alone = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            own = "nccl"
     # the other ranks wait while rank 0 checks the pairs and evaluates: that may take hours
-    dist.init_process_group(backend or ("nccl" if alone else "gloo"), timeout=timedelta(days=30))
+    dist.init_process_group(backend or own, timeout=timedelta(days=30))
     return Ranks(dist.get_rank(), dist.get_world_size(), found)
 
 
@@ -365,9 +366,6 @@ class Store:
     head: dict | None = None
     shape: object = None
 
-    def part(self, rank):
-        return self.path.with_name(f"{self.path.name}.rank{rank}")
-
     def parts(self):
         return sorted(self.path.parent.glob(f"{self.path.name}.rank*"))
 
@@ -400,7 +398,8 @@ class Store:
 
     def add(self, rows):
         """Keep rows that are made, all or none of them."""
-        data.append_jsonl(self.part(self.ranks.rank), {**(self.head or {}), "rows": rows})
+        part = self.path.with_name(f"{self.path.name}.rank{self.ranks.rank}")
+        data.append_jsonl(part, {**(self.head or {}), "rows": rows})
 
     def work(self, items, make, size=1, description=""):
         """The items' rows in their order, without those that failed; only what is missing is made.

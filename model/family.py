@@ -143,8 +143,8 @@ class Family:
         """A dialogue as chat templates take it; n_images are in front of the first user turn."""
         found, leading = [], [{"type": "image"}] * n_images
         for user, assistant in [*history, (question, "")]:
-            found.append({"role": "user", "content": [*leading, *self.parts(user)]})
-            found.append({"role": "assistant", "content": self.parts(assistant)})
+            found += [{"role": "user", "content": [*leading, *self.parts(user)]},
+                      {"role": "assistant", "content": self.parts(assistant)}]
             leading = []
         return found[:-1]                                              # the answer is to come
 

@@ -175,7 +175,7 @@ def bert_tokenizer(vocab):
     from transformers import BertTokenizer
     path = Path(vocab)
     if path.is_dir():
-        path = path / "vocab.txt"
+        path /= "vocab.txt"
     if not path.exists():
         raise UserError(f"{path} is missing: ImageReward needs bert-base-uncased's vocab.txt; put it there")
     return BertTokenizer(vocab=str(path))

@@ -180,7 +180,7 @@ def test_killed_with_a_torn_line_it_goes_on_in_the_same_groups_to_the_same_bytes
             yield rows
     with pytest.raises(KeyboardInterrupt):
         store.work(items(7), killed, size=2)
-    with open(store.part(0), "a") as part:
+    with open(tmp_path / "killed.jsonl.rank0", "a") as part:
         part.write('{"rows": [{"id": "i4", "ha')                  # the line that the kill tore
 
     def seen(some):
@@ -195,7 +195,7 @@ def test_killed_with_a_torn_line_it_goes_on_in_the_same_groups_to_the_same_bytes
 def test_a_part_without_its_first_line_gets_it(tmp_path, left):
     """A full disk, or a kill, came between the file and its first line."""
     store = Store(tmp_path / "answers.jsonl", head={"settings": {"model": "m"}})
-    store.part(0).write_text(left)
+    (tmp_path / "answers.jsonl.rank0").write_text(left)
     rows = store.work(items(3), squares)
     assert lines(store.path)[0] == store.head and lines(store.path)[1:] == rows
 

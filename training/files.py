@@ -18,8 +18,7 @@ from array import array
 from functools import cached_property, lru_cache, partial
 
 import data
-from data import UserError
-from model.command import explained
+from data import UserError, explained
 
 ARROW = b"\xff\xff\xff\xff"                            # a stream of it begins so
 DAMAGED, AGAIN = "is not readable parquet or arrow", "fetch it again"

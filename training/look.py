@@ -58,9 +58,9 @@ def look(m, records, good, o, name, kept=None):
     read = (records[i] for i in good)
     usable = (record for record in read if len(record["images"]) == 1)
     shown = list(islice(usable, o.look))
-    if len(shown) < 2:
-        return {}
     n = len(shown)
+    if n < 2:
+        return {}
     images = [record["images"][0] for record in shown]
     kinds = kinds_of(shown, images, o.eval_seed)
     policy = scores(m, shown, kinds, o, name)                                                # (K, n, 2)

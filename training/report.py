@@ -93,8 +93,7 @@ def remarks(summary):
 def verdict(summary):
     """What the run changed, in one sentence: of what has an interval."""
     changes = summary.get("difference", {})
-    look = summary.get("after", {}).get("look")
-    if look:
+    if look := summary.get("after", {}).get("look"):
         changes = changes | {"margin": {"interval": look["margin"]["true"][1:]}}
     parts = []
     for name, says in VERDICT.items():
