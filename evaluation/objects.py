@@ -10,10 +10,11 @@ the benchmarks' files. A question of the built-in world has a `truth`, by its
 kind:
 
     caption      {"present": [words of the objects in the image], "absent": [the world's other object words]}
+                 and, of a world with several words for a thing, "names": {"mug": "cup"}, in lower case
     existence    {"answer": "yes"|"no", "choices": ["yes", "no"], "set": "random"|"adversarial"|[both]}
     any other    {"answer": word, "choices": [words]}
 
-The words are that world's own: only a plural -s or -es is understood.
+Besides these words, only a plural -s or -es is understood.
 """
 if __name__ == "__main__":
     exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
@@ -47,8 +48,10 @@ def mentions(text, words, plural=False):
 def mentioned(answer, truth):
     """-> (the mentions of a caption's objects, or of a question's choices; {the right ones})."""
     if "present" in truth:
-        words = truth["present"] + truth["absent"]
-        return mentions(answer, words, plural=True), set(map(str.lower, truth["present"]))
+        names = truth.get("names", {})
+        found = mentions(answer, [*names] + truth["present"] + truth["absent"], plural=True)
+        named = [(names.get(word, word), written) for word, written in found]
+        return named, set(map(str.lower, truth["present"]))
     return mentions(answer, truth["choices"]), {truth["answer"].lower()}
 
 
@@ -69,8 +72,10 @@ def check_truth(item, where):
 def _fits(kind, truth):
     """Whether a truth is that of its kind; a word is not empty."""
     if kind == "caption":
-        return fits(truth, {"present": [str], "absent": [str]}) and all(truth["present"] + truth["absent"])
-    if not fits(truth, {"choices": [str], "answer": str, "set": (str, [str], None)}):
+        truth = {"names": {}} | truth
+        usable = fits(truth, {"present": [str], "absent": [str], "names": {str: str}})
+        return usable and all([*truth["names"]] + truth["present"] + truth["absent"])
+    if "present" in truth or not fits(truth, {"choices": [str], "answer": str, "set": (str, [str], None)}):
         return False
     choices = {*truth["choices"]}
     right = kind != "existence" or choices == {"yes", "no"} and SETS.issuperset(sets(truth))

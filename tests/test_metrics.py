@@ -100,6 +100,17 @@ def test_words_to_mark():
     assert objects.hallucinated("no .", {"answer": "no", "choices": ["yes", "no"]}) == []
 
 
+def test_a_thing_may_have_several_names():
+    """The names that a truth brings stand for its words, in captions and in what CHAIR and Cover count."""
+    truth = {"present": ["cup"], "absent": ["fire truck"],
+             "names": {"mug": "cup", "knives": "knife", "fire engine": "fire truck"}}
+    assert objects.mentioned("Two mugs .", truth) == ([("cup", "mugs")], {"cup"})
+    assert objects.hallucinated("A mug, a cup and two Fire Engines.", truth) == ["fire engines"]
+    scores = metrics.classroom([caption("a", "a mug and a fire engine", ["cup"], truth=truth),
+                                caption("b", "a mug", ["cup"], truth=truth)])
+    assert (scores["chair_s"], scores["chair_i"], scores["cover"]) == (50, pytest.approx(100 / 3), 100)
+
+
 def many(shift=0):
     """1000 images: a caption and two questions each; `shift` of ten captions no longer hallucinate."""
     out = []
@@ -155,6 +166,10 @@ def test_settings_are_passed_over():
     ([{"id": "x", "answer": "a"}], "id x.*`kind`"),
     ([caption("x", None, ["dog"])], "id x.*no text.*answer it again"),
     ([caption("x", "a", ["dog"], truth={"present": ["dog"]})], "id x.*absent"),
+    ([caption("x", "a", [], truth={"present": [], "absent": [], "names": {"": "dog"}})], "id x.*absent"),
+    ([caption("x", "a", [], truth={"present": [], "absent": [], "names": ["pup"]})], "id x.*absent"),
+    ([caption("x", "a", ["dog"], kind="attribute",
+              truth={"present": ["dog"], "answer": "red", "choices": ["red"]})], "id x.*choices"),
     ([question("x", "a", "red", "attribute", ["blue"])], "id x.*choices"),
     ([question("x", "yes", "yes", set="popular")], "id x.*random, adversarial"),
     ([caption("x", "a", ["dog"]), caption("x", "b", ["dog"])], "twice .ids x"),

@@ -52,7 +52,7 @@ def classroom_files(o, out):
     words = []
     for name, arguments in wanted.items():
         if not (out / name).exists():
-            words += ["--then", *shlex.split(arguments), "--out", out / name]
+            words += ["--then", *shlex.split(arguments), "--model", o.model, "--out", out / name]
     if words:
         command.classroom("pairs.py", *words)
     return path, held_out
