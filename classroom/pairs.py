@@ -292,7 +292,8 @@ def kinds(text):
 
 def worlds(parser):
     """The two ways to say which world."""
-    parser.add_argument("--world", choices=WORLDS, help="smol: the second world (default: that of --model)")
+    parser.add_argument("--world", choices=WORLDS,
+                        help="smol: the second world, smol/README.md (default: that of the model)")
     parser.add_argument("--model", default="classroom", help="whose world (%(default)s)")
 
 
@@ -369,7 +370,7 @@ def main_pairs(argv):
     worlds(parser)
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
-    o.world = o.world or world_for(o.model)
+    o.world = o.world or world_for(o.on_policy or o.model)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
     if not -1 <= o.gap <= 1:
         parser.error(f"--gap {o.gap} is not between -1 and 1")

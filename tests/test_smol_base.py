@@ -224,6 +224,17 @@ def test_a_row_of_talk_is_what_the_trainer_will_see(tiny, tmp_path):
     assert said == family.response_ids(q.answer)
 
 
+def test_all_lessons_teach_the_features_that_the_model_uses(tiny):
+    """What talk() takes out of the tower is what transformers' LLaVA puts in front of its language model."""
+    import torch
+    model, _ = base.build(tiny[0], base.Eye(56, 32, 2, 2))
+    few = [scenes.scene(random.Random(i)) for i in range(2)]
+    with torch.no_grad():
+        tower = model.model.vision_tower(lessons.pictures(model, few)).last_hidden_state[:, 1:]
+        seen = model.model.multi_modal_projector(tower)
+        assert seen.shape == (2, 16, 64) and torch.allclose(seen, lessons.features(model, few), atol=1e-6)
+
+
 def test_training_goes_on_where_it_was_stopped_and_ends_the_same(tiny, tmp_path):
     import torch
 
