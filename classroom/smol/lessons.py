@@ -75,7 +75,7 @@ class Seeing(torch.nn.Module):
         width = model.get_input_embeddings().weight.shape[1]
         self.side = side
         self.head = torch.nn.Linear(width, 1 + 2 * side)
-        self.sharpness = torch.nn.Parameter(torch.tensor(2 * width ** -.5))     # logits as large as needed
+        self.sharpness = torch.nn.Parameter(torch.tensor(width ** -.5))         # logits as large as needed
         self.register_buffer("kinds", meanings(model, words, things.TYPES), persistent=False)
         self.register_buffer("colours", meanings(model, words, things.COLOURS), persistent=False)
         self.scale = float(model.get_input_embeddings().weight.detach().std())
