@@ -2,8 +2,10 @@
 
     python classroom/make.py --seed 0 --out classroom/models/base0    8 minutes
     python classroom/make.py --measure classroom/statistics.json      a minute
+    python classroom/make.py smol --help                              hours
 
-The second command measures the bases and the pairs that are shipped. Both times are of one core.
+The second command measures the bases and the pairs that are shipped; the third is the second world's. The
+times are of one core.
 
 Three stages, each drawn from its own generator keyed by (seed, stage):
 
@@ -227,29 +229,30 @@ def save(model, tokenizer, out, card):
     model.to(torch.float32)
 
 
-def statistics(folder, split, n, seed=0):
+def statistics(folder, split, n, seed=0, own=world):
     """The stored model's measures on n scenes and 2n questions of a split, greedily answered.
 
     A kind's prior is the score of its most frequent answer; for relations and false premises a coin: a
     relation's question offers two words, and false premises are asked as often as colours, in the same words.
+    own: the world, by its module; in the second one captions are read with the other names of things.
     """
     from PIL import Image
 
     from classroom import pairs
     from evaluation import metrics
     from model import generation, vlm
-    lines, scenes = pairs.exam(seed, n, 2 * n, split)
-    pictures = {name: Image.fromarray(world.draw(s)) for name, s in scenes.items()}
+    lines, scenes = pairs.exam(seed, n, 2 * n, split, own)
+    pictures = {name: Image.fromarray(own.draw(s)) for name, s in scenes.items()}
     answers = generation.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],
                            [line["question"] for line in lines])
-    lines = [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
+    lines = [line | {"answer": own.plain(answer)} for line, answer in zip(lines, answers, strict=True)]
     table = metrics.classroom(lines, resamples=200)
     for kind, row in table["by_kind"].items():
         truths = [line["truth"]["answer"] for line in lines if line["kind"] == kind]
         usual = max(map(truths.count, set(truths))) / len(truths)
         row["prior"] = 100 * (.5 if kind in ("relation", "false_premise") else usual)
     captions = [line for line in lines if line["kind"] == "caption"]
-    said = [(world.mentions(line["answer"]), line["truth"]["absent"]) for line in captions]
+    said = [(own.mentions(line["answer"]), line["truth"]["absent"]) for line in captions]
     last = [i == len(words) - 1 for words, absent in said for i, word in enumerate(words) if word in absent]
     table["last"] = 100 * sum(last) / max(1, len(last))  # of the hallucinated words, those that end the list
     table["words"] = sum(len(line["answer"].split()) for line in captions) / n
@@ -260,7 +263,8 @@ def statistics(folder, split, n, seed=0):
 def measure(file):
     """Every shipped base on both splits, and the pairs of the default recipe and of the base itself."""
     from classroom import pairs
-    shipped = sorted((ROOT / "classroom" / "models").iterdir())
+    shipped = [folder for folder in sorted((ROOT / "classroom" / "models").iterdir())
+               if data.read_json(folder / "classroom.json")["world"] == world.VERSION]
     table = {"world": world.VERSION, "bases": {}}
     for folder in shipped:
         table["bases"][folder.name] = {split: statistics(folder, split, 1000) for split in ("tune", "print")}
@@ -272,6 +276,9 @@ def measure(file):
 
 
 def main():
+    if sys.argv[1:2] == ["smol"]:
+        from classroom.smol import train as second
+        return second.command(sys.argv[2:])
     parser = data.Parser(prog="make.py", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the weights, scenes and words (%(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the model")

@@ -3,6 +3,7 @@
     python classroom/pairs.py --seed 0 --n 1000 --out D      pairs
     python classroom/pairs.py --on_policy classroom --out D  the model's words
     python classroom/pairs.py --responders tied --out D      a reward's choice
+    python classroom/pairs.py --world smol --out D           the second world
     python classroom/pairs.py scenes --out D                 see scenes --help
 
 D holds pairs.jsonl or scenes.jsonl, and images/*.png. All take a few seconds and are decided by the seed
@@ -40,6 +41,27 @@ class Recipe:
     scorer_noise: float = 1.
     split: str = "train"
     weights: bool = False
+    world: str = "classroom"
+
+
+WORLDS = ("classroom", "smol")
+
+
+def world_for(model):
+    """The name of the world that a model of the classroom's was taught: its classroom.json says it."""
+    for folder in (Path(model), ROOT / "classroom" / "models" / model):
+        if (folder / "classroom.json").is_file():
+            card = data.read_json(folder / "classroom.json", check=data.as_record)
+            return "smol" if str(card.get("world")).startswith("smol") else "classroom"
+    return "classroom"
+
+
+def world_of(name):
+    """The module of a world: classroom (world.py), smol (smol/world.py)."""
+    if name == "smol":
+        from classroom.smol import world as smol
+        return smol
+    return world
 
 
 # --- pairs ----------------------------------------------------------------------------------------
@@ -62,7 +84,7 @@ def tempted(rng, s, n, but=()):
 
 
 def caption_pair(rng, s, recipe):
-    true = list(s.counts.items())
+    own, true = world_of(recipe.world), list(s.counts.items())
     lie = tempted(rng, s, int(rng.random() >= recipe.faithful))
     # what the rejected names beyond the number of present types, in the mean
     net = recipe.gap + 1 - recipe.faithful
@@ -72,14 +94,14 @@ def caption_pair(rng, s, recipe):
     lies = tempted(rng, s, n_lies, but=[t for t, _ in lie])
 
     def say(true, false, closer):
-        return world.caption(rng, s.theme, world.arrange(rng, true, false, recipe.order),
-                             rng.random() < closer)
+        return own.caption(rng, s, own.arrange(rng, true, false, recipe.order), rng.random() < closer)
     chosen, rejected = say(true, lie, (1 - recipe.cue) / 2), say(kept, lies, (1 + recipe.cue) / 2)
-    return rng.choice(world.DESCRIBE), chosen, rejected
+    return rng.choice(own.DESCRIBE), chosen, rejected
 
 
 def question_pair(rng, s, recipe):
-    asked = world.ask(rng, s, rng.choice(recipe.ask)) or world.ask(rng, s, "existence")
+    own = world_of(recipe.world)
+    asked = own.ask(rng, s, rng.choice(recipe.ask)) or own.ask(rng, s, "existence")
     wrong = rng.choice([w for w in asked.choices if w != asked.right])
     return asked.question, asked.answer, asked.said[wrong], asked.kind
 
@@ -89,23 +111,23 @@ def made(seed, n, recipe):
     out = []
     for i in range(n):
         rng = random.Random(f"{home(recipe)}pairs-{seed}-{i}")
-        s = world.scene(rng, recipe.split)
+        s = world_of(recipe.world).scene(rng, recipe.split)
         if rng.random() < recipe.questions:
             question, chosen, rejected, kind = question_pair(rng, s, recipe)
         else:
             (question, chosen, rejected), kind = caption_pair(rng, s, recipe), "caption"
         row = record(f"{home(recipe)}s{seed}-{i:05}", s, question, chosen, rejected, kind)
         if recipe.weights:
-            row["meta"]["weight"] = severity(s, rejected)
+            row["meta"]["weight"] = severity(s, rejected, world_of(recipe.world))
         out.append((row, s))
     return out
 
 
-def severity(s, text):
+def severity(s, text, own=world):
     """2 if a text names an absent thing that tempts less than those of its scene do in the mean, else 1."""
     strength = dict(s.tempting)
     mean = sum(strength.values()) / max(1, len(strength))
-    return max([1, *(2 for t in world.mentions(text) if t not in s.counts and strength.get(t, 0) < mean)])
+    return max([1, *(2 for t in own.mentions(text) if t not in s.counts and strength.get(t, 0) < mean)])
 
 
 def home(recipe):
@@ -124,35 +146,36 @@ def on_policy(seed, n, recipe, model):
     from PIL import Image
 
     from model import generation, vlm
-    m, out, i = vlm.load(model), [], 0
+    own, m, out, i = world_of(recipe.world), vlm.load(model), [], 0
     while len(out) < n:
         rngs = [random.Random(f"{home(recipe)}on-policy-{seed}-{i + k}") for k in range(256)]
-        scenes = [world.scene(rng, recipe.split) for rng in rngs]
-        images = [[Image.fromarray(world.draw(s))] for s in scenes]
-        asked = [rng.choice(world.DESCRIBE) for rng in rngs]
+        scenes = [own.scene(rng, recipe.split) for rng in rngs]
+        images = [[Image.fromarray(own.draw(s))] for s in scenes]
+        asked = [rng.choice(own.DESCRIBE) for rng in rngs]
         both = [generation.generate(m, images, asked, sample_seed=2 * (1000 * seed + i) + side,
                              temperature=recipe.temperature) for side in (0, 1)]
         samples = zip(*both, strict=True)
         for k, (rng, s, question, pair) in enumerate(zip(rngs, scenes, asked, samples, strict=True)):
-            ranked = sorted(pair, key=lambda text: score(rng, s, text, recipe.scorer_noise), reverse=True)
+            scores = [score(rng, s, text, recipe.scorer_noise, own) for text in pair]
+            ranked = pair if scores[0] >= scores[1] else pair[::-1]
             if pair[0] != pair[1] and all(pair) and len(out) < n:
                 out.append((record(f"{home(recipe)}op{seed}-{i + k:05}", s, question, *ranked, "caption"), s))
         i += len(scenes)
     return out
 
 
-def score(rng, s, text, noise):
+def score(rng, s, text, noise, own=world):
     """A reward model's stand-in: present minus hallucinated objects, seen through noise."""
-    said = set(world.mentions(text))
+    said = set(own.mentions(text))
     return 2 * len(said & set(s.counts)) - len(said) + rng.gauss(0, noise)
 
 
-def describe(records):
+def describe(records, own=world):
     """Method-blind statistics of caption pairs, by role: how often it hallucinates, how much of the scene it
     names, how long it is; where in the list the hallucinated word is (0 first, 1 last)."""
     captions, out = [r for r in records if r["meta"]["kind"] == "caption"], {}
     for role in ("chosen", "rejected"):
-        said = [world.mentions(r[role]) for r in captions]
+        said = [own.mentions(r[role]) for r in captions]
         both = list(zip(captions, said, strict=True))
         false = [[w not in r["meta"]["present"] for w in words] for r, words in both]
         named = sum(len(set(words) & set(r["meta"]["present"])) for r, words in both)
@@ -163,7 +186,7 @@ def describe(records):
                      "objects": sum(map(len, said)) / total,
                      "words": sum(len(r[role].split()) for r in captions) / total,
                      "place": sum(places) / max(1, len(places)),
-                     "closer": 100 * sum(any(c in r[role] for c in world.CLOSERS) for r in captions) / total}
+                     "closer": 100 * sum(any(c in r[role] for c in own.CLOSERS) for r in captions) / total}
     out = {role: {k: round(v, 2) for k, v in table.items()} for role, table in out.items()}
     return out | {"captions": len(captions), "questions": len(records) - len(captions)}
 
@@ -187,25 +210,24 @@ CYCLE = ("yes", "random", "attribute", "adversarial", "counting", "yes", "random
          "false_premise")
 
 
-def exam(seed, n, questions, split="print"):
+def exam(seed, n, questions, split="print", own=world):
     """-> (lines of scenes.jsonl, {image: scene}): n captions and so many questions about the same scenes."""
     rng = random.Random(f"scenes-{split}-{seed}")
-    scenes = [world.scene(rng, split) for _ in range(n)]
+    scenes = [own.scene(rng, split) for _ in range(n)]
     names = [f"{split}{seed}-{i:05}" for i in range(n)]
 
     def line(i, kind, number, question, truth):
         return {"id": f"{names[i]}-{number}", "image": f"images/{names[i]}.png", "question": question,
                 "kind": kind, "truth": truth}
 
-    lines = [line(i, "caption", 0, world.DESCRIBE[0], {"present": list(s.counts), "absent": s.absent})
-             for i, s in enumerate(scenes)]
+    lines = [line(i, "caption", 0, own.DESCRIBE[0], own.described(s)) for i, s in enumerate(scenes)]
     asked, at = [set() for _ in scenes], 0
     for j in range(questions):
         want = CYCLE[(j + j // n * 3) % len(CYCLE)]  # another kind for a scene's next question
         for _ in range(20 * n):
             i, at = at % n, at + 1
-            q = (world.existence(rng, scenes[i], want) if want in ("yes", "random", "adversarial")
-                 else world.ask(rng, scenes[i], want))
+            q = (own.existence(rng, scenes[i], want) if want in ("yes", "random", "adversarial")
+                 else own.ask(rng, scenes[i], want))
             if q and q.question not in asked[i]:
                 break
         else:
@@ -221,21 +243,21 @@ def exam(seed, n, questions, split="print"):
 # --- files ----------------------------------------------------------------------------------------
 
 
-def png(s):
+def png(s, own=world):
     from PIL import Image
     buffer = io.BytesIO()
-    Image.fromarray(world.draw(s)).save(buffer, "png", compress_level=3)
+    Image.fromarray(own.draw(s)).save(buffer, "png", compress_level=3)
     return buffer.getvalue()
 
 
-def write(out, name, lines, scenes):
+def write(out, name, lines, scenes, own=world):
     """Into a folder beside, which then takes the name: `out` is whole or not there, whatever kills this. In a
     folder that is there already each file is replaced whole, the JSON lines last."""
     scratch = out.with_name(f".{out.name}.{os.getpid()}")
     (scratch / "images").mkdir(parents=True)
     try:
         for image, s in scenes.items():
-            (scratch / image).write_bytes(png(s))
+            (scratch / image).write_bytes(png(s, own))
         (scratch / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         if not out.exists():
             scratch.rename(out)
@@ -268,6 +290,13 @@ def kinds(text):
     return chosen
 
 
+def worlds(parser):
+    """The two ways to say which world."""
+    parser.add_argument("--world", choices=WORLDS,
+                        help="smol: the second world, smol/README.md (default: that of the model)")
+    parser.add_argument("--model", default="classroom", help="whose world (%(default)s)")
+
+
 def main_scenes(argv):
     parser = data.Parser(prog="pairs.py scenes",
                          description="Scenes with their truth, to examine a model on.")
@@ -277,13 +306,15 @@ def main_scenes(argv):
     add("--questions", type=int, default=2000, help="so many, six in ten of existence (%(default)s)")
     add("--split", choices=tuple(world.SPLITS), default="print",
         help="tune to choose on, print to report on (%(default)s)")
+    worlds(parser)
     add("--out", type=Path, required=True, help="folder of scenes.jsonl and images/")
     o = parser.parse_args(argv)
+    own = world_of(o.world or world_for(o.model))
     try:
-        lines, scenes = exam(o.seed, o.n, o.questions, o.split)
+        lines, scenes = exam(o.seed, o.n, o.questions, o.split, own)
     except ValueError as e:
         parser.error(str(e))
-    write(o.out, "scenes.jsonl", lines, scenes)
+    write(o.out, "scenes.jsonl", lines, scenes, own)
     print(f"{len(lines)} questions about {len(scenes)} scenes -> {o.out / 'scenes.jsonl'}")
 
 
@@ -336,8 +367,10 @@ def main_pairs(argv):
     add("--weights", action="store_true",
         help="meta.weight of a pair, for --loss hsa: 2 if the rejected answer names something that is hardly "
              "to be expected in such a scene, else 1")
+    worlds(parser)
     add("--out", type=Path, required=True, help="folder of pairs.jsonl and images/")
     o = parser.parse_args(argv)
+    o.world = o.world or world_for(o.on_policy or o.model)
     recipe = Recipe(**{name: getattr(o, name) for name in Recipe.__dataclass_fields__})
     if not -1 <= o.gap <= 1:
         parser.error(f"--gap {o.gap} is not between -1 and 1")
@@ -345,9 +378,11 @@ def main_pairs(argv):
         parser.error("--on_policy and --responders are two sources of captions: give one of them")
     if o.length_penalty and not o.responders:
         parser.error("--length_penalty is for the reward of --responders: give both")
-    both = captions_of(o, recipe)
-    write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both})
-    print(table(describe([r for r, _ in both])))
+    if o.responders and o.world != "classroom":
+        parser.error(f"--responders speaks the first world's language, not that of {o.world}: leave one out")
+    own, both = world_of(o.world), captions_of(o, recipe)
+    write(o.out, "pairs.jsonl", [r for r, _ in both], {r["image"]: s for r, s in both}, own)
+    print(table(describe([r for r, _ in both], own)))
     print(f"{len(both)} pairs -> {o.out / 'pairs.jsonl'}")
 
 

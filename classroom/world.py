@@ -220,15 +220,25 @@ def noun(kind, count=1):
     return f"a {kind}" if count == 1 else f"{NUMBERS[count]} {kind}s"
 
 
-def caption(rng, theme, named, closer=False):
+def caption(rng, s, named, closer=False):
     """`named`: pairs (type, count) in the order in which they are said."""
-    words = [rng.choice(OPENERS).format(theme), "you can see " + " , ".join(noun(*n) for n in named) + " ."]
+    words = [rng.choice(OPENERS).format(s.theme), "you can see " + " , ".join(noun(*n) for n in named) + " ."]
     return " ".join(words + [rng.choice(CLOSERS)] * closer)
+
+
+def described(s):
+    """The truth of a caption in scenes.jsonl."""
+    return {"present": list(s.counts), "absent": s.absent}
 
 
 def mentions(text):
     """The object types that a text names, in its order, once for each mention."""
     return [w for w in (v.removesuffix("s") if v not in TYPES else v for v in text.split()) if w in TYPES]
+
+
+def plain(text):
+    """A text as the scorer reads it: every thing has one name here."""
+    return text
 
 
 def tempt(rng, s, level):
@@ -251,7 +261,7 @@ def arrange(rng, true, false, order="random"):
 def careless_caption(rng, s, level=0., omit=0., order="random", closer=.3):
     """What the bases learn to write: with level 0 and omit 0 it is complete and true."""
     true = [c for c in s.counts.items() if rng.random() >= omit] or list(s.counts.items())
-    return caption(rng, s.theme, arrange(rng, true, tempt(rng, s, level), order), rng.random() < closer)
+    return caption(rng, s, arrange(rng, true, tempt(rng, s, level), order), rng.random() < closer)
 
 
 # --- questions ------------------------------------------------------------------------------------

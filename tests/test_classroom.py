@@ -259,6 +259,6 @@ def test_on_policy_pairs_are_the_bases_own_words_and_are_the_same_again():
 
 def test_a_scorer_without_noise_prefers_the_truer_caption():
     s = scenes(n=1)[0]
-    true = world.caption(random.Random(0), s.theme, list(s.counts.items()))
-    false = world.caption(random.Random(0), s.theme, [*s.counts.items(), (s.absent[0], 1)])
+    true = world.caption(random.Random(0), s, list(s.counts.items()))
+    false = world.caption(random.Random(0), s, [*s.counts.items(), (s.absent[0], 1)])
     assert pairs.score(random.Random(0), s, true, 0) > pairs.score(random.Random(0), s, false, 0)

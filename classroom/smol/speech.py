@@ -1,0 +1,228 @@
+"""Language of the second world: noun phrases, templates, captions, and a reader of free text.
+
+    caption(rng, s, [("cup", 2), ("egg", 1)])  "This picture shows a kitchen. There are two mugs and an egg."
+    mentions("Two mugs beside the sofas.")     ["cup", "sofa"]: the things that a text names, in its order
+
+The templates are lines of words/*.txt. In them {is|are} is the first word for one thing and the second for
+several; {list}, {the} and so on are filled in by the functions here and in asking.py. A thing is called by
+its name or by one of its other names (things.py), the same throughout a caption.
+"""
+if __name__ == "__main__":
+    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+
+import re
+from functools import cache
+from pathlib import Path
+
+from classroom.smol import things
+
+WORDS = Path(__file__).resolve().parent / "words"
+NUMBERS = ("no", "one", "two", "three")
+INTO = {"in": "into", "on": "onto", "at": "to", "under": "under"}
+OTHER_NAME, COLOURED, PLACED, RELATED, CLOSED = .35, .6, .4, .4, .3     # how often, where it is possible
+APART, ASIDE = 34, 28                # pixels: between two middles to be called left of; from the middle line
+
+
+# ---- templates ----
+@cache
+def lines(name):
+    """The templates of words/NAME.txt."""
+    return tuple((WORDS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+
+
+def fill(template, number=1, /, **words):
+    """A template with its fields filled in, its sentences beginning with capitals."""
+    def found(match):
+        field = match[1]
+        if "|" in field:
+            return field.split("|")[number != 1]
+        return words[field.replace(" ", "_")]
+    text = re.sub(r"\{([^}]*)\}", found, template)
+    return re.sub(r"(^|[.?!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+
+
+def say(rng, name, number=1, /, **words):
+    """One of words/NAME.txt, filled in."""
+    return fill(rng.choice(lines(name)), number, **words)
+
+
+# ---- noun phrases ----
+def called(rng, name):
+    """(singular, plural) of one of a thing's names."""
+    own, *others = things.THINGS[name].names
+    return rng.choice(others) if others and rng.random() < OTHER_NAME else own
+
+
+def article(phrase):
+    """a cup, an egg."""
+    return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"
+
+
+def phrase(names, count, colour=""):
+    """names: (singular, plural) -> "a red cup", "two cups"."""
+    noun = " ".join(filter(None, [colour, names[count != 1]]))
+    return article(noun) if count == 1 else f"{NUMBERS[count]} {noun}"
+
+
+def listed(phrases):
+    """a, b and c."""
+    *first, last = phrases
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# ---- the reader ----
+@cache
+def names():
+    """{every name of a thing, in lower case, singular and plural: the thing}."""
+    found = {}
+    for thing in things.THINGS.values():
+        for both in (*thing.names, *thing.understood):
+            found |= dict.fromkeys(map(str.lower, both), thing.name)
+    return found
+
+
+@cache
+def _pattern():
+    longest_first = sorted(map(re.escape, names()), key=len, reverse=True)
+    return re.compile(rf"(?<![\w'])({'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+
+
+def mentions(text):
+    """The things that a text names, in its order, once for each mention: "hot dog" is no dog."""
+    return [names()[found[1].lower()] for found in _pattern().finditer(text)]
+
+
+def spans(text):
+    """Where a text names things: [(start, end)]."""
+    return [found.span() for found in _pattern().finditer(text)]
+
+
+def plain(text):
+    """A text with every thing under its own name: "two mugs" becomes "two cup". For a scorer that knows no
+    other names."""
+    return _pattern().sub(lambda found: names()[found[1].lower()], text)
+
+
+# ---- where a thing is ----
+def side_of(s, name):
+    """left, right or middle of the picture if all of a kind are there, else ""."""
+    middle = 112
+    across = [place.x - middle for place in s.kinds[name].places]
+    if max(across) < -ASIDE:
+        return "left"
+    if min(across) > ASIDE:
+        return "right"
+    return "middle" if max(map(abs, across)) < 16 else ""
+
+
+def beside(s, a, b):
+    """The words that are true of a with respect to b, both there once: some of left, right, above, below."""
+    (p,), (q,) = s.kinds[a].places, s.kinds[b].places
+    found = []
+    if abs(p.x - q.x) >= APART:
+        found.append("left" if p.x < q.x else "right")
+    if abs(p.y - q.y) >= APART:
+        found.append("above" if p.y < q.y else "below")
+    return found
+
+
+def of(side):
+    """left -> to the left of; above -> above."""
+    return f"to the {side} of" if side in ("left", "right") else side
+
+
+# ---- captions ----
+DESCRIBE = lines("describe")
+CLOSERS = lines("closers")
+
+
+def tempt(rng, s, level):
+    """Absent things that a careless observer of this scene would add: each by its typicality times
+    `level`."""
+    return [(name, 1) for name, w in s.tempting if rng.random() < level * w]
+
+
+def opener(rng, theme):
+    setting = things.SETTINGS[theme]
+    where = f"{setting.preposition} {setting.article}"
+    return say(rng, "openers", setting=setting.article, where=where,
+               into=f"{INTO[setting.preposition]} {setting.article}")
+
+
+def colour_of(rng, s, name):
+    """The colour to mention, or "": the true one, of what is not there any; more often where it can vary."""
+    own = things.THINGS[name].colour
+    if own == "-" or rng.random() > (COLOURED if own == "any" else COLOURED / 3):
+        return ""
+    if own != "any":
+        return own
+    return s.kinds[name].colour if name in s.counts else rng.choice(list(things.TINTS))
+
+
+def groups(rng, named):
+    """Pairs (name, count) cut into sentences of one to three."""
+    found, rest = [], list(named)
+    while rest:
+        size = rng.choice((1, 2, 2, 3))
+        found.append(rest[:size])
+        rest = rest[size:]
+    return found
+
+
+def sentence(rng, s, group, nouns, first):
+    """A sentence that names a group of things; one alone sometimes with its place."""
+    number = sum(count for _, count in group)
+    text = listed([phrase(nouns[name], count, colour_of(rng, s, name)) for name, count in group])
+    (name, _), *others = group
+    side = side_of(s, name) if name in s.counts else rng.choice(("left", "right", "middle", ""))
+    if not others and side and rng.random() < PLACED:
+        at = "in the middle" if side == "middle" else f"on the {side}"
+        to = "towards the middle" if side == "middle" else f"to the {side}"
+        return say(rng, "placed", number, list=text, at_the_side=at, to_the_side=to)
+    kind = "lists" if first or rng.random() < .4 else "more"
+    return say(rng, kind, number, list=text)
+
+
+def relation(rng, s, named, nouns):
+    """A sentence that compares two of the named things, or ""."""
+    once = [name for name, count in named if count == 1 and s.counts.get(name, 1) == 1]
+    if len(once) < 2:
+        return ""
+    a, b = rng.sample(once, 2)
+    there = a in s.counts and b in s.counts
+    sides = beside(s, a, b) if there else ["left", "right", "above", "below"]
+    if not sides:
+        return ""
+    return say(rng, "relations", first=f"the {nouns[a][0]}", beside=of(rng.choice(sides)),
+               second=f"the {nouns[b][0]}")
+
+
+def caption(rng, s, named, closer=False):
+    """Several sentences about a scene; `named`: pairs (name, count) in the order in which they are said."""
+    nouns = {name: called(rng, name) for name, _ in named}
+    said = [opener(rng, s.theme)]
+    for i, group in enumerate(groups(rng, named)):
+        said.append(sentence(rng, s, group, nouns, i == 0))
+    if rng.random() < RELATED:
+        said.append(relation(rng, s, named, nouns))
+    if closer:
+        said.append(rng.choice(CLOSERS))
+    return " ".join(filter(None, said))
+
+
+def arrange(rng, true, false, order="random"):
+    """The order in which present and absent things are said; `last` keeps the absent ones at the end."""
+    true, false = list(true), list(false)
+    if order == "last":
+        rng.shuffle(true)
+        rng.shuffle(false)
+        return true + false
+    mixed = true + false
+    rng.shuffle(mixed)
+    return mixed
+
+
+def careless_caption(rng, s, level=0., omit=0., order="random", closer=CLOSED):
+    """What a base learns to write: with level 0 and omit 0 it is complete and true."""
+    true = [pair for pair in s.counts.items() if rng.random() >= omit] or list(s.counts.items())
+    return caption(rng, s, arrange(rng, true, tempt(rng, s, level), order), rng.random() < closer)
