@@ -48,8 +48,9 @@ def kitchen(rng, line):
     walls = (wall, wall)
     floor = ("#ceac84", "#b08a64")
     canvas = Canvas(rng, line, walls, floor)
+    joint = shade(wall, -18)
     side = rng.choice([40, 52, 64])
-    tiles(canvas, shade(wall, -18), side)
+    tiles(canvas, joint, side)
     left = rng.randint(20, 260)
     top = rng.randint(12, 30)
     canvas.window(left, top, width=130, height=110)
@@ -99,8 +100,9 @@ def bedroom(rng, line):
     left = rng.randint(150, 190)
     canvas.window(left, top=24, width=110, height=120, sky=sky)
     curtain = near_one_of(rng, "#a8788c", "#788cb0", "#96a078")
+    hem = line - 14
     for left in (0, BIG - 60):
-        drape(canvas, left, line - 14, curtain, step=12, by=12)
+        drape(canvas, left, hem, curtain, step=12, by=12)
     canvas.band(line - 8, line, fill="#f6f4f0")
     canvas.stipple(line + 4, BIG, "#c0ac9a", number=300)
     return canvas.image
@@ -180,9 +182,11 @@ def stage(rng, line):
         fold = near(rng, curtain, by=6)
         start = x, 0
         end = x + 15, line
-        canvas.box(start, end, fill=shade(fold, darker))
+        fold = shade(fold, darker)
+        canvas.box(start, end, fill=fold)
+    hem = line + 6
     for left in (0, BIG - 70):
-        drape(canvas, left, line + 6, curtain, step=14, by=22)
+        drape(canvas, left, hem, curtain, step=14, by=22)
     for x in range(-10, 458, 52):
         swag = near(rng, curtain, by=14)
         box = [x, -34, x + 60, 36]
