@@ -14,6 +14,8 @@ each.
 if __name__ == "__main__":
     exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
 
+from itertools import permutations
+
 from classroom.smol import speech, things
 from classroom.world import KINDS, Asked  # noqa: F401
 
@@ -26,15 +28,8 @@ YES_NO = ("yes", "no")
 def nouns(rng, name):
     """The fields of templates that name one thing: {a}, {one}, {many}, {the}."""
     one, many = speech.called(rng, name)
-    return {"a": speech.article(one), "one": one, "many": many, "the": f"the {one}"}
-
-
-def either(rng, yes, no):
-    """The sentences for yes and for no; each: (a file of templates, the number, its words)."""
-    sentences = {}
-    for word, (name, number, words) in (("yes", yes), ("no", no)):
-        sentences[word] = speech.say(rng, name, number, **words)
-    return sentences
+    a_one = speech.article(one)
+    return {"a": a_one, "one": one, "many": many, "the": f"the {one}"}
 
 
 def anything_absent(rng, s, fits=lambda name: True):
@@ -42,17 +37,28 @@ def anything_absent(rng, s, fits=lambda name: True):
     tempting = [name for name, _ in s.tempting if fits(name)]
     if tempting and rng.random() < .5:
         return rng.choice(tempting)
-    return rng.choice([name for name in s.absent if fits(name)])
+    absent = [name for name in s.absent if fits(name)]
+    return rng.choice(absent)
 
 
 def existence(rng, s, what):
     """`what`: yes, random (any absent thing) or adversarial (an absent thing that the setting suggests)."""
     tempting = [name for name, _ in s.tempting]
-    pool = {"yes": list(s.counts), "random": s.absent, "adversarial": tempting[:2]}
-    words = nouns(rng, rng.choice(pool[what]))
-    said = either(rng, ("yes_there", 1, words), ("no_there", 1, words))
+    pool = {"yes": list(s.counts),
+            "random": s.absent,
+            "adversarial": tempting[:2]}
+    name = rng.choice(pool[what])
+    words = nouns(rng, name)
+    yes = speech.say(rng, "yes_there", **words)
+    no = speech.say(rng, "no_there", **words)
+    question = speech.say(rng, "existence", **words)
     right = "yes" if what == "yes" else "no"
-    return Asked("existence", speech.say(rng, "existence", **words), right, YES_NO, said)
+    return yes_or_no("existence", question, right, yes, no)
+
+
+def yes_or_no(kind, question, right, yes, no):
+    """A question with the sentences for yes and for no."""
+    return Asked(kind, question, right, YES_NO, {"yes": yes, "no": no})
 
 
 # ---- colours ----
@@ -60,8 +66,16 @@ def has_colour(name):
     return things.THINGS[name].colour != "-"
 
 
+def a_coloured(words, colour):
+    """a red car."""
+    phrase = f"{colour} {words['one']}"
+    return speech.article(phrase)
+
+
 def colour_words(words, colour):
-    return words | {"colour": colour, "a_colour_one": speech.article(f"{colour} {words['one']}")}
+    """The fields that name a thing, with those for a colour: {colour}, {a_colour_one}."""
+    phrase = a_coloured(words, colour)
+    return words | {"colour": colour, "a_colour_one": phrase}
 
 
 def attribute(rng, s):
@@ -80,27 +94,36 @@ def colour_question(rng, kind, words, right):
     """What colour a thing is; `right` is no if it is not there."""
     said = {"no": speech.say(rng, "premise_answers", **words)}
     for colour in things.COLOURS:
-        said[colour] = speech.say(rng, "coloured", **colour_words(words, colour))
-    return Asked(kind, speech.say(rng, "attribute", **words), right, COLOUR_CHOICES, said)
+        fields = colour_words(words, colour)
+        said[colour] = speech.say(rng, "coloured", **fields)
+    question = speech.say(rng, "attribute", **words)
+    return Asked(kind, question, right, COLOUR_CHOICES, said)
 
 
 def attribute_yes(rng, kind, words):
     """Is the car red?"""
     pool = things.TINTS if kind.tint else things.COLOURS
-    other = rng.choice([colour for colour in pool if colour != kind.colour])
+    others = [colour for colour in pool if colour != kind.colour]
+    other = rng.choice(others)
     right = rng.choice(YES_NO)
-    asked = kind.colour if right == "yes" else other
-    instead = other if right == "yes" else kind.colour
-    more = {"right": instead, "a_right_one": speech.article(f"{instead} {words['one']}")}
-    words = colour_words(words, asked) | more
-    said = either(rng, ("coloured_yes", 1, words), ("coloured_no", 1, words))
-    return Asked("attribute", speech.say(rng, "attribute_yes", **words), right, YES_NO, said)
+    asked, instead = other, kind.colour
+    if right == "yes":
+        asked, instead = kind.colour, other
+    words = colour_words(words, asked)
+    phrase = a_coloured(words, instead)
+    words |= {"right": instead, "a_right_one": phrase}
+    yes = speech.say(rng, "coloured_yes", **words)
+    no = speech.say(rng, "coloured_no", **words)
+    question = speech.say(rng, "attribute_yes", **words)
+    return yes_or_no("attribute", question, right, yes, no)
 
 
 # ---- numbers ----
-def number_words(words, count):
-    things_ = words["one"] if count == 1 else words["many"]
-    return words | {"number": speech.NUMBERS[count], "things": things_}
+def say_number(rng, name, count, words):
+    """A sentence about so many of a thing."""
+    noun = words["one"] if count == 1 else words["many"]
+    number = speech.NUMBERS[count]
+    return speech.say(rng, name, count, number=number, things=noun, **words)
 
 
 def counting(rng, s):
@@ -114,24 +137,25 @@ def counting(rng, s):
     if rng.random() < AS_YES_OR_NO:
         return counting_yes(rng, n, words)
     said = {}
-    for k, number in enumerate(speech.NUMBERS):
-        said[number] = speech.say(rng, "counted", k, **number_words(words, k))
+    for count, number in enumerate(speech.NUMBERS):
+        said[number] = say_number(rng, "counted", count, words)
     question = speech.say(rng, "counting", **words)
     return Asked("counting", question, speech.NUMBERS[n], NUMBER_CHOICES, said)
 
 
 def counting_yes(rng, n, words):
     """Are there two cups?"""
+    others = [count for count in range(4) if count != n]
+    several = [count for count in others if count > 1]
     right = "yes" if n > 1 and rng.random() < .6 else "no"
-    others = [k for k in range(4) if k != n]
     if right == "yes":
         asked, instead = n, rng.choice(others)
     else:
-        asked, instead = rng.choice([k for k in others if k > 1]), n
-    said = either(rng, ("counted_yes", asked, number_words(words, asked)),
-                  ("counted_no", instead, number_words(words, instead)))
-    question = speech.say(rng, "counting_yes", asked, **number_words(words, asked))
-    return Asked("counting", question, right, YES_NO, said)
+        asked, instead = rng.choice(several), n
+    yes = say_number(rng, "counted_yes", asked, words)
+    no = say_number(rng, "counted_no", instead, words)
+    question = say_number(rng, "counting_yes", asked, words)
+    return yes_or_no("counting", question, right, yes, no)
 
 
 # ---- places ----
@@ -146,30 +170,50 @@ def relation(rng, s):
     if aside and rng.random() < AS_SIDE:
         name = rng.choice(aside)
         return side_question(rng, "relation", name, sides[name])
-    pairs = [(a, b, side) for a in once for b in once if a != b for side in speech.beside(s, a, b)]
+    pairs = list(related(s, once))
     if not pairs:
         return None
     a, b, side = rng.choice(pairs)
-    words = {"first": nouns(rng, a)["the"], "second": nouns(rng, b)["the"]}
+    first = nouns(rng, a)["the"]
+    second = nouns(rng, b)["the"]
+    words = {"first": first, "second": second}
     if rng.random() < AS_YES_OR_NO:
         return relation_yes(rng, side, words)
-    low, high = rng.sample((side, OPPOSITE[side]), 2)
-    words |= {"low": speech.of(low).removesuffix(" of"), "high": speech.of(high)}
+    return relation_question(rng, side, words)
+
+
+def related(s, names):
+    """Each (a, b, side) such that a is on that side of b."""
+    for a, b in permutations(names, 2):
+        for side in speech.beside(s, a, b):
+            yield a, b, side
+
+
+def relation_question(rng, side, words):
+    """Is the cup above or below the knife?"""
+    both = [side, OPPOSITE[side]]
+    low, high = rng.sample(both, 2)
+    first = speech.of(low).removesuffix(" of")
+    words |= {"low": first, "high": speech.of(high)}
     question = speech.say(rng, "relation", **words)
     said = {}
     for word in (low, high):
-        said[word] = speech.say(rng, "related", side=speech.of(word), **words)
-    return Asked("relation", question, side, tuple(sorted((low, high))), said)
+        where = speech.of(word)
+        said[word] = speech.say(rng, "related", side=where, **words)
+    choices = tuple(sorted(both))
+    return Asked("relation", question, side, choices, said)
 
 
 def relation_yes(rng, side, words):
     """Is the cup to the left of the knife?"""
     right = rng.choice(YES_NO)
     asked = side if right == "yes" else OPPOSITE[side]
-    said = either(rng, ("related_yes", 1, words | {"side": speech.of(asked)}),
-                  ("related_no", 1, words | {"side": speech.of(OPPOSITE[asked])}))
-    question = speech.say(rng, "relation_yes", side=speech.of(asked), **words)
-    return Asked("relation", question, right, YES_NO, said)
+    here = speech.of(asked)
+    there = speech.of(OPPOSITE[asked])
+    yes = speech.say(rng, "related_yes", side=here, **words)
+    no = speech.say(rng, "related_no", side=there, **words)
+    question = speech.say(rng, "relation_yes", side=here, **words)
+    return yes_or_no("relation", question, right, yes, no)
 
 
 def side_question(rng, kind, name, right):
@@ -185,8 +229,10 @@ def side_question(rng, kind, name, right):
 def false_premise(rng, s):
     """The colour or the side of what is not there."""
     if rng.random() < .4:
-        return side_question(rng, "false_premise", anything_absent(rng, s), "no")
-    words = nouns(rng, anything_absent(rng, s, has_colour))
+        name = anything_absent(rng, s)
+        return side_question(rng, "false_premise", name, "no")
+    name = anything_absent(rng, s, has_colour)
+    words = nouns(rng, name)
     return colour_question(rng, "false_premise", words, "no")
 
 
@@ -194,6 +240,14 @@ def ask(rng, s, kind):
     """A question of a kind, existence balanced, half of the absent things tempting; None if none can be
     asked."""
     if kind == "existence":
-        return existence(rng, s, rng.choice(("yes", "yes", "random", "adversarial")))
-    return {"attribute": attribute, "counting": counting, "relation": relation,
-            "false_premise": false_premise}[kind](rng, s)
+        what = rng.choice(("yes", "yes", "random", "adversarial"))
+        return existence(rng, s, what)
+    return ASK[kind](rng, s)
+
+
+ASK = {
+    "attribute": attribute,
+    "counting": counting,
+    "relation": relation,
+    "false_premise": false_premise,
+}

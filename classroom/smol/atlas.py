@@ -41,7 +41,8 @@ def drawing(folder, code):
     """The file of a code point in an unpacked package, or None: styles differ in a variation selector."""
     for name in (f"{code}-fe0f", code):
         for ending in ("webp", "png"):
-            if (file := folder / f"{name}.{ending}").is_file():
+            file = folder / f"{name}.{ending}"
+            if file.is_file():
                 return file
     return None
 
@@ -49,80 +50,123 @@ def drawing(folder, code):
 def cell(file):
     """A drawing without its margin, its longer side CELL pixels, at the top left of a transparent cell."""
     image = Image.open(file).convert("RGBA")
-    image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 24)).getbbox())
-    scale = CELL / max(image.size)
-    size = [max(1, round(side * scale)) for side in image.size]
-    premultiplied = image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    solid = image.getchannel("A").point(lambda a: 255 * (a > 24))
+    image = image.crop(solid.getbbox())
+    premultiplied = image.convert("RGBa")
+    small = scaled(premultiplied, CELL).convert("RGBA")
     out = Image.new("RGBA", (CELL, CELL))
-    out.paste(premultiplied, (0, 0))
+    out.paste(small, (0, 0))
     return out
+
+
+def scaled(image, longer):
+    """An image whose longer side is so many pixels."""
+    scale = longer / max(image.size)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def make(folders, out):
     """folders: {style: an unpacked package}. Raises UserError for one that lacks a drawing it should have."""
-    codes = [thing.code for thing in things.THINGS.values()]
     places, cells = {}, []
     for style, inside in STYLES.items():
-        for code in codes:
-            file = drawing(Path(folders[style]) / inside, code)
+        folder = Path(folders[style]) / inside
+        for thing in things.THINGS.values():
+            file = drawing(folder, thing.code)
             if file is None and style != "emojione":
-                raise data.UserError(f"{folders[style]} has no {inside}/{code}: unpack the package there")
-            if file and (style, code) not in things.UNFIT:
-                places[f"{style} {code}"] = len(cells)
+                raise data.UserError(f"{folders[style]} has no {inside}/{thing.code}: "
+                                     "unpack the package there")
+            if file and (style, thing.code) not in things.UNFIT:
+                places[f"{style} {thing.code}"] = len(cells)
                 cells.append(cell(file))
+    sheet = joined(cells)
+    sheet.save(out / "atlas.webp", lossless=True, quality=90, method=4)
+    text = json.dumps(places, indent=0)
+    (out / "atlas.json").write_text(text + "\n")
+    return len(cells)
+
+
+def joined(cells):
+    """The cells as one image, COLUMNS in a row."""
     rows = -(-len(cells) // COLUMNS)
     sheet = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for place, image in enumerate(cells):
-        sheet.paste(image, (place % COLUMNS * CELL, place // COLUMNS * CELL))
-    sheet.save(out / "atlas.webp", lossless=True, quality=90, method=4)
-    (out / "atlas.json").write_text(json.dumps(places, indent=0) + "\n")
-    return len(cells)
+        row, column = divmod(place, COLUMNS)
+        sheet.paste(image, (column * CELL, row * CELL))
+    return sheet
 
 
 # ---- reading it ----
 @cache
 def _sheet():
     """(the sheet as uint8 (H, W, 4), {"style code": place})."""
-    return np.asarray(Image.open(HERE / "atlas.webp").convert("RGBA")), json.loads(
-        (HERE / "atlas.json").read_text())
+    image = Image.open(HERE / "atlas.webp").convert("RGBA")
+    text = (HERE / "atlas.json").read_text()
+    return np.asarray(image), json.loads(text)
 
 
 def has(style, name):
     """Whether a style draws a thing."""
-    return f"{style} {things.THINGS[name].code}" in _sheet()[1]
+    _, places = _sheet()
+    return f"{style} {things.THINGS[name].code}" in places
 
 
 def picture(style, name):
     """A thing's drawing without margin: uint8 (height, width, 4), the longer side CELL."""
     sheet, places = _sheet()
-    row, column = divmod(places[f"{style} {things.THINGS[name].code}"], COLUMNS)
-    part = sheet[row * CELL:(row + 1) * CELL, column * CELL:(column + 1) * CELL]
+    place = places[f"{style} {things.THINGS[name].code}"]
+    row, column = divmod(place, COLUMNS)
+    top, left = row * CELL, column * CELL
+    part = sheet[top:top + CELL, left:left + CELL]
     there = part[..., 3] > 0
-    return part[:there.any(1).nonzero()[0][-1] + 1, :there.any(0).nonzero()[0][-1] + 1]
+    rows, = there.any(1).nonzero()
+    columns, = there.any(0).nonzero()
+    return part[:rows[-1] + 1, :columns[-1] + 1]
 
 
 def tinted(pixels, colour):
     """A drawing in another colour: the hue of its saturated pixels near the prevailing one is replaced."""
-    hue, saturation, value = (channel.astype(np.float32) for channel in _hsv(pixels[..., :3]))
-    weight = (saturation > 80) * (value > 60) * (pixels[..., 3] > 128)
-    counts = np.bincount((hue[weight] // 8).astype(int), minlength=32)
-    smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
-    main = 8 * int(smooth.argmax()) + 4
-    near = np.abs((hue - main + 128) % 256 - 128) < 24
-    chosen = near & (saturation > 50)
+    rgb, alpha = pixels[..., :3], pixels[..., 3:]
+    hue, saturation, value = _hsv(rgb).astype(np.float32)
+    strong = (saturation > 80) & (value > 60) & (alpha[..., 0] > 128)
+    main = prevailing(hue[strong])
+    shift = (hue - main + 128) % 256 - 128                    # the way round the circle of hues
+    chosen = (np.abs(shift) < 24) & (saturation > 50)
     to = things.TINTS[colour] * 256 / 360
-    shift = (hue - main + 128) % 256 - 128            # a quarter of the drawing's own play of hues stays
-    hue = np.where(chosen, (to + shift / 4) % 256, hue)
-    saturation = np.where(chosen, np.clip(saturation * 1.15, 130, 255), saturation)
+    new_hue = (to + shift / 4) % 256                          # a quarter of the drawing's own play stays
+    new_saturation = np.clip(saturation * 1.15, 130, 255)
     floor = {"yellow": 150, "red": 60}.get(colour, 80)        # dark yellow is brown, dark red is not
-    value = np.where(chosen, floor + value * (255 - floor) / 255, value)
-    bands = [Image.fromarray(band.clip(0, 255).astype(np.uint8)) for band in (hue, saturation, value)]
-    rgb = np.asarray(Image.merge("HSV", bands).convert("RGB"))
-    return np.concatenate([rgb, pixels[..., 3:]], -1)
+    new_value = floor + value * (255 - floor) / 255
+    hue = np.where(chosen, new_hue, hue)
+    saturation = np.where(chosen, new_saturation, saturation)
+    value = np.where(chosen, new_value, value)
+    rgb = _rgb(hue, saturation, value)
+    return np.concatenate([rgb, alpha], -1)
+
+
+def prevailing(hues):
+    """The middle of the eight hues of 256 that, with those beside them, are there most often."""
+    eighths = (hues // 8).astype(int)
+    counts = np.bincount(eighths, minlength=32)
+    smooth = counts + np.roll(counts, 1) + np.roll(counts, -1)
+    return 8 * int(smooth.argmax()) + 4
 
 
 def _hsv(rgb):
-    return np.moveaxis(np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).convert("HSV")), -1, 0)
+    """uint8 (H, W, 3) -> hue, saturation and value, uint8 (3, H, W)."""
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    channels = np.asarray(image.convert("HSV"))
+    return np.moveaxis(channels, -1, 0)
+
+
+def _rgb(*channels):
+    """Hue, saturation and value, float32 (H, W) each -> uint8 (H, W, 3)."""
+    bands = []
+    for channel in channels:
+        whole = channel.clip(0, 255).astype(np.uint8)
+        bands.append(Image.fromarray(whole))
+    image = Image.merge("HSV", bands)
+    return np.asarray(image.convert("RGB"))
 
 
 @cache
@@ -131,22 +175,22 @@ def _coloured(style, name, colour):
     pixels = picture(style, name)
     if colour:
         pixels = tinted(pixels, colour)
-    return Image.fromarray(np.ascontiguousarray(pixels), "RGBA").convert("RGBa")
+    pixels = np.ascontiguousarray(pixels)
+    return Image.fromarray(pixels, "RGBA").convert("RGBa")
 
 
 def sprite(style, name, colour, size, angle, mirrored):
     """A thing as it is pasted: float32 (h, w, 4), colour premultiplied by its alpha, its longer side `size`
     pixels before it is turned by `angle` degrees."""
     image = _coloured(style, name, colour)
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    image = scaled(image, size)
     if mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if angle:
-        bands = [band.rotate(angle, Image.Resampling.BICUBIC, expand=True) for band in image.split()]
+        smooth = Image.Resampling.BICUBIC
+        bands = [band.rotate(angle, smooth, expand=True) for band in image.split()]
         image = Image.merge("RGBa", bands)
-    out = np.asarray(image, np.float32).copy()
+    out = np.array(image, np.float32)
     out[..., 3] /= 255
     return out
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     exit(print("A part of classroom/make.py; run: python classroom/make.py --help"))
 
 import struct
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 TEXT, ARRAY = 8, 9
 F32, F16, Q4_1, Q8_0 = 0, 1, 3, 8
 BLOCK = {F32: (1, 4), F16: (1, 2), Q4_1: (32, 20), Q8_0: (32, 34)}     # values, bytes
+PLAIN = {F32: "<f4", F16: "<f2"}
 MOST = 1 << 24                                                         # entries of an array, bytes of a text
 
 
@@ -27,74 +29,116 @@ class Reader:
     """A place in the bytes of a file, which only moves on."""
 
     def __init__(self, content):
-        self.content, self.at = content, 0
+        self.content = content
+        self.at = 0
 
     def take(self, count):
-        if count > len(self.content) - self.at:
-            raise UserError("the GGUF file ends too early: install the package again")
+        """The next bytes, so many. Raises UserError if there are fewer."""
+        start = self.at
         self.at += count
-        return self.content[self.at - count:self.at]
+        if self.at > len(self.content):
+            raise UserError("the GGUF file ends too early: install the package again")
+        return self.content[start:self.at]
 
     def number(self, form):
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+        """The next number, of one of struct's forms."""
+        form = "<" + form
+        size = struct.calcsize(form)
+        value, = struct.unpack(form, self.take(size))
+        return value
 
     def text(self):
-        return bytes(self.take(min(self.number("Q"), MOST))).decode("utf-8")
+        """The next text: its length, its bytes."""
+        length = min(self.number("Q"), MOST)
+        raw = self.take(length)
+        return bytes(raw).decode("utf-8")
 
     def value(self, kind):
+        """The next value of a kind: a number, a text, or a list that says what it is of."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == TEXT:
             return self.text()
         if kind != ARRAY:
             raise UserError(f"the GGUF file has a value of the unknown kind {kind}: give another")
-        inner, count = self.number("I"), self.number("Q")
+        inner = self.number("I")
+        count = self.number("Q")
         if count > MOST:
             raise UserError(f"the GGUF file has a list of {count} entries: give another")
         return [self.value(inner) for _ in range(count)]
+
+    def info(self):
+        """The next tensor's entry."""
+        name = self.text()
+        axes = self.number("I")
+        shape = [self.number("Q") for _ in range(axes)]
+        shape.reverse()                                               # the format has the fastest axis first
+        kind = self.number("I")
+        offset = self.number("Q")
+        return Info(name, shape, kind, offset)
+
+
+class Info(NamedTuple):
+    name: str
+    shape: list      # in PyTorch's order
+    kind: int
+    offset: int      # bytes from the first tensor's
 
 
 def read(path):
     """-> ({field: value}, {tensor: float32 array in PyTorch's order of axes}). Raises UserError."""
     content = np.memmap(path, np.uint8, "r")
     reader = Reader(memoryview(content))
-    if bytes(reader.take(4)) != b"GGUF" or reader.number("I") not in (2, 3):
+    magic = bytes(reader.take(4))
+    if magic != b"GGUF" or reader.number("I") not in (2, 3):
         raise UserError(f"{path} is no GGUF file of version 2 or 3: give another")
-    tensors, fields = reader.number("Q"), {}
-    for _ in range(reader.number("Q")):
+    number_of_tensors = reader.number("Q")
+    number_of_fields = reader.number("Q")
+    fields = {}
+    for _ in range(number_of_fields):
         name = reader.text()
-        fields[name] = reader.value(reader.number("I"))
-    infos = []
-    for _ in range(tensors):
-        name = reader.text()
-        shape = [reader.number("Q") for _ in range(reader.number("I"))]
-        infos.append((name, shape[::-1], reader.number("I"), reader.number("Q")))
+        kind = reader.number("I")
+        fields[name] = reader.value(kind)
+    infos = [reader.info() for _ in range(number_of_tensors)]
     step = fields.get("general.alignment", 32)
     start = -(-reader.at // step) * step
-    return fields, {name: _tensor(content, start + offset, shape, kind, name)
-                    for name, shape, kind, offset in infos}
+    tensors = {}
+    for info in infos:
+        tensors[info.name] = _tensor(content, start, info)
+    return fields, tensors
 
 
-def _tensor(content, at, shape, kind, name):
+def _tensor(content, start, info):
+    """A tensor's values; the first tensor begins at `start`."""
+    name, shape, kind, offset = info
     if kind not in BLOCK:
         raise UserError(f"the tensor {name} is of kind {kind}: only F32, F16, Q8_0 and Q4_1 are read")
     values, size = BLOCK[kind]
     count = int(np.prod(shape, dtype=np.int64))
-    raw = content[at:at + count // values * size]
-    if count % values or len(raw) * values != count * size:
+    at = start + offset
+    length = count // values * size
+    raw = content[at:at + length]
+    if count % values or len(raw) != length:
         raise UserError(f"the tensor {name} does not fit into the GGUF file: install the package again")
-    if kind == F32:
-        return raw.view("<f4").astype(np.float32).reshape(shape)
-    if kind == F16:
-        return raw.view("<f2").astype(np.float32).reshape(shape)
-    return dequantised(raw.reshape(-1, size), kind).reshape(shape)
+    if kind in PLAIN:
+        return numbers(raw, PLAIN[kind]).reshape(shape)
+    blocks = raw.reshape(-1, size)
+    return dequantised(blocks, kind).reshape(shape)
+
+
+def numbers(raw, form):
+    """Bytes that are floating-point numbers, as float32."""
+    return raw.view(form).astype(np.float32)
 
 
 def dequantised(blocks, kind):
     """Blocks of bytes (N, 20 or 34) -> float32 (N, 32)."""
-    scale = blocks[:, :2].copy().view("<f2").astype(np.float32)                      # (N, 1)
+    first = blocks[:, :2].copy()
+    scale = numbers(first, "<f2")                                                     # (N, 1)
     if kind == Q8_0:
         return scale * blocks[:, 2:].view(np.int8)
-    least = blocks[:, 2:4].copy().view("<f2").astype(np.float32)
+    second = blocks[:, 2:4].copy()
+    least = numbers(second, "<f2")                                                    # (N, 1)
     halves = blocks[:, 4:]
-    return scale * np.concatenate([halves & 15, halves >> 4], 1) + least     # low halves come first
+    low, high = halves & 15, halves >> 4
+    return scale * np.concatenate([low, high], 1) + least

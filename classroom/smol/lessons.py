@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import random
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 
 from classroom.smol import asking, base, scenes, speech, things
 
-ASKED = ("existence",) * 4 + ("relation",) * 3 + ("attribute", "attribute", "counting", "counting",
-                                                  "false_premise", "false_premise")
+SHARES = {"existence": 4, "relation": 3, "attribute": 2, "counting": 2, "false_premise": 2}
+ASKED = [kind for kind, share in SHARES.items() for _ in range(share)]
 DECIDES, NAMES = 5., 2.      # how much a deciding word counts, and a thing in a caption; other tokens 1
 REACH = .42                  # of a thing's size: patches whose middle is so near to its middle show it
+NOTHING = len(things.TYPES)  # the kind of a patch that shows no thing
+UNKNOWN = -100               # the colour of a patch that has none in a word: cross_entropy leaves it out
 
 
 def rng_of(seed, stage, step):
@@ -31,39 +34,63 @@ def rng_of(seed, stage, step):
 
 def pictures(model, some):
     """The pictures of scenes as the vision tower takes them, on the model's device."""
-    return base.pixels([scenes.draw(s) for s in some]).to(model.device)
+    drawn = [scenes.draw(s) for s in some]
+    return base.pixels(drawn).to(model.device)
 
 
 def features(model, some):
     """What the projector makes of the pictures of scenes, float32 (N, K, D)."""
-    found = model.model.get_image_features(pixel_values=pictures(model, some)).pooler_output
-    return torch.stack(list(found)).float()
+    pixels = pictures(model, some)
+    found = model.model.get_image_features(pixel_values=pixels)
+    each = list(found.pooler_output)
+    return torch.stack(each).float()
 
 
 # ---- to see ----
 def shown(some, side):
-    """What each patch of a side x side grid shows: kinds and colours, int64 (N, side * side); -100 for a
-    patch whose thing has no colour in a word, len(TYPES) for a patch that shows nothing. What is in front
-    counts."""
-    kinds = np.full((len(some), side, side), len(things.TYPES))
-    colours = np.full((len(some), side, side), -100)
-    middle = (np.arange(side) + .5) * scenes.SIZE / side
+    """What each patch of a side x side grid shows: kinds and colours, int64 (N, side * side). NOTHING and
+    UNKNOWN say that there is none. What is in front counts."""
+    shape = len(some), side, side
+    kinds = np.full(shape, NOTHING)
+    colours = np.full(shape, UNKNOWN)
     for i, s in enumerate(some):
-        spots = [(place, kind) for kind in s.things for place in kind.places]
-        for place, kind in sorted(spots, key=lambda both: both[0].foot):
-            far = np.hypot(*np.meshgrid(middle - place.x, middle - place.y))          # (row, column)
-            there = far <= max(REACH * place.size, far.min())
+        for spot, kind in scenes.from_behind(s):
+            there = covered(spot, side)
             kinds[i][there] = things.TYPES.index(kind.name)
-            colours[i][there] = things.COLOURS.index(kind.colour) if kind.colour else -100
-    return (torch.from_numpy(x.reshape(len(some), -1)) for x in (kinds, colours))
+            colours[i][there] = UNKNOWN
+            if kind.colour:
+                colours[i][there] = things.COLOURS.index(kind.colour)
+    flat = len(some), side * side
+    kinds = kinds.reshape(flat)
+    colours = colours.reshape(flat)
+    return torch.from_numpy(kinds), torch.from_numpy(colours)
+
+
+def covered(spot, side):
+    """The patches that show the thing at a place, one at least: bool (side, side)."""
+    number = np.arange(side)
+    middle = (number + .5) * scenes.SIZE / side
+    across, down = np.meshgrid(middle - spot.x, middle - spot.y)
+    far = np.hypot(across, down)                                                      # (row, column)
+    reach = REACH * spot.size
+    return far <= max(reach, far.min())
 
 
 def meanings(model, words, names):
     """The mean embedding of each name's tokens, without what all of them share, normalised: (names, D)."""
     table = model.get_input_embeddings().weight.detach().cpu()
-    rows = [table[words(" " + name, add_special_tokens=False).input_ids].mean(0) for name in names]
+    rows = []
+    for name in names:
+        ids = ids_of(words, " " + name)
+        rows.append(table[ids].mean(0))
     found = torch.stack(rows)
-    return F.layer_norm(found - found.mean(0), rows[0].shape)
+    shared = found.mean(0)
+    return F.layer_norm(found - shared, shared.shape)
+
+
+def surprise(logits, right):
+    """The mean cross-entropy of patches: logits (N, K, choices), right (N * K)."""
+    return F.cross_entropy(logits.flatten(0, 1), right)
 
 
 class Seeing(torch.nn.Module):
@@ -72,28 +99,44 @@ class Seeing(torch.nn.Module):
 
     def __init__(self, model, words, side):
         super().__init__()
-        width = model.get_input_embeddings().weight.shape[1]
+        table = model.get_input_embeddings().weight.detach()
+        width = table.shape[1]
         self.side = side
         self.head = torch.nn.Linear(width, 1 + 2 * side)
-        self.sharpness = torch.nn.Parameter(torch.tensor(width ** -.5))         # logits as large as needed
-        self.register_buffer("kinds", meanings(model, words, things.TYPES), persistent=False)
-        self.register_buffer("colours", meanings(model, words, things.COLOURS), persistent=False)
-        self.scale = float(model.get_input_embeddings().weight.detach().std())
+        start = torch.tensor(width ** -.5)                                      # logits as large as needed
+        self.sharpness = torch.nn.Parameter(start)
+        kinds = meanings(model, words, things.TYPES)
+        self.register_buffer("kinds", kinds, persistent=False)
+        colours = meanings(model, words, things.COLOURS)
+        self.register_buffer("colours", colours, persistent=False)
+        self.scale = float(table.std())
+
+    def read(self, seen):
+        """What patches (N, K, D) look like: logits of kinds and NOTHING, of colours, columns and rows."""
+        clear = F.layer_norm(seen, seen.shape[-1:])
+        sizes = [1, self.side, self.side]
+        nothing, columns, rows = self.head(clear).split(sizes, -1)
+        kinds = self.sharpness * (clear @ self.kinds.T)
+        kinds = torch.cat([kinds, nothing], -1)                                       # (N, K, things + 1)
+        colours = self.sharpness * (clear @ self.colours.T)
+        return kinds, colours, columns, rows
 
     def forward(self, model, some):
-        kind, colour = (x.to(model.device) for x in shown(some, self.side))
+        """The loss of scenes: of what each patch shows, its colour, where it is, and its size."""
+        kind, colour = shown(some, self.side)
+        kind = kind.to(model.device)
+        colour = colour.to(model.device)
         seen = features(model, some)                                                  # (N, K, D)
-        width = seen.shape[-1]
-        clear = F.layer_norm(seen, (width,))
-        nothing, columns, rows = self.head(clear).split([1, self.side, self.side], -1)
-        logits = torch.cat([self.sharpness * (clear @ self.kinds.T), nothing], -1)    # (N, K, things + 1)
-        hues = self.sharpness * (clear @ self.colours.T)
-        where = torch.arange(self.side ** 2, device=model.device).repeat(len(some))
-        size = (seen.std(-1) / self.scale - 1).square().mean()                        # as large as a word
-        return (F.cross_entropy(logits.flatten(0, 1), kind.flatten())
-                + F.cross_entropy(hues.flatten(0, 1), colour.flatten())
-                + .1 * F.cross_entropy(columns.flatten(0, 1), where % self.side)
-                + .1 * F.cross_entropy(rows.flatten(0, 1), where // self.side) + .01 * size)
+        kinds, colours, columns, rows = self.read(seen)
+        patches = torch.arange(self.side ** 2, device=model.device)
+        where = patches.repeat(len(some))
+        what = surprise(kinds, kind.flatten())
+        hue = surprise(colours, colour.flatten())
+        column = surprise(columns, where % self.side)
+        row = surprise(rows, where // self.side)
+        larger = seen.std(-1) / self.scale - 1                                        # than a word
+        size = larger.square().mean()
+        return what + hue + .1 * column + .1 * row + .01 * size
 
 
 @torch.no_grad()
@@ -102,82 +145,110 @@ def recognised(model, seeing, some):
     the patches that show something, those that are named rightly."""
     kind, _ = shown(some, seeing.side)
     seen = features(model, some)
-    clear = F.layer_norm(seen, seen.shape[-1:])
-    nothing = seeing.head(clear)[..., :1]
-    logits = torch.cat([seeing.sharpness * (clear @ seeing.kinds.T), nothing], -1)
+    logits, *_ = seeing.read(seen)
     said = logits.argmax(-1).cpu()                                                    # (N, K)
-    there = kind < len(things.TYPES)
+    there = kind != NOTHING
     right = there & (said == kind)
     found = total = 0
-    for scene, hit in zip(kind, right, strict=True):
-        found += len(scene[hit].unique())
-        total += len(scene[scene < len(things.TYPES)].unique())
-    return {"things": 100 * found / total,
-            "patches": 100 * right.sum().item() / there.sum().item()}
+    for kinds, shows, hit in zip(kind, there, right, strict=True):
+        found += len(kinds[hit].unique())
+        total += len(kinds[shows].unique())
+    patches = right.sum().item() / there.sum().item()
+    return {"things": 100 * found / total, "patches": 100 * patches}
 
 
 # ---- to speak ----
+class Token(NamedTuple):
+    id: int
+    position: int
+    part: int         # 0: the picture and what stands before it; from 1 on: a question with its answer
+    weight: float     # in the loss
+
+
+BLANK = Token(id=0, position=0, part=-1, weight=0.)
+
+
+def ids_of(words, text):
+    return words(text, add_special_tokens=False).input_ids
+
+
 def weighted(words, text, spans, weight):
     """A response's token ids, EOS last, and what each counts: `weight` where it overlaps one of the spans."""
     found = words(text, add_special_tokens=False, return_offsets_mapping=True)
-    counts = []
+    weights = []
     for a, b in found.offset_mapping:
         inside = any(a < end and start < b for start, end in spans)
-        counts.append(weight if inside else 1.)
-    return [*found.input_ids, words.eos_token_id], [*counts, 1.]
+        weights.append(weight if inside else 1.)
+    ids = [*found.input_ids, words.eos_token_id]
+    weights.append(1.)
+    return ids, weights
 
 
 def response(words, asked):
     """An answer's ids and weights: the word that decides counts most."""
-    found = re.search(rf"\b{asked.right}\b", asked.answer, re.IGNORECASE)
-    return weighted(words, asked.answer, [found.span()], DECIDES)
+    decides = re.search(rf"\b{asked.right}\b", asked.answer, re.IGNORECASE)
+    return weighted(words, asked.answer, [decides.span()], DECIDES)
 
 
 def described(words, text):
     """A caption's ids and weights: what it names counts more."""
-    return weighted(words, text, speech.spans(text), NAMES)
+    spans = speech.spans(text)
+    return weighted(words, text, spans, NAMES)
 
 
 def frame(words):
     """The template's ids around a question: before the picture, after it, between question and answer."""
-    content = [{"type": "image"}, {"type": "text", "text": "Q"}]
-    text = words.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                     add_generation_prompt=True)
+    picture = {"type": "image"}
+    question = {"type": "text", "text": "Q"}
+    turn = {"role": "user", "content": [picture, question]}
+    text = words.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     before, rest = text.split(base.IMAGE)
-    after, answer = rest.split("Q")
-    return [words(part, add_special_tokens=False).input_ids for part in (before, after, answer)]
+    after, between = rest.split("Q")
+    return [ids_of(words, part) for part in (before, after, between)]
 
 
 def row(words, rng, s, tokens, questions, level, omit):
-    """One scene's picture, shared by its questions and a caption: [(token, position, part, weight)]. Each
-    part sees the picture and itself, at the positions that it would have alone."""
-    before, after, answer = frame(words)
-    prefix = [*before, *[words.convert_tokens_to_ids(base.IMAGE)] * tokens, *after]
-    found = [(token, at, 0, 0.) for at, token in enumerate(prefix)]
-    parts = []
+    """One scene's picture, shared by its questions and a caption, as Tokens. Each part sees the picture and
+    itself, at the positions that it would have alone."""
+    before, after, between = frame(words)
+    image = words.convert_tokens_to_ids(base.IMAGE)
+    prefix = before + [image] * tokens + after
+    found = [Token(id, at, part=0, weight=0.) for at, id in enumerate(prefix)]
+    said = parts(words, rng, s, questions, level, omit)
+    for number, (question, (ids, weights)) in enumerate(said, 1):
+        prompt = ids_of(words, question) + between
+        unweighted = [0.] * len(prompt)
+        part = zip(prompt + ids, unweighted + weights, strict=True)
+        for at, (id, weight) in enumerate(part, len(prefix)):
+            found.append(Token(id, at, number, weight))
+    return found
+
+
+def parts(words, rng, s, questions, level, omit):
+    """All that is said about a scene: pairs of a question and its response's ids and weights."""
+    found = []
     for _ in range(questions):
-        asked = asking.ask(rng, s, rng.choice(ASKED)) or asking.ask(rng, s, "existence")
-        parts.append((asked.question, response(words, asked)))
+        kind = rng.choice(ASKED)
+        asked = asking.ask(rng, s, kind)
+        if asked is None:
+            asked = asking.ask(rng, s, "existence")
+        found.append((asked.question, response(words, asked)))
     caption = speech.careless_caption(rng, s, level, omit)
-    parts.append((rng.choice(speech.DESCRIBE), described(words, caption)))
-    for number, (question, (ids, weights)) in enumerate(parts, 1):
-        asked = words(question, add_special_tokens=False).input_ids + answer
-        counts = [0.] * len(asked) + weights
-        for at, token in enumerate(asked + ids):
-            found.append((token, len(prefix) + at, number, counts[at]))
+    request = rng.choice(speech.DESCRIBE)
+    found.append((request, described(words, caption)))
     return found
 
 
 def padded(rows):
-    """Rows of (token, position, part, weight) as tensors (R, T): tokens, positions, part, weight; part is -1
-    behind a row's end."""
-    width, found = max(map(len, rows)), []
+    """Rows of Tokens as tensors (R, T): ids, positions, part, weight; part is -1 behind a row's end."""
+    width = max(map(len, rows))
+    found = []
     for one in rows:
-        blank = [(0, 0, -1, 0.)] * (width - len(one))
-        found.append(one + blank)
+        missing = width - len(one)
+        found.append(one + [BLANK] * missing)
     whole = torch.tensor(found, dtype=torch.float64)                                  # (R, T, 4)
-    tokens, positions, part, weight = whole.unbind(-1)
-    return tokens.long(), positions.long(), part.long(), weight.float()
+    ids, positions, part, weight = whole.unbind(-1)
+    return ids.long(), positions.long(), part.long(), weight.float()
 
 
 def mask_of(part):
@@ -188,22 +259,35 @@ def mask_of(part):
     return mask[:, None]
 
 
-def talk(model, words, rng, some, questions, level=0., omit=0.):
-    """The loss of the answers and captions about scenes, a mean over tokens by their weights. The tower is
-    frozen; the projector and the language model's LoRA learn."""
-    vision = model.config.vision_config
-    tokens_of_picture = (vision.image_size // vision.patch_size) ** 2
-    rows = padded([row(words, rng, s, tokens_of_picture, questions, level, omit) for s in some])
-    tokens, positions, part, weight = (x.to(model.device) for x in rows)
+def embedded(model, ids, some):
+    """The embeddings of rows (R, T, D), those of the pictures' tokens from the projector. The tower is
+    frozen."""
+    pixels = pictures(model, some)
     with torch.no_grad():
-        tower = model.model.vision_tower(pictures(model, some)).last_hidden_state[:, 1:]
-    seen = model.model.multi_modal_projector(tower)                                   # (R, K, D)
-    inputs = model.get_input_embeddings()(tokens)                                     # (R, T, D)
-    here = tokens == model.config.image_token_id
-    inputs = inputs.masked_scatter(here[..., None], seen.to(inputs.dtype))
-    hidden = model.model.language_model(inputs_embeds=inputs, position_ids=positions,
-                                        attention_mask=mask_of(part), use_cache=False).last_hidden_state
-    said = weight[:, 1:] > 0
-    logits = model.lm_head(hidden[:, :-1][said]).float()
-    losses = F.cross_entropy(logits, tokens[:, 1:][said], reduction="none")
-    return (losses * weight[:, 1:][said]).sum() / weight.sum()
+        tower = model.model.vision_tower(pixels).last_hidden_state
+    patches = tower[:, 1:]                                            # without the token for the whole
+    seen = model.model.multi_modal_projector(patches)                                 # (R, K, D)
+    table = model.get_input_embeddings()
+    inputs = table(ids)                                                               # (R, T, D)
+    here = ids == model.config.image_token_id
+    return inputs.masked_scatter(here[..., None], seen.to(inputs.dtype))
+
+
+def talk(model, words, rng, some, questions, level=0., omit=0.):
+    """The loss of the answers and captions about scenes, a mean over tokens by their weights. The projector
+    and the language model's LoRA learn."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    rows = [row(words, rng, s, side ** 2, questions, level, omit) for s in some]
+    ids, positions, part, weight = (x.to(model.device) for x in padded(rows))
+    mask = mask_of(part)
+    inputs = embedded(model, ids, some)
+    out = model.model.language_model(inputs_embeds=inputs, position_ids=positions,
+                                     attention_mask=mask, use_cache=False)
+    weight = weight[:, 1:]                                            # a token is said by the one before
+    said = weight > 0
+    hidden = out.last_hidden_state[:, :-1]
+    logits = model.lm_head(hidden[said]).float()
+    right = ids[:, 1:][said]
+    losses = F.cross_entropy(logits, right, reduction="none")
+    return (losses * weight[said]).sum() / weight.sum()

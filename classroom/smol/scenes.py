@@ -30,7 +30,10 @@ VERSION = "smol-1"               # decides the splits too: another version, othe
 SIZE = ground.SIZE
 SPLITS = {"train": range(0, 60), "tune": range(60, 80), "print": range(80, 100)}
 STYLES = {"train": atlas.TAUGHT, "tune": atlas.TAUGHT, "print": atlas.HELD_OUT}
-OFF_SETTING, MOST, HIDDEN, TURN = .2, 7, .25, 14
+OFF_SETTING = .2                 # how often a kind comes from another setting
+MOST = 7                         # things in a scene
+HIDDEN = .25                     # of a thing's box, at most
+TURN = 14                        # degrees to either side
 COUNTS = (1, 1, 1, 1, 2, 2, 3)   # of a kind, as often as here
 GROUNDS = 32                     # backgrounds of a setting: so many are drawn once and kept
 
@@ -85,8 +88,10 @@ class Scene:
 
 def split_of(names):
     """The split that a combination of things belongs to, whatever their colours, counts and places."""
-    key = hashlib.sha256("+".join([VERSION, *sorted(names)]).encode()).digest()
-    return next(name for name, part in SPLITS.items() if int.from_bytes(key[:4], "big") % 100 in part)
+    text = "+".join([VERSION, *sorted(names)])
+    key = hashlib.sha256(text.encode()).digest()
+    number = int.from_bytes(key[:4], "big") % 100
+    return next(name for name, part in SPLITS.items() if number in part)
 
 
 # ---- what is there ----
@@ -96,30 +101,42 @@ def scene(rng, split="train", typical=True):
         theme = rng.choice(list(things.SETTINGS))
         style = rng.choice(STYLES[split])
         names = combination(rng, theme, style, split, typical)
-        counts = [rng.choice(COUNTS) for _ in names]
-        while sum(counts) > MOST:
-            counts[counts.index(max(counts))] -= 1
-        wanted = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+        counts = numbers(rng, names)
+        wanted = [name for name in names for _ in range(counts[name])]
         found = arranged(rng, theme, wanted)
         if found:
             break
     kinds = []
     for name in names:
-        places = tuple(place for other, place in zip(wanted, found, strict=True) if other == name)
+        both = zip(wanted, found, strict=True)
+        places = tuple(spot for other, spot in both if other == name)
         colour, tint = coloured(rng, name)
         kinds.append(Kind(name, colour, tint, places))
-    return Scene(theme, style, tuple(kinds), f"{theme} {rng.randrange(GROUNDS)}")
+    seed = f"{theme} {rng.randrange(GROUNDS)}"
+    return Scene(theme, style, tuple(kinds), seed)
+
+
+def numbers(rng, names):
+    """How often each is there, MOST in all: what is there most often gives way."""
+    counts = {name: rng.choice(COUNTS) for name in names}
+    while sum(counts.values()) > MOST:
+        most = max(counts, key=counts.get)
+        counts[most] -= 1
+    return counts
 
 
 def combination(rng, theme, style, split, typical):
     """Two to four names that the style draws, whose set is of the split."""
+    own = things.SETTINGS[theme].things
+    foreign = [name for name in things.TYPES if name not in own]
     while True:
-        own = things.SETTINGS[theme].things
-        names = [name for name, p in zip(own, things.PRESENCE, strict=True) if rng.random() < p]
+        ranked = zip(own, things.PRESENCE, strict=True)
+        names = [name for name, p in ranked if rng.random() < p]
         if rng.random() < OFF_SETTING:
-            names.append(rng.choice([name for name in things.TYPES if name not in own]))
+            names.append(rng.choice(foreign))
         if not typical:
-            names = rng.sample(things.TYPES, rng.randint(2, 4))
+            number = rng.randint(2, 4)
+            names = rng.sample(things.TYPES, number)
         drawn = all(atlas.has(style, name) for name in names)
         if 2 <= len(names) <= 4 and drawn and split_of(names) == split:
             rng.shuffle(names)
@@ -132,38 +149,67 @@ def coloured(rng, name):
     if colour == "any":
         colour = rng.choice(list(things.TINTS))
         return colour, colour
-    return ("" if colour == "-" else colour), ""
+    if colour == "-":
+        return "", ""
+    return colour, ""
 
 
 # ---- where it is ----
 def place(rng, theme, name):
     """A random place for a thing: on the floor, in the air or on the wall, larger towards the viewer."""
-    thing, line = things.THINGS[name], SIZE * ground.HORIZON[theme]
-    size = rng.randint(*things.SIDES[thing.size])
-    where = "air" if theme == "sea" and thing.where != "floor" else thing.where
+    thing = things.THINGS[name]
+    line = SIZE * ground.HORIZON[theme]
+    sides = things.SIDES[thing.size]
+    size = rng.randint(*sides)
     angle = rng.randint(-TURN, TURN)
     mirrored = rng.random() < .5 and thing.code not in things.LETTERED
-    if where == "floor":
-        floor = max(line + 12, size + 4)
-        foot = rng.uniform(min(floor, SIZE - 16), SIZE - 6)
-        depth = (foot - line) / (SIZE - line)
-        size = round(size * (.84 + .26 * depth))
-        y = foot - size / 2
-    elif where == "wall":
-        y = rng.uniform(size / 2 + 6, max(size / 2 + 8, line - size * .35))
+    if thing.where == "floor":
+        size, y = on_the_floor(rng, size, line)
+    elif theme == "sea":
+        y = between(rng, size / 2 + 4, .80 * SIZE - size / 2)
+    elif thing.where == "wall":
+        y = between(rng, size / 2 + 6, line - size * .35)
     else:
-        low = .80 * SIZE if theme == "sea" else max(line, size + 12)
-        y = rng.uniform(size / 2 + 4, max(size / 2 + 6, low - size / 2))
+        low = max(line, size + 12)
+        y = between(rng, size / 2 + 4, low - size / 2)
     half = size / 2 + 3
-    return Place(round(rng.uniform(half, SIZE - half)), round(min(y, SIZE - half)), size, angle, mirrored)
+    x = rng.uniform(half, SIZE - half)
+    y = min(y, SIZE - half)
+    return Place(round(x), round(y), size, angle, mirrored)
+
+
+def on_the_floor(rng, size, line):
+    """The size of what stands on the floor, and its y: `line` is where the floor begins."""
+    floor = max(line + 12, size + 4)
+    highest = min(floor, SIZE - 16)
+    foot = rng.uniform(highest, SIZE - 6)
+    depth = (foot - line) / (SIZE - line)
+    size = round(size * (.84 + .26 * depth))
+    return size, foot - size / 2
+
+
+def between(rng, top, bottom):
+    """A random y; if there is no room, just below `top`."""
+    return rng.uniform(top, max(top + 2, bottom))
 
 
 def hidden(behind, before):
     """The share of a place's box that another covers; a box is a little less than the drawing's square."""
     reach = .45 * (behind.size + before.size)
-    across = min(reach - abs(behind.x - before.x), .9 * min(behind.size, before.size))
-    down = min(reach - abs(behind.y - before.y), .9 * min(behind.size, before.size))
-    return max(0, across) * max(0, down) / (.9 * behind.size) ** 2
+    most = .9 * min(behind.size, before.size)
+    across = min(reach - abs(behind.x - before.x), most)
+    down = min(reach - abs(behind.y - before.y), most)
+    box = (.9 * behind.size) ** 2
+    return max(0, across) * max(0, down) / box
+
+
+def crowded(places):
+    """Whether others hide too much of one of some places."""
+    for one in places:
+        before = [p for p in places if p is not one and p.foot >= one.foot]
+        if sum(hidden(one, p) for p in before) > HIDDEN:
+            return True
+    return False
 
 
 def arranged(rng, theme, names, tries=60):
@@ -172,9 +218,7 @@ def arranged(rng, theme, names, tries=60):
     for name in names:
         for _ in range(tries):
             new = place(rng, theme, name)
-            behind = [sum(hidden(old, p) for p in [*found, new] if p is not old and p.foot >= old.foot)
-                      for old in [*found, new]]
-            if max(behind) <= HIDDEN:
+            if not crowded([*found, new]):
                 found.append(new)
                 break
         else:
@@ -183,47 +227,62 @@ def arranged(rng, theme, names, tries=60):
 
 
 # ---- the picture ----
-def shadow(canvas, spot, floor):
+def from_behind(s):
+    """(place, kind) of all things of a scene; what stands lower is in front and comes later."""
+    spots = [(spot, kind) for kind in s.things for spot in kind.places]
+    return sorted(spots, key=lambda both: both[0].foot)
+
+
+def shadow(canvas, spot):
     """A soft dark patch under what stands on the floor, float32 canvas (H, W, 3)."""
-    wide, high = .42 * spot.size, max(3., .10 * spot.size)
+    wide = .42 * spot.size
+    high = max(3., .10 * spot.size)
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    far = ((x - spot.x) / wide) ** 2 + ((y - spot.foot + high * .5) / high) ** 2
-    canvas *= 1 - (.30 if floor else 0) * np.clip(1.2 - far, 0, 1)[..., None]
+    across = (x - spot.x) / wide
+    down = (y - spot.foot + high * .5) / high
+    far = across ** 2 + down ** 2
+    dark = np.clip(1.2 - far, 0, 1)
+    canvas *= 1 - .30 * dark[..., None]
 
 
 def paste(canvas, glyph, x, y):
     """Put a sprite's middle at x, y; what leaves the picture is cut off."""
     height, width = glyph.shape[:2]
-    top, left = round(y - height / 2), round(x - width / 2)
-    up, cut = max(0, -top), max(0, -left)
-    part = canvas[max(0, top):top + height, max(0, left):left + width]
-    glyph = glyph[up:up + part.shape[0], cut:cut + part.shape[1]]
+    top = round(y - height / 2)
+    left = round(x - width / 2)
+    rows = slice(max(0, top), top + height)
+    columns = slice(max(0, left), left + width)
+    part = canvas[rows, columns]
+    glyph = glyph[max(0, -top):, max(0, -left):]
+    high, wide = part.shape[:2]
+    glyph = glyph[:high, :wide]
     part *= 1 - glyph[..., 3:]
     part += glyph[..., :3]
 
 
 @lru_cache(maxsize=GROUNDS * len(things.SETTINGS))
 def background(theme, seed):
-    return np.asarray(ground.ground(theme, random.Random(seed)))
+    """A setting's background, uint8 (SIZE, SIZE, 3)."""
+    picture = ground.ground(theme, random.Random(seed))
+    return np.asarray(picture)
 
 
 def draw(s):
     """The picture of a scene, uint8 (SIZE, SIZE, 3)."""
     canvas = background(s.theme, s.ground).astype(np.float32)
-    spots = [(spot, kind) for kind in s.things for spot in kind.places]
-    for spot, kind in sorted(spots, key=lambda both: both[0].foot):
-        stands = things.THINGS[kind.name].where == "floor"
+    for spot, kind in from_behind(s):
         glyph = atlas.sprite(s.style, kind.name, kind.tint, spot.size, spot.angle, spot.mirrored)
-        if stands:
-            shadow(canvas, spot, stands)
-            low = spot.foot - lowest(glyph)
-            paste(canvas, glyph, spot.x, low)
-        else:
-            paste(canvas, glyph, spot.x, spot.y)
-    return (canvas + .5).clip(0, 255).astype(np.uint8)
+        y = spot.y
+        if things.THINGS[kind.name].where == "floor":
+            shadow(canvas, spot)
+            y = spot.foot - lowest(glyph)
+        paste(canvas, glyph, spot.x, y)
+    rounded = (canvas + .5).clip(0, 255)
+    return rounded.astype(np.uint8)
 
 
 def lowest(glyph):
     """How far below its middle a sprite's lowest pixel is: a flat drawing stands on the floor, too."""
-    rows = (glyph[..., 3] > .5).any(1).nonzero()[0]
-    return rows[-1] + 1 - glyph.shape[0] / 2
+    solid = glyph[..., 3] > .5
+    rows, = solid.any(1).nonzero()
+    return rows[-1] + 1 - len(glyph) / 2

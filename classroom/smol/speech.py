@@ -19,48 +19,59 @@ from classroom.smol import things
 WORDS = Path(__file__).resolve().parent / "words"
 NUMBERS = ("no", "one", "two", "three")
 INTO = {"in": "into", "on": "onto", "at": "to", "under": "under"}
-OTHER_NAME, COLOURED, PLACED, RELATED, CLOSED = .35, .6, .4, .4, .3     # how often, where it is possible
-APART, ASIDE = 34, 28                # pixels: between two middles to be called left of; from the middle line
+# How often, where it is possible: another name, a colour, a place; a comparison and a last line in a caption.
+OTHER_NAME, COLOURED, PLACED, RELATED, CLOSED = .35, .6, .4, .4, .3
+APART = 34                           # pixels between two middles for one to be called left of the other
+MIDDLE, ASIDE, NEARLY = 112, 28, 16  # pixels: the middle line; how far on a side is; how near the middle is
 
 
 # ---- templates ----
 @cache
 def lines(name):
     """The templates of words/NAME.txt."""
-    return tuple((WORDS / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+    text = (WORDS / f"{name}.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
 
 
 def fill(template, number=1, /, **words):
     """A template with its fields filled in, its sentences beginning with capitals."""
     def found(match):
         field = match[1]
-        if "|" in field:
-            return field.split("|")[number != 1]
-        return words[field.replace(" ", "_")]
+        if "|" not in field:
+            return words[field.replace(" ", "_")]
+        one, several = field.split("|")
+        return one if number == 1 else several
     text = re.sub(r"\{([^}]*)\}", found, template)
     return re.sub(r"(^|[.?!] )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 def say(rng, name, number=1, /, **words):
     """One of words/NAME.txt, filled in."""
-    return fill(rng.choice(lines(name)), number, **words)
+    template = rng.choice(lines(name))
+    return fill(template, number, **words)
 
 
 # ---- noun phrases ----
 def called(rng, name):
     """(singular, plural) of one of a thing's names."""
     own, *others = things.THINGS[name].names
-    return rng.choice(others) if others and rng.random() < OTHER_NAME else own
+    if others and rng.random() < OTHER_NAME:
+        return rng.choice(others)
+    return own
 
 
 def article(phrase):
     """a cup, an egg."""
-    return f"{'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"
+    vowel = phrase[0].lower() in "aeiou"
+    return f"an {phrase}" if vowel else f"a {phrase}"
 
 
 def phrase(names, count, colour=""):
     """names: (singular, plural) -> "a red cup", "two cups"."""
-    noun = " ".join(filter(None, [colour, names[count != 1]]))
+    one, several = names
+    noun = one if count == 1 else several
+    if colour:
+        noun = f"{colour} {noun}"
     return article(noun) if count == 1 else f"{NUMBERS[count]} {noun}"
 
 
@@ -76,48 +87,58 @@ def names():
     """{every name of a thing, in lower case, singular and plural: the thing}."""
     found = {}
     for thing in things.THINGS.values():
-        for both in (*thing.names, *thing.understood):
-            found |= dict.fromkeys(map(str.lower, both), thing.name)
+        for one, several in (*thing.names, *thing.understood):
+            found[one.lower()] = thing.name
+            found[several.lower()] = thing.name
     return found
 
 
 @cache
 def _pattern():
     longest_first = sorted(map(re.escape, names()), key=len, reverse=True)
-    return re.compile(rf"(?<![\w'])({'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+    either = "|".join(longest_first)
+    return re.compile(rf"(?<![\w'])({either})(?!\w)", re.IGNORECASE)
+
+
+def _thing(match):
+    """The thing that a match of the pattern names."""
+    return names()[match[1].lower()]
 
 
 def mentions(text):
     """The things that a text names, in its order, once for each mention: "hot dog" is no dog."""
-    return [names()[found[1].lower()] for found in _pattern().finditer(text)]
+    return [_thing(match) for match in _pattern().finditer(text)]
 
 
 def spans(text):
     """Where a text names things: [(start, end)]."""
-    return [found.span() for found in _pattern().finditer(text)]
+    return [match.span() for match in _pattern().finditer(text)]
 
 
 def plain(text):
     """A text with every thing under its own name: "two mugs" becomes "two cup". For a scorer that knows no
     other names."""
-    return _pattern().sub(lambda found: names()[found[1].lower()], text)
+    return _pattern().sub(_thing, text)
 
 
 # ---- where a thing is ----
 def side_of(s, name):
     """left, right or middle of the picture if all of a kind are there, else ""."""
-    middle = 112
-    across = [place.x - middle for place in s.kinds[name].places]
-    if max(across) < -ASIDE:
+    across = [place.x - MIDDLE for place in s.kinds[name].places]
+    leftmost, rightmost = min(across), max(across)
+    if rightmost < -ASIDE:
         return "left"
-    if min(across) > ASIDE:
+    if leftmost > ASIDE:
         return "right"
-    return "middle" if max(map(abs, across)) < 16 else ""
+    if -NEARLY < leftmost and rightmost < NEARLY:
+        return "middle"
+    return ""
 
 
 def beside(s, a, b):
     """The words that are true of a with respect to b, both there once: some of left, right, above, below."""
-    (p,), (q,) = s.kinds[a].places, s.kinds[b].places
+    p, = s.kinds[a].places
+    q, = s.kinds[b].places
     found = []
     if abs(p.x - q.x) >= APART:
         found.append("left" if p.x < q.x else "right")
@@ -143,25 +164,32 @@ def tempt(rng, s, level):
 
 
 def opener(rng, theme):
+    """The first sentence, which names the setting."""
     setting = things.SETTINGS[theme]
     where = f"{setting.preposition} {setting.article}"
-    return say(rng, "openers", setting=setting.article, where=where,
-               into=f"{INTO[setting.preposition]} {setting.article}")
+    into = f"{INTO[setting.preposition]} {setting.article}"
+    return say(rng, "openers", setting=setting.article, where=where, into=into)
 
 
 def colour_of(rng, s, name):
     """The colour to mention, or "": the true one, of what is not there any; more often where it can vary."""
     own = things.THINGS[name].colour
-    if own == "-" or rng.random() > (COLOURED if own == "any" else COLOURED / 3):
+    if own == "-":
+        return ""
+    often = COLOURED if own == "any" else COLOURED / 3
+    if rng.random() > often:
         return ""
     if own != "any":
         return own
-    return s.kinds[name].colour if name in s.counts else rng.choice(list(things.TINTS))
+    if name in s.counts:
+        return s.kinds[name].colour
+    return rng.choice(list(things.TINTS))
 
 
 def groups(rng, named):
     """Pairs (name, count) cut into sentences of one to three."""
-    found, rest = [], list(named)
+    found = []
+    rest = list(named)
     while rest:
         size = rng.choice((1, 2, 2, 3))
         found.append(rest[:size])
@@ -172,15 +200,32 @@ def groups(rng, named):
 def sentence(rng, s, group, nouns, first):
     """A sentence that names a group of things; one alone sometimes with its place."""
     number = sum(count for _, count in group)
-    text = listed([phrase(nouns[name], count, colour_of(rng, s, name)) for name, count in group])
-    (name, _), *others = group
-    side = side_of(s, name) if name in s.counts else rng.choice(("left", "right", "middle", ""))
-    if not others and side and rng.random() < PLACED:
-        at = "in the middle" if side == "middle" else f"on the {side}"
-        to = "towards the middle" if side == "middle" else f"to the {side}"
-        return say(rng, "placed", number, list=text, at_the_side=at, to_the_side=to)
+    phrases = []
+    for name, count in group:
+        colour = colour_of(rng, s, name)
+        phrases.append(phrase(nouns[name], count, colour))
+    text = listed(phrases)
+    first_name, _ = group[0]
+    side = told_side(rng, s, first_name)
+    if len(group) == 1 and side and rng.random() < PLACED:
+        return placed(rng, number, text, side)
     kind = "lists" if first or rng.random() < .4 else "more"
     return say(rng, kind, number, list=text)
+
+
+def told_side(rng, s, name):
+    """The side to tell of a thing, or "": the true one, any of what is not there."""
+    if name in s.counts:
+        return side_of(s, name)
+    return rng.choice(("left", "right", "middle", ""))
+
+
+def placed(rng, number, text, side):
+    """A sentence that says on which side something is."""
+    at, to = f"on the {side}", f"to the {side}"
+    if side == "middle":
+        at, to = "in the middle", "towards the middle"
+    return say(rng, "placed", number, list=text, at_the_side=at, to_the_side=to)
 
 
 def relation(rng, s, named, nouns):
@@ -189,12 +234,15 @@ def relation(rng, s, named, nouns):
     if len(once) < 2:
         return ""
     a, b = rng.sample(once, 2)
-    there = a in s.counts and b in s.counts
-    sides = beside(s, a, b) if there else ["left", "right", "above", "below"]
+    sides = ["left", "right", "above", "below"]
+    if a in s.counts and b in s.counts:
+        sides = beside(s, a, b)
     if not sides:
         return ""
-    return say(rng, "relations", first=f"the {nouns[a][0]}", beside=of(rng.choice(sides)),
-               second=f"the {nouns[b][0]}")
+    side = of(rng.choice(sides))
+    first, _ = nouns[a]
+    second, _ = nouns[b]
+    return say(rng, "relations", first=f"the {first}", beside=side, second=f"the {second}")
 
 
 def caption(rng, s, named, closer=False):
@@ -212,7 +260,8 @@ def caption(rng, s, named, closer=False):
 
 def arrange(rng, true, false, order="random"):
     """The order in which present and absent things are said; `last` keeps the absent ones at the end."""
-    true, false = list(true), list(false)
+    true = list(true)
+    false = list(false)
     if order == "last":
         rng.shuffle(true)
         rng.shuffle(false)
@@ -224,5 +273,9 @@ def arrange(rng, true, false, order="random"):
 
 def careless_caption(rng, s, level=0., omit=0., order="random", closer=CLOSED):
     """What a base learns to write: with level 0 and omit 0 it is complete and true."""
-    true = [pair for pair in s.counts.items() if rng.random() >= omit] or list(s.counts.items())
-    return caption(rng, s, arrange(rng, true, tempt(rng, s, level), order), rng.random() < closer)
+    there = list(s.counts.items())
+    kept = [pair for pair in there if rng.random() >= omit]
+    added = tempt(rng, s, level)
+    named = arrange(rng, kept or there, added, order)
+    closed = rng.random() < closer
+    return caption(rng, s, named, closed)
