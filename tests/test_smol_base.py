@@ -189,16 +189,16 @@ def test_a_patch_shows_the_thing_that_is_in_front():
 def test_an_eye_learns_a_few_scenes_by_heart(tiny, monkeypatch):
     import torch
     torch.set_num_threads(1)
-    model, words = base.build(tiny[0], base.Eye(56, 64, 2, 2))
+    model, words = base.build(tiny[0], base.Eye(56, 32, 1, 2))
     torch.manual_seed(0)
     seeing = lessons.Seeing(model, words, 4)
-    few = [scenes.scene(random.Random(i)) for i in range(3)]
+    few = [scenes.scene(random.Random(i)) for i in range(2)]
     shown = lessons.pictures(model, few)
     monkeypatch.setattr(lessons, "pictures", lambda model, some: shown)
     chosen = [*train.learning(model, "see").values(), *seeing.parameters()]
-    optimiser = torch.optim.AdamW(chosen, lr=2e-3)
+    optimiser = torch.optim.AdamW(chosen, lr=3e-3)
     before = lessons.recognised(model, seeing, few)
-    for _ in range(80):
+    for _ in range(60):
         optimiser.zero_grad()
         seeing(model, few).backward()
         optimiser.step()
