@@ -1,9 +1,10 @@
 """The field's objectives side by side, in one world, under one rule: `reproduce.py objectives`.
 
 Every objective of losses.py and training/objectives.py is an arm, with the beta and the rejected image of its
-paper where those are at hand. First each is tried at the same learning rates on tuning scenes, and its rate
-is chosen by study.py's rule: the lowest mean CHAIR_s among those that cost at most 6 points of Cover. Then it
-is trained at that rate, 3 bases x 5 seeds, and examined on printed scenes that no tuning run saw:
+paper where those are at hand. First each is tried at the same five learning rates, on the first base and on
+tuning scenes, and its rate is chosen by study.py's rule: the lowest CHAIR_s among those that cost at most 6
+points of Cover. Then it is trained at that rate, 3 bases x 5 seeds, and examined on printed scenes that no
+tuning run saw:
 
     equal pairs      1000 pairs, 3 epochs: as many steps for all
     equal compute    as many sequences as mDPO has in these steps, of 3 a pair: DPO, of 2, takes half as many
@@ -65,16 +66,18 @@ COLUMNS = {"chair_s": "CHAIR_s ↓", "chair_i": "CHAIR_i ↓", "cover": "Cover �
 class Extent:
     """How much is run."""
     rates: tuple
-    bases: tuple
+    tuning_bases: tuple
     tuning_seeds: tuple
+    bases: tuple
     seeds: tuple
     tuning: str                    # options of a tuning run
     print: str                     # of a printed one
     compute: bool                  # equal compute too
 
 
-FULL = Extent(RATES, study.BASES, (100,), tuple(range(10, 15)), study.TUNE, "--eval_seed 1", True)
-QUICK = Extent(("5e-5", "2e-4"), study.BASES[:1], (100,), (10, 11),
+FULL = Extent(RATES, study.BASES[:1], (100,), study.BASES, tuple(range(10, 15)), study.TUNE, "--eval_seed 1",
+              True)
+QUICK = Extent(("5e-5", "2e-4"), study.BASES[:1], (100,), study.BASES[:1], (10, 11),
                "--set split=tune --set pairs=250 --set scenes=100 --set questions=100 --set look=0",
                "--eval_seed 1 --set pairs=250 --set scenes=200 --set questions=400 --set look=60", False)
 
@@ -84,7 +87,7 @@ def tuning_cells(extent):
     """Every objective at every rate. -> [{"arm", "base", "seed", "options"}]"""
     return [cell(f"{arm}, lr {rate}", base, seed, f"{options} --lr {rate} {extent.tuning}")
             for seed in extent.tuning_seeds for rate in extent.rates for arm, options in ARMS.items()
-            for base in extent.bases]
+            for base in extent.tuning_bases]
 
 
 def cells(extent, tuned):
