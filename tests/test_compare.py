@@ -226,11 +226,21 @@ def test_votes_are_traced_back_to_the_models(tmp_path, page, capsys):
     assert found["win"] == found["loss"] == pytest.approx(16 / 60) and found["tie"] == pytest.approx(28 / 60)
 
 
+def keyed(**changes):
+    """Puts other values into the key of votes."""
+    def change(votes):
+        key = json.loads(base64.b64decode(votes["key"]))
+        votes["key"] = base64.b64encode(json.dumps(key | changes).encode()).decode()
+    return change
+
+
 BAD = {"choice": lambda v: v["votes"][0].update(choice="left"),
        "item": lambda v: v["votes"][0].update(item=99),
        "below": lambda v: v["votes"][0].update(item=-1), "twice": lambda v: v["votes"].append(v["votes"][0]),
        "key": lambda v: v.update(key="nonsense"), "rater": lambda v: v.pop("rater"),
-       "other key": lambda v: v.update(key=base64.b64encode(b"{}").decode())}
+       "other key": lambda v: v.update(key=base64.b64encode(b"{}").decode()),
+       "endless": keyed(same=10 ** 9), "fewer than none": keyed(same=-1),
+       "half a letter": keyed(a="\ud800.jsonl"), "rater's half": lambda v: v.update(rater="\ud800")}
 
 
 @pytest.mark.parametrize("fault", BAD)

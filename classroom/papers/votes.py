@@ -22,7 +22,9 @@ import eval_hallu  # noqa: E402
 from data import UserError  # noqa: E402
 from evaluation import benchmarks, compare, page, stats  # noqa: E402
 from model import ask  # noqa: E402
-from model.command import explained  # noqa: E402
+from model.command import explained, fits  # noqa: E402
+
+MOST_EQUAL = 100_000        # pairs of equal answers that a page may have left out
 
 STYLE = """
 main{padding:14px clamp(14px,3vw,36px) 24px}h1{font-size:1.25rem;margin:0}main>p{max-width:none;margin:.2em 0;
@@ -177,7 +179,9 @@ def read_votes(paths):
         votes = data.read_json(path)
         with explained(f"{path} is not a file of votes as the page downloads it", "ask its rater again"):
             rater, key = str(votes["rater"]), json.loads(base64.b64decode(votes["key"], validate=True))
-            range(key["same"]), key["a"], key["b"]                    # any of them may be absent
+            about = {"a": key["a"], "b": key["b"], "rater": rater}    # any of them may be absent
+            if not (fits(about, {str: str}) and fits(key["same"], int) and 0 <= key["same"] <= MOST_EQUAL):
+                raise ValueError
             shown.add((votes["page"], votes["key"]))
             found = _chosen(votes["votes"], key)
         if len(shown) > 1:
