@@ -202,7 +202,9 @@ def options(case):
             argv += ["--set", f"{case.rng.choice(keys)}={value}"]
         elif places:
             argv[case.rng.choice(places)] = value
-    case.anywhere = True                               # --out may say so
+    # --out may say so; but in the world's own folder a run's adapter/ would replace the sound one
+    case.anywhere = True
+    case.argv = [re.sub(r"^(--out=)?\.$", r"\1elsewhere", word) for word in argv]
 
 
 KINDS = {                       # kind: (its function, its share of the inputs of a mixed run)
