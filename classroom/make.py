@@ -234,7 +234,7 @@ def statistics(folder, split, n, seed=0, own=world):
 
     A kind's prior is the score of its most frequent answer; for relations and false premises a coin: a
     relation's question offers two words, and false premises are asked as often as colours, in the same words.
-    own: the world, by its module; in the second one captions are read with the other names of things.
+    own: the world, by its module.
     """
     from PIL import Image
 
@@ -245,7 +245,7 @@ def statistics(folder, split, n, seed=0, own=world):
     pictures = {name: Image.fromarray(own.draw(s)) for name, s in scenes.items()}
     answers = generation.generate(vlm.load(folder), [[pictures[line["image"]]] for line in lines],
                            [line["question"] for line in lines])
-    lines = [line | {"answer": own.plain(answer)} for line, answer in zip(lines, answers, strict=True)]
+    lines = [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
     table = metrics.classroom(lines, resamples=200)
     for kind, row in table["by_kind"].items():
         truths = [line["truth"]["answer"] for line in lines if line["kind"] == kind]

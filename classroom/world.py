@@ -236,11 +236,6 @@ def mentions(text):
     return [w for w in (v.removesuffix("s") if v not in TYPES else v for v in text.split()) if w in TYPES]
 
 
-def plain(text):
-    """A text as the scorer reads it: every thing has one name here."""
-    return text
-
-
 def tempt(rng, s, level):
     """Absent types that a careless observer of this scene would add: each by its typicality times `level`."""
     return [(t, 1) for t, w in s.tempting if rng.random() < level * w]

@@ -310,7 +310,7 @@ def test_the_first_worlds_scorer_reads_right_answers_as_right():
     for line in lines:
         s = found[line["image"]]
         if line["kind"] == "caption":
-            text = speech.plain(speech.careless_caption(rng, s))
+            text = speech.careless_caption(rng, s)
         else:
             text = f"{line['truth']['answer']}."
         answers.append(line | {"answer": text})

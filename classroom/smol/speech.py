@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from classroom.smol import things
+from classroom.world import arrange
 
 WORDS = Path(__file__).resolve().parent / "words"
 NUMBERS = ("no", "one", "two", "three")
@@ -113,12 +114,6 @@ def mentions(text):
 def spans(text):
     """Where a text names things: [(start, end)]."""
     return [match.span() for match in _pattern().finditer(text)]
-
-
-def plain(text):
-    """A text with every thing under its own name: "two mugs" becomes "two cup". For a scorer that knows no
-    other names."""
-    return _pattern().sub(_thing, text)
 
 
 # ---- where a thing is ----
@@ -256,19 +251,6 @@ def caption(rng, s, named, closer=False):
     if closer:
         said.append(rng.choice(CLOSERS))
     return " ".join(filter(None, said))
-
-
-def arrange(rng, true, false, order="random"):
-    """The order in which present and absent things are said; `last` keeps the absent ones at the end."""
-    true = list(true)
-    false = list(false)
-    if order == "last":
-        rng.shuffle(true)
-        rng.shuffle(false)
-        return true + false
-    mixed = true + false
-    rng.shuffle(mixed)
-    return mixed
 
 
 def careless_caption(rng, s, level=0., omit=0., order="random", closer=CLOSED):

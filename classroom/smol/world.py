@@ -15,14 +15,13 @@ from classroom.smol.speech import (
     careless_caption,
     mentions,
     names,
-    plain,
     tempt,
 )
 from classroom.smol.things import TYPES
 
 __all__ = ["CLOSERS", "DESCRIBE", "KINDS", "SIZE", "SPLITS", "TYPES", "VERSION", "Asked", "Kind", "Scene",
            "arrange", "ask", "caption", "careless_caption", "described", "draw", "existence", "mentions",
-           "plain", "scene", "split_of", "tempt"]
+           "scene", "split_of", "tempt"]
 
 
 def described(s):
