@@ -2,7 +2,7 @@
 Ours, where official codes differ: 1. A crop that fits in none of ten tries is central and keeps its area
 (torchvision: its aspect). 2. `noise` is drawn at VCD's 336 pixels: shrinking averages out finer noise."""
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import argparse
 import contextlib

@@ -35,7 +35,7 @@ Where this departs from the papers and from the official mDPO code:
 4. `sft` is in neither paper: it is the plainest baseline, imitating the chosen response.
 """
 if __name__ == "__main__":
-    raise SystemExit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import difflib
 import inspect

@@ -3,7 +3,7 @@
 Models are made on the device from a seed; no file of weights is written for them but for the smallest.
 """
 if __name__ == "__main__":
-    exit(print("A part of bench/gpu.py; run: python bench/gpu.py --help"))
+    exit("A part of bench/gpu.py; run: python bench/gpu.py --help")
 
 import contextlib
 import io

@@ -1,6 +1,6 @@
 """Qwen2.5-VL-3B without its weights: the published sizes, and a tokenizer whose tokens are bytes."""
 if __name__ == "__main__":
-    exit(print("A part of bench/gpu.py; run: python bench/gpu.py --help"))
+    exit("A part of bench/gpu.py; run: python bench/gpu.py --help")
 
 import torch
 

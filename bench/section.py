@@ -1,6 +1,6 @@
 """Of limit.py, vs_trl.py, scale.py and gpu.py: sizes, options, the machine, a section of RESULTS.md."""
 if __name__ == "__main__":
-    exit(print("A part of bench/limit.py; run: python bench/limit.py --help"))
+    exit("A part of bench/limit.py; run: python bench/limit.py --help")
 
 import json
 import os

@@ -4,7 +4,7 @@ Each is a white card with its own letters, the same on every page. Series differ
 colour, and are named at their right end or in a key, so that a chart is readable without colour.
 """
 if __name__ == "__main__":
-    exit(print("A part of slides.py; run: python classroom/slides.py --help"))
+    exit("A part of slides.py; run: python classroom/slides.py --help")
 
 from html import escape
 

@@ -13,7 +13,7 @@ Questions  existence, attribute (colour), counting, relation (left/right, above/
 Splits     train, tune and print are disjoint by content: the set of a scene's types decides, through a hash.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import hashlib
 from dataclasses import dataclass

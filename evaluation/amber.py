@@ -12,7 +12,7 @@ All in percent, as sums over images. In mode "official" they equal the official 
 adds 0.001 to each sum that it divides by and rounds to one decimal; "robust" does neither.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 from data import UserError
 from evaluation.readers import strict_yes_no, yes_no

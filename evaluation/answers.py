@@ -9,7 +9,7 @@ move a near-tie by rounding, so a continued run, and one on other ranks, keeps t
 ends with the same bytes if the device is deterministic.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import hashlib
 import os

@@ -13,7 +13,7 @@ No question, image or prompt of theirs is part of this repository: everything is
     mmhal    mmhal-bench_answer_template.json   list of 96; images by image_id, or by the name in image_src
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import base64
 import os

@@ -7,7 +7,7 @@ It prints B - A of each measure. If the answers files hold no truth themselves (
 seeing the same draws. The page for people to vote on is made by classroom/papers/votes.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import data
 from data import UserError

@@ -7,7 +7,7 @@ blank one of its size, in nats. 0: the word would have come without looking. A w
 contradicts is marked where the truth is known: for scenes of the built-in world.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import contextlib
 import shutil

@@ -26,7 +26,7 @@ And in both modes:
   5. 0/0 is 0 with a remark, where POPE's script stops with an error.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 from collections import Counter, defaultdict
 

@@ -17,7 +17,7 @@ kind:
 Besides these words, only a plural -s or -es is understood.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import re
 from functools import lru_cache

@@ -6,7 +6,7 @@ A page is one HTML file that needs nothing else, bright or dark, wide or narrow.
 re-encoded, and its policy lets it load nothing and run no script but the one it is given.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import base64
 import hashlib

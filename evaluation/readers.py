@@ -9,7 +9,7 @@ faults. Ours read a text without its thoughts, markdown, code fences and tags, a
 things.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import html
 import json

@@ -12,7 +12,7 @@ Intervals are bootstrap intervals over images: images are drawn with replacement
 again. Pure functions; errors are UserError.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import re
 from collections import Counter, defaultdict

@@ -19,7 +19,7 @@ right. The departures:
 bench/nouns.py prints how far the scores, and these lemmas, are from the official ones.
 """
 if __name__ == "__main__":
-    exit(print("A part of eval_hallu.py; run: python eval_hallu.py --help"))
+    exit("A part of eval_hallu.py; run: python eval_hallu.py --help")
 
 import re
 from functools import lru_cache

@@ -15,7 +15,7 @@ fails is tried again, a limited number of times, then counted and left out: no r
 cut off (finish reason `length`) is asked for again as well; its row is kept and says so: see `whole`.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import base64
 import contextlib

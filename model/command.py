@@ -6,7 +6,7 @@
     rows = Store(path, ranks).work(items, make)                  finished work is kept
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import dataclasses
 import hashlib

@@ -22,7 +22,7 @@ Everything that is needed of an image before it is read is a function of its siz
 planning a run need no pixels.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 from dataclasses import dataclass
 from functools import lru_cache

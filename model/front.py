@@ -7,7 +7,7 @@
 What a family says, and what all of them share, is in family.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import inspect
 import json

@@ -5,7 +5,7 @@
     continued(m, prompts, [[image]], 64)           token ids, of prompts in token ids
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 from functools import cache, partial
 from itertools import groupby

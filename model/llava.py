@@ -5,7 +5,7 @@ out the middle; what model/import_checkpoint.py wrote pads to a square with the 
 official codes of LLaVA and Bunny do. `preparation="pad"` (PDS-DPO's run) does that with any LLaVA-1.5 folder.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import re
 from itertools import groupby

@@ -4,7 +4,7 @@ An image is scaled to whole blocks of patches, its pixels within the limits of t
 each block becomes a token. The template writes <|vision_start|> and <|vision_end|> around them.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 from itertools import groupby
 

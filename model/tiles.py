@@ -3,7 +3,7 @@ and one more of the whole, which is all that Gemma 3 takes. InternVL3 is meant i
 OpenGVLab/InternVL3-1B-hf.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 from itertools import islice
 

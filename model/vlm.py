@@ -20,7 +20,7 @@ Departures from the published code:
  2. Dropout is off (TRL switches it off in the official runs too); shared prefixes are exact only without it.
 """
 if __name__ == "__main__":
-    exit(print("A part of every command; run: python train_dpo.py --help"))
+    exit("A part of every command; run: python train_dpo.py --help")
 
 import contextlib
 import copy

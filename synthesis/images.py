@@ -16,7 +16,7 @@ Departures from the published pipeline:
  4. Seeds are a CPU generator's, so that every device starts from the same noise.
 """
 if __name__ == "__main__":
-    exit(print("A part of synth.py; run: python synth.py --help"))
+    exit("A part of synth.py; run: python synth.py --help")
 
 from pathlib import Path
 from types import SimpleNamespace

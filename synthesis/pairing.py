@@ -12,7 +12,7 @@ the same text, or if their scores lie within `margin` standard deviations of the
 minimum rejected, whatever they are; the echo is taken off after it was scored, and newlines become blanks.
 """
 if __name__ == "__main__":
-    exit(print("A part of synth.py; run: python synth.py --help"))
+    exit("A part of synth.py; run: python synth.py --help")
 
 import json
 import re

@@ -1,6 +1,6 @@
 """Prompts and questions for synth.py: from files, a template or a chat model, without near-duplicates."""
 if __name__ == "__main__":
-    exit(print("A part of synth.py; run: python synth.py --help"))
+    exit("A part of synth.py; run: python synth.py --help")
 
 import re
 from collections import Counter

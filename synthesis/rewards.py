@@ -16,7 +16,7 @@ Departures from the official codes:
  2. ArmoRM's heads compute in float32 whatever the tower's type (official: all bfloat16).
 """
 if __name__ == "__main__":
-    exit(print("A part of synth.py; run: python synth.py --help"))
+    exit("A part of synth.py; run: python synth.py --help")
 
 import math
 from dataclasses import dataclass

@@ -400,9 +400,9 @@ def parts():
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_says_which_command_it_belongs_to(name, parts):
-    """Started by mistake, by its path or with -m, it prints one line that names a command, and ends."""
+    """Started by mistake, by its path or with -m, it is refused in one line that names a command."""
     for told in parts[name]:
-        assert (told["code"], told["err"]) == (0, "")
-        said, = told["out"].splitlines()
+        assert (told["code"], told["out"]) == (1, "")
+        said, = told["err"].splitlines()
         script, = re.findall(r"run: python (\S+\.py) --help$", said)
         assert script in {*RUN, *SCRIPTS_OF}

@@ -6,7 +6,7 @@
 Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import hashlib
 import math

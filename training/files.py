@@ -7,7 +7,7 @@ A folder is what `datasets` saved to disk, or shards of one kind that are direct
 read whole. Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import gzip
 import io

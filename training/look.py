@@ -29,7 +29,7 @@ reward, beta * (policy - reference), 0 for all before training.
 images are seen as under `true`, by other pairs.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import json
 import random

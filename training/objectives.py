@@ -22,7 +22,7 @@ Where these depart from papers and official codes:
 10. hsa weighs the rejected response by meta.weight, which is 1 where a record has none, as in its code.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import math
 from dataclasses import dataclass

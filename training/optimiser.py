@@ -9,7 +9,7 @@ the slice, all-gather the weights. No DDP wrapper: gradients are summed over ran
 Part of train_dpo.py. Tested with two ranks over gloo on a CPU; NCCL has not been run.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import math
 from functools import partial

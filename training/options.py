@@ -4,7 +4,7 @@ Every value of a preset is tagged: p = the paper, c = its official code, o = our
 2406.11839, and luka-group/mDPO; PDS-DPO, arXiv 2412.17417, and its repository.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import math
 import platform

@@ -7,7 +7,7 @@ without storage; of autograd's memory only a lower bound, one hidden state a lay
 another may still not, and then `advice` says what to change. The hours are an estimate.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import os
 

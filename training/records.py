@@ -30,7 +30,7 @@ Ours, where a format leaves a choice:
  3. Without an id, and in llava-rlhf, where ids repeat, the id is FILE:index.
  4. An image stays at its marker; LLaVA's own code moves it in front of the question."""
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import base64
 import contextlib

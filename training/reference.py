@@ -4,7 +4,7 @@ The key covers token ids (so texts and template) and pixels (so images, their pr
 rejected image); which base it was is checked when a run resumes. Part of train_dpo.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 from contextlib import suppress
 from pathlib import Path

@@ -4,7 +4,7 @@ These are the frozen base's or, without an adapter, those that train and those o
 two ranks over gloo on a CPU, as one node and as two; NCCL has not been run.
 """
 if __name__ == "__main__":
-    exit(print("A part of train_dpo.py; run: python train_dpo.py --help"))
+    exit("A part of train_dpo.py; run: python train_dpo.py --help")
 
 import os
 from functools import partial

@@ -14,7 +14,7 @@ A difference has Student's interval as it is. A mean has it on the scale of what
 logit scale, so that it ends within 0 and 100; what cannot be negative, such as KL, on the logarithm's.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import math
 import statistics

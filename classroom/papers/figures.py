@@ -6,7 +6,7 @@ the bases, a diamond is the paper's number; series differ in marker, dash and ha
 same finding gives the same bytes. matplotlib is optional: `svg` returns None where it is not installed.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import io
 import re

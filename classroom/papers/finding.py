@@ -4,7 +4,7 @@ A finding is a dict with the keys of FINDING, its rows with those of ROW; reprod
 not. A number is (mean, low, high), or as much of it as there is. A cell of a table may have a second line.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import re
 from collections import Counter

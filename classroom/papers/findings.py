@@ -8,7 +8,7 @@ The primary measure is CHAIR_s on 1000 printed scenes unless it says otherwise; 
 and "equal" mean and how intervals are made, rules.py compares.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import math
 import statistics

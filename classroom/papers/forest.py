@@ -8,7 +8,7 @@ marks and letters keep their size from a phone to a wide screen. Nothing is said
 that holds has a filled disc, one that does not a cross, and the paper's own number is a diamond.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 from html import escape
 

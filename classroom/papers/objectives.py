@@ -19,7 +19,7 @@ are made for (another pair's picture stands in), and severities by a judge (HSA'
 rejected caption invents what is hardly to be expected in such a scene, else 1).
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 from dataclasses import dataclass
 

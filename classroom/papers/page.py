@@ -8,7 +8,7 @@ left out. Then a section for each. A verdict is a sign and a word, and nothing i
 same findings give the same bytes.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import re
 from html import escape

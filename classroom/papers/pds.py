@@ -5,7 +5,7 @@ The paper's models and judge are large; here all are the classroom's small ones.
 DPO, the paper's Tables 2 and 3, are runs like all others, defined in findings.py.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import math
 

@@ -5,7 +5,7 @@ where its whole interval is where the claim wants it. The claim appears if all i
 parts that do, or does not appear.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import math
 import statistics

@@ -24,7 +24,7 @@ pds-tied     the recipe helps where language is tied to sight, and hurts where i
 pds-penalty  CHAIR_s is lower with the penalty than without, for each of the three ties: three parts.
 """
 if __name__ == "__main__":
-    exit(print("A part of reproduce.py; run: python classroom/papers/reproduce.py --help"))
+    exit("A part of reproduce.py; run: python classroom/papers/reproduce.py --help")
 
 import data
 from classroom.papers import rules, study

@@ -12,7 +12,7 @@ As in the first world a question has the word that decides, the words that it is
 each.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 from itertools import permutations
 

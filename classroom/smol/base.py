@@ -10,7 +10,7 @@ eye.
 the package wants (llm, llama-cpp-python) is not needed and nothing of it is run.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/make.py; run: python classroom/make.py --help"))
+    exit("A part of classroom/make.py; run: python classroom/make.py --help")
 
 import importlib.util
 from dataclasses import dataclass

@@ -8,7 +8,7 @@
 one first. A point is (x, y); a colour is "#rrggbb" or three numbers.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter

@@ -8,7 +8,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors a
 a scale) or Q4_1 (32 halves of a byte, a scale and a minimum). Everything else is refused in a sentence.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/make.py; run: python classroom/make.py --help"))
+    exit("A part of classroom/make.py; run: python classroom/make.py --help")
 
 import struct
 from typing import NamedTuple

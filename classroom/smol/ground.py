@@ -7,7 +7,7 @@ decides; it never shows anything that is one of the things. The functions are in
 their strokes in canvas.py. HORIZON says where the floor begins, as a share of the height.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 from PIL import Image
 

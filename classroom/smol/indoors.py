@@ -3,7 +3,7 @@
     image = indoors.kitchen(random.Random(0), line=206)          BIG x BIG pixels, RGB
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 from classroom.smol.canvas import BIG, Canvas, mask, near, near_one_of, shade
 

@@ -7,7 +7,7 @@ The first world's lessons (classroom/make.py) with a language model that knows t
 learns to look like the mean of the embeddings of its thing's name, which SmolLM2 then only has to read off.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/make.py; run: python classroom/make.py --help"))
+    exit("A part of classroom/make.py; run: python classroom/make.py --help")
 
 import random
 import re

@@ -5,7 +5,7 @@
 `line` is the row of pixels where the ground begins.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import math
 

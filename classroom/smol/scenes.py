@@ -15,7 +15,7 @@ tune is better than the same number on print, by as much as recognising a class 
 picture.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import hashlib
 import random

@@ -8,7 +8,7 @@ several; {list}, {the} and so on are filled in by the functions here and in aski
 its name or by one of its other names (things.py), the same throughout a caption.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import re
 from functools import cache

@@ -13,7 +13,7 @@ names    with commas; the plural is regular, or follows after a slash. Captions 
 The same code point is drawn in every style (atlas.py), which is what makes it one class of things.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 import re
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ the rest in fp16; `assemble` makes an ordinary llava-hf folder of it, which is w
 measured on.
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/make.py; run: python classroom/make.py --help"))
+    exit("A part of classroom/make.py; run: python classroom/make.py --help")
 
 import contextlib
 import dataclasses

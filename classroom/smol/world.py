@@ -3,7 +3,7 @@
     pairs.py --world smol ...     pairs and scenes of things in settings, in many words
 """
 if __name__ == "__main__":
-    exit(print("A part of classroom/pairs.py; run: python classroom/pairs.py --help"))
+    exit("A part of classroom/pairs.py; run: python classroom/pairs.py --help")
 
 from classroom.smol.asking import KINDS, Asked, ask, existence
 from classroom.smol.scenes import SIZE, SPLITS, VERSION, Kind, Scene, draw, scene, split_of
