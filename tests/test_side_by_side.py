@@ -48,6 +48,7 @@ def test_equal_pairs_and_equal_compute():
     three = [arm for arm in objectives.ARMS if objectives.sequences(arm) == 3]
     assert three == ["mdpo", "realign", "chip", "vdpo"] and len(equal) == 2 * 25 - len(three)
     assert len(found) == 15 * len(equal) == len({reproduce.key(cell) for cell in found})
+    assert not any("compute" in cell["arm"] for cell in found[:15 * 25])     # equal pairs come first
     for arm, count in {"sft": 1, "dpo": 2, "symmpo": 4, "svco": 6}.items():
         assert objectives.sequences(arm) == count
         words = next(cell for cell in found if cell["arm"] == f"{arm}, equal compute")

@@ -91,17 +91,17 @@ def tuning_cells(extent):
 
 
 def cells(extent, tuned):
-    """The printed runs, each objective at the rate that the tuning lines choose; seed after seed."""
-    found = []
+    """The printed runs, each objective at the rate that the tuning lines choose: first all of equal pairs, seed
+    after seed, then those of equal compute."""
+    alike, more = [], []
     for seed in extent.seeds:
         for arm, options in ARMS.items():
-            lasts = {"": ""}
+            line = f"{options} --lr {best_rate(arm, tuned)} {extent.print}"
+            alike += [cell(arm, base, seed, line) for base in extent.bases]
             if extent.compute and sequences(arm) != SEQUENCES:
-                lasts[", equal compute"] = f" {equal_compute(arm)}"
-            for what, more in lasts.items():
-                line = f"{options} --lr {best_rate(arm, tuned)} {extent.print}{more}"
-                found += [cell(arm + what, base, seed, line) for base in extent.bases]
-    return found
+                line = f"{line} {equal_compute(arm)}"
+                more += [cell(f"{arm}, equal compute", base, seed, line) for base in extent.bases]
+    return alike + more
 
 
 def cell(arm, base, seed, options):
