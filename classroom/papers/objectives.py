@@ -91,8 +91,8 @@ def tuning_cells(extent):
 
 
 def cells(extent, tuned):
-    """The printed runs, each objective at the rate that the tuning lines choose: first all of equal pairs, seed
-    after seed, then those of equal compute."""
+    """The printed runs, each objective at the rate that the tuning lines choose: seed after seed, first all
+    of equal pairs, then those of equal compute."""
     alike, more = [], []
     for seed in extent.seeds:
         for arm, options in ARMS.items():
