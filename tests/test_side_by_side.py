@@ -80,6 +80,10 @@ def test_the_table_is_sorted_and_says_which_look(tmp_path):
     dpo = next(row for row in pairs if row.startswith("| dpo |"))
     assert "| no |" in sft and "| yes |" in dpo and " | – | -" in dpo           # not against itself
     assert text.count("**") == 2 * len(objectives.FAMILIES) and "svco 6" in text
+    of_ipo = [line for line in lines if line["arm"] == "ipo, equal compute"]
+    compute = objectives.write(lines[:375] + of_ipo, tmp_path, rows).read_text().split("## Equal compute")[1]
+    shown = {row.split(" | ")[0].strip("| ") for row in compute.splitlines() if row.startswith("| ")}
+    assert {"ipo", "mdpo", "chip"} < shown and "dpo" not in shown               # nothing of equal pairs
     few = objectives.write(lines[:3], tmp_path, rows).read_text()
     assert "not run: dpo, mdpo" in few and "Not run." in few
 

@@ -140,7 +140,7 @@ def write(lines, folder, tuned):
             "base); differences are taken within a base and seed. An objective looks if its margin is larger "
             "with the true image than with another of the same theme: the interval lies above 0.", ""]
     for title, suffix in (("Equal pairs", ""), ("Equal compute", ", equal compute")):
-        arms = {arm: arm + suffix if arm + suffix in runs.by else arm for arm in ARMS}
+        arms = {arm: arm if sequences(arm) == SEQUENCES else arm + suffix for arm in ARMS}
         if not suffix or any(suffix in arm for arm in runs.by):
             text += [f"## {title}", "", *table(runs, arms, tuned), ""]
     text += ["## By family", ""]
