@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]          # the repository
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from classroom import pairs, world  # noqa: E402
+from classroom import recipes, world  # noqa: E402
 
 ARMORM = ROOT / "classroom" / "synthesis" / "armorm"
 FOUND = ROOT / "classroom" / "papers" / "results" / "ties.json"
@@ -94,9 +94,9 @@ def made(seed, n, recipe, tie, penalty=0.):
     while len(out) < n:
         scenes, asked, said = {}, [], {}
         for i in range(first, first + BLOCK):
-            rng = random.Random(f"{pairs.home(recipe)}responders-{seed}-{i}")
+            rng = random.Random(f"{recipes.home(recipe)}responders-{seed}-{i}")
             s = world.scene(rng, recipe.split)
-            id = f"{pairs.home(recipe)}r{seed}-{i:05}"
+            id = f"{recipes.home(recipe)}r{seed}-{i:05}"
             scenes[id] = s
             asked.append({"id": id, "image": "", "question": rng.choice(world.DESCRIBE), "topic": s.theme,
                           "prompt": "", "guidance": None})
@@ -105,7 +105,7 @@ def made(seed, n, recipe, tie, penalty=0.):
         chosen, _, _ = pairing.select(asked, said, scored(asked, said, penalty), MARGIN)
         for pair in chosen:
             s = scenes[pair["id"]]
-            row = pairs.record(pair["id"], s, pair["question"], pair["chosen"], pair["rejected"], "caption")
+            row = recipes.record(pair["id"], s, pair["question"], pair["chosen"], pair["rejected"], "caption")
             row["meta"] |= {name: pair["meta"][name] for name in ("models", "scores")}
             out.append((row, s))
         first += BLOCK
@@ -123,14 +123,14 @@ def more(a, b):
 
 
 def describe(records):
-    """pairs.describe, and in percent how often the chosen answer is the truer and the longer of the two; by
+    """recipes.describe, and in percent how often the chosen answer is the truer and the longer of the two; by
     how many words it is longer; how many of its things are invented."""
     def mean(value):
         return round(statistics.mean(map(value, records)), 2)
 
     def words(record, role):
         return len(record[role].split())
-    return pairs.describe(records) | {
+    return recipes.describe(records) | {
         "truer": mean(lambda r: 100 * more(invented(r, "rejected"), invented(r, "chosen"))),
         "longer": mean(lambda r: 100 * more(words(r, "chosen"), words(r, "rejected"))),
         "words longer": mean(lambda r: words(r, "chosen") - words(r, "rejected")),
@@ -171,7 +171,7 @@ def main():
 
     import torch
     torch.set_num_threads(1)
-    found = {name: describe([record for record, _ in made(0, 1000, pairs.Recipe(), tie, penalty)])
+    found = {name: describe([record for record, _ in made(0, 1000, recipes.Recipe(), tie, penalty)])
              for name, (tie, penalty) in conditions().items()}
     data.atomic_write(FOUND, json.dumps(found, indent=1) + "\n")
     print("\n".join(table(found)))

@@ -341,7 +341,7 @@ def command(argv):
 
 def finish(course, o):
     """Store the difference, and measure what it becomes."""
-    from classroom import make
+    from classroom import measures
     from classroom.smol import world
     card = {"world": world.VERSION, "plan": dataclasses.asdict(course.plan)}
     save_difference(course.model, o.out, card)
@@ -349,7 +349,7 @@ def finish(course, o):
         whole = o.work / "assembled"
         if not whole.exists():
             assemble(o.out, whole, o.gguf)
-        card["statistics"] = {split: make.statistics(whole, split, o.scenes, own=world)
+        card["statistics"] = {split: measures.statistics(whole, split, o.scenes, own=world)
                               for split in ("tune", "print")}
         data.atomic_write(o.out / CARD, json.dumps(card, indent=2) + "\n")
         print(json.dumps(card["statistics"]))
