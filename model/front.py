@@ -148,6 +148,7 @@ def _rendered():
     import sys
     from datetime import datetime
 
+    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
     if sys.platform == "linux":                         # others do not keep to it
@@ -158,6 +159,12 @@ def _rendered():
     here.filters["tojson"] = lambda value, **options: json.dumps(value, **options)
     here.globals |= {"strftime_now": lambda form: datetime.now().strftime(form), "raise_exception": sys.exit}
     try:
+        for node in here.parse(template).find_all(nodes.Expr):
+            try:
+                node.as_const()
+            except nodes.Impossible as error:
+                if isinstance(error.__cause__, MemoryError):           # Jinja would go on without a word
+                    raise MemoryError("for a constant") from error
         length = len(here.from_string(template).render(variables))
     except Exception as error:
         sys.exit(f"{type(error).__name__}, {error}")

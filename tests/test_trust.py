@@ -52,6 +52,16 @@ def test_a_template_is_bounded_in_what_it_writes():
         front.check_template("here", plain, "{{ 'xy' * 100000 }}", [])
 
 
+@pytest.mark.parametrize("constant", ["'x' * 999999999", "'x' | center(999999999)", "[0] * 999999999"])
+def test_a_constant_of_a_branch_that_is_not_taken_counts_too(constant):
+    """Jinja makes it where it compiles, and goes on in silence if that fails for want of memory."""
+    plain = SimpleNamespace(special_tokens_map={})
+    template = f"A{{% if not messages %}}{{{{ {constant} }}}}{{% endif %}}"
+    says = "MemoryError, for a constant" if sys.platform == "linux" else "it computes for seconds"
+    with pytest.raises(data.UserError, match=f"template of here .*{says}"):
+        front.check_template("here", plain, template, [{}])
+
+
 def test_no_code_of_a_model_folder_runs_and_nobody_is_asked(folder, tmp_path, monkeypatch, capsys):
     """auto_map for config, model, tokenizer and image processor; standard input is not touched."""
     shutil.copytree(folder, tmp_path / "own")
