@@ -304,7 +304,7 @@ def test_the_verdict_is_one_sentence_that_is_sure_only_where_the_interval_leaves
     assert ("Compared with before training, captions name things that are not in the picture clearly less, "
             "and they name what is in it clearly more.") in changed(run, chair_s=[-9, -1], cover=[1, 2])
     text = changed(run, chair_s=[-9, 0], cover=[-2, -1])
-    assert "that are not in the picture perhaps neither more nor less (the 95% interval of the change" in text
+    assert "that are not in the picture neither clearly more nor clearly less (the 95%" in text
     assert "they name what is in it clearly less." in text
     summary = {"before": {}, "after": {"look": found(4)}}
     assert "held-out pairs clearly more.</b>" in report.verdict(summary)

@@ -101,7 +101,7 @@ def verdict(summary):
             low, high = changes[name]["interval"]
             how = "clearly more" if low > 0 else "clearly less"
             if low <= 0 <= high:
-                how = "perhaps neither more nor less (the 95% interval of the change includes 0)"
+                how = "neither clearly more nor clearly less (the 95% interval of the change includes 0)"
             parts.append(f"{says} {how}")
     return f"<p><b>Compared with before training, {', and '.join(parts)}.</b></p>" if parts else ""
 
