@@ -186,6 +186,35 @@ def test_a_patch_shows_the_thing_that_is_in_front():
     assert (kinds == things.TYPES.index("cup")).any() and kinds[0, 7] == len(things.TYPES)
 
 
+def test_colours_that_are_played_with_are_not_taught_and_shapes_are_the_same():
+    car = scenes.Kind("car", "red", "red", (scenes.Place(100, 130, 80, 0, False),))
+    plain, other = (scenes.Scene("kitchen", "noto", (car,), "kitchen 0", play) for play in ("", "a"))
+    (kinds, hues), (same, none) = (lessons.shown([s], 8) for s in (plain, other))
+    assert (kinds == same).all() and (hues == 0).any() and (none == lessons.UNKNOWN).all()
+    pictures = [scenes.draw(s).astype(int) for s in (plain, other, other)]
+    changed = abs(pictures[0] - pictures[1]).max(2) > 8
+    assert changed[100:160, 65:135].mean() > .3 and not changed[:60].any()          # the car alone
+    assert (pictures[1] == pictures[2]).all()
+    some, _ = train.scenes_of(train.Plan(see_batch=40), "see", 3)
+    assert 8 < sum(bool(s.play) for s in some) < 32
+    assert not any(s.play for s in train.scenes_of(train.Plan(), "learn", 3)[0])
+
+
+def test_muon_has_the_matrices_of_the_layers_alone(tiny):
+    import torch
+    model, words = base.build(tiny[0], base.Eye(56, 32, 2, 2))
+    head = [*lessons.Seeing(model, words, 4).parameters()]
+    named = train.learning(model, "see")
+    adamw, muon = train.optimisers(named, head, "see", 1e-3)
+    of_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    shapes = {name: p for name, p in named.items() if id(p) in of_muon}
+    assert isinstance(muon, torch.optim.Muon) and len(shapes) == 2 * 6
+    assert all(".layers." in name and name.endswith(".weight") for name in shapes)
+    there = sum(len(group["params"]) for group in adamw.param_groups)
+    assert there + len(shapes) == len(named) + len(head)
+    assert len(train.optimisers(train.learning(model, "learn"), [], "learn", 1e-3)) == 1
+
+
 def test_an_eye_learns_a_few_scenes_by_heart(tiny, monkeypatch):
     import torch
     torch.set_num_threads(1)
@@ -195,15 +224,15 @@ def test_an_eye_learns_a_few_scenes_by_heart(tiny, monkeypatch):
     few = [scenes.scene(random.Random(i)) for i in range(2)]
     shown = lessons.pictures(model, few)
     monkeypatch.setattr(lessons, "pictures", lambda model, some: shown)
-    chosen = [*train.learning(model, "see").values(), *seeing.parameters()]
-    optimiser = torch.optim.AdamW(chosen, lr=3e-3)
+    trained = train.optimisers(train.learning(model, "see"), [*seeing.parameters()], "see", 3e-3)
     before = lessons.recognised(model, seeing, few)
-    for _ in range(60):
-        optimiser.zero_grad()
+    for _ in range(90):
         seeing(model, few).backward()
-        optimiser.step()
+        for optimiser in trained:
+            optimiser.step()
+            optimiser.zero_grad()
     after = lessons.recognised(model, seeing, few)
-    assert before["things"] < 40 and after["things"] > 80, (before, after)
+    assert before["things"] < 40 and after["things"] > 90, (before, after)
 
 
 def test_a_row_of_talk_is_what_the_trainer_will_see(tiny, tmp_path):

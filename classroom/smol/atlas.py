@@ -1,19 +1,23 @@
 """The drawings of the second world: one file of 64-pixel cells, for each thing one in every style.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      Microsoft's Fluent, MIT
+    npm pack @lobehub/fluent-emoji-flat@1.1.0    the same without light and shade
     npm pack emoji-datasource-google@16.0.0      Google's Noto, Apache-2.0
+    npm pack emoji-datasource-google@3.0.0       Noto as it was in 2017, drawn anew since
     npm pack emoji-datasource-twitter@16.0.0     Twemoji, CC-BY 4.0
     npm pack emojione@2.2.7                      EmojiOne, CC-BY 4.0
     tar xzf FILE.tgz -C FOLDER                   each into a folder of its own
-    python classroom/smol/atlas.py --fluent A --noto B --twemoji C --emojione D
+    pip install resvg-py                         for the flat ones, which are SVG
+    python classroom/smol/atlas.py --fluent A --flat B --noto C --noto2017 D --twemoji E --emojione F
 
 That writes atlas.webp and atlas.json beside this file, which are shipped: nobody needs the packages to use
-them. The same Unicode code point is the same thing in every style; EmojiOne is older and lacks some.
+them. The same Unicode code point is the same thing in every style; EmojiOne and Noto of 2017 lack some.
 NOTICES.md says whose drawings they are.
 
 Twemoji is held out: nothing is taught, calibrated or chosen on it, and the printed table shows nothing else.
 """
 
+import io
 import json
 import sys
 from functools import cache
@@ -31,16 +35,18 @@ from classroom.smol import things  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 CELL, COLUMNS = 64, 34
-STYLES = {"fluent": "package/assets", "noto": "package/img/google/64",
-          "twemoji": "package/img/twitter/64", "emojione": "package/assets/png"}
-TAUGHT, HELD_OUT = ("fluent", "noto", "emojione"), ("twemoji",)
+STYLES = {"fluent": "package/assets", "flat": "package/assets", "noto": "package/img/google/64",
+          "noto2017": "package/img/google/64", "twemoji": "package/img/twitter/64",
+          "emojione": "package/assets/png"}
+TAUGHT, HELD_OUT = ("fluent", "flat", "noto", "noto2017", "emojione"), ("twemoji",)
+OLDER = ("noto2017", "emojione")                    # than some things' code points
 
 
 # ---- making it ----
 def drawing(folder, code):
     """The file of a code point in an unpacked package, or None: styles differ in a variation selector."""
     for name in (f"{code}-fe0f", code):
-        for ending in ("webp", "png"):
+        for ending in ("webp", "png", "svg"):
             file = folder / f"{name}.{ending}"
             if file.is_file():
                 return file
@@ -49,7 +55,7 @@ def drawing(folder, code):
 
 def cell(file):
     """A drawing without its margin, its longer side CELL pixels, at the top left of a transparent cell."""
-    image = Image.open(file).convert("RGBA")
+    image = opened(file)
     solid = image.getchannel("A").point(lambda a: 255 * (a > 24))
     image = image.crop(solid.getbbox())
     premultiplied = image.convert("RGBa")
@@ -57,6 +63,18 @@ def cell(file):
     out = Image.new("RGBA", (CELL, CELL))
     out.paste(small, (0, 0))
     return out
+
+
+def opened(file):
+    """A drawing as an RGBA image; SVG is drawn 256 pixels wide. Raises UserError if nothing can draw it."""
+    if file.suffix != ".svg":
+        return Image.open(file).convert("RGBA")
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise data.UserError(f"{file} needs resvg-py: pip install resvg-py") from error
+    drawn = resvg_py.svg_to_bytes(svg_string=file.read_text(), width=256)
+    return Image.open(io.BytesIO(bytes(drawn))).convert("RGBA")
 
 
 def scaled(image, longer):
@@ -73,7 +91,7 @@ def make(folders, out):
         folder = Path(folders[style]) / inside
         for thing in things.THINGS.values():
             file = drawing(folder, thing.code)
-            if file is None and style != "emojione":
+            if file is None and style not in OLDER:
                 raise data.UserError(f"{folders[style]} has no {inside}/{thing.code}: "
                                      "unpack the package there")
             if file and (style, thing.code) not in things.UNFIT:

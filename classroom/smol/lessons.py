@@ -49,7 +49,7 @@ def features(model, some):
 # ---- to see ----
 def shown(some, side):
     """What each patch of a side x side grid shows: kinds and colours, int64 (N, side * side). NOTHING and
-    UNKNOWN say that there is none. What is in front counts."""
+    UNKNOWN say that there is none, or that colours are played with. What is in front counts."""
     shape = len(some), side, side
     kinds = np.full(shape, NOTHING)
     colours = np.full(shape, UNKNOWN)
@@ -58,7 +58,7 @@ def shown(some, side):
             there = covered(spot, side)
             kinds[i][there] = things.TYPES.index(kind.name)
             colours[i][there] = UNKNOWN
-            if kind.colour:
+            if kind.colour and not s.play:
                 colours[i][there] = things.COLOURS.index(kind.colour)
     flat = len(some), side * side
     kinds = kinds.reshape(flat)

@@ -34,6 +34,7 @@ OFF_SETTING = .2                 # how often a kind comes from another setting
 MOST = 7                         # things in a scene
 HIDDEN = .25                     # of a thing's box, at most
 TURN = 14                        # degrees to either side
+MIXED = .18                      # the standard deviation by which channels are mixed in play
 COUNTS = (1, 1, 1, 1, 2, 2, 3)   # of a kind, as often as here
 GROUNDS = 32                     # backgrounds of a setting: so many are drawn once and kept
 
@@ -65,6 +66,7 @@ class Scene:
     style: str
     things: tuple     # of Kinds
     ground: str       # the seed of the background, one of GROUNDS for its setting
+    play: str = ""    # not "": a seed, by which every thing is drawn in colours of no style
 
     @cached_property
     def counts(self):
@@ -260,6 +262,16 @@ def paste(canvas, glyph, x, y):
     part += glyph[..., :3]
 
 
+def played(glyph, rng):
+    """A sprite in other colours, float32 (h, w, 4): what it is must be seen by its shape. The three channels
+    are mixed and scaled at random; a colour stays below its alpha, by which it is multiplied."""
+    rows = [[rng.gauss(row == column, MIXED) for column in range(3)] for row in range(3)]
+    gain = rng.uniform(.7, 1.3)
+    alpha = glyph[..., 3:]
+    mixed = glyph[..., :3] @ np.float32(rows) * gain
+    return np.concatenate([mixed.clip(0, 255 * alpha), alpha], -1)
+
+
 @lru_cache(maxsize=GROUNDS * len(things.SETTINGS))
 def background(theme, seed):
     """A setting's background, uint8 (SIZE, SIZE, 3)."""
@@ -270,8 +282,11 @@ def background(theme, seed):
 def draw(s):
     """The picture of a scene, uint8 (SIZE, SIZE, 3)."""
     canvas = background(s.theme, s.ground).astype(np.float32)
+    rng = random.Random(s.play)
     for spot, kind in from_behind(s):
         glyph = atlas.sprite(s.style, kind.name, kind.tint, spot.size, spot.angle, spot.mirrored)
+        if s.play:
+            glyph = played(glyph, rng)
         y = spot.y
         if things.THINGS[kind.name].where == "floor":
             shadow(canvas, spot)

@@ -182,6 +182,8 @@ SIDES = {"s": (40, 52), "m": (52, 70), "l": (68, 92)}   # pixels, before perspec
 LETTERED = {"1f4c5", "23f0", "23f1"}    # with writing or hands: not drawn as in a mirror
 # Drawings that a style draws too differently from the others, or in colours that no tint can change.
 UNFIT = {("emojione", code) for code in ("260e", "1f3b8", "1f45f", "26fa", "1f392", "26f8", "1f6cf")}
+UNFIT |= {("noto2017", code) for code in ("1f4bb", "1f3c0", "1f418", "26c4", "1f455", "1f462")}
+UNFIT |= {("flat", "1f45f")}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ Three stages, as for the first world's bases; each step draws its scenes and wor
 own:
 
 1. See. The vision tower and the projector learn to put each patch beside the words for what it shows. Half of
-the scenes combine any things, so that looking is all that helps.
+the scenes combine any things, so that looking is all that helps; half are drawn in colours of no style, so
+that shapes are learnt. The matrices of the tower's layers are trained by Muon.
 
 2. Learn. Captions and questions, all true; the tower is frozen, the projector and LoRA on SmolLM2 learn.
 
@@ -39,6 +40,7 @@ from classroom.smol import base
 ROOT = Path(__file__).resolve().parents[2]
 LATEST, LOG, DIFFERENCE, CARD = "checkpoint.pt", "log.jsonl", "difference.safetensors", "classroom.json"
 STAGES = ("see", "learn", "err")
+MUON = 2                       # its learning rate, in AdamW's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Plan:
     see_batch: int = 48        # scenes a step
     talk_batch: int = 4
     questions: int = 5         # about each scene of a talk, besides its caption
+    play: float = .5           # the share of the scenes seen that are drawn in colours of no style
     see_lr: float = 1e-3
     talk_lr: float = 5e-4
     err_lr: float = 2e-4
@@ -95,6 +98,23 @@ def everything(model):
     return learning(model, "see") | learning(model, "learn")
 
 
+def optimisers(chosen, head, stage, lr):
+    """What trains {name: parameter} and a head: AdamW; of the matrices in the tower's layers, Muon."""
+    import torch
+    matrices = []
+    if stage == "see":
+        matrices = [p for name, p in chosen.items() if ".layers." in name and p.ndim == 2]
+    apart = {id(p) for p in matrices}
+    others = [p for p in chosen.values() if id(p) not in apart]
+    adamw = {"params": [*others, *head], "highest": lr}
+    found = [torch.optim.AdamW([adamw], lr=lr, betas=(.9, .98), weight_decay=.01)]
+    if matrices:
+        muon = {"params": matrices, "highest": MUON * lr}
+        found.append(torch.optim.Muon([muon], lr=MUON * lr, weight_decay=.01,
+                                      adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
 # ---- steps ----
 def scenes_of(plan, stage, step):
     """The scenes of a step and the generator that goes on to its words."""
@@ -103,6 +123,10 @@ def scenes_of(plan, stage, step):
     size = plan.see_batch if stage == "see" else plan.talk_batch
     mixed = stage != "err"                       # a careless observer's scenes are ordinary ones
     some = [scenes.scene(rng, typical=not mixed or rng.random() < .5) for _ in range(size)]
+    if stage == "see":
+        plays = [rng.random() < plan.play for _ in some]
+        some = [dataclasses.replace(s, play=f"{stage} {step} {i}") if play else s
+                for i, (s, play) in enumerate(zip(some, plays, strict=True))]
     for s in some:
         scenes.background(s.theme, s.ground)
     return some, rng
@@ -157,14 +181,15 @@ class Course:
             for name, parameter in everything(self.model).items():
                 parameter.copy_(kept["weights"][name])
         self.seeing.load_state_dict(kept["head"])
-        self.stage, self.step, self.state = kept["stage"], kept["step"], kept["optimiser"]
+        self.stage, self.step, self.state = kept["stage"], kept["step"], kept["optimisers"]
 
-    def keep(self, optimiser=None):
+    def keep(self, optimisers=()):
         """Write the checkpoint: the whole of it, or the old one stays."""
         import torch
         weights = {name: p.detach().cpu() for name, p in everything(self.model).items()}
         kept = {"plan": dataclasses.asdict(self.plan), "weights": weights, "head": self.seeing.state_dict(),
-                "stage": self.stage, "step": self.step, "optimiser": optimiser and optimiser.state_dict()}
+                "stage": self.stage, "step": self.step,
+                "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
         buffer = io.BytesIO()
         torch.save(kept, buffer)
         data.atomic_write(self.work / LATEST, buffer.getvalue())
@@ -184,12 +209,14 @@ class Course:
         """The rest of a stage; returns how many steps of `stop` are left, None without a limit."""
         import torch
         plan, steps = self.plan, getattr(self.plan, stage)
-        lr = getattr(plan, "err_lr" if stage == "err" else "see_lr" if stage == "see" else "talk_lr")
-        chosen = [*learning(self.model, stage).values()]
-        chosen += [*self.seeing.parameters()] if stage == "see" else []
-        optimiser = torch.optim.AdamW(chosen, lr=lr, betas=(.9, .98), weight_decay=.01)
+        lr = {"see": plan.see_lr, "learn": plan.talk_lr, "err": plan.err_lr}[stage]
+        named = learning(self.model, stage)
+        head = [*self.seeing.parameters()] if stage == "see" else []
+        trained = optimisers(named, head, stage, lr)
         if self.state:
-            optimiser.load_state_dict(self.state)
+            for optimiser, kept in zip(trained, self.state, strict=True):
+                optimiser.load_state_dict(kept)
+        groups = [group for optimiser in trained for group in optimiser.param_groups]
         half = contextlib.nullcontext()
         if self.device == "cuda":
             half = torch.autocast("cuda", torch.bfloat16)
@@ -199,22 +226,24 @@ class Course:
             while self.step < steps and stop != 0:
                 some, rng = coming.result()
                 coming = ahead.submit(scenes_of, plan, stage, self.step + 1)
-                for group in optimiser.param_groups:
-                    group["lr"] = lr * schedule(self.step, steps, min(100, max(1, steps // 10)))
+                now = schedule(self.step, steps, min(100, max(1, steps // 10)))
+                for group in groups:
+                    group["lr"] = group["highest"] * now
                 with half:
                     loss = loss_of(plan, stage, self.model, self.words, self.seeing, some, rng)
-                optimiser.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(chosen, 1.0)
-                optimiser.step()
+                torch.nn.utils.clip_grad_norm_([*named.values(), *head], 1.0)
+                for optimiser in trained:
+                    optimiser.step()
+                    optimiser.zero_grad()
                 self.step += 1
                 stop = stop and stop - 1
                 self.note(stage, steps, loss.item(), began)
                 if time.time() - saved > self.every:
-                    self.keep(optimiser)
+                    self.keep(trained)
                     saved = time.time()
         if self.step < steps:
-            self.keep(optimiser)
+            self.keep(trained)
         return stop
 
     def note(self, stage, steps, loss, began):
@@ -312,6 +341,7 @@ PLANNED = {"seed": "of the weights, scenes and words (%(default)s)", "see": "ste
            "see_batch": "scenes of a step of seeing (%(default)s)",
            "talk_batch": "scenes of a step of speaking (%(default)s)",
            "questions": "about each scene, besides its caption (%(default)s)",
+           "play": "share of the scenes seen that are drawn in colours of no style (%(default)s)",
            "see_lr": "learning rate of seeing (%(default)s)", "talk_lr": "of learning (%(default)s)",
            "err_lr": "of careless captions (%(default)s)",
            "level": "how often the observer adds a tempting thing (%(default)s)",
