@@ -1,14 +1,15 @@
 """The drawings of the second world: one file of 64-pixel cells, for each thing one in every style.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0      Microsoft's Fluent, MIT
-    npm pack @lobehub/fluent-emoji-flat@1.1.0    the same without light and shade
+    npm pack @lobehub/fluent-emoji-flat@1.1.0    the same, flat
     npm pack emoji-datasource-google@16.0.0      Google's Noto, Apache-2.0
-    npm pack emoji-datasource-google@3.0.0       Noto as it was in 2017, drawn anew since
+    npm pack emoji-datasource-google@3.0.0       Noto as it was in 2017
     npm pack emoji-datasource-twitter@16.0.0     Twemoji, CC-BY 4.0
     npm pack emojione@2.2.7                      EmojiOne, CC-BY 4.0
     tar xzf FILE.tgz -C FOLDER                   each into a folder of its own
-    pip install resvg-py                         for the flat ones, which are SVG
-    python classroom/smol/atlas.py --fluent A --flat B --noto C --noto2017 D --twemoji E --emojione F
+    pip install resvg-py                         which draws the flat ones
+    python classroom/smol/atlas.py --fluent A --flat B --noto C --noto2017 D \\
+        --twemoji E --emojione F
 
 That writes atlas.webp and atlas.json beside this file, which are shipped: nobody needs the packages to use
 them. The same Unicode code point is the same thing in every style; EmojiOne and Noto of 2017 lack some.
