@@ -195,9 +195,17 @@ def test_colours_that_are_played_with_are_not_taught_and_shapes_are_the_same():
     changed = abs(pictures[0] - pictures[1]).max(2) > 8
     assert changed[100:160, 65:135].mean() > .3 and not changed[:60].any()          # the car alone
     assert (pictures[1] == pictures[2]).all()
-    some, _ = train.scenes_of(train.Plan(see_batch=40), "see", 3)
-    assert 8 < sum(bool(s.play) for s in some) < 32
-    assert not any(s.play for s in train.scenes_of(train.Plan(), "learn", 3)[0])
+    lot, _ = train.lot_of(train.Plan(see_batch=40), "see", 3)
+    assert 8 < sum(bool(s.play) for s in lot.scenes) < 32
+    assert not any(s.play for s in train.lot_of(train.Plan(), "learn", 3)[0].scenes)
+
+
+def test_processes_draw_what_a_thread_draws_in_the_same_order():
+    plan = train.Plan(see_batch=2)
+    alone, drawn = ([*train.lots(plan, "see", range(3, 8), workers)] for workers in (0, 2))
+    assert [lot.scenes for lot, _ in alone] == [lot.scenes for lot, _ in drawn] and len(alone) == 5
+    for (one, rng), (other, same) in zip(alone, drawn, strict=True):
+        assert (one.pictures == other.pictures).all() and rng.getstate() == same.getstate()
 
 
 def test_muon_has_the_matrices_of_the_layers_alone(tiny):
@@ -215,15 +223,13 @@ def test_muon_has_the_matrices_of_the_layers_alone(tiny):
     assert len(train.optimisers(train.learning(model, "learn"), [], "learn", 1e-3)) == 1
 
 
-def test_an_eye_learns_a_few_scenes_by_heart(tiny, monkeypatch):
+def test_an_eye_learns_a_few_scenes_by_heart(tiny):
     import torch
     torch.set_num_threads(1)
     model, words = base.build(tiny[0], base.Eye(56, 32, 1, 2))
     torch.manual_seed(0)
     seeing = lessons.Seeing(model, words, 4)
-    few = [scenes.scene(random.Random(i)) for i in range(2)]
-    shown = lessons.pictures(model, few)
-    monkeypatch.setattr(lessons, "pictures", lambda model, some: shown)
+    few = lessons.drawn([scenes.scene(random.Random(i)) for i in range(2)])
     trained = train.optimisers(train.learning(model, "see"), [*seeing.parameters()], "see", 3e-3)
     before = lessons.recognised(model, seeing, few)
     for _ in range(90):
@@ -257,9 +263,9 @@ def test_all_lessons_teach_the_features_that_the_model_uses(tiny):
     """What talk() takes out of the tower is what transformers' LLaVA puts in front of its language model."""
     import torch
     model, _ = base.build(tiny[0], base.Eye(56, 32, 2, 2))
-    few = [scenes.scene(random.Random(i)) for i in range(2)]
+    few = lessons.drawn([scenes.scene(random.Random(i)) for i in range(2)])
     with torch.no_grad():
-        tower = model.model.vision_tower(lessons.pictures(model, few)).last_hidden_state[:, 1:]
+        tower = model.model.vision_tower(lessons.pixels_of(model, few)).last_hidden_state[:, 1:]
         seen = model.model.multi_modal_projector(tower)
         assert seen.shape == (2, 16, 64) and torch.allclose(seen, lessons.features(model, few), atol=1e-6)
 

@@ -1,7 +1,7 @@
 """What the second world's base is taught, as losses: to see, to speak, and later to speak carelessly.
 
-    Seeing(model, words, side)(model, scenes)       each patch beside the words for what it shows
-    talk(model, words, rng, scenes, questions)      answers and captions in SmolLM2's own words
+    Seeing(model, words, side)(model, lot)          each patch beside the words for what it shows
+    talk(model, words, rng, lot, questions)         answers and captions in SmolLM2's own words
 
 The first world's lessons (classroom/make.py) with a language model that knows the words already: a patch
 learns to look like the mean of the embeddings of its thing's name, which SmolLM2 then only has to read off.
@@ -32,15 +32,25 @@ def rng_of(seed, stage, step):
     return random.Random(f"smol-{seed}-{stage}-{step}")
 
 
-def pictures(model, some):
-    """The pictures of scenes as the vision tower takes them, on the model's device."""
-    drawn = [scenes.draw(s) for s in some]
-    return base.pixels(drawn).to(model.device)
+class Lot(NamedTuple):
+    """Some scenes and their pictures: what a step learns from."""
+    scenes: list
+    pictures: np.ndarray         # uint8 (N, SIZE, SIZE, 3)
 
 
-def features(model, some):
-    """What the projector makes of the pictures of scenes, float32 (N, K, D)."""
-    pixels = pictures(model, some)
+def drawn(some):
+    """The Lot of some scenes."""
+    return Lot(some, np.stack([scenes.draw(s) for s in some]))
+
+
+def pixels_of(model, lot):
+    """A lot's pictures as the vision tower takes them, on the model's device."""
+    return base.pixels(lot.pictures).to(model.device)
+
+
+def features(model, lot):
+    """What the projector makes of a lot's pictures, float32 (N, K, D)."""
+    pixels = pixels_of(model, lot)
     found = model.model.get_image_features(pixel_values=pixels)
     each = list(found.pooler_output)
     return torch.stack(each).float()
@@ -121,15 +131,15 @@ class Seeing(torch.nn.Module):
         colours = self.sharpness * (clear @ self.colours.T)
         return kinds, colours, columns, rows
 
-    def forward(self, model, some):
-        """The loss of scenes: of what each patch shows, its colour, where it is, and its size."""
-        kind, colour = shown(some, self.side)
+    def forward(self, model, lot):
+        """The loss of a lot: of what each patch shows, its colour, where it is, and its size."""
+        kind, colour = shown(lot.scenes, self.side)
         kind = kind.to(model.device)
         colour = colour.to(model.device)
-        seen = features(model, some)                                                  # (N, K, D)
+        seen = features(model, lot)                                                   # (N, K, D)
         kinds, colours, columns, rows = self.read(seen)
         patches = torch.arange(self.side ** 2, device=model.device)
-        where = patches.repeat(len(some))
+        where = patches.repeat(len(lot.scenes))
         what = surprise(kinds, kind.flatten())
         hue = surprise(colours, colour.flatten())
         column = surprise(columns, where % self.side)
@@ -140,11 +150,11 @@ class Seeing(torch.nn.Module):
 
 
 @torch.no_grad()
-def recognised(model, seeing, some):
+def recognised(model, seeing, lot):
     """Shares in percent: of the kinds in each scene, those that some patch of theirs names rightly; and of
     the patches that show something, those that are named rightly."""
-    kind, _ = shown(some, seeing.side)
-    seen = features(model, some)
+    kind, _ = shown(lot.scenes, seeing.side)
+    seen = features(model, lot)
     logits, *_ = seeing.read(seen)
     said = logits.argmax(-1).cpu()                                                    # (N, K)
     there = kind != NOTHING
@@ -259,10 +269,10 @@ def mask_of(part):
     return mask[:, None]
 
 
-def embedded(model, ids, some):
+def embedded(model, ids, lot):
     """The embeddings of rows (R, T, D), those of the pictures' tokens from the projector. The tower is
     frozen."""
-    pixels = pictures(model, some)
+    pixels = pixels_of(model, lot)
     with torch.no_grad():
         tower = model.model.vision_tower(pixels).last_hidden_state
     patches = tower[:, 1:]                                            # without the token for the whole
@@ -273,15 +283,15 @@ def embedded(model, ids, some):
     return inputs.masked_scatter(here[..., None], seen.to(inputs.dtype))
 
 
-def talk(model, words, rng, some, questions, level=0., omit=0.):
-    """The loss of the answers and captions about scenes, a mean over tokens by their weights. The projector
+def talk(model, words, rng, lot, questions, level=0., omit=0.):
+    """The loss of the answers and captions about a lot, a mean over tokens by their weights. The projector
     and the language model's LoRA learn."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
-    rows = [row(words, rng, s, side ** 2, questions, level, omit) for s in some]
+    rows = [row(words, rng, s, side ** 2, questions, level, omit) for s in lot.scenes]
     ids, positions, part, weight = (x.to(model.device) for x in padded(rows))
     mask = mask_of(part)
-    inputs = embedded(model, ids, some)
+    inputs = embedded(model, ids, lot)
     out = model.model.language_model(inputs_embeds=inputs, position_ids=positions,
                                      attention_mask=mask, use_cache=False)
     weight = weight[:, 1:]                                            # a token is said by the one before

@@ -30,8 +30,11 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import data
@@ -116,8 +119,8 @@ def optimisers(chosen, head, stage, lr):
 
 
 # ---- steps ----
-def scenes_of(plan, stage, step):
-    """The scenes of a step and the generator that goes on to its words."""
+def lot_of(plan, stage, step):
+    """The lot of a step (lessons.Lot), and the generator that goes on to its words."""
     from classroom.smol import lessons, scenes
     rng = lessons.rng_of(plan.seed, stage, step)
     size = plan.see_batch if stage == "see" else plan.talk_batch
@@ -127,17 +130,31 @@ def scenes_of(plan, stage, step):
         plays = [rng.random() < plan.play for _ in some]
         some = [dataclasses.replace(s, play=f"{stage} {step} {i}") if play else s
                 for i, (s, play) in enumerate(zip(some, plays, strict=True))]
-    for s in some:
-        scenes.background(s.theme, s.ground)
-    return some, rng
+    return lessons.drawn(some), rng
 
 
-def loss_of(plan, stage, model, words, seeing, some, rng):
+def lots(plan, stage, steps, workers):
+    """lot_of() of some steps, made ahead by a thread, or by so many processes."""
+    pool = ThreadPoolExecutor(1)
+    if workers:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    todo = iter(steps)
+    try:
+        coming = deque(pool.submit(lot_of, plan, stage, step) for step in islice(todo, 1 + 2 * workers))
+        while coming:
+            found = coming.popleft().result()
+            coming += [pool.submit(lot_of, plan, stage, step) for step in islice(todo, 1)]
+            yield found
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def loss_of(plan, stage, model, words, seeing, lot, rng):
     from classroom.smol import lessons
     if stage == "see":
-        return seeing(model, some)
+        return seeing(model, lot)
     careless = (plan.level, plan.omit) if stage == "err" else (0., 0.)
-    return lessons.talk(model, words, rng, some, plan.questions, *careless)
+    return lessons.talk(model, words, rng, lot, plan.questions, *careless)
 
 
 def schedule(step, steps, warm):
@@ -152,11 +169,11 @@ def device_of(name):
 class Course:
     """A training that can stop after any checkpoint and go on from it."""
 
-    def __init__(self, plan, file, work, device="", every=300.):
+    def __init__(self, plan, file, work, device="", every=300., workers=0):
         import torch
 
         from classroom.smol import lessons
-        self.plan, self.work, self.every = plan, Path(work), every
+        self.plan, self.work, self.every, self.workers = plan, Path(work), every, workers
         self.device = device_of(device)
         self.model, self.words = build(plan, file)
         side = base.ground.SIZE // plan.patch
@@ -221,27 +238,25 @@ class Course:
         if self.device == "cuda":
             half = torch.autocast("cuda", torch.bfloat16)
         saved = began = time.time()
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(scenes_of, plan, stage, self.step)
-            while self.step < steps and stop != 0:
-                some, rng = coming.result()
-                coming = ahead.submit(scenes_of, plan, stage, self.step + 1)
-                now = schedule(self.step, steps, min(100, max(1, steps // 10)))
-                for group in groups:
-                    group["lr"] = group["highest"] * now
-                with half:
-                    loss = loss_of(plan, stage, self.model, self.words, self.seeing, some, rng)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_([*named.values(), *head], 1.0)
-                for optimiser in trained:
-                    optimiser.step()
-                    optimiser.zero_grad()
-                self.step += 1
-                stop = stop and stop - 1
-                self.note(stage, steps, loss.item(), began)
-                if time.time() - saved > self.every:
-                    self.keep(trained)
-                    saved = time.time()
+        for lot, rng in lots(plan, stage, range(self.step, steps), self.workers):
+            if stop == 0:
+                break
+            now = schedule(self.step, steps, min(100, max(1, steps // 10)))
+            for group in groups:
+                group["lr"] = group["highest"] * now
+            with half:
+                loss = loss_of(plan, stage, self.model, self.words, self.seeing, lot, rng)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*named.values(), *head], 1.0)
+            for optimiser in trained:
+                optimiser.step()
+                optimiser.zero_grad()
+            self.step += 1
+            stop = stop and stop - 1
+            self.note(stage, steps, loss.item(), began)
+            if time.time() - saved > self.every:
+                self.keep(trained)
+                saved = time.time()
         if self.step < steps:
             self.keep(trained)
         return stop
@@ -327,6 +342,8 @@ def parser():
     made.add_argument("--device", default="", help="cuda or cpu (default: cuda if there is one)")
     made.add_argument("--threads", type=int, default=1,
                       help="of the processor; with more, two runs may differ by rounding (%(default)s)")
+    made.add_argument("--workers", type=int, default=0, help="processes that draw, for a GPU: all its cores "
+                      "but one (0: a thread)")
     made.add_argument("--steps", type=int, help="stop after so many more steps")
     made.add_argument("--scenes", type=int, default=500, help="of each split for the statistics; 0: none "
                       "(%(default)s)")
@@ -359,7 +376,7 @@ def command(argv):
     torch.set_num_threads(o.threads)
     plan = Plan(**{field.name: getattr(o, field.name) for field in dataclasses.fields(Plan)})
     try:
-        course = Course(plan, o.gguf or base.package(), o.work, o.device)
+        course = Course(plan, o.gguf or base.package(), o.work, o.device, workers=o.workers)
         if not course.run(o.steps):
             print(f"stopped at {STAGES[course.stage]}, step {course.step}; the same command goes on")
             return
