@@ -200,6 +200,15 @@ def test_colours_that_are_played_with_are_not_taught_and_shapes_are_the_same():
     assert not any(s.play for s in train.lot_of(train.Plan(), "learn", 3)[0].scenes)
 
 
+def test_a_lot_without_a_colour_in_a_word_has_a_loss():
+    import torch
+    logits = torch.zeros(1, 4, 3)
+    none = torch.full((4,), lessons.UNKNOWN)
+    assert lessons.surprise(logits, none) == 0
+    some = torch.tensor([lessons.UNKNOWN, 0, 1, 2])
+    assert lessons.surprise(logits, some).item() == pytest.approx(np.log(3))
+
+
 def test_processes_draw_what_a_thread_draws_in_the_same_order():
     plan = train.Plan(see_batch=2)
     alone, drawn = ([*train.lots(plan, "see", range(3, 8), workers)] for workers in (0, 2))

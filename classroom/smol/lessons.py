@@ -99,8 +99,10 @@ def meanings(model, words, names):
 
 
 def surprise(logits, right):
-    """The mean cross-entropy of patches: logits (N, K, choices), right (N * K)."""
-    return F.cross_entropy(logits.flatten(0, 1), right)
+    """The mean cross-entropy of the patches that are known, 0 without one: logits (N, K, choices),
+    right (N * K)."""
+    known = (right != UNKNOWN).sum().clamp_min(1)
+    return F.cross_entropy(logits.flatten(0, 1), right, ignore_index=UNKNOWN, reduction="sum") / known
 
 
 class Seeing(torch.nn.Module):
