@@ -92,6 +92,7 @@ def work(tasks, folder, pipe, log):
             faulthandler.dump_traceback_later(SECONDS, exit=True, file=file)
             found = fuzz_case.attempt(kind, number)
             faulthandler.cancel_dump_traceback_later()
+            gc.collect()                                 # a model that was refused may hold all of the memory
             if grown := peak() - start > BYTES:
                 found = "fault", f"over {BYTES >> 30} GiB", found[2] or "?", str(found)
             pipe.send(found)
