@@ -71,7 +71,8 @@ def spare_devices(event, words):
 
 
 def work(tasks, folder, pipe, log):
-    """A child: the inputs one after another. One that hangs, or takes 2 GiB, ends it."""
+    """A child: the inputs one after another. One that hangs, or takes 2 GiB, ends it; so does one that has
+    asked for as much and not touched it, which the allocator keeps and later inputs would lack."""
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -80,9 +81,7 @@ def work(tasks, folder, pipe, log):
     sys.addaudithook(spare_devices)
     remember()
     gc.freeze()                                          # the product collects garbage between models
-    status = Path("/proc/self/status")
-    if status.exists():
-        used = int(re.search(r"VmSize:\s*(\d+)", status.read_text())[1]) << 10
+    if used := size():
         resource.setrlimit(resource.RLIMIT_AS, (used + 3 * BYTES,) * 2)
     with open(log, "w") as file:
         faulthandler.enable(file)
@@ -92,12 +91,20 @@ def work(tasks, folder, pipe, log):
             faulthandler.dump_traceback_later(SECONDS, exit=True, file=file)
             found = fuzz_case.attempt(kind, number)
             faulthandler.cancel_dump_traceback_later()
-            gc.collect()                                 # a model that was refused may hold all of the memory
             if grown := peak() - start > BYTES:
                 found = "fault", f"over {BYTES >> 30} GiB", found[2] or "?", str(found)
-            pipe.send(found)
-            if grown:
+            leaves = grown or size() > used + BYTES
+            pipe.send((found, leaves))
+            if leaves:
                 return
+
+
+def size():
+    """Bytes of this process's address space; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return int(re.search(r"VmSize:\s*(\d+)", status.read_text())[1]) << 10
 
 
 def peak():
@@ -123,16 +130,17 @@ class Worker:
     def take(self):
         """The outcome of the next input."""
         try:
-            found = self.pipe.recv()
+            found, leaves = self.pipe.recv()
         except EOFError:
             self.child.join()
+            leaves = True
             said = self.log.read_text(errors="replace")
             what = "a hang" if "Timeout" in said else f"the process died ({self.child.exitcode})"
             found = "fault", what, fuzz_case.first_place(said), said[:1500]
         (kind, number), *self.left = self.left
         row = kind, number, *found, time.monotonic() - self.began
         self.began = time.monotonic()
-        if self.left and (self.child.exitcode is not None or found[1].startswith("over")):
+        if self.left and leaves:
             self.child.join()
             self.start()
         return row
