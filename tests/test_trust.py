@@ -230,7 +230,9 @@ def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not tell that a process has ended")
 def test_what_a_killed_process_left_is_removed_though_nobody_has_asked_for_its_end(tmp_path):
     """In a container, a killed program's own programs stay listed when they are killed, too."""
-    child = subprocess.Popen(["sleep", "60"])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    child.stdin.write(b"it runs\n")
+    child.stdout.readline()                 # a program that is only about to start has no command line yet
     left = tmp_path / f".a.json.{child.pid}.tmp"
     left.write_text("half")
     data.temporary(tmp_path / "a.json")
@@ -239,7 +241,7 @@ def test_what_a_killed_process_left_is_removed_though_nobody_has_asked_for_its_e
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)                 # ended, and still listed
     data.temporary(tmp_path / "a.json")
     assert not left.exists()
-    child.wait()
+    child.communicate()
 
 
 # ---- servers ----
