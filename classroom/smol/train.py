@@ -128,7 +128,7 @@ def lot_of(plan, stage, step):
     some = [scenes.scene(rng, typical=not mixed or rng.random() < .5) for _ in range(size)]
     if stage == "see":
         plays = [rng.random() < plan.play for _ in some]
-        some = [dataclasses.replace(s, play=f"{stage} {step} {i}") if play else s
+        some = [dataclasses.replace(s, play=f"{plan.seed} {step} {i}") if play else s
                 for i, (s, play) in enumerate(zip(some, plays, strict=True))]
     return lessons.drawn(some), rng
 
@@ -200,13 +200,13 @@ class Course:
         self.seeing.load_state_dict(kept["head"])
         self.stage, self.step, self.state = kept["stage"], kept["step"], kept["optimisers"]
 
-    def keep(self, optimisers=()):
+    def keep(self, trained=()):
         """Write the checkpoint: the whole of it, or the old one stays."""
         import torch
         weights = {name: p.detach().cpu() for name, p in everything(self.model).items()}
         kept = {"plan": dataclasses.asdict(self.plan), "weights": weights, "head": self.seeing.state_dict(),
                 "stage": self.stage, "step": self.step,
-                "optimisers": [optimiser.state_dict() for optimiser in optimisers]}
+                "optimisers": [optimiser.state_dict() for optimiser in trained]}
         buffer = io.BytesIO()
         torch.save(kept, buffer)
         data.atomic_write(self.work / LATEST, buffer.getvalue())
